@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` runs the whole pipeline, `make test` passes the tests.
+# A CUDA machine needs nothing more; for a small CPU-only install: make demo TORCH_BACKEND=cpu
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PYTHON ?= python3
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
+
+.PHONY: setup demo test check format constraints bench
+setup: $(VENV)/.stamp
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q uv
+	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
+	$(BIN)/uv pip install -p $(VENV) --compile-bytecode $${links:+--find-links "$$links"} \
+	    $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup          ## Run every stage on the embedded data; ends with the path of the report.
+	vqvae2 run
+
+test: setup          ## Every test that fits in fifteen minutes on two cores.
+	pytest -q
+
+check: setup         ## What a change must pass: format, lint, types, fast tests.
+	ruff format --check .
+	ruff check .
+	mypy
+	pytest -q -m "not ray and not slow"
+
+format: setup
+	ruff format .
+	ruff check --fix .
+
+constraints: setup   ## Resolve constraints.txt anew.
+	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
+	printf 'torch==2.13.0\nboto3<1.43.118\nmlflow<3.18\n' | \
+	$(BIN)/uv pip compile -q $${links:+--find-links "$$links"} -c - --extra dev --no-header --no-annotate pyproject.toml | \
+	sed 's/+cpu$$//; 1i # The exact set the tests pass with. Regenerate: make constraints' > constraints.txt.new
+	mv constraints.txt.new constraints.txt

@@ -1,0 +1,118 @@
+"""What can be chosen about the networks. Plain data without torch, so that checking it costs nothing.
+
+Every number of the paper has a field here; its values stand in conf/.
+Source: Razavi et al. 2019, appendix tables of hyper-parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """One grid of codes and the networks around it."""
+
+    stride: int  # image pixels per code along each side, a power of two
+    channels: int = 128  # width of the encoder and decoder ("hidden units")
+    residual_channels: int = 64  # width inside a residual block ("residual units")
+    residual_blocks: int = 2  # blocks per stack ("layers")
+    entries: int = 512  # K, of the codebook
+    dim: int = 64  # D, numbers per entry
+
+    def __post_init__(self) -> None:
+        if self.stride < 2 or self.stride & (self.stride - 1):
+            raise ValueError(f"stride is {self.stride}; each level halves the image some times, so use 2, 4, 8, ...")
+        for name in ("channels", "residual_channels", "entries", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.residual_blocks < 0:
+            raise ValueError(f"residual_blocks is {self.residual_blocks}; use 0 or more")
+        if self.entries > 65_536:
+            raise ValueError(f"entries is {self.entries}; codes are stored as 16-bit integers, so use at most 65536")
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """How a codebook is learnt, the same for every level."""
+
+    mode: Literal["ema", "loss", "none"] = "ema"  # equation 3, equation 2, or continuous latents
+    beta: float = 0.25  # weight of the commitment loss
+    decay: float = 0.99  # of the moving averages of counts and sums (gamma)
+    smoothing: float = 1e-5  # Laplace smoothing of the counts (epsilon)
+    revive_every: int = 50  # steps between revivals of dead entries; 0 never revives
+    revive_below: float = 0.05  # an entry is dead when chosen less often than this share of an even split
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay is {self.decay}; use 0 (one Lloyd step) up to, but not, 1")
+        if self.beta < 0:
+            raise ValueError(f"beta is {self.beta}; use 0 or more (the paper: 0.25)")
+        if self.smoothing <= 0:
+            raise ValueError(f"smoothing is {self.smoothing}; use a small positive number (the default: 1e-5)")
+        if self.revive_every < 0 or not 0 <= self.revive_below < 1:
+            raise ValueError(
+                f"revive_every is {self.revive_every} and revive_below {self.revive_below}; "
+                "use 0 or more steps and a share from 0 up to 1"
+            )
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """A hierarchical VQ-VAE: its levels, coarse to fine, and how their codebooks learn."""
+
+    levels: Mapping[str, LevelConfig]
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("levels is empty; name at least one, such as top: {stride: 8}")
+        strides = [level.stride for level in self.levels.values()]
+        if sorted(set(strides), reverse=True) != strides:
+            named = ", ".join(f"{name} {level.stride}" for name, level in self.levels.items())
+            raise ValueError(f"the strides of levels are {named}; list levels coarse to fine, each stride smaller")
+
+    def grids(self, image_size: int) -> dict[str, int]:
+        """Codes along each side, per level, of a square image."""
+        coarsest = next(iter(self.levels.values())).stride
+        if image_size % coarsest:
+            raise ValueError(
+                f"image_size is {image_size}, which the coarsest level's stride {coarsest} does not divide; "
+                f"use {image_size // coarsest * coarsest or coarsest} or {(image_size // coarsest + 1) * coarsest}"
+            )
+        return {name: image_size // level.stride for name, level in self.levels.items()}
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """An autoregressive network over one level's codes, given the coarser ones and the label."""
+
+    name: Literal["pixelsnail", "pixelcnn"]  # the file in models/priors/
+    channels: int = 512  # "hidden units"
+    residual_channels: int = 2048  # "residual units"
+    layers: int = 20  # gated residual blocks
+    attention_layers: int = 4  # spread evenly: after every layers / attention_layers blocks
+    heads: int = 8
+    kernel: int = 5  # side of the causal convolutions' filter
+    dropout: float = 0.1
+    output_layers: int = 20  # residual 1x1 blocks on top
+    condition_layers: int = 20  # residual blocks over the coarser codes
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "residual_channels", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("attention_layers", "output_layers", "condition_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if self.attention_layers and self.layers % self.attention_layers:
+            raise ValueError(
+                f"layers is {self.layers}, which attention_layers {self.attention_layers} does not divide; "
+                "attention follows every layers / attention_layers blocks"
+            )
+        if self.attention_layers and self.channels % self.heads:
+            raise ValueError(f"channels is {self.channels}, which heads {self.heads} does not divide")
+        if self.kernel < 3 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}; use an odd side of 3 or more (the paper: 5)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; use 0 up to, but not, 1")

@@ -1,0 +1,133 @@
+"""A folder that is whole or absent: what a stage leaves behind, and a checkpoint while it trains.
+
+Files are written into a hidden neighbour, hashed into `manifest.json`, and made real by one rename, so that a
+process killed at any moment leaves the folder as it was. A folder without a manifest does not exist for readers.
+
+    manifest.json   {"format": 1, "kind": ..., "meta": {...}, "files": {name: {"bytes": n, "sha256": ...}}}
+
+The digest of an artifact is the SHA-256 of its manifest, which names the hash of every file: two artifacts of one
+digest are the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed folder."""
+
+    folder: Path
+    kind: str
+    meta: Mapping[str, Any]  # what the writer had to say, as JSON
+    files: Mapping[str, Mapping[str, Any]]  # name relative to the folder -> bytes, sha256
+    digest: str  # SHA-256 of the manifest
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def verify(self, *names: str) -> None:
+        """Hash the named files, or all, and refuse those that are not as they were written."""
+        for name in names or self.files:
+            if sha256(self.folder / name) != self.files[name]["sha256"]:
+                raise UserError(
+                    f"{name} is damaged: its contents are not what was written.",
+                    where=self.folder,
+                    fix=f"Delete {self.folder} and run the same command again; it is made anew or restored.",
+                    code=5,
+                )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def writing(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder to write into; commit it as `folder` when the block ends without an error.
+
+    `meta` is read at the end, so the block may add to it. What stood at `folder` before is replaced.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        commit(temporary, folder, kind, meta)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def commit(temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
+    """Hash what lies in `temporary` into a manifest, and make it `folder` by one rename."""
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {}
+    for path in paths:
+        _fsync(path)
+        files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {"format": FORMAT, "kind": kind, "meta": dict(meta), "files": files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _fsync(temporary / MANIFEST)
+    if folder.exists():
+        # A folder cannot replace a full one in one step: the old one steps aside first, whole, and goes last.
+        aside = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        temporary.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(folder)
+    _fsync(folder.parent)
+
+
+def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
+    """Read a folder's manifest, and check that it is of this kind and that no file is missing or of another length.
+
+    Hashes are checked by `Artifact.verify`, where the contents are read.
+    """
+    fix = f"Run: vqvae2 run --stage {made_by}" if made_by else "Run the stage that makes it."
+    path = folder / MANIFEST
+    if not path.is_file():
+        state = "is not complete" if folder.is_dir() else "does not exist"
+        raise UserError(f"The {kind} {state}.", where=folder, fix=fix, code=4)
+    raw = path.read_bytes()
+    try:
+        manifest = json.loads(raw)
+        kind_found, meta, files = manifest["kind"], manifest["meta"], manifest["files"]
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("The manifest cannot be read.", where=path, fix=fix, code=4) from error
+    if version != FORMAT or kind_found != kind:
+        raise UserError(
+            f"This is {kind_found!r} of format {version}, not {kind!r} of format {FORMAT}.", where=path, fix=fix, code=4
+        )
+    for name, entry in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            raise UserError(f"{name} is missing.", where=folder, fix=fix, code=4) from None
+        if found != entry["bytes"]:
+            raise UserError(f"{name} holds {found} bytes, not {entry['bytes']}.", where=folder, fix=fix, code=4)
+    return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
