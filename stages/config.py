@@ -74,12 +74,19 @@ class TrainConfig:
     compile: bool = False  # torch.compile; worth its minute on a GPU
     log_every: int = 10  # steps
     evaluate_every: int = 500  # steps
+    evaluate_images: int = 1024  # at most, per split, each time
     checkpoint_every: int = 500  # steps
     keep_checkpoints: int = 2  # the newest so many
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        _positive(self, "steps", "batch_size", "keep_checkpoints")
+        _positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
         _fraction(self, "averaging")
+        if self.checkpoint_every % self.log_every:
+            # Otherwise a resumed run would average the numbers it logs over other steps than an unbroken one.
+            raise ValueError(
+                f"checkpoint_every is {self.checkpoint_every}; use a multiple of log_every, which is {self.log_every}"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; use a positive number such as 3e-4")
         if not 0 <= self.warmup_steps <= self.steps:

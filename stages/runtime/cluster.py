@@ -1,0 +1,112 @@
+"""The Ray cluster a stage runs on: the one named by RAY_ADDRESS, or a private one on this machine.
+
+A whole pipeline run starts one private cluster and ends it, since each start costs seconds; its stages find it by
+RAY_ADDRESS. Every cluster started here asks for a token and listens on this machine alone.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.config import ClusterConfig
+from stages.errors import UserError
+
+OURS = "VQVAE2_PRIVATE_CLUSTER"  # set beside RAY_ADDRESS when the cluster was started here
+PACKAGES = Path(__file__).parents[2]  # where pipeline/, stages/ and models/ lie
+FORWARDED = ("AWS_", "MLFLOW_", "OMP_", "MALLOC_", "RAY_TRAIN_")  # environment a worker elsewhere needs as well
+
+
+@contextmanager
+def local_cluster(config: ClusterConfig) -> Iterator[dict[str, str]]:
+    """Start a cluster on this machine; yield the environment by which other processes join it."""
+    with _started(config) as address:
+        yield {
+            "RAY_ADDRESS": address,
+            "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"],
+            "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"],
+            OURS: "1",
+        }
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Join the cluster at RAY_ADDRESS, or start one for the length of the block; check that it is large enough."""
+    import ray
+
+    if ray.is_initialized():
+        _check(config)
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        with _started(config):
+            _check(config)
+            yield
+        return
+    runtime_env = {}
+    if OURS not in os.environ:
+        # Other machines have neither this code nor this environment.
+        runtime_env = {
+            "py_modules": [str(PACKAGES / package) for package in ("stages", "models")],
+            "excludes": ["__pycache__"],
+            "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)},
+        }
+    try:
+        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # Ray raises many kinds here, none of them meant for users
+        raise UserError(
+            f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
+            where=f"RAY_ADDRESS={address}",
+            fix="Check the address and the token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS "
+            "to run on this machine.",
+            code=3,
+        ) from error
+    try:
+        _check(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _started(config: ClusterConfig) -> Iterator[str]:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    context = ray.init(
+        address="local",
+        # One CPU more than the workers take: the processes that only coordinate must never wait for one.
+        num_cpus=int(config.workers * config.cpus_per_worker) + 1,
+        include_dashboard=False,
+        object_store_memory=500 * 2**20,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    try:
+        yield context.address_info["gcs_address"]
+    finally:
+        ray.shutdown()
+
+
+def _check(config: ClusterConfig) -> None:
+    """Refuse in seconds what Ray would wait for without end."""
+    import ray
+
+    has = ray.cluster_resources()
+    for what, needed in (
+        ("CPU", config.workers * config.cpus_per_worker),
+        ("GPU", config.workers * config.gpus_per_worker),
+    ):
+        if has.get(what, 0) < needed:
+            raise UserError(
+                f"{config.workers} workers need {needed:g} {what}s; the cluster has {has.get(what, 0):g}.",
+                where="params.yaml: cluster",
+                fix=f"Ask for less, such as -S cluster={'local' if what == 'GPU' else 'gpu'} or "
+                f"-S cluster.workers=1, or add nodes.",
+                code=3,
+            )

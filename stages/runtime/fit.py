@@ -1,0 +1,175 @@
+"""Train on many machines: copies of one torch loop, started and watched by Ray Train.
+
+The workers report through a queue to the process that started them, which alone talks to the terminal and to MLflow.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from stages.errors import UserError
+from stages.runtime import cluster
+from stages.runtime.loop import Stopped, Worker
+from stages.runtime.run import Reporter, Run
+
+STOP = "stop"  # a file of this name in the work folder asks the workers to save and end
+POLL_SECONDS = 0.5
+
+
+class Learn(Protocol):
+    """What each worker does: build its objective and data, and call loop.train."""
+
+    def __call__(self, *, worker: Worker, run: Run, **arguments: Any) -> None: ...
+
+
+def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
+    """Run `learn(worker=, run=, **arguments)` on every worker, and return when all have finished.
+
+    `learn` must be a function of a module, and `arguments` plain data with absolute paths: both travel to other
+    machines, where the current folder is another. Raises what the first failed worker raised.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    config = run.cluster
+    name = f"attempt-{time.time_ns()}"  # a name Ray has seen before would count as finished
+    (run.work / STOP).unlink(missing_ok=True)
+    with cluster.connected(config):
+        queue = Queue(actor_options={"num_cpus": 0})
+        remote = Run(run.stage, run.fingerprint, run.work, config, QueueReporter(queue))
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"learn": learn, "arguments": dict(arguments), "run": remote},
+            scaling_config=ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=config.gpus_per_worker > 0,
+                resources_per_worker=_resources(run),
+            ),
+            torch_config=TorchConfig(timeout_s=300),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(run.work / "ray"),
+                failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),
+            ),
+        )
+        try:
+            with _forwarding(queue, run.reporter):
+                trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise _root_cause(error.worker_failures.values()) from error
+        except ray.train.ControllerError as error:
+            raise UserError(
+                f"Training could not go on: {_last_line(error)}",
+                where=run.work,
+                fix="Run the same command again; it goes on from the newest checkpoint.",
+                code=3,
+            ) from error
+        finally:
+            shutil.rmtree(run.work / "ray", ignore_errors=True)
+
+
+class QueueReporter(Reporter):
+    """Hands what a worker reports to the process that started the workers."""
+
+    def __init__(self, queue: Any):
+        self.queue = queue
+
+    def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
+        self.queue.put(("progress", (done, total, unit, dict(numbers))))
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.queue.put(("metrics", (dict(values), step)))
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        self.queue.put(("picture", (name, png, step)))
+
+    def note(self, text: str) -> None:
+        self.queue.put(("note", (text,)))
+
+
+@contextmanager
+def _forwarding(queue: Any, reporter: Reporter) -> Iterator[None]:
+    """Hand on what the workers report, until the block ends and the queue is empty."""
+    ended = threading.Event()
+
+    def forward() -> None:
+        while True:
+            last = ended.is_set()
+            for method, arguments in queue.get_nowait_batch(queue.qsize()):
+                getattr(reporter, method)(*arguments)
+            if last:
+                return
+            ended.wait(POLL_SECONDS)
+
+    thread = threading.Thread(target=forward, name="reports", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _work(config: dict[str, Any]) -> None:
+    """Be one worker: what Ray Train calls in each process it starts."""
+    import ray.train
+    import ray.train.torch
+    import torch.distributed
+
+    context = ray.train.get_context()
+    run: Run = config["run"]
+    torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+    several = context.get_world_size() > 1
+    worker = Worker(
+        rank=context.get_world_rank(),
+        count=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        reduce=torch.distributed.all_reduce if several else lambda tensor: None,
+        wrap=_distributed if several else lambda module: module,
+        stopping=(run.work / STOP).exists,
+    )
+    if worker.rank > 0:
+        run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough
+    config["learn"](worker=worker, run=run, **config["arguments"])
+
+
+def _distributed(module: torch.nn.Module) -> torch.nn.Module:
+    # The codebooks are buffers that every worker moves the same way: nothing to broadcast.
+    return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def _resources(run: Run) -> dict[str, float]:
+    resources = {"CPU": run.cluster.cpus_per_worker}
+    if run.cluster.gpus_per_worker:
+        resources["GPU"] = run.cluster.gpus_per_worker
+    return resources
+
+
+def _root_cause(failures: Any) -> BaseException:
+    """Pick the error that is the user's to mend, or else the first: the others fell with it."""
+    failures = [_unwrapped(failure) for failure in failures]
+    for kind in (UserError, Stopped):
+        for failure in failures:
+            if isinstance(failure, kind):
+                return failure
+    return failures[0]
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    while (cause := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
+        error = cause
+    return error
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+Entry = Callable[..., None]

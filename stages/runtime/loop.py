@@ -1,0 +1,273 @@
+"""The one training loop: it knows batches, sums and steps, and no cluster.
+
+    for each step:  loss = objective(batch)  ->  gradients (averaged by DDP)  ->  optimizer
+                    sums = what the objective wants added up over workers  ->  reduce  ->  absorb
+
+Only sums cross workers, at moments that depend on the step alone; so no worker ever waits for one that decided
+otherwise. All randomness is a function of (seed, step, rank): there is no random state to save.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from stages.config import TrainConfig
+from stages.errors import UserError
+from stages.runtime.checkpoint import Checkpoints, State
+from stages.runtime.run import Reporter
+
+Totals = dict[str, Tensor]  # name -> (sum, weight): two numbers that add up; their quotient is the mean
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    reduce: Callable[[Tensor], None] = lambda tensor: None  # adds up over workers, in place
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # averages gradients over workers
+    stopping: Callable[[], bool] = lambda: False
+
+
+class Step(NamedTuple):
+    """What one batch says."""
+
+    loss: Tensor
+    sums: list[Tensor]  # added up over workers, then handed to `absorb`
+    totals: Totals  # what to report
+
+
+class Objective(nn.Module):
+    """A network, what a batch costs it, and how well it does on images it does not learn from."""
+
+    network: nn.Module
+    measured: tuple[str, ...]  # names of the totals that `forward` and `measure` return, the same on every worker
+
+    def forward(self, batch: Any, step: int, worker: Worker) -> Step:
+        raise NotImplementedError
+
+    def absorb(self, sums: list[Tensor]) -> None:
+        """Learn what is not learnt by gradients."""
+
+    def measure(self, network: nn.Module, batch: Any) -> Totals:
+        """Add up what is measured on a batch, under any weights."""
+        raise NotImplementedError
+
+    def derive(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Compute from means what is no mean itself, such as PSNR."""
+        return {}
+
+    def pictures(self, network: nn.Module) -> dict[str, bytes]:
+        """Draw what shows how far the network is, as PNG."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the loop reads; both are called anew and yield this worker's batches."""
+
+    training: Callable[[int], Iterable[Any]]  # first step -> one batch per step, from that step on
+    evaluation: Mapping[str, Callable[[], Iterable[Any]]]  # split -> its batches
+
+
+def train(
+    objective: Objective,
+    data: Data,
+    config: TrainConfig,
+    *,
+    seed: int,
+    worker: Worker,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+) -> None:
+    """Train to the last step, going on from the newest checkpoint. Rank 0 saves and reports.
+
+    Raises Stopped after saving when the run is asked to stop, and UserError when the loss is no longer finite.
+    """
+    objective.to(worker.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(objective.network.parameters(), lr=config.learning_rate)
+    averaged = _averaged(objective.network, config.averaging)
+    resumed = checkpoints.latest()
+    history: list[dict[str, Any]] = []
+    start = 0
+    if resumed is not None:
+        start, history = resumed.step, resumed.history
+        _restore(resumed.tensors, objective.network, optimizer, averaged)
+        reporter.note(f"Resuming at step {start} of {config.steps}.")
+
+    def save(step: int) -> None:
+        if worker.rank == 0:
+            checkpoints.save(State(step, _tensors(objective.network, optimizer, averaged), history))
+
+    def record(step: int, values: Mapping[str, float]) -> None:
+        history.extend({"step": step, "name": name, "value": value} for name, value in values.items())
+        reporter.metrics(values, step)
+
+    wrapped = worker.wrap(objective)
+    if config.compile:
+        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    since, clock, logged = _Sums(objective.measured), time.monotonic(), start
+    for step, batch in enumerate(data.training(start), start):
+        objective.train()
+        torch.manual_seed(_mix(seed, step, worker.rank))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        with autocast(config, worker.device):
+            result = wrapped(batch, step, worker)
+        result.loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_(objective.network.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for tensor in result.sums:
+            worker.reduce(tensor)
+        objective.absorb(result.sums)
+        if averaged is not None:
+            averaged.update_parameters(objective.network)
+        since.add(result.totals)
+
+        done = step + 1
+        stopping = False
+        if done % config.log_every == 0 or done == config.steps:
+            values = since.means(worker)
+            stopping = _any(worker.stopping(), worker)
+            _check_finite(values, done)
+            values |= objective.derive(values)
+            rate = config.batch_size * (done - logged) / max(time.monotonic() - clock, 1e-9)
+            record(done, {f"train/{name}": value for name, value in values.items()})
+            reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, done)
+            reporter.progress(done, config.steps, "step", {**values, "images/s": rate})
+            since, clock, logged = _Sums(objective.measured), time.monotonic(), done
+        if done % config.evaluate_every == 0 or done == config.steps:
+            network = objective.network if averaged is None else averaged.module
+            for split, batches in data.evaluation.items():
+                record(done, {f"{split}/{k}": v for k, v in evaluate(objective, network, batches(), worker).items()})
+            if worker.rank == 0:
+                for name, png in objective.pictures(network).items():
+                    reporter.picture(name, png, done)
+            clock = time.monotonic()
+        if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+            save(done)
+        if stopping and done < config.steps:
+            checkpoints.wait()
+            raise Stopped(f"stopped at step {done}")
+    checkpoints.wait()
+
+
+def evaluate(objective: Objective, network: nn.Module, batches: Iterable[Any], worker: Worker) -> dict[str, float]:
+    """Measure a network over all workers' batches; workers may hold unequal numbers of them."""
+    was_training = network.training
+    network.eval()
+    sums = _Sums(objective.measured)
+    with torch.inference_mode():
+        for batch in batches:
+            sums.add(objective.measure(network, batch))
+    network.train(was_training)
+    values = sums.means(worker)
+    return values | objective.derive(values)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate at a step: a linear rise, then constant or half a cosine down to zero."""
+    rate = config.learning_rate
+    if step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        rate *= 0.5 * (1 + math.cos(math.pi * share))
+    return rate
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Run matrix products in the configured precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+class _Sums:
+    """Totals over batches, then over workers, then divided once. A worker without batches adds zeros."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.totals: Totals = {name: torch.zeros(2, dtype=torch.float64) for name in names}
+
+    def add(self, totals: Totals) -> None:
+        for name, total in totals.items():
+            self.totals[name] = self.totals[name].to(total.device) + total.detach()
+
+    def means(self, worker: Worker) -> dict[str, float]:
+        together = torch.stack([total.to(worker.device) for total in self.totals.values()])
+        worker.reduce(together)
+        return {name: (total / weight).item() for name, (total, weight) in zip(self.totals, together, strict=True)}
+
+
+def _any(flag: bool, worker: Worker) -> bool:
+    tensor = torch.tensor([float(flag)], device=worker.device)
+    worker.reduce(tensor)
+    return bool(tensor.item() > 0)
+
+
+def _check_finite(values: Mapping[str, float], step: int) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} became {value} by step {step}; the checkpoints before it are kept.",
+                fix="Lower learning_rate, or set clip, then run again.",
+            )
+
+
+def _averaged(network: nn.Module, decay: float) -> AveragedModel | None:
+    if not decay:
+        return None
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    averaged.module.requires_grad_(False)
+    return averaged
+
+
+def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None) -> dict[str, Tensor]:
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    if averaged is not None:
+        tensors |= {f"averaged.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+def _restore(
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averaged: AveragedModel | None,
+) -> None:
+    network.load_state_dict(dict(_under("network.", tensors)))
+    if averaged is not None:
+        averaged.load_state_dict(dict(_under("averaged.", tensors)))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _under("optimizer.", tensors):
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed of several numbers (FNV-1a over their bytes)."""
+    value = 0xCBF29CE484222325
+    for number in numbers:
+        for byte in number.to_bytes(8, "little"):
+            value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value >> 1
