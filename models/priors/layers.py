@@ -1,0 +1,112 @@
+"""What the priors are built of: a convolution that looks back in raster order, and the gated residual block around it.
+
+B grids, H x W positions, C channels. Features lie as (B, H, W, C), so that a 1x1 convolution is a linear layer and
+attention reads them as a sequence without a copy.
+Source: Chen et al. 2018 (PixelSNAIL), gated residual layer; van den Oord et al. 2016 (Gated PixelCNN), the two stacks.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+
+class RasterConv(nn.Module):
+    """Convolve over the first `taps` places, in raster order, of a window that ends in a position's own row.
+
+    The window is `kernel` wide and reaches `kernel // 2` rows up; with `rows=1` it is the own row up to the position.
+    Only the live taps are stored, so no mask has to be kept zero. A grid is padded with zeros.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rows: int, kernel: int, taps: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.side = kernel // 2  # columns left of a position
+        self.columns = kernel if rows > 1 else self.side + 1
+        bound = (inputs * taps) ** -0.5
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Columns of zeros left and right of a row."""
+        return self.side, self.columns - 1 - self.side
+
+    @property
+    def kernel(self) -> Float[Tensor, "outputs inputs rows columns"]:
+        """The dense kernel: the live taps, then zeros."""
+        outputs, inputs, taps = self.weight.shape
+        dense = F.pad(self.weight, (0, self.rows * self.columns - taps))
+        return dense.view(outputs, inputs, self.rows, self.columns)
+
+    def forward(self, x: Float[Tensor, "B H W inputs"]) -> Float[Tensor, "B H W outputs"]:
+        padded = F.pad(x, (0, 0, *self.padding, self.rows - 1, 0))
+        return F.conv2d(padded.permute(0, 3, 1, 2), self.kernel, self.bias).permute(0, 2, 3, 1)
+
+
+def causal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
+    """See the rows above and the own row up to the position: 13 taps for a kernel of 5. Strict: without the position."""
+    above, own = kernel // 2, kernel // 2 + 1
+    return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=above * kernel + own - strict)
+
+
+def vertical(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
+    """See the rows above and the whole own row: 15 taps for a kernel of 5. Strict: only the rows above."""
+    above = kernel // 2
+    return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=(above + 1 - strict) * kernel)
+
+
+def horizontal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
+    """See the own row up to the position: 3 taps for a kernel of 5. Strict: without the position."""
+    return RasterConv(inputs, outputs, rows=1, kernel=kernel, taps=kernel // 2 + 1 - strict)
+
+
+class GatedBlock(nn.Module):
+    """Add to the features what a gate lets through: x + a * sigmoid(b).
+
+    (a, b) come from two layers, of which the second is 1x1. Another stream enters between the two; coarser codes and
+    the label enter as a bias before the gate.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        first: RasterConv | nn.Linear,
+        *,
+        dropout: float,
+        aside: int = 0,
+        condition: int = 0,
+        classes: int = 0,
+    ) -> None:
+        """`aside` and `condition` are the channels of the streams that enter, 0 for none."""
+        super().__init__()
+        hidden = first.weight.shape[0]
+        self.first = first
+        self.second = nn.Linear(hidden, 2 * channels)
+        self.aside = nn.Linear(aside, hidden, bias=False) if aside else None
+        self.condition = nn.Linear(condition, 2 * channels, bias=False) if condition else None
+        self.label = nn.Embedding(classes, 2 * channels) if classes else None
+        self.dropout = dropout
+        # Each block starts close to the identity, so a deep network starts close to a shallow one.
+        nn.init.zeros_(self.second.bias)
+        with torch.no_grad():
+            self.second.weight.mul_(0.1)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B H W C"],
+        aside: Float[Tensor, "B H W A"] | None = None,
+        condition: Float[Tensor, "B H W D"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B H W C"]:
+        hidden = self.first(F.elu(x))
+        if self.aside is not None:
+            hidden = hidden + self.aside(F.elu(aside))
+        gates = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
+        if self.condition is not None:
+            gates = gates + self.condition(condition)
+        if self.label is not None:
+            gates = gates + self.label(labels)[:, None, None]
+        return x + F.glu(gates, -1)
