@@ -16,7 +16,7 @@ PRIORS: dict[str, type[Prior]] = {"pixelsnail": PixelSNAIL, "pixelcnn": PixelCNN
 def build(
     config: PriorConfig, *, entries: int, grid: tuple[int, int], coarser: Mapping[str, Grid], classes: int
 ) -> Prior:
-    """Build the prior of one level: `grid` is its height and width, `coarser` maps coarse to fine, 0 classes: no labels.
+    """Build the prior of a level of `grid` (height, width) under `coarser` ones, coarse to fine; 0 classes: no labels.
 
     Raises ValueError for an unknown name and for grids that do not fit into one another.
     """

@@ -6,6 +6,7 @@ Source: Razavi et al. 2019, section 3.2 and algorithm 2.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,14 @@ class Prior(nn.Module):
     Embedded codes pass a strict stem and `layers` gated blocks with attention among them, then a 1x1 output stack.
     """
 
+    two_stacks: ClassVar[bool] = False  # whether a vertical stack stands beside the convolutions
+    positions: Tensor
+
+    @staticmethod
+    def convolution(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
+        """Build one convolution; the strict one, which reads the codes themselves, does not see its own position."""
+        raise NotImplementedError
+
     def __init__(
         self,
         config: PriorConfig,
@@ -63,13 +72,9 @@ class Prior(nn.Module):
         grid: tuple[int, int],
         coarser: Mapping[str, Grid],
         classes: int,
-        stem: RasterConv,
-        convolutions: list[RasterConv],
-        stacks: int = 1,
     ) -> None:
-        """Built by `models.priors.build`; with two `stacks` a vertical one stands beside the convolutions given."""
         super().__init__()
-        channels, hidden, dropout = config.channels, config.residual_channels, config.dropout
+        channels, hidden, kernel, dropout = config.channels, config.residual_channels, config.kernel, config.dropout
         self.entries, self.classes = entries, classes
         self.height, self.width = grid
         self.coarser = dict(coarser)
@@ -80,19 +85,19 @@ class Prior(nn.Module):
         self.conditioning = (
             ConditioningStack(coarser, *grid, channels, hidden, config.condition_layers) if coarser else None
         )
-        self.stem = stem
+        self.stem = self.convolution(channels, channels, kernel, strict=True)
         self.position = nn.Linear(2, channels, bias=False)
-        self.vertical = VerticalStack(config, condition=condition, classes=classes) if stacks == 2 else None
+        self.vertical = VerticalStack(config, condition=condition, classes=classes) if self.two_stacks else None
         self.blocks = nn.ModuleList(
             GatedBlock(
                 channels,
-                convolution,
+                self.convolution(channels, hidden, kernel),
                 dropout=dropout,
-                aside=channels if stacks == 2 else 0,
+                aside=channels if self.two_stacks else 0,
                 condition=condition,
                 classes=classes,
             )
-            for convolution in convolutions
+            for _ in range(config.layers)
         )
         self.attentions = nn.ModuleList(
             StrictAttention(channels, config.heads, dropout=dropout) for _ in range(config.attention_layers)
@@ -143,7 +148,7 @@ class Prior(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.head(F.elu(x).to(self.head.weight.dtype)).permute(0, 3, 1, 2)
 
-    def attention_after(self, block: int) -> StrictAttention | None:
+    def attention_after(self, block: int) -> nn.Module | None:
         """The attention that follows a block, if any does."""
         if not self.attention_every or (block + 1) % self.attention_every:
             return None

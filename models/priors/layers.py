@@ -45,19 +45,19 @@ class RasterConv(nn.Module):
 
 
 def causal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-    """See the rows above and the own row up to the position: 13 taps for a kernel of 5. Strict: without the position."""
+    """See the rows above and the own row up to the position (kernel 5: 13 taps). Strict: without the position."""
     above, own = kernel // 2, kernel // 2 + 1
     return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=above * kernel + own - strict)
 
 
 def vertical(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-    """See the rows above and the whole own row: 15 taps for a kernel of 5. Strict: only the rows above."""
+    """See the rows above and the whole own row (kernel 5: 15 taps). Strict: only the rows above."""
     above = kernel // 2
     return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=(above + 1 - strict) * kernel)
 
 
 def horizontal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-    """See the own row up to the position: 3 taps for a kernel of 5. Strict: without the position."""
+    """See the own row up to the position (kernel 5: 3 taps). Strict: without the position."""
     return RasterConv(inputs, outputs, rows=1, kernel=kernel, taps=kernel // 2 + 1 - strict)
 
 
@@ -102,7 +102,7 @@ class GatedBlock(nn.Module):
         labels: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B H W C"]:
         hidden = self.first(F.elu(x))
-        if self.aside is not None:
+        if self.aside is not None and aside is not None:
             hidden = hidden + self.aside(F.elu(aside))
         gates = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
         if self.condition is not None:
