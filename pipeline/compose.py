@@ -1,0 +1,49 @@
+"""Choices in conf/, composed into the text of params.yaml. The one file that knows Hydra."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from ruamel.yaml import YAML
+
+from stages.errors import UserError
+
+HEADER = """\
+# Composed from conf/ by `vqvae2 config --write`. Edit conf/ instead, or override: vqvae2 run -S seed=1
+"""
+
+
+def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> dict[str, Any]:
+    """Compose conf/ with overrides as plain data, not yet checked."""
+    if not (conf / "config.yaml").is_file():
+        raise UserError("There is no conf/config.yaml here.", where=Path.cwd(), fix="Run in the project.", code=2)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base=None):
+            config = compose("config", overrides=list(overrides))
+            data = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(
+            str(error).strip(),
+            where=f"{conf}, with {' '.join(overrides) or 'no overrides'}",
+            fix="Give -S key=value, such as -S seed=1, or -S group=choice, such as -S experiment=smoke.",
+            code=2,
+        ) from None
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """Write composed settings as the text of params.yaml."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    yaml.dump(data, text)
+    return HEADER + text.getvalue()

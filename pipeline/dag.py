@@ -1,0 +1,89 @@
+"""dvc.yaml, read as DVC reads it: which stages there are, what each reads and what it writes."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import params
+from stages.errors import UserError
+
+FILE = Path("dvc.yaml")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of dvc.yaml, its templates filled in."""
+
+    name: str  # as DVC has it: "prior@top"
+    module: str  # the file in stages/: "prior"
+    level: str  # "top"; "" for a stage that runs once
+    deps: tuple[str, ...]
+    params: tuple[str, ...]
+    outs: tuple[str, ...]
+    metrics: tuple[str, ...]
+    plots: tuple[str, ...]
+
+    @property
+    def option(self) -> str:
+        """The name on the command line: prior_top."""
+        return self.name.replace("@", "_")
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        return tuple(path for path in self.deps if path.startswith(("stages/", "models/")))
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        return tuple(path for path in self.deps if path.startswith("artifacts/"))
+
+
+def stages(values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
+    """List the stages of dvc.yaml by name, for these contents of params.yaml."""
+    if not file.is_file():
+        raise UserError("There is no dvc.yaml here.", where=Path.cwd(), fix="Change to the project's folder.", code=2)
+    found = {}
+    for name, entry in params.read(file)["stages"].items():
+        if "foreach" in entry:
+            for key, item in _fill(entry["foreach"], values).items():
+                stage = _stage(name, key, entry["do"], {**values, "key": key, "item": item})
+                found[stage.name] = stage
+        else:
+            found[name] = _stage(name, "", entry, values)
+    return found
+
+
+def find(name: str, known: Mapping[str, Stage]) -> Stage:
+    """Find a stage by its name here (prior_top) or in DVC (prior@top)."""
+    for stage in known.values():
+        if name in (stage.name, stage.option):
+            return stage
+    options = ", ".join(stage.option for stage in known.values())
+    raise UserError(f"There is no stage {name}.", where=FILE, fix=f"Use one of: {options}", code=2)
+
+
+def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[str, Any]) -> Stage:
+    def paths(field: str) -> tuple[str, ...]:
+        # An entry is a path, or a path with options.
+        return tuple(_fill(next(iter(one)) if isinstance(one, dict) else one, values) for one in entry.get(field, ()))
+
+    return Stage(
+        f"{module}@{level}" if level else module,
+        module,
+        level,
+        *(paths(field) for field in ("deps", "params", "outs", "metrics", "plots")),
+    )
+
+
+def _fill(text: str, values: Mapping[str, Any]) -> Any:
+    if whole := re.fullmatch(r"\$\{([\w.]+)\}", text):
+        return _look_up(whole[1], values)
+    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_look_up(match[1], values)), text)
+
+
+def _look_up(key: str, values: Mapping[str, Any]) -> Any:
+    value: Any = values
+    for step in key.split("."):
+        value = value[step]
+    return value

@@ -1,0 +1,242 @@
+"""From a stage's name to a call: paths from dvc.yaml, settings from params.yaml, both held against its signature."""
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import dag, params, shared
+from pipeline.environment import die_with_parent
+from stages.config import Params
+from stages.errors import UserError
+from stages.formats import artifact
+from stages.runtime.run import Run
+
+RUNS = Path("runs")
+FRESH = "VQVAE2_FRESH"  # set: forget what an earlier run of the same fingerprint has done
+
+
+class Stopped(BaseException):
+    """Somebody asked this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def run_stage(module: str, level: str = "") -> int:
+    """Run one stage here on the inputs in place; return the exit status."""
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _stop)
+    folder = RUNS / (f"{module}_{level}" if level else module)
+    try:
+        _run(module, level, folder)
+        return 0
+    except Stopped as stopped:
+        return shared.tell(_stopped(stopped.number))
+    except SystemExit as ended:  # Ray puts its own handler in place of ours
+        if ended.code != signal.SIGTERM:
+            raise
+        return shared.tell(_stopped(signal.SIGTERM))
+    except BaseException as error:
+        return shared.tell(report(error, folder))
+
+
+def _run(module: str, level: str, folder: Path) -> None:
+    settings = params.load()
+    stage = dag.find(f"{module}_{level}" if level else module, dag.stages(params.read()))
+    inputs = digests(stage, settings)
+    function = importlib.import_module(f"stages.{module}").run
+    sections = keywords(function, stage, settings)
+    fingerprint = fingerprint_of(stage, sections, inputs)
+    with owned(folder):
+        work = folder / fingerprint[:16]
+        if os.environ.get(FRESH):
+            _forget(work)
+        work.mkdir(parents=True, exist_ok=True)
+        _prepare_outputs(stage)
+        os.environ.update(shared.cluster_environment())
+        with _reporter(stage, fingerprint, work, sections, inputs) as reporter:
+            run = Run(stage.name, fingerprint, work.resolve(), settings.cluster, reporter)
+            function(*positionals(function, stage, settings), **sections, run=run)
+
+
+def positionals(function: Callable[..., None], stage: dag.Stage, settings: Params) -> list[Path | str]:
+    """Fill a stage's positional parameters, by their names, with its level and the paths of dvc.yaml."""
+    named: dict[str, Path | str] = {path.split("/")[1]: Path(path).resolve() for path in stage.artifacts}
+    named |= {"level": stage.level, "source": Path(settings.dataset.source).resolve()}
+    named |= {
+        kind: Path(paths[0]).resolve()
+        for kind, paths in (("out", stage.outs), ("metrics", stage.metrics), ("plots", stage.plots))
+        if paths
+    }
+    return [named[name] for name, kind in _parameters(function) if kind != inspect.Parameter.KEYWORD_ONLY]
+
+
+def keywords(function: Callable[..., None], stage: dag.Stage, settings: Params) -> dict[str, Any]:
+    """Fill a stage's keyword parameters with the sections of params.yaml they name."""
+    names = [name for name, kind in _parameters(function) if kind == inspect.Parameter.KEYWORD_ONLY and name != "run"]
+    return {name: settings.priors[stage.level] if name == "prior" else getattr(settings, name) for name in names}
+
+
+def _parameters(function: Callable[..., None]) -> list[tuple[str, Any]]:
+    return [(name, parameter.kind) for name, parameter in inspect.signature(function).parameters.items()]
+
+
+def digests(stage: dag.Stage, settings: Params) -> dict[str, str]:
+    """Digest each input of a stage; refuse one that is missing or half written."""
+    found = {}
+    for path in stage.artifacts:
+        folders = [Path(path)]
+        if path == "artifacts/priors":
+            folders = [Path(path, level) for level in settings.priors]
+        for folder in folders:
+            manifest = folder / artifact.MANIFEST
+            if not manifest.is_file():
+                made_by = f"prior_{folder.name}" if folder.parent.name == "priors" else _MADE_BY[folder.name]
+                raise UserError(
+                    f"{stage.option} reads {folder}, which {'is not whole' if folder.exists() else 'does not exist'}.",
+                    where=folder.resolve(),
+                    fix=f"Run: vqvae2 run --stage {made_by}",
+                    code=4,
+                )
+            found[str(folder)] = artifact.sha256(manifest)
+    if settings.dataset.source in stage.deps:
+        found[settings.dataset.source] = _source_digest(Path(settings.dataset.source))
+    return found
+
+
+_MADE_BY = {"shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample"}
+
+
+def _source_digest(source: Path) -> str:
+    if source.is_file():
+        return artifact.sha256(source)
+    # DVC has just hashed the contents; to know a folder again, names, lengths and times will do.
+    digest = hashlib.sha256()
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            status = path.stat()
+            digest.update(
+                f"{path.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace")
+            )
+    return digest.hexdigest()
+
+
+def fingerprint_of(stage: dag.Stage, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name what a stage will make: a hash of its settings, its inputs and its code."""
+    code: dict[str, str] = {}
+    for entry in map(Path, stage.code):
+        files = sorted(path for path in entry.rglob("*") if path.suffix == ".py") if entry.is_dir() else [entry]
+        code |= {path.as_posix(): artifact.sha256(path) for path in files}
+    plain = {name: _plain(section) for name, section in sections.items()}
+    whole = {"stage": stage.name, "settings": plain, "inputs": dict(inputs), "code": code}
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _plain(section: Any) -> Any:
+    return (
+        dataclasses.asdict(section) if dataclasses.is_dataclass(section) and not isinstance(section, type) else section
+    )
+
+
+def _prepare_outputs(stage: dag.Stage) -> None:
+    for path in (*stage.outs, *stage.metrics, *stage.plots):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _forget(work: Path) -> None:
+    import shutil
+
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold a stage's folder for this process alone; refuse at once while another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"Another process runs this stage: {file.read().strip() or 'it has just started'}.",
+                where=folder / "lock",
+                fix="Wait for it or stop it, then run the same command again.",
+                code=3,
+            ) from None
+        file.truncate(0)
+        file.write(f"PID {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _reporter(
+    stage: dag.Stage, fingerprint: str, work: Path, sections: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Iterator[Any]:
+    try:
+        from stages.runtime import tracking
+    except ImportError:
+        from stages.runtime.run import Reporter
+
+        yield Reporter()
+        return
+    with tracking.open_run(
+        stage.name,
+        fingerprint,
+        work,
+        params={name: _plain(section) for name, section in sections.items()},
+        inputs=inputs,
+        tags={"dvc.stage": os.environ.get("DVC_STAGE", stage.name)},
+    ) as reporter:
+        yield reporter
+
+
+def report(error: BaseException, folder: Path) -> int:
+    """Print an error as its reader needs it; return the exit status."""
+    mistake = _user_error(error)
+    if mistake is not None:
+        print(f"error: {mistake}", file=sys.stderr)
+        return mistake.code
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "error.log"
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    first = (str(error).strip() or "no message").splitlines()[0]
+    print(f"error: {type(error).__name__}: {first}\n  traceback: {log}", file=sys.stderr)
+    return 1
+
+
+def _user_error(error: BaseException | None, depth: int = 0) -> UserError | None:
+    """Find the user's mistake inside the errors that Ray wraps around what a worker raises."""
+    if error is None or isinstance(error, UserError) or depth > 8:
+        return error if isinstance(error, UserError) else None
+    inside = [error.__cause__, getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values()]
+    for each in inside:
+        if isinstance(each, BaseException) and (found := _user_error(each, depth + 1)):
+            return found
+    return None
+
+
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+    raise Stopped(number)
+
+
+def _stopped(number: int) -> int:
+    print(f"Stopped by {signal.Signals(number).name}. The same command resumes.", file=sys.stderr)
+    return 128 + number

@@ -1,0 +1,188 @@
+"""params.yaml, read in one place and checked whole before anything runs.
+
+The dataclasses of models/config.py and stages/config.py say what a section may hold. They are checked from outside,
+so that neither package knows pydantic.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.config import Params
+from stages.errors import UserError
+
+FILE = Path("params.yaml")
+MAX_BYTES = 1_000_000
+MAX_ERRORS = 5
+
+
+def load(path: Path = FILE) -> Params:
+    """Read and check params.yaml."""
+    return check(read(path), path)
+
+
+def read(path: Path = FILE) -> dict[str, Any]:
+    """Read a YAML mapping as DVC reads it. Duplicate keys are refused."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(
+                f"The file holds {path.stat().st_size} bytes.",
+                where=path,
+                fix=f"Settings fit in {MAX_BYTES} bytes; is this the right file?",
+                code=2,
+            )
+        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("The settings are missing.", where=path, fix="Run: vqvae2 config --write", code=2) from None
+    except UnicodeDecodeError:
+        raise UserError("The file is not UTF-8 text.", where=path, fix="Save it as UTF-8.", code=2) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+        raise UserError(
+            f"The file is not valid YAML: {problem}.",
+            where=f"{path}, line {mark.line + 1}" if mark else path,
+            fix="Mend that line, or compose the file anew: vqvae2 config --write",
+            code=2,
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError("The file holds no settings.", where=path, fix="Run: vqvae2 config --write", code=2)
+    return data
+
+
+def check(data: Mapping[str, Any], path: Path = FILE) -> Params:
+    """Check settings: their names, their types, each section by itself, and the sections against each other."""
+    try:
+        # As JSON, so that strict means "no text for a number" and not "no mapping for a dataclass".
+        params = _adapter().validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        letters = [_letter(dict(found)) for found in error.errors()]
+        raise UserError(
+            "\n".join(what for what, _ in letters[:MAX_ERRORS]),
+            where=path,
+            fix="\n       ".join(dict.fromkeys(fix for _, fix in letters[:MAX_ERRORS] if fix)),
+            code=2,
+        ) from None
+    for what, where, fix in _contradictions(params):
+        raise UserError(what, where=f"{path}: {where}", fix=fix, code=2)
+    # Coarse to fine, whatever the order in the file.
+    return dataclasses.replace(params, priors={level: params.priors[level] for level in params.vqvae.levels})
+
+
+def _adapter() -> TypeAdapter[Params]:
+    for kind in _dataclasses(Params):
+        kind.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return TypeAdapter(Params)
+
+
+def _dataclasses(kind: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(kind):
+        yield kind
+        for hint in get_type_hints(kind).values():
+            yield from _dataclasses(hint)
+    elif get_origin(kind) is not None:
+        for argument in get_args(kind):
+            yield from _dataclasses(argument)
+
+
+def _letter(error: dict[str, Any]) -> tuple[str, str]:
+    """Turn one finding of pydantic into what is wrong, and the fix."""
+    place = [str(step) for step in error["loc"]]
+    key = ".".join(place)
+    given = json.dumps(error.get("input"), default=str, ensure_ascii=False)
+    if len(given) > 60:
+        given = given[:57] + "..."
+    match error["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            near = nearest(key)
+            return f"{key} is not a setting.", f"Did you mean {near}?" if near else f"Remove {key}."
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{key} is missing.", "Compose the file anew: vqvae2 config --write"
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}." if key else f"{error['ctx']['error']}.", ""
+        case "dataclass_type" | "dict_type":
+            return f"{key} is {given}; it holds settings of its own.", ""
+        case _:
+            message = error["msg"].removeprefix("Input should be ")
+            return f"{key} is {given}; use {message}.", ""
+
+
+def nearest(key: str) -> str:
+    """Name the setting whose name is closest to an unknown one; "" if none is close."""
+    known = list(_keys(Params, ""))
+    parent, _, leaf = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == _general(parent)]
+    for candidates in (siblings, known):
+        by_leaf = {name.rpartition(".")[2]: name for name in reversed(candidates)}
+        if close := difflib.get_close_matches(leaf, by_leaf, n=1):
+            found = by_leaf[close[0]]
+            return f"{parent}.{close[0]}".lstrip(".") if candidates is siblings else found
+    return ""
+
+
+def _general(key: str) -> str:
+    """Replace the names of levels, which are the user's own, by LEVEL."""
+    steps = key.split(".")
+    for number in range(1, len(steps)):
+        if steps[number - 1] in ("levels", "priors"):
+            steps[number] = "LEVEL"
+    return ".".join(steps)
+
+
+def _keys(kind: Any, prefix: str) -> Iterator[str]:
+    for name, hint in get_type_hints(kind).items():
+        key = f"{prefix}{name}"
+        yield key
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(hint, f"{key}.")
+        elif get_origin(hint) is not None:
+            for argument in filter(dataclasses.is_dataclass, get_args(hint)):
+                yield from _keys(argument, f"{key}.LEVEL.")
+
+
+def _contradictions(params: Params) -> Iterator[tuple[str, str, str]]:
+    """What each section may say, but not together: the sentence, the key, the fix."""
+    levels, priors = params.vqvae.levels, params.priors
+    try:
+        params.vqvae.grids(params.dataset.image_size)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        yield f"{what}.", "dataset.image_size", f"{fix[:1].upper()}{fix[1:]}."
+    for level in levels:
+        if level not in priors:
+            yield (
+                f"vqvae.levels has {_names(levels)}; priors has {_names(priors)}.",
+                "priors",
+                f"Add one: -S '+prior@priors.{level}=pixelcnn'",
+            )
+    for level in priors:
+        if level not in levels:
+            yield (
+                f"priors has {_names(priors)}; vqvae.levels has {_names(levels)}.",
+                f"priors.{level}",
+                f"Add the level {level} to vqvae.levels, or leave out its prior: -S '~prior@priors.{level}'",
+            )
+    yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
+    for level, prior in priors.items():
+        yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
+
+
+def _indivisible(key: str, batch_size: int, workers: int) -> Iterator[tuple[str, str, str]]:
+    if batch_size % workers:
+        below = batch_size // workers * workers
+        yield (
+            f"{key} is {batch_size}, which {workers} workers cannot share evenly.",
+            key,
+            f"Use {f'{below} or ' if below else ''}{below + workers}, or another number of cluster.workers.",
+        )
+
+
+def _names(mapping: Mapping[str, Any]) -> str:
+    return ", ".join(mapping) or "nothing"
