@@ -1,0 +1,35 @@
+"""Promises of the cost counts: they are the published model's, and cost nothing to take."""
+
+import pytest
+import torch
+
+from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
+from models.cost import forward_flops, parameters
+from models.vqvae import VQVAE
+
+
+@pytest.mark.parametrize(
+    ("strides", "image_size", "expected_parameters", "expected_flops"),
+    [
+        ({"top": 8, "bottom": 4}, 256, 1_782_339, 9_546_235_904),  # ImageNet: 1.78 M and 9.55 GFLOP
+        ({"top": 32, "middle": 16, "bottom": 8}, 1024, 3_172_419, 75_984_011_264),  # FFHQ: 3.17 M and 76.0 GFLOP
+    ],
+)
+def test_the_papers_models_cost_what_was_derived_for_them(
+    strides: dict[str, int], image_size: int, expected_parameters: int, expected_flops: int
+):
+    """At the paper's widths, parameters with codebooks and forward operations are exactly these."""
+    with torch.device("meta"):
+        vqvae = VQVAE(VQVAEConfig({name: LevelConfig(stride) for name, stride in strides.items()}))
+        image = torch.empty(1, 3, image_size, image_size)
+    assert parameters(vqvae) == expected_parameters
+    assert forward_flops(lambda: vqvae(image)) == expected_flops
+
+
+def test_a_codebook_counts_once_however_it_learns():
+    """Moving averages or gradients, a codebook is K x D numbers; without quantizing there is none."""
+    counts = {}
+    for mode in ("ema", "loss", "none"):
+        with torch.device("meta"):
+            counts[mode] = parameters(VQVAE(VQVAEConfig({"top": LevelConfig(4)}, QuantizerConfig(mode=mode))))
+    assert counts["ema"] == counts["loss"] == counts["none"] + 512 * 64
