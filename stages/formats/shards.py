@@ -28,11 +28,11 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.formats.listing import SPLITS
 
 KIND = "shards"
 INDEX = "index.parquet"
 REJECTED = "rejected.csv"
-SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # a number that no other image of the data set has
@@ -60,7 +60,7 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One image of the index; the fields are the columns of SCHEMA."""
+    """One image of the index; the fields are the columns of SCHEMA, and plain JSON."""
 
     key: str
     split: str
@@ -68,7 +68,7 @@ class Row(NamedTuple):
     shard: str
     offset: int
     length: int
-    sha256: bytes
+    sha256: str  # in hex
     source: str
 
 
@@ -100,10 +100,9 @@ def write_index(path: Path, shards: Iterable[list[Row]]) -> None:
     """Write the rows of each shard as one row group."""
     with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for rows in shards:
-            columns = [
-                pa.array(column, type) for column, type in zip(zip(*rows, strict=True), SCHEMA.types, strict=True)
-            ]
-            writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(rows))
+            columns = {name: list(column) for name, column in zip(Row._fields, zip(*rows, strict=True), strict=True)}
+            columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"]]
+            writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(rows))
 
 
 class Part(NamedTuple):

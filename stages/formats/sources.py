@@ -8,7 +8,6 @@ more than its first LARGEST_FILE bytes. Names keep any bytes they have (surrogat
 import bz2
 import gzip
 import lzma
-import os
 import stat
 import tarfile
 import zipfile
@@ -181,11 +180,7 @@ class TarSource:
         self._file.seek(0)
         end = 0
         try:
-            try:
-                tar = tarfile.open(fileobj=self._file, mode="r:", tarinfo=_StrictHeader)
-            except tarfile.TarError:
-                raise _not_an_archive(self.path) from None
-            with tar:
+            with tarfile.open(fileobj=self._file, mode="r:", tarinfo=_StrictHeader) as tar:
                 while (info := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps all headers in memory
                     if info.size < 0 or info.offset_data <= end:
@@ -199,6 +194,8 @@ class TarSource:
                         problem = "a link or a device"
                     yield Member(name, info.offset_data, info.size, problem)
         except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError) as error:
+            if not end:
+                raise _not_an_archive(self.path) from None
             raise UserError(
                 f"The tar is damaged or cut short: {error}.", where=self.path, fix="Make or copy it anew.", code=4
             ) from None
@@ -217,6 +214,15 @@ class TarSource:
 _COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
 class _StrictHeader(tarfile.TarInfo):
     """A header that stops the reading where tarfile would end it quietly, loop, or fill the memory."""
 
@@ -230,7 +236,7 @@ class _StrictHeader(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
-        extends = info.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE)  # its contents are read into memory
+        extends = info.type in _EXTENSIONS  # tarfile reads their contents into memory
         if info.size < 0 or (extends and info.size > _LARGEST_HEADER) or info.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError(f"a header of type {info.type!r} and {info.size} bytes")
         return info
