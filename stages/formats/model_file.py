@@ -2,7 +2,7 @@
 
     model.safetensors   the weights; no pickle
     curves.csv          step,name,value: what was measured while it learnt
-    pictures/           what it drew while it learnt
+    *.png               what it draws once it has learnt
     manifest.json       meta: the network's settings, the grids, the classes, and the digests of what it learnt from
 
 The digest of the folder (see artifact.py) is the model's fingerprint: codes name the VQ-VAE that made them by it.
@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,7 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import Artifact
 
+Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS = "model.safetensors"
 CURVES = "curves.csv"
 
@@ -37,7 +38,7 @@ def write(
     meta: Mapping[str, Any],
     *,
     history: list[dict[str, Any]],
-    pictures: Path,
+    pictures: Mapping[str, bytes],
 ) -> None:
     """Commit a model folder of `kind` "vqvae" or "prior"."""
     with artifact.writing(folder, kind, dict(meta)) as out:
@@ -46,10 +47,8 @@ def write(
             rows = csv.DictWriter(file, ["step", "name", "value"], lineterminator="\n")
             rows.writeheader()
             rows.writerows(history)
-        if pictures.is_dir():
-            (out / "pictures").mkdir()
-            for picture in sorted(pictures.glob("*.png")):
-                (out / "pictures" / picture.name).write_bytes(picture.read_bytes())
+        for name, png in pictures.items():
+            (out / f"{name}.png").write_bytes(png)
 
 
 def load_vqvae(folder: Path) -> tuple[VQVAE, Artifact]:
@@ -64,7 +63,7 @@ def load_prior(folder: Path, level: str) -> tuple[Prior, Artifact]:
     found = artifact.read(folder, "prior", f"prior_{level}")
     config = _config(PriorConfig, found.meta["network"], folder)
     meta = found.meta
-    coarser = {name: Grid(*grid) for name, grid in meta["coarser"].items()}
+    coarser = {name: Grid(**grid) for name, grid in meta["coarser"].items()}
     prior = build(
         config, entries=meta["entries"], grid=tuple(meta["grid"]), coarser=coarser, classes=len(meta["classes"])
     )
@@ -89,7 +88,7 @@ def _config(kind: type, settings: Any, folder: Path) -> Any:
         ) from error
 
 
-def _with_weights[Network: nn.Module](network: Network, found: Artifact) -> Network:
+def _with_weights(network: Network, found: Artifact) -> Network:
     found.verify(WEIGHTS)
     network.load_state_dict(load_file(found.path(WEIGHTS)))
     return network.eval().requires_grad_(False)

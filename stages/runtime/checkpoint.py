@@ -71,9 +71,7 @@ class Checkpoints:
         self.wait()
         # A copy on the CPU: the next steps change the tensors in place. Contiguous: safetensors stores no strides,
         # and tensors that share storage are written apart.
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()
-        }
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(

@@ -78,7 +78,7 @@ def _started(config: ClusterConfig) -> Iterator[str]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    context = ray.init(
+    ray.init(
         address="local",
         # One CPU more than the workers take: the processes that only coordinate must never wait for one.
         num_cpus=int(config.workers * config.cpus_per_worker) + 1,
@@ -88,7 +88,7 @@ def _started(config: ClusterConfig) -> Iterator[str]:
         log_to_driver=False,
     )
     try:
-        yield context.address_info["gcs_address"]
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
 

@@ -8,23 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import cluster
-from stages.runtime.loop import Stopped, Worker
+from stages.runtime.checkpoint import Checkpoints
+from stages.runtime.loop import Stopped, Worker, under
 from stages.runtime.run import Reporter, Run
 
 STOP = "stop"  # a file of this name in the work folder asks the workers to save and end
 POLL_SECONDS = 0.5
 
 
-class Learn(Protocol):
-    """What each worker does: build its objective and data, and call loop.train."""
-
-    def __call__(self, *, worker: Worker, run: Run, **arguments: Any) -> None: ...
+Learn = Callable[..., None]  # what each worker does, given worker, run and its arguments by name: it calls loop.train
 
 
 def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
@@ -56,7 +56,10 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             run_config=RunConfig(
                 name=name,
                 storage_path=str(run.work / "ray"),
-                failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),
+                failure_config=FailureConfig(  # a controller that fails is retried without end unless told otherwise
+                    max_failures=config.max_failures,
+                    controller_failure_limit=3,  # type: ignore[call-arg]
+                ),
             ),
         )
         try:
@@ -73,6 +76,25 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             ) from error
         finally:
             shutil.rmtree(run.work / "ray", ignore_errors=True)
+
+
+def trained(
+    learn: Learn, arguments: Mapping[str, Any], config: TrainConfig, *, run: Run
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Train to the last step, or find that done; return the weights to keep, averaged if so asked, and the curves."""
+    checkpoints = Checkpoints(run.work, run.fingerprint, config.keep_checkpoints, run.reporter.note)
+    state = checkpoints.latest()
+    if state is None or state.step < config.steps:
+        fit(learn, arguments, run=run)
+        state = checkpoints.latest()
+    if state is None or state.step < config.steps:
+        raise UserError(
+            f"Training ended at step {state.step if state else 0} of {config.steps}.",
+            where=run.work,
+            fix="Run the same command again; it goes on from the newest checkpoint.",
+        )
+    prefix = "averaged.module." if config.averaging else "network."
+    return dict(under(prefix, state.tensors)), state.history
 
 
 class QueueReporter(Reporter):
@@ -170,6 +192,3 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 def _last_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-
-
-Entry = Callable[..., None]

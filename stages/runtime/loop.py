@@ -23,7 +23,7 @@ from stages.errors import UserError
 from stages.runtime.checkpoint import Checkpoints, State
 from stages.runtime.run import Reporter
 
-Totals = dict[str, Tensor]  # name -> (sum, weight): two numbers that add up; their quotient is the mean
+Totals = dict[str, Tensor]  # sums of one or more numbers under a name; they add up, over batches and over workers
 
 
 class Stopped(Exception):
@@ -54,7 +54,10 @@ class Objective(nn.Module):
     """A network, what a batch costs it, and how well it does on images it does not learn from."""
 
     network: nn.Module
-    measured: tuple[str, ...]  # names of the totals that `forward` and `measure` return, the same on every worker
+
+    def zeros(self) -> Totals:
+        """Begin to add up what `forward` and `measure` return."""
+        raise NotImplementedError
 
     def forward(self, batch: Any, step: int, worker: Worker) -> Step:
         raise NotImplementedError
@@ -62,13 +65,13 @@ class Objective(nn.Module):
     def absorb(self, sums: list[Tensor]) -> None:
         """Learn what is not learnt by gradients."""
 
-    def measure(self, network: nn.Module, batch: Any) -> Totals:
+    def measure(self, network: nn.Module, batch: Any, worker: Worker) -> Totals:
         """Add up what is measured on a batch, under any weights."""
         raise NotImplementedError
 
-    def derive(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Compute from means what is no mean itself, such as PSNR."""
-        return {}
+    def summarize(self, totals: Totals) -> dict[str, float]:
+        """Divide sums over all batches and workers, once."""
+        raise NotImplementedError
 
     def pictures(self, network: nn.Module) -> dict[str, bytes]:
         """Draw what shows how far the network is, as PNG."""
@@ -97,7 +100,7 @@ def train(
 
     Raises Stopped after saving when the run is asked to stop, and UserError when the loss is no longer finite.
     """
-    objective.to(worker.device, memory_format=torch.channels_last)
+    objective.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(objective.network.parameters(), lr=config.learning_rate)
     averaged = _averaged(objective.network, config.averaging)
     resumed = checkpoints.latest()
@@ -119,7 +122,7 @@ def train(
     wrapped = worker.wrap(objective)
     if config.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-    since, clock, logged = _Sums(objective.measured), time.monotonic(), start
+    since, clock, logged = _Sums(objective), time.monotonic(), start
     for step, batch in enumerate(data.training(start), start):
         objective.train()
         torch.manual_seed(_mix(seed, step, worker.rank))
@@ -142,15 +145,14 @@ def train(
         done = step + 1
         stopping = False
         if done % config.log_every == 0 or done == config.steps:
-            values = since.means(worker)
+            values = since.summary(worker)
             stopping = _any(worker.stopping(), worker)
             _check_finite(values, done)
-            values |= objective.derive(values)
             rate = config.batch_size * (done - logged) / max(time.monotonic() - clock, 1e-9)
             record(done, {f"train/{name}": value for name, value in values.items()})
             reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, done)
             reporter.progress(done, config.steps, "step", {**values, "images/s": rate})
-            since, clock, logged = _Sums(objective.measured), time.monotonic(), done
+            since, clock, logged = _Sums(objective), time.monotonic(), done
         if done % config.evaluate_every == 0 or done == config.steps:
             network = objective.network if averaged is None else averaged.module
             for split, batches in data.evaluation.items():
@@ -171,13 +173,12 @@ def evaluate(objective: Objective, network: nn.Module, batches: Iterable[Any], w
     """Measure a network over all workers' batches; workers may hold unequal numbers of them."""
     was_training = network.training
     network.eval()
-    sums = _Sums(objective.measured)
+    sums = _Sums(objective)
     with torch.inference_mode():
         for batch in batches:
-            sums.add(objective.measure(network, batch))
+            sums.add(objective.measure(network, batch, worker))
     network.train(was_training)
-    values = sums.means(worker)
-    return values | objective.derive(values)
+    return sums.summary(worker)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -199,17 +200,18 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 class _Sums:
     """Totals over batches, then over workers, then divided once. A worker without batches adds zeros."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.totals: Totals = {name: torch.zeros(2, dtype=torch.float64) for name in names}
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.totals = objective, {k: v.double() for k, v in objective.zeros().items()}
 
     def add(self, totals: Totals) -> None:
         for name, total in totals.items():
             self.totals[name] = self.totals[name].to(total.device) + total.detach()
 
-    def means(self, worker: Worker) -> dict[str, float]:
-        together = torch.stack([total.to(worker.device) for total in self.totals.values()])
+    def summary(self, worker: Worker) -> dict[str, float]:
+        together = torch.cat([total.to(worker.device) for total in self.totals.values()])
         worker.reduce(together)
-        return {name: (total / weight).item() for name, (total, weight) in zip(self.totals, together, strict=True)}
+        lengths = [len(total) for total in self.totals.values()]
+        return self.objective.summarize(dict(zip(self.totals, together.cpu().split(lengths), strict=True)))
 
 
 def _any(flag: bool, worker: Worker) -> bool:
@@ -250,17 +252,18 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     averaged: AveragedModel | None,
 ) -> None:
-    network.load_state_dict(dict(_under("network.", tensors)))
+    network.load_state_dict(dict(under("network.", tensors)))
     if averaged is not None:
-        averaged.load_state_dict(dict(_under("averaged.", tensors)))
+        averaged.load_state_dict(dict(under("averaged.", tensors)))
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under("optimizer.", tensors):
+    for name, tensor in under("optimizer.", tensors):
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Name the tensors of one part of a state without its prefix."""
     return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
 
 

@@ -15,7 +15,7 @@ class Pick(NamedTuple):
     """One place in the stream: its position, which also seeds augmentation, and the image that stands there."""
 
     position: int
-    index: int
+    image: int
 
 
 class Order:

@@ -6,7 +6,7 @@ names that the part decides; so a rerun makes the same bytes, and finds finished
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from stages.errors import UserError
 from stages.runtime import cluster
 from stages.runtime.run import Run
 
-Part = Mapping[str, Any]
-Result = Mapping[str, Any]  # arrays, and what JSON holds
+Part = dict[str, Any]
+Result = dict[str, Any]  # arrays, and what JSON holds
 
 
 def map_parts(
@@ -47,7 +47,7 @@ def map_parts(
         context.print_on_execution_start = False
         rows = [{"number": number, "part": json.dumps(dict(part))} for number, part in enumerate(parts)]
         mapped = ray.data.from_items(rows, override_num_blocks=len(parts)).map(
-            _Call,
+            _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
             fn_constructor_args=(worker, arguments, max(1, int(config.cpus_per_worker))),
             compute=ActorPoolStrategy(min_size=1, max_size=min(config.workers, len(parts))),
             num_cpus=config.cpus_per_worker,

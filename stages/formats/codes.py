@@ -1,0 +1,153 @@
+"""Codes in Parquet: one row per image and copy, a grid of codes per level.
+
+    {split}-{number:05d}.parquet    as the shards they come from
+        key      string             the image's key in its shard
+        copy     uint16             0: the image as it is; 1, 2, ...: augmented copies of it
+        label    int32              index into the classes; -1 where there are none
+        <level>  fixed-shape tensor of uint16, H x W, for each level coarse to fine
+    manifest.json   meta: levels (entries, grid), classes, and the digest of the VQ-VAE that made them
+
+Codes are dictionary-encoded, so that Parquet stores one of 512 entries in 9 bits, and every page carries a checksum
+that is verified when it is read. Plain pyarrow and Ray Data read the files; see docs/formats.md.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.priors import Grid
+from stages.errors import UserError
+from stages.formats import artifact
+from stages.formats.artifact import Artifact
+
+KIND = "codes"
+ROWS_PER_GROUP = 16_384  # large enough that each group's own dictionary of entries weighs little
+
+
+@dataclass(frozen=True)
+class CodeSet:
+    """The codes of one split, in memory."""
+
+    codes: Mapping[str, np.ndarray]  # level -> (N, H, W) uint16
+    labels: np.ndarray  # (N,) int64, -1 without classes
+    copies: np.ndarray  # (N,) uint16
+    keys: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def plain(self) -> "CodeSet":
+        """Leave out augmented copies."""
+        return self.take(np.flatnonzero(self.copies == 0))
+
+    def take(self, rows: np.ndarray) -> "CodeSet":
+        """Keep the rows at these places, in this order."""
+        return CodeSet(
+            {level: codes[rows] for level, codes in self.codes.items()},
+            self.labels[rows],
+            self.copies[rows],
+            [self.keys[row] for row in rows],
+        )
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A folder of codes."""
+
+    found: Artifact
+    levels: Mapping[str, Grid]  # coarse to fine
+    classes: tuple[str, ...]
+    vqvae: str  # digest of the VQ-VAE that made them
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.rsplit("-", 1)[0] for name in self.files()))
+
+    def files(self, split: str = "") -> list[str]:
+        """Name the Parquet files, of one split or of all."""
+        return [name for name in self.found.files if name.endswith(".parquet") and name.startswith(split)]
+
+    def split(self, split: str) -> CodeSet:
+        """Read all codes of a split, verifying every page's checksum and every code's range."""
+        tables = [_read(self.found.path(name), self.levels) for name in self.files(f"{split}-")]
+        if not tables:
+            raise UserError(f"There are no codes of split {split!r}.", where=self.found.folder, code=4)
+        table = pa.concat_tables(tables)
+        return CodeSet(
+            {level: _grids(table, level, shape) for level, shape in self.levels.items()},
+            table["label"].to_numpy().astype(np.int64),
+            table["copy"].to_numpy(),
+            table["key"].to_pylist(),
+        )
+
+
+def open_codes(folder: Path) -> Codes:
+    """Open a folder of codes."""
+    found = artifact.read(folder, KIND, "codes")
+    meta = found.meta
+    levels = {name: Grid(**shape) for name, shape in meta["levels"].items()}
+    return Codes(found, levels, tuple(meta["classes"]), meta["vqvae"])
+
+
+def write_part(
+    path: Path,
+    levels: Mapping[str, Grid],
+    codes: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    copies: np.ndarray,
+    keys: Sequence[str],
+    meta: Mapping[str, Any],
+) -> None:
+    """Write one file of codes under a temporary name, then rename it. `meta` is kept in the file's own schema."""
+    columns: dict[str, pa.Array] = {
+        "key": pa.array(keys, pa.string()),
+        "copy": pa.array(copies, pa.uint16()),
+        "label": pa.array(labels, pa.int32()),
+    }
+    for level, shape in levels.items():
+        grids = np.ascontiguousarray(codes[level], dtype=np.uint16).reshape(-1, shape.height, shape.width)
+        columns[level] = pa.FixedShapeTensorArray.from_numpy_ndarray(grids)
+    table = pa.table(columns).replace_schema_metadata({"vqvae2": json.dumps(dict(meta))})
+    temporary = path.with_name(f".{path.name}.writing")
+    pq.write_table(
+        table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True, store_schema=True
+    )
+    temporary.replace(path)
+
+
+def _read(path: Path, levels: Mapping[str, Grid]) -> pa.Table:
+    fix = "Run: vqvae2 run --stage codes --force"
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, memory_map=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"The codes cannot be read: {error}", where=path, fix=fix, code=4) from error
+    for level, shape in levels.items():
+        expected = pa.fixed_shape_tensor(pa.uint16(), (shape.height, shape.width))
+        found = table.schema.field(level).type if level in table.schema.names else "nothing"
+        if found != expected:
+            raise UserError(f"Column {level} holds {found}, not {expected}.", where=path, fix=fix, code=4)
+        grids = _grids(table, level, shape)
+        if grids.size and grids.max() >= shape.entries:
+            raise UserError(
+                f"Column {level} holds code {grids.max()}, but its codebook has {shape.entries} entries.",
+                where=path,
+                fix=fix,
+                code=4,
+            )
+    return table
+
+
+def _grids(table: pa.Table, level: str, shape: Grid) -> np.ndarray:
+    chunks = [chunk.to_numpy_ndarray() for chunk in _chunks(table[level])]
+    empty = np.empty((0, shape.height, shape.width), np.uint16)
+    return np.concatenate(chunks) if chunks else empty
+
+
+def _chunks(column: pa.ChunkedArray) -> Iterator[pa.FixedShapeTensorArray]:
+    return (chunk for chunk in column.chunks if len(chunk))

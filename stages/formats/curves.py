@@ -1,0 +1,38 @@
+"""What was measured while a network learnt: rows of step, name and value, and what DVC shows of them."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]  # step, name such as "validation/mse", value
+
+
+def write_metrics(path: Path, values: Mapping[str, Any]) -> None:
+    """Write numbers as JSON for `dvc metrics show`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def last(rows: Rows) -> dict[str, dict[str, float]]:
+    """Give the last value of each name, split by split."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        split, _, name = row["name"].partition("/")
+        values.setdefault(split, {})[name] = row["value"]
+    return values
+
+
+def write_plot(path: Path, rows: Rows) -> None:
+    """Write curves as CSV for `dvc plots`: one line per step and split, one column per measurement."""
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in rows:
+        split, _, name = row["name"].partition("/")
+        lines.setdefault((row["step"], split), {"step": row["step"], "split": split})[name] = row["value"]
+    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines.values())

@@ -1,0 +1,213 @@
+"""Train the hierarchical VQ-VAE.
+
+reads   shards   image shards                       formats/shards.py
+writes  out      the trained VQ-VAE                 formats/model_file.py
+        metrics  its last measurements              formats/curves.py
+        plots    its curves                         formats/curves.py
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from models.config import VQVAEConfig
+from models.quantizer import CodebookSums, Share, perplexity
+from models.vqvae import VQVAE
+from stages.augment import augment as augmented
+from stages.config import AugmentConfig, TrainConfig
+from stages.formats import curves, model_file
+from stages.formats.shards import ImageSet, Shards, open_shards
+from stages.pictures import sheet, to_bytes
+from stages.runtime.checkpoint import Checkpoints
+from stages.runtime.fit import trained
+from stages.runtime.loop import Data, Objective, Step, Totals, Worker, train
+from stages.runtime.order import Batches, Order, Pick
+from stages.runtime.run import Run
+
+SHOWN = 16  # images in the picture of reconstructions
+
+
+def run(
+    shards: Path,
+    out: Path,
+    metrics: Path,
+    plots: Path,
+    *,
+    vqvae: VQVAEConfig,
+    augment: AugmentConfig,
+    train_vqvae: TrainConfig,
+    seed: int,
+    run: Run,
+) -> None:
+    """Train on the shards' training images; measure on their validation images."""
+    images = open_shards(shards)
+    images.verify()
+    grids = vqvae.grids(images.image_size)
+    arguments = {
+        "shards": shards.absolute(),
+        "vqvae": vqvae,
+        "augment": augment,
+        "train_vqvae": train_vqvae,
+        "seed": seed,
+    }
+    weights, history = trained(learn, arguments, train_vqvae, run=run)
+    network = VQVAE(vqvae)
+    network.load_state_dict(weights)
+    meta = {
+        "network": model_file.network_meta(vqvae),
+        "image_size": images.image_size,
+        "grids": grids,
+        "classes": list(images.classes),
+        "shards": images.digest,
+    }
+    drawn = draw(network.eval(), _shown(images))
+    model_file.write(out, "vqvae", weights, meta, history=history, pictures=drawn)
+    curves.write_metrics(metrics, curves.last(history))
+    curves.write_plot(plots, history)
+
+
+def learn(
+    *,
+    worker: Worker,
+    run: Run,
+    shards: Path,
+    vqvae: VQVAEConfig,
+    augment: AugmentConfig,
+    train_vqvae: TrainConfig,
+    seed: int,
+) -> None:
+    """Be one of the workers that train together."""
+    images = open_shards(shards)
+    torch.manual_seed(seed)
+    objective = Reconstruct(VQVAE(vqvae), _shown(images), train_vqvae.batch_size, seed)
+    checkpoints = Checkpoints(run.work, run.fingerprint, train_vqvae.keep_checkpoints, run.reporter.note)
+    data = _data(images, augment, train_vqvae, seed, worker, run.cluster.loader_workers)
+    train(objective, data, train_vqvae, seed=seed, worker=worker, checkpoints=checkpoints, reporter=run.reporter)
+
+
+class Reconstruct(Objective):
+    """Reconstruct images, and let the codebooks follow the encoder."""
+
+    network: VQVAE
+
+    def __init__(self, network: VQVAE, shown: np.ndarray, batch_size: int, seed: int):
+        super().__init__()
+        self.network, self.shown, self.batch_size, self.seed = network, shown, batch_size, seed
+
+    def zeros(self) -> Totals:
+        usage = {f"usage/{name}": torch.zeros(level.entries) for name, level in self.network.config.levels.items()}
+        return {"values": torch.zeros(1), "squared": torch.zeros(1), "commitment": torch.zeros(1), **usage}
+
+    def forward(self, batch: Tensor, step: int, worker: Worker) -> Step:
+        images = floats(batch, worker.device)
+        share = Share(self.seed, step, worker.rank * len(images), self.batch_size)
+        output = self.network(images, share)
+        loss = self.network.objective(output, images)
+        sums = [tensor for level in output.levels.values() for tensor in level.sums]
+        # Cloned: the loop adds up the sums over workers in place, and later these totals once more.
+        usage = {f"usage/{name}": level.sums.counts.clone() for name, level in output.levels.items()}
+        return Step(loss.total, sums, _totals(images, loss.reconstruction, loss.commitment) | usage)
+
+    def absorb(self, sums: list[Tensor]) -> None:
+        names, width = self.network.config.levels, len(CodebookSums._fields)
+        parts = (CodebookSums(*sums[start : start + width]) for start in range(0, len(sums), width))
+        self.network.absorb(dict(zip(names, parts, strict=True)))
+
+    def measure(self, network: nn.Module, batch: Tensor, worker: Worker) -> Totals:
+        images = floats(batch, worker.device)
+        output = network(images)
+        loss = self.network.objective(output, images)
+        usage = {f"usage/{name}": level.sums.counts for name, level in output.levels.items()}
+        return _totals(images, loss.reconstruction, loss.commitment) | usage
+
+    def summarize(self, totals: Totals) -> dict[str, float]:
+        values, squared, commitment = (totals[name].item() for name in ("values", "squared", "commitment"))
+        mse = squared / values
+        spread = {
+            f"perplexity_{name}": perplexity(totals[f"usage/{name}"]) if totals[f"usage/{name}"].any() else 0.0
+            for name in self.network.config.levels
+        }
+        # Pixels lie in [-1, 1]: their range is 2.
+        return {"mse": mse, "psnr": 10 * math.log10(4 / max(mse, 1e-12)), "commitment": commitment / values, **spread}
+
+    def pictures(self, network: nn.Module) -> dict[str, bytes]:
+        return draw(network, self.shown)
+
+
+def draw(network: nn.Module, images: np.ndarray) -> dict[str, bytes]:
+    """Draw images (N, H, W, 3) above their reconstructions from one level, two, and so on to all."""
+    assert isinstance(network, VQVAE)
+    device = next(network.parameters()).device
+    with torch.inference_mode():
+        batch = floats(torch.from_numpy(images), device)
+        if network.config.quantizer.mode == "none":  # there are no codes to decode
+            rows = [network(batch).reconstruction]
+        else:
+            codes = network.encode(batch)
+            names = list(codes)
+            rows = [network.decode({name: codes[name] for name in names[:n]}, "mean") for n in range(1, len(names) + 1)]
+    shown = np.concatenate([images, *(to_bytes(row.float().cpu().numpy()) for row in rows)])
+    return {"reconstructions": sheet(shown, columns=len(images))}
+
+
+def floats(images: Tensor, device: torch.device) -> Tensor:
+    """Turn a (B, H, W, 3) batch of bytes into (B, 3, H, W) floats in [-1, 1]."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class TrainingImages(Dataset[Tensor]):
+    """Training images by their place in the stream, augmented as that place decides."""
+
+    def __init__(self, images: ImageSet, config: AugmentConfig, seed: int):
+        self.images, self.config, self.seed = images, config, seed
+
+    def __getitem__(self, pick: Pick) -> Tensor:
+        image = augmented(self.images.read(pick.image), self.config, self.seed, pick.position)
+        return torch.from_numpy(np.array(image))  # a copy of its own: a flipped view cannot become a tensor
+
+
+class PlainImages(Dataset[Tensor]):
+    """Images as they are, by their number."""
+
+    def __init__(self, images: ImageSet, numbers: range):
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return torch.from_numpy(np.array(self.images.read(self.numbers[place])))
+
+
+def _data(
+    images: Shards, augment: AugmentConfig, config: TrainConfig, seed: int, worker: Worker, loader_workers: int
+) -> Data:
+    order = Order(len(images.split("train")), seed)
+    training = TrainingImages(images.split("train"), augment, seed)
+
+    def steps(start: int) -> DataLoader[Tensor]:
+        batches = Batches(
+            order, config.batch_size, start=start, stop=config.steps, rank=worker.rank, workers=worker.count
+        )
+        return DataLoader(training, batch_sampler=batches, num_workers=loader_workers)
+
+    def held_out(split: ImageSet) -> DataLoader[Tensor]:
+        numbers = range(worker.rank, min(len(split), config.evaluate_images), worker.count)
+        return DataLoader(PlainImages(split, numbers), batch_size=config.batch_size, num_workers=loader_workers)
+
+    validation = images.split("validation")
+    return Data(steps, {"validation": lambda: held_out(validation)} if len(validation) else {})
+
+
+def _shown(images: Shards) -> np.ndarray:
+    split = images.split("validation") if len(images.split("validation")) else images.split("train")
+    return np.stack([split.read(number) for number in range(min(SHOWN, len(split)))])
+
+
+def _totals(images: Tensor, reconstruction: Tensor, commitment: Tensor) -> Totals:
+    values = torch.full((1,), float(images.numel()), device=images.device)
+    return {"values": values, "squared": reconstruction.detach() * values, "commitment": commitment.detach() * values}

@@ -1,0 +1,89 @@
+"""Checkpoints are whole, intact and this run's own, or they are not used."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.errors import UserError
+from stages.formats.artifact import MANIFEST
+from stages.runtime.checkpoint import Checkpoints, State
+
+
+def state(step: int) -> State:
+    return State(step, {"weight": torch.full((4,), float(step))}, [{"step": step, "name": "train/x", "value": 0.5}])
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, notes: list[str]) -> Checkpoints:
+    kept = Checkpoints(tmp_path, "print", keep=2, note=notes.append)
+    for step in (5, 10):
+        kept.save(state(step))
+    kept.wait()
+    return kept
+
+
+def test_what_was_saved_last_is_read_back(checkpoints: Checkpoints):
+    """Step, tensors and history return as they were."""
+    found = checkpoints.latest()
+    assert found is not None and found.step == 10 and found.history == state(10).history
+    torch.testing.assert_close(found.tensors["weight"], torch.full((4,), 10.0), rtol=0, atol=0)
+
+
+def test_only_the_newest_are_kept(checkpoints: Checkpoints, tmp_path: Path):
+    """Older ones go once a newer one is whole."""
+    checkpoints.save(state(15))
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000010", "step-000000015"]
+
+
+@pytest.mark.parametrize("byte", range(0, 400, 7))
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
+    checkpoints: Checkpoints, tmp_path: Path, notes: list[str], byte: int
+):
+    """No damaged state is ever loaded, and the loss is told."""
+    path = tmp_path / "step-000000010" / "state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[byte % len(data)] ^= 1
+    path.write_bytes(data)
+    found = checkpoints.latest()
+    assert found is not None and found.step == 5
+    assert "5 steps are lost" in notes[-1]
+    assert (tmp_path / "step-000000010.damaged").is_dir()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "state.safetensors", "history.json"])
+def test_a_missing_file_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, tmp_path: Path, name: str):
+    """A checkpoint is whole or absent."""
+    (tmp_path / "step-000000010" / name).unlink()
+    found = checkpoints.latest()
+    assert found is not None and found.step == 5
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(checkpoints: Checkpoints, tmp_path: Path):
+    """The fingerprint decides, not the folder."""
+    assert Checkpoints(tmp_path, "another", keep=2).latest() is None
+
+
+def test_weights_that_are_not_finite_are_never_kept(checkpoints: Checkpoints):
+    """The state before stays the newest."""
+    with pytest.raises(UserError, match="not finite at step 15"):
+        checkpoints.save(State(15, {"weight": torch.tensor([1.0, float("nan")])}, []))
+    found = checkpoints.latest()
+    assert found is not None and found.step == 10
+
+
+def test_tensors_are_kept_as_they_were_when_saved(tmp_path: Path):
+    """Steps that go on while the file is being written change nothing in it."""
+    weight = torch.zeros(1000)
+    checkpoints = Checkpoints(tmp_path, "print", keep=1)
+    checkpoints.save(State(1, {"weight": weight}, []))
+    weight += 1
+    checkpoints.wait()
+    found = checkpoints.latest()
+    assert found is not None and not found.tensors["weight"].any()

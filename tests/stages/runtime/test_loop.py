@@ -1,0 +1,159 @@
+"""The training loop, without Ray: it resumes to the same bits, and only sums cross workers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.config import TrainConfig
+from stages.errors import UserError
+from stages.runtime.checkpoint import Checkpoints, State
+from stages.runtime.loop import Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
+from stages.runtime.order import Batches, Order
+from stages.runtime.run import Reporter
+
+IMAGES = torch.randn(23, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Network(nn.Module):
+    """A layer that learns by gradients, dropout that draws, and a mean that learns by sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(self.dropout(images - self.mean))
+
+
+class Toy(Objective):
+    """Reconstruct vectors."""
+
+    network: Network
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = Network()
+
+    def zeros(self) -> Totals:
+        return {"squared": torch.zeros(1), "images": torch.zeros(1)}
+
+    def forward(self, batch: Tensor, step: int, worker: Worker) -> Step:
+        totals = self.measure(self.network, batch, worker)
+        return Step(totals["squared"].sum() / len(batch), [batch.sum(0), torch.tensor([len(batch)])], totals)
+
+    def absorb(self, sums: list[Tensor]) -> None:
+        self.network.mean.lerp_(sums[0] / sums[1], 0.1)
+
+    def measure(self, network: nn.Module, batch: Tensor, worker: Worker) -> Totals:
+        squared = (network(batch) - batch).square().mean(1).sum()
+        return {"squared": squared[None], "images": torch.tensor([float(len(batch))])}
+
+    def summarize(self, totals: Totals) -> dict[str, float]:
+        return {"mse": (totals["squared"] / totals["images"]).item()}
+
+
+CONFIG = TrainConfig(
+    steps=20, batch_size=4, averaging=0.9, schedule="cosine", warmup_steps=3, clip=1.0,
+    log_every=2, evaluate_every=5, checkpoint_every=4, keep_checkpoints=3,
+)  # fmt: skip
+
+
+class Killed(Exception):
+    """Stands for a process that dies."""
+
+
+def data(die_at: int = -1) -> Data:
+    def steps(start: int) -> Iterator[Tensor]:
+        for number, picks in enumerate(Batches(Order(23, 0), 4, start=start, stop=20, rank=0, workers=1), start):
+            if number == die_at:
+                raise Killed
+            yield IMAGES[[pick.image for pick in picks]]
+
+    return Data(steps, {"validation": lambda: iter(IMAGES.split(8))})
+
+
+def run(folder: Path, die_at: int = -1, worker: Worker = Worker(), config: TrainConfig = CONFIG) -> State:  # noqa: B008
+    checkpoints = Checkpoints(folder, "print", keep=3)
+    try:
+        train(Toy(), data(die_at), config, seed=0, worker=worker, checkpoints=checkpoints, reporter=Reporter())
+    finally:
+        checkpoints.wait()
+    state = checkpoints.latest()
+    assert state is not None
+    return state
+
+
+def assert_equal(left: State, right: State) -> None:
+    assert left.step == right.step and left.history == right.history
+    assert left.tensors.keys() == right.tensors.keys()
+    for name in left.tensors:
+        assert torch.equal(left.tensors[name], right.tensors[name]), name
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> State:
+    return run(tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 3, 4, 5, 6, 11, 19])
+def test_a_run_killed_at_any_step_ends_in_the_bits_of_an_unbroken_one(tmp_path: Path, unbroken: State, die_at: int):
+    """Weights, averages, moments, learnt sums and curves are equal, not close."""
+    with pytest.raises(Killed):
+        run(tmp_path, die_at)
+    assert_equal(run(tmp_path), unbroken)
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, unbroken: State):
+    """Twice resumed is once resumed."""
+    for die_at in (5, 9, 13, 17):
+        with pytest.raises(Killed):
+            run(tmp_path, die_at)
+    assert_equal(run(tmp_path), unbroken)
+
+
+def test_every_part_of_the_state_matters(tmp_path: Path, unbroken: State):
+    """Change any tensor of a checkpoint and the end differs: the equality above is able to fail."""
+    with pytest.raises(Killed):
+        run(tmp_path / "origin", 9)
+    origin = Checkpoints(tmp_path / "origin", "print", keep=3).latest()
+    assert origin is not None
+    for name, tensor in origin.tensors.items():
+        if name == "averaged.module.mean":  # a copy of network.mean, made anew each step
+            continue
+        changed = tensor + 1 if not tensor.is_floating_point() else tensor + 0.01
+        folder = tmp_path / name
+        checkpoints = Checkpoints(folder, "print", keep=3)
+        checkpoints.save(State(origin.step, {**origin.tensors, name: changed}, origin.history))
+        checkpoints.wait()
+        end = run(folder)
+        assert any(not torch.equal(end.tensors[key], unbroken.tensors[key]) for key in end.tensors), name
+
+
+def test_a_run_asked_to_stop_saves_at_that_step_and_goes_on_from_it(tmp_path: Path, unbroken: State):
+    """No step is lost."""
+    with pytest.raises(Stopped, match="step 2"):
+        run(tmp_path, worker=Worker(stopping=lambda: True))
+    saved = Checkpoints(tmp_path, "print", keep=3).latest()
+    assert saved is not None and saved.step == 2
+    assert_equal(run(tmp_path), unbroken)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp_path: Path):
+    """The message names the number and the step; the state before stays."""
+    with pytest.raises(UserError, match=r"mse became .* by step"):
+        bad = TrainConfig(steps=20, batch_size=4, learning_rate=1e30, log_every=2, checkpoint_every=4)
+        run(tmp_path, config=bad)
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    """Linear warm-up, half a cosine, as the steps say."""
+    rates = [learning_rate(CONFIG, step) for step in range(20)]
+    assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4])
+    assert all(later < earlier for earlier, later in zip(rates[3:], rates[4:], strict=False))
+    assert rates[-1] < 0.02 * CONFIG.learning_rate
