@@ -5,7 +5,7 @@ B grids, H x W positions, K entries, C channels.
 Source: Razavi et al. 2019, section 3.2 and algorithm 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -22,10 +22,12 @@ from models.priors.layers import GatedBlock, RasterConv, vertical
 class VerticalStack(nn.Module):
     """Features of the rows above each position, of every column: what a causal kernel's widening cone would miss."""
 
+    blocks: Sequence[GatedBlock[RasterConv]]
+
     def __init__(self, config: PriorConfig, *, condition: int, classes: int) -> None:
         super().__init__()
         self.stem = vertical(config.channels, config.channels, config.kernel, strict=True)
-        self.blocks = nn.ModuleList(
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
             GatedBlock(
                 config.channels,
                 vertical(config.channels, config.residual_channels, config.kernel),
@@ -58,6 +60,10 @@ class Prior(nn.Module):
 
     two_stacks: ClassVar[bool] = False  # whether a vertical stack stands beside the convolutions
     positions: Tensor
+    # torch's lists of modules do not say what they hold; these lines do, for the type checker.
+    blocks: Sequence[GatedBlock[RasterConv]]
+    attentions: Sequence[StrictAttention]
+    output: Sequence[GatedBlock[nn.Linear]]
 
     @staticmethod
     def convolution(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
@@ -88,7 +94,7 @@ class Prior(nn.Module):
         self.stem = self.convolution(channels, channels, kernel, strict=True)
         self.position = nn.Linear(2, channels, bias=False)
         self.vertical = VerticalStack(config, condition=condition, classes=classes) if self.two_stacks else None
-        self.blocks = nn.ModuleList(
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
             GatedBlock(
                 channels,
                 self.convolution(channels, hidden, kernel),
@@ -99,10 +105,10 @@ class Prior(nn.Module):
             )
             for _ in range(config.layers)
         )
-        self.attentions = nn.ModuleList(
+        self.attentions = nn.ModuleList(  # type: ignore[assignment]
             StrictAttention(channels, config.heads, dropout=dropout) for _ in range(config.attention_layers)
         )
-        self.output = nn.ModuleList(
+        self.output = nn.ModuleList(  # type: ignore[assignment]
             GatedBlock(channels, nn.Linear(channels, hidden), dropout=dropout) for _ in range(config.output_layers)
         )
         self.head = nn.Linear(channels, entries)
@@ -143,12 +149,12 @@ class Prior(nn.Module):
             attention = self.attention_after(i)
             if attention is not None:
                 x = attention(x, raw, positions)
-        for block in self.output:
-            x = block(x)
+        for point in self.output:
+            x = point(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(F.elu(x).to(self.head.weight.dtype)).permute(0, 3, 1, 2)
 
-    def attention_after(self, block: int) -> nn.Module | None:
+    def attention_after(self, block: int) -> StrictAttention | None:
         """The attention that follows a block, if any does."""
         if not self.attention_every or (block + 1) % self.attention_every:
             return None

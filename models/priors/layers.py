@@ -5,6 +5,8 @@ attention reads them as a sequence without a copy.
 Source: Chen et al. 2018 (PixelSNAIL), gated residual layer; van den Oord et al. 2016 (Gated PixelCNN), the two stacks.
 """
 
+from typing import Generic, TypeVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -61,7 +63,10 @@ def horizontal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) 
     return RasterConv(inputs, outputs, rows=1, kernel=kernel, taps=kernel // 2 + 1 - strict)
 
 
-class GatedBlock(nn.Module):
+First = TypeVar("First", RasterConv, nn.Linear)
+
+
+class GatedBlock(nn.Module, Generic[First]):
     """Add to the features what a gate lets through: x + a * sigmoid(b).
 
     (a, b) come from two layers, of which the second is 1x1. Another stream enters between the two; coarser codes and
@@ -71,7 +76,7 @@ class GatedBlock(nn.Module):
     def __init__(
         self,
         channels: int,
-        first: RasterConv | nn.Linear,
+        first: First,
         *,
         dropout: float,
         aside: int = 0,
@@ -81,7 +86,7 @@ class GatedBlock(nn.Module):
         """`aside` and `condition` are the channels of the streams that enter, 0 for none."""
         super().__init__()
         hidden = first.weight.shape[0]
-        self.first = first
+        self.first: First = first
         self.second = nn.Linear(hidden, 2 * channels)
         self.aside = nn.Linear(aside, hidden, bias=False) if aside else None
         self.condition = nn.Linear(condition, 2 * channels, bias=False) if condition else None
