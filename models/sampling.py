@@ -56,7 +56,6 @@ class Choice(NamedTuple):
         return torch.empty_like(scores).scatter_(-1, order, ordered)
 
 
-@torch.inference_mode()
 def draw(
     prior: Prior,
     *,
@@ -90,7 +89,8 @@ def draw(
     prior.eval()
     try:
         sampler = _draw_cached if method == "cached" else _draw_naive
-        sampler(prior, codes, coarser, labels, noise, choice, given_rows, on_row or (lambda rows: None))
+        with torch.inference_mode():
+            sampler(prior, codes, coarser, labels, noise, choice, given_rows, on_row or (lambda rows: None))
     finally:
         prior.train(training)
     return codes
@@ -188,9 +188,9 @@ def _draw_naive(
     given_rows: int,
     on_row: Callable[[int], None],
 ) -> None:
-    for row in range(given_rows, prior.height):
+    for row in range(prior.height):
         noises = noise.row(row)
-        for column in range(prior.width):
+        for column in range(prior.width if row >= given_rows else 0):
             logits = prior(codes, coarser, labels)[:, :, row, column]
             codes[:, row, column] = choice(logits, noises[:, column])
         on_row(row + 1)

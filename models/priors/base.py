@@ -6,6 +6,7 @@ Source: Razavi et al. 2019, section 3.2 and algorithm 2.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -151,7 +152,7 @@ class Prior(nn.Module):
                 x = attention(x, raw, positions)
         for point in self.output:
             x = point(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x.device.type):
             return self.head(F.elu(x).to(self.head.weight.dtype)).permute(0, 3, 1, 2)
 
     def attention_after(self, block: int) -> StrictAttention | None:
@@ -162,15 +163,14 @@ class Prior(nn.Module):
 
     def check(
         self,
-        codes: Int64[Tensor, "B H W"] | None,
+        codes: Int64[Tensor, "B H W"],
         coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None,
         labels: Int64[Tensor, " B"] | None,
     ) -> None:
         """Raise ValueError for codes or labels that this prior was not built for."""
         if torch.compiler.is_compiling():  # reading values would break the graph
             return
-        if codes is not None:
-            _check_codes("codes", codes, Grid(self.entries, self.height, self.width))
+        _check_codes("codes", codes, Grid(self.entries, self.height, self.width))
         given = dict(coarser or {})
         if set(given) != set(self.coarser):
             raise ValueError(
@@ -178,11 +178,15 @@ class Prior(nn.Module):
             )
         for name, grid in self.coarser.items():
             _check_codes(f"codes of {name}", given[name], grid)
+            _check_count(f"codes of {name}", given[name], codes)
         if self.classes and labels is None:
             raise ValueError(f"labels are missing; this prior knows {self.classes} classes, so give one label per grid")
         if not self.classes and labels is not None:
             raise ValueError("labels were given; this prior was trained without, so leave them out")
-        if labels is not None and labels.numel():
+        if labels is None:
+            return
+        _check_count("labels", labels, codes)
+        if labels.numel() and not labels.is_meta:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.classes:
                 raise ValueError(f"labels run from {low} to {high}; use 0 to {self.classes - 1}")
@@ -196,14 +200,24 @@ def nll(logits: Float[Tensor, "B K H W"], codes: Int64[Tensor, "B H W"]) -> Floa
     return F.cross_entropy(rows, codes.flatten(), reduction="none").view(batch, -1).sum(1)
 
 
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 def _check_codes(what: str, codes: Tensor, grid: Grid) -> None:
     if codes.shape[1:] != (grid.height, grid.width):
         found = " x ".join(map(str, codes.shape[1:]))
         raise ValueError(f"{what} are {found}; this prior was built for grids of {grid.height} x {grid.width}")
-    if codes.numel():
+    if codes.numel() and not codes.is_meta:
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= grid.entries:
             raise ValueError(f"{what} run from {low} to {high}; use 0 to {grid.entries - 1}")
+
+
+def _check_count(what: str, given: Tensor, codes: Tensor) -> None:
+    if len(given) != len(codes):
+        raise ValueError(f"{what} are given for {len(given)} grids of {len(codes)}; give one for each")
 
 
 def _names(levels: Mapping[str, object]) -> str:
