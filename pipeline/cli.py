@@ -1,17 +1,218 @@
-"""The command line. Nothing heavy is imported before a command runs."""
+"""The command line. Nothing heavy is imported before a command runs.
 
+vqvae2 run --stage prior_bottom            the console script
+typer pipeline run --stage prior_bottom    the same by Typer's own program, whose `run` takes this module's `app`
+"""
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline import environment
+from stages.errors import UserError
 
-app = typer.Typer(invoke_without_command=True, no_args_is_help=False, rich_markup_mode=None)
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting or a choice in conf/; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 program = typer.Typer(name="vqvae2", no_args_is_help=True, rich_markup_mode=None)
 
 
-@program.command()
-def stage(
+@app.callback()
+def run(
+    ctx: typer.Context,
+    stage: Annotated[str, typer.Option("--stage", "-s", help="This stage and what it needs, such as prior_top.")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Run what is up to date, too, and from the start.")
+    ] = False,
+    only: Annotated[bool, typer.Option("--only", help="Run the stage alone, on the inputs in place.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Fetch what the DVC remote has instead of running it.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Bring the pipeline up to date: run what changed, restore the rest from cache.
+
+    Run the same command again after an interruption and it resumes.
+
+    Example:  vqvae2 run -S experiment=smoke
+    Example:  vqvae2 run --stage prior_bottom --dry-run
+    """
+    environment.prepare()
+    if ctx.invoked_subcommand:
+        return
+    from pipeline.run import run as run_pipeline
+
+    _guarded(lambda: run_pipeline(stage, overrides=overrides or (), force=force, only=only, pull=pull, dry_run=dry_run))
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Show for each stage whether it is up to date, and if not, why.
+
+    Example:  vqvae2 status --json
+    """
+    from pipeline.status import show
+
+    _guarded(lambda: show(as_json=as_json))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine and this folder: packages, processors, memory, disk, settings, images, servers.
+
+    Example:  vqvae2 doctor
+    """
+
+    def examine() -> int:
+        from pipeline import preflight
+
+        findings = preflight.examine()
+        if as_json:
+            print(preflight.as_json(findings))
+        else:
+            for found in findings:
+                print(f"{found.state:<8} {found.name:<14} {found.text}")
+                if found.fix:
+                    print(f"{'':<23} fix: {found.fix}")
+        return 3 if any(found.state == "error" for found in findings) else 0
+
+    _guarded(examine)
+
+
+@app.command()
+def config(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As -S of run.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write params.yaml instead of printing it.")] = False,
+) -> None:
+    """Compose conf/ into params.yaml, checked.
+
+    Example:  vqvae2 config experiment=clothing64 vqvae.quantizer.beta=0.5 --write
+    """
+
+    def composed() -> int:
+        from pipeline import params
+        from pipeline.run import compose
+
+        text, _ = compose(overrides or ())
+        if write:
+            params.FILE.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+        return 0
+
+    _guarded(composed)
+
+
+@app.command()
+def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count parameters, arithmetic and bytes of a run before it starts.
+
+    Example:  vqvae2 plan -S experiment=imagenet256
+    """
+    from pipeline.plan import show
+
+    _guarded(lambda: show(overrides or (), as_json=as_json))
+
+
+class Method(StrEnum):
+    """How codes are drawn."""
+
+    cached = "cached"
+    naive = "naive"
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(help="A folder for the images.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images.")] = 16,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", "-c", help="A class, drawn in turn; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds draw equal images.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Below 1: likelier codes, less variety.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Of the entries; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of the probability; 1 keeps all.")] = 1.0,
+) -> None:
+    """Draw images from the trained priors.
+
+    Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
+    """
+
+    def draw() -> int:
+        from stages import tools
+
+        tools.sample(
+            out,
+            count=count,
+            classes=tuple(classes or ()),
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        print(out)
+        return 0
+
+    _guarded(draw)
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the reconstructions.")] = Path("reconstructed"),
+) -> None:
+    """Encode images with the trained VQ-VAE, and decode them from each prefix of levels.
+
+    Example:  vqvae2 reconstruct cat.png dog.jpg --out reconstructed
+    """
+
+    def encode() -> int:
+        from stages import tools
+
+        tools.reconstruct(images, out)
+        print(out)
+        return 0
+
+    _guarded(encode)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone.")] = 5000) -> None:
+    """Open MLflow's pages over the runs of this project.
+
+    Example:  vqvae2 ui --port 5001
+    """
+    from pipeline.ui import serve
+
+    _guarded(lambda: serve(port))
+
+
+@app.command("sync-metrics")
+def sync_metrics() -> None:
+    """Send MLflow what it missed while it did not answer.
+
+    Example:  vqvae2 sync-metrics
+    """
+
+    def send() -> int:
+        from stages.runtime import tracking
+
+        sent = tracking.sync()
+        print(f"{sent.points} points sent, {sent.missing} missing; {sent.runs} runs whole, {sent.busy} still running")
+        return 1 if sent.missing else 0
+
+    _guarded(send)
+
+
+@app.command("stage")
+def run_stage(
     name: Annotated[str, typer.Argument(help="A file in stages/, such as prior.")],
     level: Annotated[str, typer.Argument(help="The level, for a stage that runs once per level.")] = "",
 ) -> None:
@@ -24,11 +225,25 @@ def stage(
     raise typer.Exit(run_stage(name, level))
 
 
-@program.command()
-def version() -> None: ...
-
-
 def main() -> None:
     """Run the console script."""
     environment.prepare()
+    program.add_typer(app, name="run")  # vqvae2 run --stage X
+    program.registered_commands += app.registered_commands  # vqvae2 status
     program()
+
+
+def _guarded(action: Callable[[], int]) -> None:
+    """Call, show the user's mistake as a letter and anything else as one line, and exit."""
+    try:
+        code = action()
+    except KeyboardInterrupt:
+        code = 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.code
+    except Exception as error:
+        from pipeline.launch import RUNS, report
+
+        code = report(error, RUNS)
+    raise typer.Exit(code)

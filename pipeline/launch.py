@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from pipeline.environment import die_with_parent
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.runtime import tracking
 from stages.runtime.run import Run
 
 RUNS = Path("runs")
@@ -59,19 +61,39 @@ def _run(module: str, level: str, folder: Path) -> None:
     settings = params.load()
     stage = dag.find(f"{module}_{level}" if level else module, dag.stages(params.read()))
     inputs = digests(stage, settings)
+    fingerprint = fingerprint_of(stage, settings, inputs)
     function = importlib.import_module(f"stages.{module}").run
-    sections = keywords(function, stage, settings)
-    fingerprint = fingerprint_of(stage, sections, inputs)
+    work = folder / fingerprint[:16]
     with owned(folder):
-        work = folder / fingerprint[:16]
         if os.environ.get(FRESH):
             _forget(work)
-        work.mkdir(parents=True, exist_ok=True)
-        _prepare_outputs(stage)
+        for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
+            path.mkdir(parents=True, exist_ok=True)
         os.environ.update(shared.cluster_environment())
-        with _reporter(stage, fingerprint, work, sections, inputs) as reporter:
+        with tracking.open_run(
+            stage.name,
+            fingerprint,
+            work,
+            params=params.flat(sections_of(stage, settings)),
+            inputs=inputs,
+            tags={"dvc.stage": os.environ.get("DVC_STAGE", stage.name), **_lock_tag()},
+            metrics=Path(stage.metrics[0]) if stage.metrics else None,
+            outputs=[Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")],
+        ) as reporter:
             run = Run(stage.name, fingerprint, work.resolve(), settings.cluster, reporter)
-            function(*positionals(function, stage, settings), **sections, run=run)
+            function(*positionals(function, stage, settings), **keywords(function, stage, settings), run=run)
+
+
+def _lock_tag() -> dict[str, str]:
+    return {"dvc.lock": artifact.sha256(Path("dvc.lock"))} if Path("dvc.lock").is_file() else {}
+
+
+def sections_of(stage: dag.Stage, settings: Params) -> dict[str, Any]:
+    """Pick the settings that dvc.yaml lists for a stage, by their keys there."""
+    return {
+        key: settings.priors[stage.level] if key == f"priors.{stage.level}" else getattr(settings, key)
+        for key in stage.params
+    }
 
 
 def positionals(function: Callable[..., None], stage: dag.Stage, settings: Params) -> list[Path | str]:
@@ -136,32 +158,27 @@ def _source_digest(source: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(stage: dag.Stage, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def fingerprint_of(stage: dag.Stage, settings: Params, inputs: Mapping[str, str]) -> str:
     """Name what a stage will make: a hash of its settings, its inputs and its code."""
     code: dict[str, str] = {}
     for entry in map(Path, stage.code):
         files = sorted(path for path in entry.rglob("*") if path.suffix == ".py") if entry.is_dir() else [entry]
-        code |= {path.as_posix(): artifact.sha256(path) for path in files}
-    plain = {name: _plain(section) for name, section in sections.items()}
-    whole = {"stage": stage.name, "settings": plain, "inputs": dict(inputs), "code": code}
+        code |= {path.as_posix(): artifact.sha256(path) for path in files if path.is_file()}
+    settled = [(key, _plain(section)) for key, section in sections_of(stage, settings).items()]
+    whole = {"stage": stage.name, "settings": settled, "inputs": dict(inputs), "code": code}
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
 def _plain(section: Any) -> Any:
-    return (
-        dataclasses.asdict(section) if dataclasses.is_dataclass(section) and not isinstance(section, type) else section
-    )
-
-
-def _prepare_outputs(stage: dag.Stage) -> None:
-    for path in (*stage.outs, *stage.metrics, *stage.plots):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        return dataclasses.asdict(section)
+    return section
 
 
 def _forget(work: Path) -> None:
-    import shutil
-
-    shutil.rmtree(work, ignore_errors=True)
+    for path in work.glob("*"):
+        if path.name != "tracked":  # what MLflow may still have to receive
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -183,28 +200,6 @@ def owned(folder: Path) -> Iterator[None]:
         file.write(f"PID {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
-
-
-@contextmanager
-def _reporter(
-    stage: dag.Stage, fingerprint: str, work: Path, sections: Mapping[str, Any], inputs: Mapping[str, str]
-) -> Iterator[Any]:
-    try:
-        from stages.runtime import tracking
-    except ImportError:
-        from stages.runtime.run import Reporter
-
-        yield Reporter()
-        return
-    with tracking.open_run(
-        stage.name,
-        fingerprint,
-        work,
-        params={name: _plain(section) for name, section in sections.items()},
-        inputs=inputs,
-        tags={"dvc.stage": os.environ.get("DVC_STAGE", stage.name)},
-    ) as reporter:
-        yield reporter
 
 
 def report(error: BaseException, folder: Path) -> int:

@@ -76,6 +76,18 @@ def check(data: Mapping[str, Any], path: Path = FILE) -> Params:
     return dataclasses.replace(params, priors={level: params.priors[level] for level in params.vqvae.levels})
 
 
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Name every single setting by its full key: vqvae.levels.top.stride."""
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        section = dataclasses.asdict(section)
+    if not isinstance(section, Mapping) or not section:
+        return {prefix: section}
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
 def _adapter() -> TypeAdapter[Params]:
     for kind in _dataclasses(Params):
         kind.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)

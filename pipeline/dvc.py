@@ -1,0 +1,227 @@
+"""DVC, called as a program: what is out of date and why, and bringing it up to date. The one file that knows DVC."""
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import dag, params
+from pipeline.environment import die_with_parent
+from stages.errors import UserError
+
+LOCK = Path("dvc.lock")
+PATIENCE_SECONDS = 30.0  # for a stage asked to stop, before it is told to
+NEVER = "it has not run yet"
+COMMAND = [sys.executable, "-m", "dvc"]
+
+# What DVC says of a stage, and what it means.
+RUNNING = re.compile(r"Running stage '(.+)':")
+KEPT = re.compile(r"Stage '(.+)' didn't change, skipping")
+RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs")
+NOISE = re.compile(
+    r"$|> vqvae2 stage |(Generating|Updating) lock file|To (track the changes|enable auto staging)|\s*git add |"
+    r"\s*dvc config core.autostage|Use `dvc push`|Data and pipelines are up to date|'.+\.dvc' didn't change"
+)
+
+
+@dataclass
+class Outcome:
+    """What became of each stage, by its name in DVC."""
+
+    status: int = 0  # of DVC
+    ran: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)  # from DVC's cache of runs
+    kept: list[str] = field(default_factory=list)
+    stopped: int = 0  # the signal that ended it
+
+
+def reasons(
+    stages: Mapping[str, dag.Stage], targets: Sequence[str] = (), *, only: bool = False
+) -> dict[str, list[str]]:
+    """Say for each stage that is out of date why, in the order of dvc.yaml; stages up to date are left out.
+
+    With targets: they and what they need; with `only`: they.
+    """
+    direct = _status()
+    considered = set(targets) if only else needed(stages, targets) if targets else set(stages)
+    lock = _lock()
+    now = params.read()
+    found: dict[str, list[str]] = {}
+    for name, stage in stages.items():
+        why = list(_direct(direct.get(name, []), name, lock, now))
+        before = [stages[one].option for one in found if _feeds(stages[one], stage)]
+        if before and name in lock:
+            why.append(f"{' and '.join(before)} run{'s' if len(before) == 1 else ''} before it")
+        if (why or before) and name in considered:
+            found[name] = why or [NEVER]
+    return found
+
+
+def needed(stages: Mapping[str, dag.Stage], targets: Sequence[str]) -> set[str]:
+    """Name the targets and every stage they need."""
+    found = set(targets)
+    while True:
+        more = {name for name, stage in stages.items() if any(_feeds(stage, stages[one]) for one in found)}
+        if more <= found:
+            return found
+        found |= more
+
+
+def reproduce(
+    targets: Sequence[str],
+    *,
+    stages: Mapping[str, dag.Stage],
+    why: Mapping[str, Sequence[str]],
+    environment: Mapping[str, str],
+    force: bool = False,
+    only: bool = False,
+    pull: bool = False,
+) -> Outcome:
+    """Bring stages up to date by `dvc repro`, telling of each; SIGTERM and SIGINT end it in good order."""
+    flags = [flag for flag, wanted in (("--force", force), ("--single-item", only), ("--pull", pull)) if wanted]
+    process = subprocess.Popen(
+        [*COMMAND, "repro", *flags, *targets],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment, "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))},
+        process_group=0,  # a terminal's Ctrl-C comes to us alone, and is passed on once
+        preexec_fn=die_with_parent,
+    )
+    outcome = Outcome()
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    with _forwarded(process, outcome):
+        while (line := lines.get()) is not None:
+            _tell(line, outcome, stages, why)
+        outcome.status = process.wait()
+    return outcome
+
+
+def _tell(line: str, outcome: Outcome, stages: Mapping[str, dag.Stage], why: Mapping[str, Sequence[str]]) -> None:
+    if match := RUNNING.match(line):
+        outcome.ran.append(match[1])
+        because = "; ".join(why.get(match[1], ())) or "asked for"
+        text = f"runs: {because}"
+    elif match := RESTORED.match(line):
+        outcome.restored.append(match[1])
+        text = "restored from cache"
+    elif match := KEPT.match(line):
+        outcome.kept.append(match[1])
+        text = "unchanged"
+    else:
+        if not NOISE.match(line):
+            print(line, flush=True)
+        return
+    name = stages[match[1]].option if match[1] in stages else match[1]
+    print(f"{name:<13} {text}", flush=True)
+
+
+def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+class _forwarded:
+    """Pass SIGTERM and SIGINT to DVC's process group as SIGINT, wait, and insist."""
+
+    # DVC ends in good order on SIGINT only: on SIGTERM it leaves its stage running.
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self, process: subprocess.Popen[str], outcome: Outcome):
+        self.process, self.outcome = process, outcome
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        first = not self.outcome.stopped
+        self.outcome.stopped = self.outcome.stopped or number
+        if first:
+            self._send(signal.SIGINT)
+            threading.Thread(target=self._insist, daemon=True).start()
+        else:
+            self._send(signal.SIGKILL)
+
+    def _insist(self) -> None:
+        for next_signal in (signal.SIGTERM, signal.SIGKILL):
+            time.sleep(PATIENCE_SECONDS)
+            self._send(next_signal)
+
+    def _send(self, number: int) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+
+def _status() -> dict[str, list[Any]]:
+    done = subprocess.run([*COMMAND, "status", "--json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"DVC cannot tell what is out of date: {_last_line(done.stderr)}",
+            where=Path.cwd(),
+            fix="Wait if another vqvae2 or dvc is running here; otherwise mend what it names.",
+        )
+    return dict(json.loads(done.stdout or "{}"))
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("ERROR: ") if lines else "it says nothing"
+
+
+def _lock() -> dict[str, Any]:
+    return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
+
+
+def _direct(changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Word DVC's findings about one stage."""
+    if name not in lock and changes:
+        yield NEVER
+        return
+    for change in changes:
+        if change == "changed command":
+            yield "its command changed"
+            continue
+        for kind, paths in change.items() if isinstance(change, dict) else ():
+            for path, what in paths.items():
+                if isinstance(what, dict):
+                    before = lock[name].get("params", {}).get(path, {})
+                    yield from _settings(what, before, now)
+                elif kind == "changed outs" and what == "deleted":
+                    yield f"{path} is missing"
+                else:
+                    yield f"{path} was {what}"
+
+
+def _settings(changed: Mapping[str, str], before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Name the settings that changed, down to the last key, with both values."""
+    for key in changed:
+        value: Any = now
+        for step in key.split("."):
+            value = value.get(step) if isinstance(value, dict) else None
+        old, new = params.flat(before.get(key), key), params.flat(value, key)
+        for leaf in {**old, **new}:
+            if old.get(leaf) != new.get(leaf):
+                yield f"{leaf} {_word(old, leaf)} -> {_word(new, leaf)}"
+
+
+def _word(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if values.get(key) is not None else "(none)"
+
+
+def _feeds(one: dag.Stage, other: dag.Stage) -> bool:
+    return any(out == dep or out.startswith(f"{dep}/") for out in one.outs for dep in other.deps)

@@ -1,0 +1,178 @@
+"""What can be known to fail before anything starts, and what `vqvae2 doctor` looks at."""
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import params
+from stages.config import Params
+from stages.errors import UserError
+
+GIB = 2**30
+PACKAGES = ("torch", "ray", "mlflow", "dvc", "hydra-core", "webdataset", "pyarrow", "typer", "torchmetrics")
+
+
+def check(settings: Params, will_run: Iterable[str]) -> None:
+    """Refuse a run that is bound to fail: images that are not there, a GPU that is not there."""
+    if "shard" in will_run:
+        from stages.formats.listing import check_source
+
+        check_source(Path(settings.dataset.source), settings.dataset.labels)
+    wanted = settings.cluster.gpus_per_worker * settings.cluster.workers
+    if wanted > gpus() and not os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"cluster asks for {wanted:g} GPUs; this machine has {gpus()}.",
+            where=f"{params.FILE}: cluster.gpus_per_worker",
+            fix="Use -S cluster=local, or name a Ray cluster that has them in RAY_ADDRESS.",
+            code=3,
+        )
+
+
+def gpus() -> int:
+    """Count the CUDA devices, without torch."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    name: str
+    state: str  # "ok", "warning" or "error"
+    text: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at all that a run needs of this machine and this folder."""
+    machine: tuple[Callable[[], Finding], ...] = (_python, _packages, _torchvision, _processors, _memory)
+    folder: tuple[Callable[[], Finding], ...] = (_shared_memory, _disk, _settings, _source, _ray, _mlflow)
+    return [look() for look in (*machine, *folder)]
+
+
+def as_json(findings: Iterable[Finding]) -> str:
+    return json.dumps([asdict(finding) for finding in findings], indent=1)
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def _packages() -> Finding:
+    found, absent = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(name)
+    if absent:
+        return Finding("packages", "error", f"missing: {', '.join(absent)}", "pip install -c constraints.txt -e .")
+    return Finding("packages", "ok", ", ".join(found))
+
+
+def _torchvision() -> Finding:
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("torchvision", "ok", "absent, and not needed")
+    return Finding(
+        "torchvision", "warning", f"{version} is installed; it ties torch to one release", "pip uninstall torchvision"
+    )
+
+
+def _processors() -> Finding:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("processors", "ok", f"{available} CPU cores, {gpus()} GPUs")
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
+    if memory.available < 2 * GIB:
+        return Finding("memory", "warning", text, "Close other programs: Ray alone takes about half a GiB.")
+    return Finding("memory", "ok", text)
+
+
+def _shared_memory() -> Finding:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return Finding("shared memory", "ok", "no /dev/shm; Ray uses files")
+    total = shutil.disk_usage(path).total
+    if total < GIB // 2:
+        return Finding(
+            "shared memory", "warning", f"/dev/shm holds {total / GIB:.2f} GiB", "In Docker: docker run --shm-size=2g"
+        )
+    return Finding("shared memory", "ok", f"/dev/shm holds {total / GIB:.1f} GiB")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    state = "warning" if free < 5 * GIB else "ok"
+    return Finding("disk", state, f"{free / GIB:.1f} GiB free here", "Free some space." if state != "ok" else "")
+
+
+def _settings() -> Finding:
+    try:
+        params.load()
+    except UserError as error:
+        return Finding("settings", "error", f"{error.where}: {error.what}", error.fix)
+    return Finding("settings", "ok", f"{params.FILE} is valid")
+
+
+def _source() -> Finding:
+    from stages.formats.listing import check_source
+
+    try:
+        settings = params.load()
+        check_source(Path(settings.dataset.source), settings.dataset.labels)
+    except UserError as error:
+        return Finding("images", "error", f"{error.what} ({error.where})", error.fix)
+    return Finding("images", "ok", settings.dataset.source)
+
+
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        return Finding("ray", "ok", "no RAY_ADDRESS: a private cluster starts with each run")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        return Finding("ray", "error", f"RAY_ADDRESS={address}: {error}", "Start the cluster, or unset RAY_ADDRESS.")
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        return Finding(
+            "ray", "warning", f"{address} answers, but no token is set",
+            "Start the cluster with RAY_AUTH_MODE=token: who reaches its port can run code there.",
+        )  # fmt: skip
+    return Finding("ray", "ok", f"{address} answers")
+
+
+def _mlflow() -> Finding:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith("http"):
+        return Finding("mlflow", "ok", "a database file" if uri else "mlflow.db in this folder")
+    shown = uri.rpartition("@")[2]
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return Finding(
+            "mlflow", "warning", f"{shown} does not answer: {error}", "Runs go on; send later: vqvae2 sync-metrics"
+        )
+    return Finding("mlflow", "ok", f"{shown} answers")

@@ -1,0 +1,168 @@
+"""`vqvae2 run`: compose, check, ask DVC what is out of date, and bring it up to date as one tracked run."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from pipeline import dag, dvc, launch, params, preflight, shared
+from stages.config import ClusterConfig, Params
+from stages.errors import UserError
+
+
+def run(
+    target: str = "",
+    *,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    only: bool = False,
+    pull: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Bring one stage and what it needs, or all stages, up to date; return the exit status.
+
+    `force` runs stages that are up to date too, from their first step; `only` leaves alone what the stage needs.
+    """
+    if only and not target:
+        raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
+    with _settings(overrides, keep=not dry_run) as settings:
+        stages = dag.stages(params.read())
+        targets = [dag.find(target, stages).name] if target else []
+        if not dry_run:
+            _remove_leftovers(settings)
+        why = dvc.reasons(stages, targets, only=only)
+        if force:
+            asked = targets if only else [name for name in stages if not targets or name in dvc.needed(stages, targets)]
+            why |= {name: [*why.get(name, []), "forced"] for name in asked}
+    if dry_run or not why:
+        _print_plan(why, stages)
+        return 0
+    preflight.check(settings, why)
+    return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
+
+
+def compose(overrides: Sequence[str]) -> tuple[str, Params]:
+    """Compose conf/ with overrides; return the text for params.yaml and the settings it holds."""
+    from pipeline.compose import compose_params, to_yaml
+
+    data = compose_params(overrides)
+    return to_yaml(data), params.check(data)
+
+
+@contextmanager
+def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
+    """Put composed settings in params.yaml, where DVC looks for them; take them back unless they are to be kept."""
+    if not overrides:
+        yield params.load()
+        return
+    text, settings = compose(overrides)
+    before = params.FILE.read_text(encoding="utf-8") if params.FILE.is_file() else None
+    params.FILE.write_text(text, encoding="utf-8")
+    try:
+        yield settings
+    finally:
+        if not keep and before is not None:
+            params.FILE.write_text(before, encoding="utf-8")
+
+
+class _Failed(Exception):
+    """Tells the tracked run that DVC did not get to the end."""
+
+
+def _reproduce(
+    settings: Params,
+    stages: Mapping[str, dag.Stage],
+    targets: Sequence[str],
+    why: Mapping[str, Sequence[str]],
+    *,
+    force: bool,
+    only: bool,
+    pull: bool,
+) -> int:
+    outcome = dvc.Outcome()
+    with _meeting(settings.cluster) as meeting:
+        try:
+            with _tracked(settings) as parent:
+                environment = {**os.environ, **parent, shared.FOLDER: str(meeting.folder)}
+                if force:
+                    environment[launch.FRESH] = "1"
+                outcome = dvc.reproduce(
+                    targets, stages=stages, why=why, environment=environment, force=force, only=only, pull=pull
+                )
+                _link(outcome, settings, stages, parent)
+                if outcome.status or outcome.stopped:
+                    raise _Failed(f"dvc repro ended with status {outcome.status}")
+        except _Failed:
+            if outcome.stopped:
+                name = signal.Signals(outcome.stopped).name
+                print(f"Stopped by {name}. The same command resumes.", file=sys.stderr)
+                return 128 + outcome.stopped
+            return meeting.status() or 1
+    report = Path("artifacts/report/report.html")
+    if report.is_file() and (not targets or targets == ["evaluate"]):
+        print(f"report        {report}")
+    return 0
+
+
+@contextmanager
+def _meeting(config: ClusterConfig) -> Iterator[shared.Meeting]:
+    """Offer stages one Ray cluster, which starts when the first of them asks and ends with the block."""
+    with ExitStack() as stack:
+        meeting = shared.Meeting()
+        stack.callback(meeting.close)  # after the cluster: its processes die with the thread that started them
+        environment: dict[str, str] = {}
+
+        def cluster() -> dict[str, str]:
+            from stages.runtime.cluster import local_cluster
+
+            if not environment:
+                environment.update(stack.enter_context(local_cluster(config)))
+            return environment
+
+        threading.Thread(target=meeting.serve, args=(cluster,), daemon=True).start()
+        yield meeting
+
+
+@contextmanager
+def _tracked(settings: Params) -> Iterator[dict[str, str]]:
+    """Record this run as the parent of its stages'; yield the environment that tells them so."""
+    from stages.runtime import tracking
+
+    with tracking.parent_run(params.flat(settings), {"command": " ".join(["vqvae2", *sys.argv[1:]])}) as key:
+        yield {tracking.PARENT: key}
+
+
+def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage], parent: Mapping[str, str]) -> None:
+    """Show the stages that did not run in the tracked run too, so that comparing runs finds no holes."""
+    from stages.runtime import tracking
+
+    for stage in (stages[name] for name in (*outcome.kept, *outcome.restored) if name in stages):
+        with suppress(UserError):  # an input is gone, so nobody can say which run made the output
+            fingerprint = launch.fingerprint_of(stage, settings, launch.digests(stage, settings))
+            tracking.link_cached(
+                parent[tracking.PARENT],
+                stage.name,
+                fingerprint,
+                params=params.flat(launch.sections_of(stage, settings)),
+                metrics=Path(stage.metrics[0]) if stage.metrics else None,
+            )
+
+
+def _remove_leftovers(settings: Params) -> None:
+    """Remove priors of levels that the settings no longer have: `sample` reads the folder of all priors."""
+    for folder in Path("artifacts/priors").glob("*"):
+        if folder.is_dir() and folder.name not in settings.priors:
+            shutil.rmtree(folder)  # DVC restores it from its cache when the level is back
+
+
+def _print_plan(why: Mapping[str, Sequence[str]], stages: Mapping[str, dag.Stage]) -> None:
+    if not why:
+        print("Everything is up to date.")
+    for name, found in why.items():
+        print(f"{stages[name].option:<13} would run: {'; '.join(found)}")
+    if why:
+        print("A stage that has run with these very settings and inputs is restored from cache instead.")

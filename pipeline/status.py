@@ -1,0 +1,52 @@
+"""`vqvae2 status`: each stage's state, and why it is not up to date."""
+
+import fcntl
+import json
+from pathlib import Path
+
+from pipeline import dag, dvc, launch, params
+from stages.errors import UserError
+
+
+def show(*, as_json: bool) -> int:
+    """Print the state of every stage."""
+    params.load()
+    stages = dag.stages(params.read())
+    owners = {name: owner(launch.RUNS / stage.option) for name, stage in stages.items()}
+    trouble = ""
+    try:
+        why = dvc.reasons(stages)
+    except UserError as error:
+        if not any(owners.values()):
+            raise
+        why, trouble = {}, error.what  # DVC says nothing while it runs a stage
+    rows = []
+    for name, stage in stages.items():
+        if owners[name]:
+            state, reasons = "running", [owners[name]]
+        elif trouble:
+            state, reasons = "unknown", ["DVC is busy"]
+        elif name in why:
+            state, reasons = "out of date", why[name]
+        else:
+            state, reasons = "up to date", []
+        rows.append({"stage": stage.option, "state": state, "reasons": reasons})
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        for row in rows:
+            print(f"{row['stage']:<13} {row['state']:<11} {'; '.join(row['reasons'])}".rstrip())
+    return 0
+
+
+def owner(folder: Path) -> str:
+    """Name the process that runs a stage now; "" if none does."""
+    try:
+        with (folder / "lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except FileNotFoundError:
+        pass
+    return ""
