@@ -163,9 +163,9 @@ class Prior(nn.Module):
 
     def check(
         self,
-        codes: Int64[Tensor, "B H W"],
-        coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None,
-        labels: Int64[Tensor, " B"] | None,
+        codes: Tensor,
+        coarser: Mapping[str, Tensor] | None,
+        labels: Tensor | None,
     ) -> None:
         """Raise ValueError for codes or labels that this prior was not built for."""
         if torch.compiler.is_compiling():  # reading values would break the graph
@@ -206,6 +206,8 @@ def _full_precision(device: str) -> AbstractContextManager[object]:
 
 
 def _check_codes(what: str, codes: Tensor, grid: Grid) -> None:
+    if codes.dtype != torch.int64:
+        raise ValueError(f"{what} are {codes.dtype}; use torch.int64")
     if codes.shape[1:] != (grid.height, grid.width):
         found = " x ".join(map(str, codes.shape[1:]))
         raise ValueError(f"{what} are {found}; this prior was built for grids of {grid.height} x {grid.width}")
