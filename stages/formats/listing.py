@@ -105,7 +105,9 @@ def check_source(path: Path, labels: str) -> None:
     else:
         raise _no_images(path, problems)
     if labels not in ("folders", "none") and path.is_dir():
-        _table_name(path, labels, {labels} if (path / labels).is_file() else set())
+        table = _table_name(path, labels)
+        if table.startswith(("/", "../")) or not (path / table).is_file():
+            raise _no_table(path, labels)
 
 
 def _is_picture(name: str) -> bool:
@@ -181,7 +183,9 @@ def _by_table(
 ) -> list[_Found]:
     """Read splits and classes from a CSV."""
     by_name = {member.name: member for member in usable}
-    table = by_name[_table_name(path, labels, set(by_name))]
+    table = by_name.get(_table_name(path, labels))
+    if table is None:
+        raise _no_table(path, labels)
 
     def wrong(line: int, what: str) -> UserError:
         return UserError(f"Line {line} of the labels: {what}.", where=path / table.name, fix="Mend this line.", code=4)
@@ -225,20 +229,19 @@ def _by_table(
     return list(found.values())
 
 
-def _table_name(path: Path, labels: str, names: set[str]) -> str:
-    """Name the CSV as the source does: given relative to it, or with the source's own path in front."""
-    inside = Path(labels)
-    if inside.is_relative_to(path):
-        inside = inside.relative_to(path)
-        names = names | ({inside.as_posix()} if (path / inside).is_file() else set())
-    if inside.as_posix() not in names:
-        raise UserError(
-            f"dataset.labels is {labels!r}: neither folders, nor none, nor a CSV inside the source.",
-            where=path,
-            fix="Put the CSV (columns path,label and optionally split) into the source; its changes are seen there.",
-            code=2,
-        )
-    return inside.as_posix()
+def _table_name(path: Path, labels: str) -> str:
+    """Name the CSV as the source does; it may be given with the source's own path in front."""
+    given = Path(labels)
+    return (given.relative_to(path) if given.is_relative_to(path) else given).as_posix()
+
+
+def _no_table(path: Path, labels: str) -> UserError:
+    return UserError(
+        f"dataset.labels is {labels!r}: neither folders, nor none, nor a CSV inside the source.",
+        where=path,
+        fix="Put the CSV (columns path,label and optionally split) into the source, where its changes are seen.",
+        code=2,
+    )
 
 
 def _with_splits(

@@ -157,7 +157,7 @@ class ImageSet:
         found = self._open.get(shard)
         if found is None:
             if len(self._open) >= _KEPT_OPEN:
-                del self._open[next(iter(self._open))]  # stays open for a thread that reads it just now
+                self._open.clear()  # each stays open for a thread that reads it just now
             found = self._open[shard] = _Descriptor(self.folder / self.shards[shard])
         return found
 
