@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.config import PriorConfig, VQVAEConfig
 from models.priors import Grid, Prior, build
 from models.vqvae import VQVAE
+from stages.checked import adapter
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import Artifact
@@ -77,7 +78,7 @@ def network_meta(config: VQVAEConfig | PriorConfig) -> dict[str, Any]:
 
 def _config(kind: type, settings: Any, folder: Path) -> Any:
     try:
-        return pydantic.TypeAdapter(kind, config={"extra": "forbid"}).validate_python(settings)
+        return adapter(kind).validate_json(json.dumps(settings), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(

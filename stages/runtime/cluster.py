@@ -16,6 +16,12 @@ from stages.errors import UserError
 
 OURS = "VQVAE2_PRIVATE_CLUSTER"  # set beside RAY_ADDRESS when the cluster was started here
 PACKAGES = Path(__file__).parents[2]  # where pipeline/, stages/ and models/ lie
+if not os.environ.get("RAY_ADDRESS"):
+    # Here rather than where the cluster is started: Ray reads its token when it is first imported, by whomever.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
 FORWARDED = ("AWS_", "MLFLOW_", "OMP_", "MALLOC_", "RAY_TRAIN_")  # environment a worker elsewhere needs as well
 
 
@@ -25,8 +31,7 @@ def local_cluster(config: ClusterConfig) -> Iterator[dict[str, str]]:
     with _started(config) as address:
         yield {
             "RAY_ADDRESS": address,
-            "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"],
-            "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"],
+            **{name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")},
             OURS: "1",
         }
 
@@ -73,9 +78,6 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def _started(config: ClusterConfig) -> Iterator[str]:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     ray.init(

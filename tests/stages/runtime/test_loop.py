@@ -1,6 +1,7 @@
 """The training loop, without Ray: it resumes to the same bits, and only sums cross workers."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -155,5 +156,5 @@ def test_the_rate_rises_then_falls_to_zero():
     """Linear warm-up, half a cosine, as the steps say."""
     rates = [learning_rate(CONFIG, step) for step in range(20)]
     assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4])
-    assert all(later < earlier for earlier, later in zip(rates[3:], rates[4:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[3:]))
     assert rates[-1] < 0.02 * CONFIG.learning_rate
