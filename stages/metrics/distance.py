@@ -48,13 +48,15 @@ def frechet(reference: np.ndarray, images: np.ndarray) -> float:
         raise ValueError(f"a Fréchet distance of {len(reference)} and {len(images)} images; it needs 2 or more of each")
     reference, images = reference.astype(np.float64), images.astype(np.float64)
     means = reference.mean(axis=0), images.mean(axis=0)
-    roots: list[np.ndarray] = [
-        np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
-        for features, mean in zip((reference, images), means, strict=True)
-    ]
+    roots = [_root(features - mean) for features, mean in zip((reference, images), means, strict=True)]
     overlap = np.linalg.norm(roots[0] @ roots[1].T, "nuc")
     distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2 * overlap
     return float(max(0.0, distance))
+
+
+def _root(deviations: np.ndarray) -> np.ndarray:
+    """Find R with R'R the covariance of centred features, in at most as many rows as there are images."""
+    return np.asarray(np.linalg.qr(deviations / np.sqrt(len(deviations) - 1), mode="r"))
 
 
 def _kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:

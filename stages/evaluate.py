@@ -1,0 +1,273 @@
+"""Measure what was learnt, and lay it out as one page.
+
+reads   shards   image shards                          formats/shards.py
+        vqvae    the trained VQ-VAE                    formats/model_file.py
+        codes    one row of codes per image            formats/codes.py
+        priors   a folder of trained priors, by level  formats/model_file.py
+        samples  images drawn from the priors          formats/samples.py
+writes  out      report.html, and its pictures beside it
+        metrics  every number, as JSON
+        plots    rate against distortion, likelihoods and codebook usage, as CSV
+
+Networks run over at most `max_images` of each split, in the shards' order, which mixes classes; codes and bytes are
+counted over all. Sets of images are compared at one number of images N, beside two controls: what the decoder makes
+of uniformly random codes, and of codes that trade places between images.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import findings
+from stages.config import EvaluateConfig
+from stages.errors import UserError
+from stages.findings import Numbers
+from stages.formats import artifact, curves, model_file
+from stages.measuring import SETS, Inputs, Measurer, Plan
+from stages.metrics import distortion, neighbours, rate, usage
+from stages.metrics.distortion import DistortionSums
+from stages.metrics.features import network_name
+from stages.metrics.rate import LikelihoodSums
+from stages.report import Report, write_report
+from stages.runtime.parts import Part, Result, map_parts
+from stages.runtime.run import Run
+
+IMAGES_PER_PART = 256
+FEWEST_REFERENCE = 64  # validation images; where there are fewer, training images are the reference
+RECONSTRUCTIONS_SHOWN = 8
+SAMPLES_SHOWN = 64
+
+
+def run(
+    shards: Path,
+    vqvae: Path,
+    codes: Path,
+    priors: Path,
+    samples: Path,
+    out: Path,
+    metrics: Path,
+    plots: Path,
+    *,
+    evaluate: EvaluateConfig,
+    seed: int,
+    run: Run,
+) -> None:
+    """Measure the models and their samples against the images they learnt from and those they never saw."""
+    inputs = Inputs(*(folder.absolute() for folder in (shards, vqvae, codes, priors, samples)))
+    plan = _plan(inputs, evaluate, seed)
+    work = (run.work / "parts").absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    parts = list(_parts(inputs, plan))
+    results = map_parts(Measurer, (asdict(inputs), plan, work), parts, run=run, unit="image")
+    found = Found(inputs, plan, parts, results)
+
+    numbers = found.numbers()
+    notes = findings.notes(numbers, plan.compared, evaluate)
+    for note in notes:
+        run.reporter.note(note)
+    run.reporter.metrics(findings.flat(numbers), 0)
+    meta: dict[str, Any] = {"inputs": found.digests(), "settings": asdict(evaluate), "seed": seed}
+    with artifact.writing(out, "report", meta) as folder:
+        for name, png in write_report(folder, found.report(numbers, notes, run.fingerprint)).items():
+            run.reporter.picture(name, png, 0)
+    curves.write_metrics(metrics, numbers)
+    findings.write_plots(plots, numbers, found.counts())
+
+
+def _plan(inputs: Inputs, config: EvaluateConfig, seed: int) -> Plan:
+    sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
+    few = sizes["validation"] < min(FEWEST_REFERENCE, sizes["train"])
+    reference = "train" if few else "validation"
+    compared = min(inputs.samples.count, sizes[reference], config.max_images)
+    if not compared:
+        raise UserError("There are no samples or no images to compare.", where=inputs.samples_folder, code=4)
+    return Plan(reference, compared, min(RECONSTRUCTIONS_SHOWN, sizes[reference]), config, seed)
+
+
+def _parts(inputs: Inputs, plan: Plan) -> Iterator[Part]:
+    """Cut the work into ranges of images; what takes longest comes first."""
+    limit = plan.config.max_images
+    sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
+    bounded = {split: min(limit, size) for split, size in sizes.items() if size}
+    levels = list(inputs.codes.levels)
+    yield from _ranges("features", "train", bounded["train"])
+    for of in ("validation", *SETS) if plan.reference == "validation" else SETS:
+        yield from _ranges("features", of, plan.compared)
+    for split, size in bounded.items():
+        for level in reversed(levels):
+            yield from _ranges("likelihood", f"{split}.{level}", size)
+    for split, size in bounded.items():
+        yield from _ranges("distortion", split, size)
+    for of in _queries(plan):
+        yield from _ranges("nearest", of, sizes["train"])
+    yield from _ranges("shown", plan.reference, plan.shown)
+
+
+def _ranges(measure: str, of: str, size: int) -> Iterator[Part]:
+    for start in range(0, size, IMAGES_PER_PART):
+        stop = min(start + IMAGES_PER_PART, size)
+        yield {"measure": measure, "of": of, "start": start, "stop": stop, "weight": stop - start}
+
+
+def _queries(plan: Plan) -> tuple[str, ...]:
+    """The sets whose nearest training images are looked for: held-out images say how near is normal."""
+    return ("samples", "validation") if plan.reference == "validation" else ("samples",)
+
+
+class Found:
+    """What all parts measured, put together."""
+
+    def __init__(self, inputs: Inputs, plan: Plan, parts: Sequence[Part], results: Sequence[Result]):
+        self.inputs, self.plan = inputs, plan
+        self.network = network_name(plan.config.feature_weights)
+        self._results: dict[str, dict[str, list[Result]]] = {}
+        for part, result in zip(parts, results, strict=True):
+            self._results.setdefault(part["measure"], {}).setdefault(part["of"], []).append(result)
+
+    def numbers(self) -> Numbers:
+        """Every number of the evaluation, under the heading that says what it measures."""
+        levels, shards = self.inputs.codes.levels, self.inputs.shards
+        likelihoods = findings.likelihood(self._likelihoods(), levels)
+        reconstruction = findings.reconstruction(self._distortions())
+        reference = self.plan.reference
+        files = [self.inputs.codes_folder / name for name in self.inputs.codes.files()]
+        compared = findings.comparisons(
+            self.features(reference)[: self.plan.compared],
+            {name: self.features(name) for name in SETS},
+            self.network,
+            self.plan.config,
+            self.plan.seed,
+        )
+        return {
+            "seed": self.plan.seed,
+            "reference": reference,
+            "num_images": {split: len(shards.split(split)) for split in ("train", "validation")}
+            | {"samples": self.inputs.samples.count, "compared": self.plan.compared},
+            "reconstruction": reconstruction,
+            "codebook": findings.codebook(self.counts()),
+            "likelihood": likelihoods,
+            "rate": findings.rates(
+                levels,
+                likelihoods,
+                reconstruction[reference]["mse"],
+                split=reference,
+                image_size=shards.image_size,
+                column_bytes=rate.column_bytes(files),
+                rows=sum(len(self.inputs.codes.split(split)) for split in self.inputs.codes.splits),
+            ),
+            "compared": {**compared, **findings.ratios(compared, self.network)},
+            "neighbours": findings.closeness(self.distances()),
+        }
+
+    def counts(self) -> dict[str, dict[str, np.ndarray]]:
+        """How often every entry occurs: level -> split -> counts, over all plain images."""
+        levels = self.inputs.codes.levels
+        splits = [split for split in ("train", "validation") if split in self.inputs.codes.splits]
+        plain = {split: self.inputs.codes.split(split).plain() for split in splits}
+        return {
+            level: {split: usage.count(found.codes[level], shape.entries) for split, found in plain.items()}
+            for level, shape in levels.items()
+        }
+
+    def features(self, of: str) -> np.ndarray:
+        return np.concatenate([result["features"] for result in self._results["features"][of]])
+
+    def nearest(self, of: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The nearest training images of a set: space -> distances and indices, nearest first."""
+        k = self.plan.config.nearest
+        pixels = neighbours.merge(
+            [(result["distances"], result["indices"]) for result in self._results["nearest"][of]], k
+        )
+        return {"pixels": pixels, "features": neighbours.nearest(self.features(of), self.features("train"), k)}
+
+    def distances(self) -> dict[str, dict[str, np.ndarray]]:
+        """How far each image's nearest training image is: space -> set -> distances."""
+        found = {of: self.nearest(of) for of in _queries(self.plan)}
+        return {space: {of: spaces[space][0][:, 0] for of, spaces in found.items()} for space in ("pixels", "features")}
+
+    def digests(self) -> dict[str, str]:
+        """The digest of every artifact that was measured."""
+        inputs = self.inputs
+        found = {
+            "shards": inputs.shards.digest,
+            "vqvae": inputs.codes.vqvae,
+            "codes": inputs.codes.found.digest,
+            "samples": inputs.samples.found.digest,
+        }
+        for level in inputs.codes.levels:
+            found[f"prior {level}"] = artifact.read(inputs.priors_folder / level, "prior", f"prior_{level}").digest
+        return found
+
+    def report(self, numbers: Numbers, notes: list[str], fingerprint: str) -> Report:
+        """Gather what the page shows."""
+        inputs = self.inputs
+        shown = self._results["shown"][self.plan.reference][0]
+        pictures = {name: found for name, found in shown.items() if name != "images"}
+        folders = {"VQ-VAE": inputs.vqvae_folder}
+        folders |= {f"prior of level {level}": inputs.priors_folder / level for level in inputs.codes.levels}
+        return Report(
+            numbers=numbers,
+            notes=notes,
+            network=self.network,
+            image_size=inputs.shards.image_size,
+            levels=inputs.codes.levels,
+            originals=shown["images"],
+            reconstructions=pictures,
+            samples=self._samples_by_class(),
+            nearest=self._nearest_shown(),
+            distances=self.distances(),
+            counts=self.counts(),
+            curves={name: _curves(folder) for name, folder in folders.items()},
+            settings={"seed": self.plan.seed, "evaluate": asdict(self.plan.config), "models": self._settings(folders)},
+            digests={**self.digests(), "evaluation": fingerprint},
+        )
+
+    def _samples_by_class(self) -> dict[str, np.ndarray]:
+        samples = self.inputs.samples
+        if not samples.classes:
+            return {"": samples.images(0, min(samples.count, SAMPLES_SHOWN))}
+        images = samples.images(0, samples.count)
+        rows = max(1, SAMPLES_SHOWN // len(samples.classes))
+        chosen = {name: np.flatnonzero(samples.labels == label)[:rows] for label, name in enumerate(samples.classes)}
+        return {name: images[places] for name, places in chosen.items() if len(places)}
+
+    def _nearest_shown(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Some samples, each with its nearest training images by pixels and by features."""
+        found, train = self.nearest("samples"), self.inputs.images("train")
+        count = min(self.plan.config.shown, self.plan.compared)
+        images = self.inputs.samples.images(0, count)
+
+        def pictures(space: str, row: int) -> np.ndarray:
+            return np.stack([train.read(int(place)) for place in found[space][1][row]])
+
+        return [(images[row], pictures("pixels", row), pictures("features", row)) for row in range(count)]
+
+    def _distortions(self) -> dict[str, dict[str, DistortionSums]]:
+        return {
+            split: {name: distortion.add([DistortionSums(*result[name]) for result in results]) for name in results[0]}
+            for split, results in self._results["distortion"].items()
+        }
+
+    def _likelihoods(self) -> dict[str, dict[str, LikelihoodSums]]:
+        sums: dict[str, dict[str, LikelihoodSums]] = {level: {} for level in self.inputs.codes.levels}
+        for of, results in self._results["likelihood"].items():
+            split, level = of.split(".")
+            sums[level][split] = rate.add([LikelihoodSums(*result["sums"]) for result in results])
+        return sums
+
+    def _settings(self, folders: Mapping[str, Path]) -> dict[str, Any]:
+        manifests = {name: json.loads((folder / artifact.MANIFEST).read_bytes()) for name, folder in folders.items()}
+        return {name: manifest["meta"]["network"] for name, manifest in manifests.items()}
+
+
+def _curves(folder: Path) -> list[tuple[int, str, float]]:
+    path = folder / model_file.CURVES
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(int(row["step"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]
