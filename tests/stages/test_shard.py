@@ -14,6 +14,7 @@ from stages import shard
 from stages.config import ClusterConfig, DatasetConfig
 from stages.errors import UserError
 from stages.formats.shards import open_shards
+from stages.runtime.parts import map_parts
 from stages.runtime.run import Reporter, Run
 
 SIZE = 8
@@ -61,7 +62,7 @@ def make(path: Path, files: dict[str, bytes]) -> Path:
 IMAGES = {f"{'cat' if seed < 10 else 'dog'}/{seed}.png": png(seed) for seed in range(20)}
 
 
-def sharded(source: Path, base: Path, **settings) -> Notes:
+def sharded(source: Path, base: Path, cluster: ClusterConfig | None = None, **settings) -> Notes:
     values = {
         "name": "test",
         "source": str(source),
@@ -69,7 +70,7 @@ def sharded(source: Path, base: Path, **settings) -> Notes:
         "images_per_shard": 6,
         "validation_fraction": 0.2,
     }
-    run = Run("shard", "f", base / "work", ClusterConfig(), Notes())
+    run = Run("shard", "f", base / "work", cluster or ClusterConfig(), Notes())
     shard.run(source, base / "out", base / "metrics.json", dataset=DatasetConfig(**(values | settings)), run=run)
     return run.reporter
 
@@ -213,6 +214,16 @@ def test_no_readable_training_image_is_an_error(tmp_path):
     source = make(tmp_path / "images", {"train/1.png": b"", "val/2.png": png(0)})
     with pytest.raises(UserError, match="No training image could be read"):
         sharded(source, tmp_path, max_rejected_fraction=1.0)
+
+
+@pytest.mark.ray
+def test_two_workers_on_ray_write_what_one_process_writes(tmp_path, monkeypatch):
+    """The number of workers is nowhere in the bytes."""
+    source = make(tmp_path / "images", IMAGES)
+    sharded(source, tmp_path / "serial")
+    monkeypatch.setattr(shard, "map_parts", map_parts)
+    sharded(source, tmp_path / "ray", cluster=ClusterConfig(workers=2, cpus_per_worker=1))
+    assert files_of(tmp_path / "ray" / "out") == files_of(tmp_path / "serial" / "out")
 
 
 def test_jpeg_shards_are_smaller_and_close(tmp_path):
