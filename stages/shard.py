@@ -57,7 +57,9 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
     for note in _warnings(counts):
         run.reporter.note(note)
     if not counts["images"]["train"]:
-        raise UserError("No training image could be read.", where=source, fix=f"The first: {rejected[0]}", code=4)
+        name, reason = rejected[0]
+        fix = f"Mend the training images; the first one, {printable(name)}: {reason}."
+        raise UserError("No training image could be read.", where=source, fix=fix, code=4)
 
     settings = {name: value for name, value in asdict(dataset).items() if name != "source"}
     meta = {"image_size": dataset.image_size, "classes": listing.classes, "settings": settings, **counts}
