@@ -6,7 +6,6 @@ typer pipeline run --stage prior_bottom    the same by Typer's own program, whos
 
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -121,13 +120,6 @@ def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
     _guarded(lambda: show(overrides or (), as_json=as_json))
 
 
-class Method(StrEnum):
-    """How codes are drawn."""
-
-    cached = "cached"
-    naive = "naive"
-
-
 @app.command()
 def sample(
     out: Annotated[Path, typer.Argument(help="A folder for the images.")],
@@ -176,7 +168,7 @@ def reconstruct(
     def encode() -> int:
         from stages import tools
 
-        tools.reconstruct(images, out)
+        print("\n".join(tools.reconstruct(images, out)))
         print(out)
         return 0
 
@@ -205,7 +197,9 @@ def sync_metrics() -> None:
         from stages.runtime import tracking
 
         sent = tracking.sync()
-        print(f"{sent.points} points sent, {sent.missing} missing; {sent.runs} runs whole, {sent.busy} still running")
+        print(
+            f"{sent.points} points sent, {sent.missing} missing; {sent.runs} runs whole, {sent.running} still running"
+        )
         return 1 if sent.missing else 0
 
     _guarded(send)

@@ -1,17 +1,19 @@
 """Choices in conf/, composed into the text of params.yaml. The one file that knows Hydra."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 
+from pipeline.params import nearest
 from stages.errors import UserError
 
 HEADER = """\
@@ -29,14 +31,25 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> 
             config = compose("config", overrides=list(overrides))
             data = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(
-            str(error).strip(),
-            where=f"{conf}, with {' '.join(overrides) or 'no overrides'}",
-            fix="Give -S key=value, such as -S seed=1, or -S group=choice, such as -S experiment=smoke.",
-            code=2,
-        ) from None
+        raise _letter(error, overrides, conf) from None
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def _letter(error: Exception, overrides: Sequence[str], conf: Path) -> UserError:
+    """Say what Hydra says, in the words of the command line."""
+    what = str(error).strip().splitlines()[0]
+    fix = "Write -S key=value, such as -S seed=1, or -S group=choice, such as -S experiment=smoke."
+    if isinstance(error, OverrideParseException):
+        what = f"{error.override} is no override."
+    elif isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        what, fix = f"{group} has no choice {choice}.", f"Use one of: {', '.join(sorted(error.options))}"
+    elif match := re.search(r"Could not override '([^']+)'", what):
+        near = nearest(match[1])
+        what = f"{match[1]} is not a setting."
+        fix = f"Did you mean {near}?" if near else fix
+    return UserError(what, where=f"{conf}/, with {' '.join(overrides) or 'no overrides'}", fix=fix, code=2)
 
 
 def to_yaml(data: dict[str, Any]) -> str:

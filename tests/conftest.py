@@ -1,0 +1,13 @@
+"""What every test shares: one thread per process, and programs that neither phone home nor find a user's servers."""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VQVAE2_RUN", "VQVAE2_FRESH", "VQVAE2_PARENT_RUN"):
+    os.environ.pop(name, None)
