@@ -1,7 +1,7 @@
 """params.yaml, read in one place and checked whole before anything runs.
 
-The dataclasses of models/config.py and stages/config.py say what a section may hold. They are checked from outside,
-so that neither package knows pydantic.
+The dataclasses of models/config.py and stages/config.py say what a section may hold. What is wrong is said in the
+words of the file, with the nearest key that exists.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stages.checked import adapter
 from stages.config import Params
 from stages.errors import UserError
 
@@ -61,7 +62,7 @@ def check(data: Mapping[str, Any], path: Path = FILE) -> Params:
     """Check settings: their names, their types, each section by itself, and the sections against each other."""
     try:
         # As JSON, so that strict means "no text for a number" and not "no mapping for a dataclass".
-        params = _adapter().validate_json(json.dumps(data, default=str), strict=True)
+        params = adapter(Params).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         letters = [_letter(dict(found)) for found in error.errors()]
         raise UserError(
@@ -86,22 +87,6 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def _adapter() -> TypeAdapter[Params]:
-    for kind in _dataclasses(Params):
-        kind.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-    return TypeAdapter(Params)
-
-
-def _dataclasses(kind: Any) -> Iterator[Any]:
-    if dataclasses.is_dataclass(kind):
-        yield kind
-        for hint in get_type_hints(kind).values():
-            yield from _dataclasses(hint)
-    elif get_origin(kind) is not None:
-        for argument in get_args(kind):
-            yield from _dataclasses(argument)
 
 
 def _letter(error: dict[str, Any]) -> tuple[str, str]:
