@@ -185,7 +185,7 @@ class Delivery:
         return client.create_run(experiment, round(1000 * seconds), tags, title)
 
     def _find_parent(self, entry: Entry) -> str:
-        """Find or create the run of the whole pipeline, which is sent only when it ends."""
+        """Find or create the run of the whole pipeline."""
         found = self._find(f"tags.`vqvae2.key` = '{entry['parent']}'")
         return (found or self._create(entry["parent"], PIPELINE, entry["time"])).info.run_id
 
@@ -274,9 +274,11 @@ class Delivery:
         if entry["error"]:
             self._client.set_tag(self._run, "error", entry["error"][:LONGEST_TAG])
         if self._parent:
-            # By these names, pipeline runs compare side by side.
+            # By these names pipeline runs compare side by side, and MLflow groups them by stage.
             final = [
-                Metric(_name(f"{self._stage.replace('@', '_')}.{name}"), float(value), milliseconds, 0)
+                Metric(
+                    _name(f"{self._stage.replace('@', '_')}/{name.replace('/', '.')}"), float(value), milliseconds, 0
+                )
                 for name, value in entry["final"].items()
             ]
             for start in range(0, len(final), POINTS_PER_BATCH):

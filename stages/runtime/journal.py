@@ -228,9 +228,9 @@ def _as_json(value: float) -> float | str:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Flatten nested numbers: {"a": {"b": 1}} yields ("a/b", 1.0)."""
+    """Flatten nested numbers: {"a": {"b": 1}} yields ("a.b", 1.0)."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _numbers(item, f"{name}/{key}" if name else str(key))
+            yield from _numbers(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, float(value)

@@ -24,7 +24,7 @@ from stages.runtime.journal import JOURNAL, Journal, ending, latest, locked, wit
 from stages.runtime.progress import Progress, Several
 from stages.runtime.run import Reporter
 
-PARENT = "VQVAE2_PARENT_RUN"  # environment variable: the key of the pipeline run that a stage belongs to
+PARENT = "VQVAE2_PARENT_RUN"  # environment variable: the folder of the pipeline run that a stage belongs to
 SEND_EVERY_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0  # at a run's end, with a server that has answered so far
 IMPATIENCE_SECONDS = 5.0  # with one that has not, or after a failure
@@ -53,7 +53,7 @@ def open_run(
         screen = screen or stack.enter_context(Progress(stage))
         folder = stack.enter_context(latest(work / "tracked", fingerprint))
         journal = Journal(folder)
-        parent = os.environ.get(PARENT) or UNOWNED + _digest()
+        parent = os.environ.get(PARENT)
         journal.begin(
             folder.name,
             stage,
@@ -61,9 +61,9 @@ def open_run(
             params,
             {**_origin(), "dvc.stage": stage, **tags},
             inputs=inputs,
-            parent=parent,
+            parent=Path(parent).name if parent else UNOWNED + _digest(),
         )
-        sender = Sender(journal, screen)
+        sender = Sender(journal, screen, Path(parent) if parent else None)
         sender.start()
         with _ending(journal, metrics, outputs, sender.finish):
             yield Several([screen, journal])
@@ -73,7 +73,7 @@ def open_run(
 def parent_run(params: Mapping[str, Any], tags: Mapping[str, str], *, runs: Path = Path("runs")) -> Iterator[str]:
     """Track a run of the whole pipeline. Enter it only when something is to run.
 
-    Yields the key that its stages are to find in the environment variable `PARENT`.
+    Yields what its stages are to find in the environment variable `PARENT`. The tag `mlflow.runName` names the run.
     """
     digest = _digest()
     with latest(runs / PIPELINE, digest) as folder:
@@ -93,7 +93,7 @@ def parent_run(params: Mapping[str, Any], tags: Mapping[str, str], *, runs: Path
                     screen.note(f"MLflow lacks a part of this run ({_reason(sent.trouble)}). {SEND_IT}")
 
         with _ending(journal, None, (), send):
-            yield folder.name
+            yield str(folder.resolve())
 
 
 def link_cached(
@@ -103,17 +103,17 @@ def link_cached(
     *,
     params: Mapping[str, Any],
     metrics: Path | None = None,
-    runs: Path = Path("runs"),
 ) -> None:
     """Show a stage that did not run in the pipeline run `parent`: its numbers, and a link to the run that made it.
 
     Call it within `parent_run`.
     """
-    folder = runs / PIPELINE / parent / "cached" / stage
+    folder = Path(parent) / "cached" / stage
     if (folder / JOURNAL).exists():
         return
     journal = Journal(folder)
-    journal.begin(f"{parent}/{stage}", stage, fingerprint, params, {}, inputs={}, parent=parent, cached=True)
+    key = Path(parent).name
+    journal.begin(f"{key}/{stage}", stage, fingerprint, params, {}, inputs={}, parent=key, cached=True)
     journal.end("FINISHED", metrics=metrics)
     journal.close()
 
@@ -161,10 +161,11 @@ def sync(runs: Path = Path("runs")) -> Sent:
 class Sender(threading.Thread):
     """Send a journal while it grows, and note in it how busy the machine is."""
 
-    def __init__(self, journal: Journal, screen: Reporter):
+    def __init__(self, journal: Journal, screen: Reporter, parent: Path | None):
         super().__init__(name="tracking", daemon=True)
         self._journal, self._screen = journal, screen
         self._delivery = Delivery(journal.folder)
+        self._parent = Delivery(parent) if parent else None  # whose own process sends only when all has ended
         self._machine = Machine(journal)
         self._last = threading.Event()
         self._trouble: Exception | None = None
@@ -196,6 +197,8 @@ class Sender(threading.Thread):
     def _attempt(self) -> None:
         try:
             self._journal.sync()
+            if self._parent:
+                self._parent.pump()
             self._delivery.pump()
             self._trouble = None
         except Exception as error:  # whatever it is, the run goes on

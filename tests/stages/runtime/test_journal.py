@@ -133,8 +133,8 @@ def test_final_numbers_are_those_the_stage_wrote_or_the_last_of_each_curve(tmp_p
     plain.metrics({"loss": 1.0, "system/cpu": 9.0}, 2)
     plain.end("FINISHED")
 
-    assert entries(written)[-1]["final"] == {"validation/mse": 0.5, "images": 3.0}
-    assert points(written.path)["final/validation/mse"] == {7: 0.5}
+    assert entries(written)[-1]["final"] == {"validation.mse": 0.5, "images": 3.0}
+    assert points(written.path)["final/validation.mse"] == {7: 0.5}
     assert entries(written)[-1]["outputs"] == ["metrics.json"] and (tmp_path / "written/outputs/metrics.json").is_file()
     assert entries(plain)[-1]["final"] == {"loss": 1.0}
 

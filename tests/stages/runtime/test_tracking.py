@@ -104,7 +104,7 @@ def test_a_run_arrives_whole():
     assert run.data.tags.items() >= {"who": "me", "fingerprint": "f" * 64, "input.shards": "d" * 64}.items()
     assert [(entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs] == [("shards", "d" * 36)]
     assert steps(run, "loss/train") == steps(run, "odd_name") == [1, 2, 3, 4, 5]
-    assert run.data.metrics["final/validation/mse"] == 0.01
+    assert run.data.metrics["final/validation.mse"] == 0.01
     client = tracked()
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"images", "metrics.json"}
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
@@ -131,7 +131,7 @@ def test_stages_of_a_bare_dvc_repro_meet_in_one_parent():
     assert prior.data.tags["mlflow.parentRunId"] == vqvae.data.tags["mlflow.parentRunId"]
     assert other.data.tags["mlflow.parentRunId"] != vqvae.data.tags["mlflow.parentRunId"]
     parent = parents[vqvae.data.tags["mlflow.parentRunId"]]
-    assert parent.data.metrics == {"vqvae.mse": 0.5, "prior_top.nll": 2.0}
+    assert parent.data.metrics == {"vqvae/mse": 0.5, "prior_top/nll": 2.0}
     assert parent.info.status == "FINISHED"
 
 
@@ -259,6 +259,7 @@ def test_a_pipeline_run_has_its_stages_as_children(monkeypatch):
         monkeypatch.setenv(tracking.PARENT, parent)
         with track("vqvae", "b" * 64) as reporter:
             reporter.metrics({"mse": 0.5}, 1)
+        assert [run.info.status for run in everything() if run.data.tags.get("experiment") == "smoke"] == ["RUNNING"]
         link_cached(parent, "shard", "a" * 64, params={"dataset.name": "x"}, metrics=Path("shard.json"))
         link_cached(parent, "codes", "9" * 64, params={})
 
@@ -270,7 +271,7 @@ def test_a_pipeline_run_has_its_stages_as_children(monkeypatch):
     assert maker.info.run_id in cached.data.tags["mlflow.note.content"]
     assert cached.data.metrics["final/images"] == 100 and cached.data.params == {"dataset.name": "x"}
     assert children["codes (cached)"].data.tags["cached.from"] == "unknown"
-    assert tree.data.metrics == {"vqvae.mse": 0.5, "shard.images": 100}
+    assert tree.data.metrics == {"vqvae/mse": 0.5, "shard/images": 100}
     assert tree.data.params == {"seed": "0", "vqvae.beta": "0.25", "dataset.name": "x"}
     assert {run.info.status for run in children.values()} == {tree.info.status} == {"FINISHED"}
     assert sync().points == 0
