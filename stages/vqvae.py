@@ -63,6 +63,8 @@ def run(
         "grids": grids,
         "classes": list(images.classes),
         "shards": images.digest,
+        # How an image becomes one that this model knows.
+        "images": {name: images.artifact.meta["settings"][name] for name in ("fit", "background", "max_pixels")},
     }
     drawn = draw(network.eval(), _shown(images))
     model_file.write(out, "vqvae", weights, meta, history=history, pictures=drawn)

@@ -6,6 +6,7 @@ names that the part decides; so a rerun makes the same bytes, and finds finished
 
 import io
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ from stages.runtime import cluster
 from stages.runtime.run import Run
 
 Part = dict[str, Any]
+Worker = Callable[..., Callable[[Part], "Result"]]  # a class: built from arguments, called with a part
 Result = dict[str, Any]  # arrays, and what JSON holds
 
 
 def map_parts(
-    worker: Callable[..., Callable[[Part], Result]],
+    worker: Worker,
     arguments: tuple[Any, ...],
     parts: Sequence[Part],
     *,
@@ -33,49 +35,77 @@ def map_parts(
     values; paths in either are absolute, since workers run in other folders and on other machines. A part with a key
     "weight" counts for that many of `unit` in the progress.
     """
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    import ray
 
     if not parts:
         return []
-    config = run.cluster
+    results: dict[int, Result] = {}
     weights = [part.get("weight", 1) for part in parts]
-    results: list[Result] = [{}] * len(parts)
-    with cluster.connected(config):
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        rows = [{"number": number, "part": json.dumps(dict(part))} for number, part in enumerate(parts)]
-        mapped = ray.data.from_items(rows, override_num_blocks=len(parts)).map(
-            _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
-            fn_constructor_args=(worker, arguments, max(1, int(config.cpus_per_worker))),
-            compute=ActorPoolStrategy(min_size=1, max_size=min(config.workers, len(parts))),
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker or None,
-        )
-        done = 0
+
+    def collect(number: int, result: Result) -> None:
+        results[number] = result
+        run.reporter.progress(sum(weights[done] for done in results), sum(weights), unit, {})
+
+    with cluster.connected(run.cluster):
         run.reporter.progress(0, sum(weights), unit, {})
-        try:
-            for row in mapped.iter_rows():
-                results[row["number"]] = unpacked(row["result"])
-                done += weights[row["number"]]
-                run.reporter.progress(done, sum(weights), unit, {})
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from error
-    return results
+        for failures in range(run.cluster.max_failures + 1):
+            missing = {number: part for number, part in enumerate(parts) if number not in results}
+            try:
+                _map(worker, arguments, missing, run, collect)
+                break
+            except UserError:
+                raise
+            except Exception as error:
+                if failures == run.cluster.max_failures:
+                    raise
+                run.reporter.note(
+                    f"A worker was lost ({type(error).__name__}); what it had not finished is done again."
+                )
+    return [results[number] for number in range(len(parts))]
+
+
+def _map(
+    worker: Worker, arguments: tuple[Any, ...], parts: dict[int, Part], run: Run, collect: Callable[[int, Result], None]
+) -> None:
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"number": number, "part": json.dumps(part)} for number, part in parts.items()]
+    mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
+        fn_constructor_args=(worker, arguments, max(1, int(run.cluster.cpus_per_worker))),
+        compute=ActorPoolStrategy(min_size=1, max_size=min(run.cluster.workers, len(rows))),
+        num_cpus=run.cluster.cpus_per_worker,
+        num_gpus=run.cluster.gpus_per_worker or None,
+        max_restarts=0,  # a lost worker ends the map, which `map_parts` then repeats for the parts that are missing
+        max_task_retries=0,
+    )
+    for row in mapped.iter_rows():
+        result = unpacked(row["result"])
+        if error := result.get("user_error"):
+            raise UserError(**error)
+        collect(row["number"], result)
 
 
 class _Call:
     """One process of the pool: a worker of its own, and its share of the CPUs."""
 
-    def __init__(self, worker: Callable[..., Callable[[Part], Result]], arguments: tuple[Any, ...], threads: int):
+    def __init__(self, worker: Worker, arguments: tuple[Any, ...], threads: int):
         import torch
 
         torch.set_num_threads(threads)
         self.worker = worker(*arguments)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"number": row["number"], "result": packed(self.worker(json.loads(row["part"])))}
+        try:
+            result = self.worker(json.loads(row["part"]))
+        except UserError as error:  # an answer, not a failure: Ray would bury it in tracebacks
+            result = {"user_error": vars(error)}
+        return {"number": row["number"], "result": packed(result)}
 
 
 def packed(result: Result) -> bytes:
@@ -92,13 +122,3 @@ def unpacked(data: bytes) -> Result:
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     return json.loads(arrays.pop("").tobytes()) | arrays
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Find the error a worker raised beneath those that Ray wraps around it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error

@@ -1,0 +1,95 @@
+"""What a person does with trained models by hand, outside of the pipeline: draw images, reconstruct their own."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.config import DatasetConfig, SampleConfig
+from stages.errors import UserError
+from stages.formats import model_file
+from stages.formats.images import RejectedImage, decode
+from stages.pictures import png, sheet, to_bytes
+from stages.sample import Models, choose_labels
+from stages.vqvae import floats
+
+VQVAE = Path("artifacts/vqvae")
+PRIORS = Path("artifacts/priors")
+
+
+def sample(
+    out: Path,
+    *,
+    count: int,
+    classes: tuple[str, ...],
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    method: str = "cached",
+) -> None:
+    """Draw images into a folder, each as a PNG named by its number and class, and all on one sheet."""
+    config = SampleConfig(
+        count=count,
+        classes=classes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        method=method,  # type: ignore[arg-type]  # checked by the command line
+    )
+    models = Models.load(VQVAE, PRIORS)
+    labels = choose_labels(models, config)
+    out.mkdir(parents=True, exist_ok=True)
+    images = []
+    for start in range(0, count, config.batch_size):
+        chosen = labels[start : start + config.batch_size].tolist()
+        _, drawn = models.draw(range(start, start + len(chosen)), chosen, config, seed)
+        images.append(drawn)
+        for number, (label, image) in enumerate(zip(chosen, drawn, strict=True), start):
+            name = f"{number:06d}-{_safe(models.classes[label])}" if models.classes else f"{number:06d}"
+            (out / f"{name}.png").write_bytes(png(image))
+    (out / "sheet.png").write_bytes(sheet(np.concatenate(images), columns=math.ceil(math.sqrt(count))))
+
+
+def reconstruct(images: list[Path], out: Path) -> list[str]:
+    """Reconstruct image files from each prefix of levels; return a line per image with the error of each.
+
+    Writes, for each image, itself and its reconstructions side by side. Images are cut and resized as the training
+    images were.
+    """
+    network, found = model_file.load_vqvae(VQVAE)
+    config = dataclasses.replace(DatasetConfig("", "", found.meta["image_size"]), **found.meta["images"])
+    levels = list(network.config.levels)
+    pixels = [_read(path, config) for path in images]
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (path, image) in enumerate(zip(images, pixels, strict=True)):
+        batch = floats(torch.from_numpy(image[None]), torch.device("cpu"))
+        with torch.inference_mode():
+            codes = network.encode(batch)
+            prefixes = [{name: codes[name] for name in levels[:count]} for count in range(1, len(levels) + 1)]
+            decoded = [network.decode(prefix, "mean") for prefix in prefixes]
+        shown = np.concatenate([image[None], *(to_bytes(each.numpy()) for each in decoded)])
+        (out / f"{number:03d}-{_safe(path.stem)}.png").write_bytes(sheet(shown, columns=len(shown)))
+        # Pixels lie in [-1, 1]: their range is 2.
+        errors = [10 * math.log10(4 / max((each - batch).square().mean().item(), 1e-12)) for each in decoded]
+        named = ", ".join(f"{'+'.join(levels[: n + 1])} {error:.1f} dB" for n, error in enumerate(errors))
+        lines.append(f"{path}: {named}")
+    return lines
+
+
+def _read(path: Path, config: DatasetConfig) -> np.ndarray:
+    try:
+        return np.array(decode(path.read_bytes(), config).pixels)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except RejectedImage as error:
+        reason = str(error)
+    raise UserError(f"The image cannot be used: {reason}.", where=path, fix="Give a PNG, JPEG or WebP file.", code=4)
+
+
+def _safe(name: str) -> str:
+    """Keep what is safe in a file's name anywhere."""
+    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:80]

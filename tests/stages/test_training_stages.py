@@ -1,0 +1,185 @@
+"""The stages that train, encode and sample: what they make depends on settings and seed alone."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from stages import prior, vqvae
+from stages.errors import UserError
+from stages.formats import artifact, model_file
+from stages.formats.codes import open_codes
+from stages.formats.samples import open_samples
+from stages.formats.shards import open_shards
+from stages.runtime import fit
+from stages.runtime.loop import Stopped, Worker
+from stages.sample import Models
+from stages.vqvae import floats
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+def digest(folder: Path) -> str:
+    return artifact.sha256(folder / artifact.MANIFEST)
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "top", "bottom"])
+def test_training_again_makes_the_same_bytes(project, stage: str):
+    """Weights, curves and pictures: the digest of everything in the folder is equal."""
+    if stage == "vqvae":
+        project.vqvae(out="again", fingerprint="again")
+        assert digest(project.path("again")) == digest(project.path("vqvae"))
+    else:
+        project.prior(stage, out="again_priors", fingerprint="again")
+        assert digest(project.path("again_priors") / stage) == digest(project.path("priors") / stage)
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "bottom"])
+def test_a_training_stage_that_was_stopped_ends_in_the_same_bytes(project, monkeypatch, stage: str):
+    """Run again, it goes on, and nobody can tell."""
+
+    def stopped(learn, arguments, *, run):
+        learn(worker=Worker(stopping=lambda: True), run=run, **arguments)
+
+    if stage == "vqvae":
+        first, second = project.path("vqvae"), project.path("stopped")
+        again = lambda: project.vqvae(out="stopped", fingerprint="stopped")  # noqa: E731
+    else:
+        first, second = project.path("priors") / stage, project.path("stopped_priors") / stage
+        again = lambda: project.prior(stage, out="stopped_priors", fingerprint="stopped")  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 2"):
+        patch.setattr(fit, "fit", stopped)
+        again()
+    again()
+    assert digest(second) == digest(first)
+
+
+def test_another_seed_makes_another_model(project):
+    """The seed matters; the equality above is able to fail."""
+    project.vqvae(seed=1, out="other", fingerprint="other")
+    assert digest(project.path("other")) != digest(project.path("vqvae"))
+
+
+def test_codes_are_what_the_vqvae_says_of_each_image(project):
+    """Row by row, level by level, as encoding the image itself."""
+    codes = open_codes(project.path("codes"))
+    network, _ = model_file.load_vqvae(project.path("vqvae"))
+    images = open_shards(project.path("shards")).split("validation")
+    found = codes.split("validation")
+    encoded = network.encode(
+        floats(torch.from_numpy(np.stack([images.read(i) for i in range(4)])), torch.device("cpu"))
+    )
+    assert list(found.keys) == list(images.keys) and (found.labels == images.labels).all()
+    for level, grid in encoded.items():
+        assert (found.codes[level] == grid.numpy()).all()
+
+
+def test_copies_are_of_training_images_alone_and_the_first_is_plain(project):
+    """Two rows per training image, one per validation image; copy 0 does not depend on how many there are."""
+    project.codes(copies=1, out="plain", fingerprint="plain")
+    codes, plain = open_codes(project.path("codes")), open_codes(project.path("plain"))
+    assert len(codes.split("train")) == 24 and len(codes.split("validation")) == 4
+    for level in codes.levels:
+        assert (codes.split("train").plain().codes[level] == plain.split("train").codes[level]).all()
+
+
+def test_encoding_again_makes_the_same_bytes_and_finds_finished_parts(project):
+    """A part that is there is not made again."""
+    project.codes(out="again_codes", fingerprint="again")
+    assert digest(project.path("again_codes")) == digest(project.path("codes"))
+
+
+def test_codes_name_the_vqvae_that_made_them(project):
+    """In the manifest, and in the schema of each file."""
+    codes = open_codes(project.path("codes"))
+    expected = digest(project.path("vqvae"))
+    assert codes.vqvae == expected
+    schema = pq.read_schema(codes.found.path(codes.files("train")[0]))
+    assert json.loads(schema.metadata[b"vqvae2"])["vqvae"] == expected
+
+
+def test_every_flipped_bit_in_a_codes_file_is_caught(project, tmp_path: Path):
+    """A thousand flips, each refused with the file's name, by the manifest's hash."""
+    folder = tmp_path / "codes"
+    shutil.copytree(project.path("codes"), folder)
+    codes = open_codes(folder)
+    path = codes.found.path(codes.files("train")[0])
+    data = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.integers(0, 8 * len(data), 1000):
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=path.name):
+            open_codes(folder).found.verify()
+
+
+def test_samples_depend_on_their_number_alone(project):
+    """Not on how many are drawn at once, nor on how they fall into parts, nor on the sampler."""
+    project.sample(out="other_samples", fingerprint="other", batch_size=10, images_per_part=7, method="naive")
+    one, other = open_samples(project.path("samples")), open_samples(project.path("other_samples"))
+    for level in one.levels:
+        assert (one.drawn.codes[level] == other.drawn.codes[level]).all()
+    assert (one.images(0, 10) == other.images(0, 10)).all()
+
+
+def test_classes_are_drawn_as_often_as_training_images_have_them(project):
+    """Half of the training images are light, so half of the samples are."""
+    labels = open_samples(project.path("samples")).labels
+    assert np.bincount(labels).tolist() == [5, 5]
+
+
+def test_named_classes_are_drawn_in_turn_and_unknown_ones_refused(project):
+    """The message lists the classes there are."""
+    project.sample(out="light", fingerprint="light", classes=("light",))
+    assert (open_samples(project.path("light")).labels == 1).all()
+    with pytest.raises(UserError, match=r"'gray' is no class[\s\S]*Use one of: dark, light"):
+        project.sample(out="gray", fingerprint="gray", classes=("gray",))
+
+
+def test_priors_of_another_vqvae_are_refused(project):
+    """Codes of one VQ-VAE mean nothing to another."""
+    project.vqvae(seed=1, out="foreign", fingerprint="foreign")
+    with pytest.raises(UserError, match="The prior of level top learnt codes of VQ-VAE"):
+        Models.load(project.path("foreign"), project.path("priors"))
+
+
+def test_a_flipped_bit_in_the_weights_is_refused(project, tmp_path: Path):
+    """No damaged model is ever used."""
+    folder = tmp_path / "vqvae"
+    shutil.copytree(project.path("vqvae"), folder)
+    path = folder / model_file.WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        model_file.load_vqvae(folder)
+
+
+def test_a_level_without_codes_is_refused_before_training(project):
+    """The message names the levels there are."""
+    with pytest.raises(UserError, match="no codes of level 'middle', only of top, bottom"):
+        prior.run(
+            "middle",
+            project.path("codes"),
+            project.path("priors") / "middle",
+            *project.files("prior_middle"),
+            prior=None,  # type: ignore[arg-type]  # not reached
+            seed=0,
+            run=project.run("prior@middle"),
+        )
+
+
+def test_the_picture_shows_images_above_their_reconstructions(project):
+    """One row of images, and one for each prefix of levels."""
+    network, _ = model_file.load_vqvae(project.path("vqvae"))
+    png = vqvae.draw(network, np.zeros((3, 16, 16, 3), np.uint8))["reconstructions"]
+    with Image.open(io.BytesIO(png)) as picture:
+        width, height = picture.size
+    assert width == height  # three images, in three rows
