@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.nn import functional as F
 
 from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
@@ -161,6 +161,29 @@ def test_bf16_autocast_keeps_losses_and_sums_in_full_precision():
         assert {tensor.dtype for tensor in (level.latents, *level.sums)} == {torch.float32}
 
 
+def compile_and_compare(rank: int) -> None:
+    """Run some steps compiled and not; from the fourth on no new compilation is allowed."""
+    strides = {"top": 8, "bottom": 4}
+    batch = images(strides)
+    vqvae = taught(VQVAE(config(strides)), batch)
+    compiled = torch.compile(vqvae, fullgraph=True)
+    for step in range(1, 8):
+        if step == 4:
+            torch.compiler.set_stance("fail_on_recompile")
+        share = Share(seed=2**40, step=step, start=0, total=2)
+        plain, fast = vqvae(batch, share), compiled(batch, share)
+        torch.testing.assert_close(fast.reconstruction, plain.reconstruction)
+        for name in strides:
+            assert torch.equal(fast.levels[name].codes, plain.levels[name].codes)
+            torch.testing.assert_close(fast.levels[name].sums.candidates, plain.levels[name].sums.candidates)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_does_the_same_and_is_compiled_for_all_steps():
+    """No graph break, the same codes and candidates, and no new compilation for a new step."""
+    multiprocessing.spawn(compile_and_compare, nprocs=1)  # a process in which shapes are not checked: dynamo cannot
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_agrees_with_the_cpu_and_compiles():
@@ -188,7 +211,8 @@ def test_a_gpu_agrees_with_the_cpu_and_compiles():
     ("shape", "message"),
     [
         ((1, 3, 30, 64), "images are 30 x 64 pixels, but each side must be a multiple of .* stride 8; .* 32 x 64"),
-        ((1, 1, 32, 32), r"images have shape \(1, 1, 32, 32\); use \(images, 3, height, width\)"),
+        ((1, 1, 32, 32), r"images have shape \(1, 1, 32, 32\); use \(1 or more, 3, height, width\)"),
+        ((0, 3, 32, 32), r"images have shape \(0, 3, 32, 32\); use \(1 or more, 3, height, width\)"),
     ],
 )
 def test_images_that_do_not_fit_are_refused_in_one_sentence(shape: tuple[int, ...], message: str):
