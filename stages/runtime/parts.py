@@ -53,14 +53,10 @@ def map_parts(
             try:
                 _map(worker, arguments, missing, run, collect)
                 break
-            except UserError:
-                raise
-            except Exception as error:
+            except ray.exceptions.RayActorError:
                 if failures == run.cluster.max_failures:
                     raise
-                run.reporter.note(
-                    f"A worker was lost ({type(error).__name__}); what it had not finished is done again."
-                )
+                run.reporter.note("A worker was lost; what it had not finished is done again.")
     return [results[number] for number in range(len(parts))]
 
 
