@@ -28,6 +28,7 @@ PARENT = "VQVAE2_PARENT_RUN"  # environment variable: the folder of the pipeline
 SEND_EVERY_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0  # at a run's end, with a server that has answered so far
 IMPATIENCE_SECONDS = 5.0  # with one that has not, or after a failure
+REMEDY = "Send what is missing: vqvae2 sync-metrics"
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def parent_run(params: Mapping[str, Any], tags: Mapping[str, str], *, runs: Path
             thread.join(patience)
             if sent.trouble or thread.is_alive():
                 with Progress(PIPELINE) as screen:
-                    screen.note(f"MLflow lacks a part of this run ({_reason(sent.trouble)}). {SEND_IT}")
+                    screen.note(f"MLflow lacks a part of this run ({_reason(sent.trouble)}). {REMEDY}")
 
         with _ending(journal, None, (), send):
             yield str(folder.resolve())
@@ -187,7 +188,7 @@ class Sender(threading.Thread):
         if self._trouble or self.is_alive():
             self._screen.note(
                 f"{self._delivery.missing()} points are not in MLflow yet ({_reason(self._trouble)}); "
-                f"they are kept in {self._journal.path}. {SEND_IT}"
+                f"they are kept in {self._journal.path}. {REMEDY}"
             )
         if self._journal.failure:
             self._screen.note(
@@ -209,9 +210,6 @@ class Sender(threading.Thread):
                     f"MLflow at {without_secrets(store_uri())} does not answer ({_reason(error)}). "
                     "The run goes on; what it reports is kept, and sent when MLflow answers."
                 )
-
-
-SEND_IT = "Send them: vqvae2 sync-metrics"
 
 
 @contextmanager
