@@ -169,11 +169,18 @@ class _forwarded:
 
 def _status() -> dict[str, list[Any]]:
     done = subprocess.run([*COMMAND, "status", "--json"], capture_output=True, text=True, check=False)
+    if holders := re.findall(r"\(PID (\d+)\)", done.stderr):
+        raise UserError(
+            f"Another vqvae2 or dvc is at work here: PID {', '.join(dict.fromkeys(holders))}.",
+            where=Path.cwd(),
+            fix="Wait for it or stop it, then run the same command again.",
+            code=3,
+        )
     if done.returncode:
         raise UserError(
             f"DVC cannot tell what is out of date: {_last_line(done.stderr)}",
             where=Path.cwd(),
-            fix="Wait if another vqvae2 or dvc is running here; otherwise mend what it names.",
+            fix="Mend what it names.",
         )
     return dict(json.loads(done.stdout or "{}"))
 

@@ -49,10 +49,8 @@ def run_stage(module: str, level: str = "") -> int:
         return 0
     except Stopped as stopped:
         return shared.tell(_stopped(stopped.number))
-    except SystemExit as ended:  # Ray puts its own handler in place of ours
-        if ended.code != signal.SIGTERM:
-            raise
-        return shared.tell(_stopped(signal.SIGTERM))
+    except SystemExit as ended:  # Ray's handlers in place of ours: SIGTERM ends with its number, SIGINT with 0
+        return shared.tell(_stopped(signal.SIGTERM if ended.code == signal.SIGTERM else signal.SIGINT))
     except BaseException as error:
         return shared.tell(report(error, folder))
 

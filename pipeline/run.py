@@ -4,13 +4,12 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import dag, dvc, launch, params, preflight, shared
-from stages.config import ClusterConfig, Params
+from stages.config import Params
 from stages.errors import UserError
 
 
@@ -84,7 +83,7 @@ def _reproduce(
     pull: bool,
 ) -> int:
     outcome = dvc.Outcome()
-    with _meeting(settings.cluster) as meeting:
+    with shared.Meeting() as meeting:
         try:
             with _tracked(settings) as parent:
                 environment = {**os.environ, **parent, shared.FOLDER: str(meeting.folder)}
@@ -106,25 +105,6 @@ def _reproduce(
     if report.is_file() and (not targets or targets == ["evaluate"]):
         print(f"report        {report}")
     return 0
-
-
-@contextmanager
-def _meeting(config: ClusterConfig) -> Iterator[shared.Meeting]:
-    """Offer stages one Ray cluster, which starts when the first of them asks and ends with the block."""
-    with ExitStack() as stack:
-        meeting = shared.Meeting()
-        stack.callback(meeting.close)  # after the cluster: its processes die with the thread that started them
-        environment: dict[str, str] = {}
-
-        def cluster() -> dict[str, str]:
-            from stages.runtime.cluster import local_cluster
-
-            if not environment:
-                environment.update(stack.enter_context(local_cluster(config)))
-            return environment
-
-        threading.Thread(target=meeting.serve, args=(cluster,), daemon=True).start()
-        yield meeting
 
 
 @contextmanager
