@@ -175,13 +175,14 @@ class Quantizer(nn.Module):
         per_image = len(flat) // images
         here = self._candidate_positions(share, per_image, flat.device) - share.start * per_image
         held = (here >= 0) & (here < len(flat))
-        candidates = flat[here.clamp(0, len(flat) - 1)] * held[:, None]
+        candidates = flat[here.clamp(0, len(flat) - 1)].masked_fill(~held[:, None], 0)
         return CodebookSums(counts, vectors, candidates)
 
     def _candidate_positions(self, share: Share, per_image: int, device: torch.device) -> Int64[Tensor, " K"]:
         """Draw a vector of the global batch for each entry, alike on every worker.
 
-        The vectors fall into K strata of consecutive ones and each entry draws from its own: no vector is drawn twice.
+        The vectors fall into K strata of consecutive ones and each entry draws from its own, so that no vector is drawn
+        twice while there are K or more.
         """
         entries = torch.arange(self.entries, device=device)
         key = share.seed * 0xC2B2_AE35 % 2**32 + share.step * 0x85EB_CA6B % 2**32 + self.level * 0x27D4_EB2F
