@@ -7,6 +7,7 @@ names that the part decides; so a rerun makes the same bytes, and finds finished
 import io
 import json
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,21 +66,25 @@ def _map(
 ) -> None:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
+    from ray.util.annotations import RayDeprecationWarning
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"number": number, "part": json.dumps(part)} for number, part in parts.items()]
-    mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
-        fn_constructor_args=(worker, arguments, max(1, int(run.cluster.cpus_per_worker))),
-        compute=ActorPoolStrategy(min_size=1, max_size=min(run.cluster.workers, len(rows))),
-        num_cpus=run.cluster.cpus_per_worker,
-        num_gpus=run.cluster.gpus_per_worker or None,
-        max_restarts=0,  # a lost worker ends the map, which `map_parts` then repeats for the parts that are missing
-        max_task_retries=0,
-    )
+    with warnings.catch_warnings():
+        # Restarts have no other name yet. A lost worker ends the map, and `map_parts` repeats it for what is missing.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
+            fn_constructor_args=(worker, arguments, max(1, int(run.cluster.cpus_per_worker))),
+            compute=ActorPoolStrategy(min_size=1, max_size=min(run.cluster.workers, len(rows))),
+            num_cpus=run.cluster.cpus_per_worker,
+            num_gpus=run.cluster.gpus_per_worker or None,
+            max_restarts=0,
+            max_task_retries=0,
+        )
     for row in mapped.iter_rows():
         result = unpacked(row["result"])
         if error := result.get("user_error"):
