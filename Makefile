@@ -7,7 +7,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
 
-.PHONY: setup demo test check format constraints bench
+.PHONY: setup demo test test-slow check format constraints
 setup: $(VENV)/.stamp
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -21,8 +21,11 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 demo: setup          ## Run every stage on the embedded data; ends with the path of the report.
 	vqvae2 run
 
-test: setup          ## Every test that fits in fifteen minutes on two cores.
-	pytest -q
+test: setup          ## Every test that fits into fifteen minutes on two cores.
+	pytest -q -m "not slow"
+
+test-slow: setup     ## The long ones.
+	pytest -q -m slow
 
 check: setup         ## What a change must pass: format, lint, types, fast tests.
 	ruff format --check .
