@@ -40,7 +40,9 @@ from stages.runtime.run import Run
 IMAGES_PER_PART = 256
 FEWEST_REFERENCE = 64  # validation images; where there are fewer, training images are the reference
 RECONSTRUCTIONS_SHOWN = 8
-SAMPLES_SHOWN = 64
+SAMPLES_SHOWN = 64  # without classes
+CLASSES_SHOWN = 16
+SHOWN_PER_CLASS = 8
 
 
 def run(
@@ -136,9 +138,13 @@ class Found:
         reconstruction = findings.reconstruction(self._distortions())
         reference = self.plan.reference
         files = [self.inputs.codes_folder / name for name in self.inputs.codes.files()]
+        sets = {name: self.features(name) for name in SETS}
         compared = findings.comparisons(
-            self.features(reference)[: self.plan.compared],
-            {name: self.features(name) for name in SETS},
+            {
+                **{name: (self.features(reference)[: self.plan.compared], features) for name, features in sets.items()},
+                # As the paper's FID*: the decoder's part is on both sides.
+                "samples_to_reconstructions": (sets["reconstructions"], sets["samples"]),
+            },
             self.network,
             self.plan.config,
             self.plan.seed,
@@ -231,10 +237,10 @@ class Found:
         samples = self.inputs.samples
         if not samples.classes:
             return {"": samples.images(0, min(samples.count, SAMPLES_SHOWN))}
-        images = samples.images(0, samples.count)
-        rows = max(1, SAMPLES_SHOWN // len(samples.classes))
-        chosen = {name: np.flatnonzero(samples.labels == label)[:rows] for label, name in enumerate(samples.classes)}
-        return {name: images[places] for name, places in chosen.items() if len(places)}
+        places = {name: np.flatnonzero(samples.labels == label) for label, name in enumerate(samples.classes)}
+        drawn = [(name, found[:SHOWN_PER_CLASS]) for name, found in places.items() if len(found)][:CLASSES_SHOWN]
+        images = samples.images(0, 1 + max(int(found.max()) for _, found in drawn))
+        return {name: images[found] for name, found in drawn}
 
     def _nearest_shown(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Some samples, each with its nearest training images by pixels and by features."""

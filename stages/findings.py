@@ -95,11 +95,14 @@ def rates(
 
 
 def comparisons(
-    reference: np.ndarray, sets: Mapping[str, np.ndarray], network: str, config: EvaluateConfig, seed: int
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], network: str, config: EvaluateConfig, seed: int
 ) -> Numbers:
-    """Hold each set's features against the reference's, by every line of COMPARISONS that has images enough."""
+    """Hold features against a reference's, by every line of COMPARISONS that has images enough.
+
+    `pairs` maps a name to the features of the reference, and of the images.
+    """
     numbers: Numbers = {}
-    for name, features in sets.items():
+    for name, (reference, features) in pairs.items():
         numbers[name] = {"images": len(features), "reference_images": len(reference)}
         for measure, comparison in COMPARISONS.items():
             if min(len(features), len(reference)) < comparison.fewest(config):

@@ -25,6 +25,7 @@ COLUMNS = 8
 
 SETS = {
     "samples": "samples",
+    "samples_to_reconstructions": "samples, against reconstructions",
     "reconstructions": "reconstructions",
     "random_codes": "random codes, decoded",
     "shuffled_codes": "shuffled codes, decoded",
@@ -61,9 +62,10 @@ class Card(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of text under a header; the first cell of a row names it."""
+    """Rows under a header: so many columns of words, then numbers. The first cell of a row names it."""
 
     caption: str
+    words: int
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -106,7 +108,7 @@ def render(report: Report) -> str:
         cards=_cards(report),
         samples=[_picture(name, images, f"samples {name}".strip()) for name, images in report.samples.items()],
         reconstructions=_reconstruction_pictures(report),
-        nearest=[_nearest_picture(number, *found) for number, found in enumerate(report.nearest, 1)],
+        nearest=[_nearest_pictures(number, *found) for number, found in enumerate(report.nearest, 1)],
         per_space=len(report.nearest[0][1]) if report.nearest else 0,
         tables=_tables(report),
         charts=_charts(report),
@@ -120,23 +122,25 @@ def _cards(report: Report) -> list[Card]:
     samples, kid = numbers["compared"]["samples"], f"kid_{report.network}"
     if kid in samples:
         control = numbers["compared"].get("kid_samples_to_random_codes")
-        remark = f"{control:.0%} of that of random codes; lower is better" if control else "lower is better"
-        error = f" ± {samples[f'{kid}_se']:.4f}" if f"{kid}_se" in samples else ""
-        cards.append(Card("KID of samples", f"{samples[kid]:.4f}{error}", "", remark))
+        remark = f"lower is better; {control:.0%} of random codes" if control else "lower is better"
+        error = f"± {samples[f'{kid}_se']:.4f}" if f"{kid}_se" in samples else ""
+        cards.append(Card("KID of samples", f"{samples[kid]:.4f}", error, remark))
     found = numbers["reconstruction"][split]
     if "psnr" in found:
-        cards.append(Card("Reconstruction", f"{found['psnr']:.2f}", "dB", f"PSNR of {split} images; higher is better"))
+        cards.append(Card("Reconstruction", f"{found['psnr']:.2f}", "dB", f"{split} PSNR, higher is better"))
     for level, usage in numbers["codebook"].items():
         value = f"{usage['train']['perplexity']:.0f}"
-        cards.append(Card(f"Perplexity, {level}", value, f"of {usage['entries']}", "entries in even use"))
+        cards.append(Card(f"Perplexity, {level}", value, f"of {usage['entries']}", "in even use, higher is better"))
     for level, found in numbers["likelihood"].items():
         if split in found:
-            bits = f"{found[split]['bits_per_code']:.2f} bits; uniform {found['uniform_nats_per_code']:.2f} nats"
-            cards.append(Card(f"Prior, {level}", f"{found[split]['nats_per_code']:.3f}", "nats/code", bits))
+            remark = f"{split} NLL, lower is better; uniform {found['uniform_nats_per_code']:.2f}"
+            cards.append(Card(f"Prior, {level}", f"{found[split]['nats_per_code']:.3f}", "nats/code", remark))
     total = numbers["rate"]["total"]
     best = total.get("prior", total["fixed"])
     under = "under the priors" if "prior" in total else "without priors"
-    cards.append(Card("Rate", f"{best['bits_per_pixel']:.3f}", "bits/pixel", f"{best['compression']:.0f}x, {under}"))
+    cards.append(
+        Card("Rate", f"{best['bits_per_pixel']:.3f}", "bits/pixel", f"{best['compression']:.0f}x smaller, {under}")
+    )
     return cards
 
 
@@ -146,11 +150,13 @@ def _tables(report: Report) -> dict[str, Table]:
         "compared": _compared_table(report),
         "reconstruction": Table(
             "Pixels in [-1, 1]. MSE: lower is better. PSNR and SSIM: higher is better.",
+            3,
             ["images", "levels given", "the rest", "MSE", "PSNR, dB", "SSIM"],
             [row for split in SPLITS for row in _reconstruction_rows(report, split)],
         ),
         "codebook": Table(
             "Perplexity: how many entries, evenly used, would be as unpredictable; higher is better, up to all.",
+            3,
             ["level", "images", "grid", "entries", "perplexity", "used"],
             [
                 [
@@ -166,6 +172,7 @@ def _tables(report: Report) -> dict[str, Table]:
         ),
         "likelihood": Table(
             "Negative log-likelihood per code; lower is better. A gap to the training images is overfitting.",
+            2,
             ["level", "images", "N", "nats", "± s.e.", "bits", "uniform, nats"],
             [
                 [
@@ -182,6 +189,7 @@ def _tables(report: Report) -> dict[str, Table]:
         ),
         "rate": Table(
             "Compression is against 24 bits per pixel. In files: the column of that level, with all that Parquet adds.",
+            2,
             ["codes", "how", "bits/pixel", "bits/dimension", "compression"],
             [
                 [
@@ -197,6 +205,7 @@ def _tables(report: Report) -> dict[str, Table]:
         ),
         "closeness": Table(
             "Median distance to the nearest training image. Samples that are nearer than held-out images are copied.",
+            2,
             ["space", "images", "median", "exact copies"],
             [
                 [SPACES[space], name, f"{np.median(found):.3f}", str(int((found == 0).sum()))]
@@ -223,12 +232,11 @@ def _compared_table(report: Report) -> Table:
         found = report.numbers["compared"][name]
         cells = []
         for measure in COMPARISONS:
-            value = _number(found, f"{measure}_{report.network}", 4)
-            error = found.get(f"{measure}_{report.network}_se")
-            cells.append(value if error is None else f"{value} ± {error:.4f}")
+            value, error = (found.get(f"{measure}_{report.network}{suffix}") for suffix in ("", "_se"))
+            cells.append("–" if value is None else f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}")
         rows.append([label, str(found["images"]), *cells])
     reference = report.numbers["reference"]
-    return Table(f"Against as many {reference} images, by the features of {report.network}.", header, rows)
+    return Table(f"Against as many {reference} images, by the features of {report.network}.", 1, header, rows)
 
 
 def _reconstruction_rows(report: Report, split: str) -> list[list[str]]:
@@ -304,17 +312,20 @@ def _reconstruction_pictures(report: Report) -> list[Picture]:
 FILLED = {"zeros": "zeros", "mean": "its mean entry"}
 
 
-def _nearest_picture(number: int, sample: np.ndarray, pixels: np.ndarray, features: np.ndarray) -> Picture:
-    images = np.stack([sample, *pixels, *features])
-    described = f"sample {number}, its nearest training images by pixels, then by features"
-    return _picture("", images, described, columns=len(images))
+def _nearest_pictures(number: int, sample: np.ndarray, pixels: np.ndarray, features: np.ndarray) -> list[Picture]:
+    described = f"training images nearest to sample {number} by"
+    return [
+        _picture("", sample[None], f"sample {number}", columns=1),
+        _picture("", pixels, f"{described} pixels", columns=len(pixels)),
+        _picture("", features, f"{described} features", columns=len(features)),
+    ]
 
 
 def _picture(caption: str, images: np.ndarray, described: str, columns: int = COLUMNS) -> Picture:
     factor = -(-max(images.shape[1:3]) // LARGEST_SHOWN)
     if factor > 1:
         images = np.stack([np.asarray(Image.fromarray(image).reduce(factor)) for image in images])
-    data = base64.b64encode(sheet(images, min(columns, len(images)) if caption == "" else columns)).decode()
+    data = base64.b64encode(sheet(images, min(columns, len(images)))).decode()
     return Picture(caption, data, described)
 
 
