@@ -134,7 +134,9 @@ class SampleConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; use a positive number")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k is {self.top_k} and top_p {self.top_p}; use top_k 0 or more, top_p above 0 up to 1")
+            raise ValueError(
+                f"top_k is {self.top_k} and top_p {self.top_p}; use top_k 0 or more, top_p above 0 up to 1"
+            )
 
 
 @dataclass(frozen=True)
