@@ -7,7 +7,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from stages.runtime.run import Reporter, Run
 
 STOP = "stop"  # a file of this name in the work folder asks the workers to save and end
 POLL_SECONDS = 0.5
+GRACE_SECONDS = 15.0  # a machine that is taken away gives 30 seconds, or 20
 
 
 Learn = Callable[..., None]  # what each worker does, given worker, run and its arguments by name: it calls loop.train
@@ -64,7 +67,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
         )
         try:
             with _forwarding(queue, run.reporter):
-                trainer.fit()
+                _wait(_in_background(trainer.fit), run.work / STOP)
         except ray.train.WorkerGroupError as error:
             raise _root_cause(error.worker_failures.values()) from error
         except ray.train.ControllerError as error:
@@ -76,6 +79,8 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             ) from error
         finally:
             shutil.rmtree(run.work / "ray", ignore_errors=True)
+    if (run.work / STOP).exists():
+        raise Stopped("training was asked to stop; its state is saved")
 
 
 def trained(
@@ -139,6 +144,31 @@ def _forwarding(queue: Any, reporter: Reporter) -> Iterator[None]:
         thread.join()
 
 
+def _in_background(call: Callable[[], Any]) -> Future[Any]:
+    """Call in a thread that dies with the process, so that the main one stays free to hear signals."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="fit", daemon=True).start()
+    return future
+
+
+def _wait(training: Future[Any], stop: Path) -> None:
+    """Wait for training; when a signal interrupts, give the workers time to save, then let it through."""
+    try:
+        training.result()
+    except BaseException:
+        if not training.done():
+            stop.touch()
+            wait([training], GRACE_SECONDS)
+        raise
+
+
 def _work(config: dict[str, Any]) -> None:
     """Be one worker: what Ray Train calls in each process it starts."""
     import ray.train
@@ -159,7 +189,8 @@ def _work(config: dict[str, Any]) -> None:
     )
     if worker.rank > 0:
         run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough
-    config["learn"](worker=worker, run=run, **config["arguments"])
+    with suppress(Stopped):  # to Ray a failure would be a reason to begin again
+        config["learn"](worker=worker, run=run, **config["arguments"])
 
 
 def _distributed(module: torch.nn.Module) -> torch.nn.Module:
@@ -176,12 +207,8 @@ def _resources(run: Run) -> dict[str, float]:
 
 def _root_cause(failures: Any) -> BaseException:
     """Pick the error that is the user's to mend, or else the first: the others fell with it."""
-    failures = [_unwrapped(failure) for failure in failures]
-    for kind in (UserError, Stopped):
-        for failure in failures:
-            if isinstance(failure, kind):
-                return failure
-    return failures[0]
+    unwrapped = [_unwrapped(failure) for failure in failures]
+    return next((failure for failure in unwrapped if isinstance(failure, UserError)), unwrapped[0])
 
 
 def _unwrapped(error: BaseException) -> BaseException:
