@@ -55,8 +55,9 @@ def frechet(reference: np.ndarray, images: np.ndarray) -> float:
 
 
 def _root(deviations: np.ndarray) -> np.ndarray:
-    """Find R with R'R the covariance of centred features, in at most as many rows as there are images."""
-    return np.asarray(np.linalg.qr(deviations / np.sqrt(len(deviations) - 1), mode="r"))
+    """Find R with R'R the covariance of centred features, in as few rows as there are images or features."""
+    root = deviations / np.sqrt(len(deviations) - 1)
+    return root if len(root) <= root.shape[1] else np.asarray(np.linalg.qr(root, mode="r"))
 
 
 def _kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
