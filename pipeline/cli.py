@@ -224,7 +224,7 @@ def main() -> None:
     environment.prepare()
     program.add_typer(app, name="run")  # vqvae2 run --stage X
     program.registered_commands += app.registered_commands  # vqvae2 status
-    program()
+    program(prog_name="vqvae2")
 
 
 def _guarded(action: Callable[[], int]) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,11 @@ def reproduce(
         text=True,
         env={**environment, "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))},
         process_group=0,  # a terminal's Ctrl-C comes to us alone, and is passed on once
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
     outcome = Outcome()
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
     with _forwarded(process, outcome):
-        while (line := lines.get()) is not None:
+        for line in _lines(process):
             _tell(line, outcome, stages, why)
         outcome.status = process.wait()
     return outcome
@@ -125,11 +124,23 @@ def _tell(line: str, outcome: Outcome, stages: Mapping[str, dag.Stage], why: Map
     print(f"{name:<13} {text}", flush=True)
 
 
-def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line.rstrip("\n"))
-    lines.put(None)
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """Yield what a process prints until it ends, even if something it left behind could still print."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line.rstrip("\n"))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while reader.is_alive() or not lines.empty():
+        try:
+            yield lines.get(timeout=0.1)
+        except queue.Empty:
+            if process.poll() is not None:
+                return
 
 
 class _forwarded:
@@ -180,7 +191,7 @@ def _status() -> dict[str, list[Any]]:
         raise UserError(
             f"DVC cannot tell what is out of date: {_last_line(done.stderr)}",
             where=Path.cwd(),
-            fix="Mend what it names.",
+            fix=f"Mend what it names; a broken {LOCK} is restored by: git checkout {LOCK}",
         )
     return dict(json.loads(done.stdout or "{}"))
 

@@ -44,11 +44,11 @@ def _use_code_here() -> None:
         )
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent process dies. Linux only; elsewhere nothing happens."""
+def die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the parent process dies. Linux only; elsewhere nothing happens."""
     # DVC killed by SIGKILL or SIGTERM leaves its command running, and would start a second one beside it.
     if sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)

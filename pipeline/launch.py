@@ -40,9 +40,9 @@ class Stopped(BaseException):
 
 def run_stage(module: str, level: str = "") -> int:
     """Run one stage here on the inputs in place; return the exit status."""
-    die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
+    die_with_parent(signal.SIGINT)  # which Ray answers in good order, and SIGTERM with a stack trace
     folder = RUNS / (f"{module}_{level}" if level else module)
     try:
         _run(module, level, folder)
@@ -78,7 +78,7 @@ def _run(module: str, level: str, folder: Path) -> None:
             metrics=Path(stage.metrics[0]) if stage.metrics else None,
             outputs=[Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")],
         ) as reporter:
-            run = Run(stage.name, fingerprint, work.resolve(), settings.cluster, reporter)
+            run = Run(stage.name, fingerprint, work.absolute(), settings.cluster, reporter)
             function(*positionals(function, stage, settings), **keywords(function, stage, settings), run=run)
 
 
@@ -96,10 +96,10 @@ def sections_of(stage: dag.Stage, settings: Params) -> dict[str, Any]:
 
 def positionals(function: Callable[..., None], stage: dag.Stage, settings: Params) -> list[Path | str]:
     """Fill a stage's positional parameters, by their names, with its level and the paths of dvc.yaml."""
-    named: dict[str, Path | str] = {path.split("/")[1]: Path(path).resolve() for path in stage.artifacts}
-    named |= {"level": stage.level, "source": Path(settings.dataset.source).resolve()}
+    named: dict[str, Path | str] = {path.split("/")[1]: Path(path).absolute() for path in stage.artifacts}
+    named |= {"level": stage.level, "source": Path(settings.dataset.source).absolute()}
     named |= {
-        kind: Path(paths[0]).resolve()
+        kind: Path(paths[0]).absolute()
         for kind, paths in (("out", stage.outs), ("metrics", stage.metrics), ("plots", stage.plots))
         if paths
     }
@@ -129,7 +129,7 @@ def digests(stage: dag.Stage, settings: Params) -> dict[str, str]:
                 made_by = f"prior_{folder.name}" if folder.parent.name == "priors" else _MADE_BY[folder.name]
                 raise UserError(
                     f"{stage.option} reads {folder}, which {'is not whole' if folder.exists() else 'does not exist'}.",
-                    where=folder.resolve(),
+                    where=folder.absolute(),
                     fix=f"Run: vqvae2 run --stage {made_by}",
                     code=4,
                 )

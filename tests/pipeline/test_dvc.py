@@ -1,0 +1,109 @@
+"""DVC by its command: reasons, outcomes and a good end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import dag, dvc, params
+
+ROOT = Path(__file__).parents[2]
+DVC_YAML = """
+stages:
+  first:
+    cmd: mkdir -p artifacts/first && cp source artifacts/first/file
+    deps: [source]
+    params: [settings]
+    outs: [artifacts/first]
+  second:
+    cmd: "{command}"
+    deps: [artifacts/first]
+    outs: [artifacts/second]
+"""
+COPY = "mkdir -p artifacts/second && cp artifacts/first/file artifacts/second"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A project of two stages that copy a file."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([*dvc.COMMAND, "init", "--no-scm", "-q"], check=True)
+    Path("dvc.yaml").write_text(DVC_YAML.format(command=COPY))
+    Path("params.yaml").write_text("settings: {size: 32, name: a}\n")
+    Path("source").write_text("content")
+    return tmp_path
+
+
+def bring(targets=(), **options):
+    stages = dag.stages(params.read())
+    return dvc.reproduce(targets, stages=stages, why=dvc.reasons(stages, targets), environment=os.environ, **options)
+
+
+def reasons(targets=(), **options):
+    return dvc.reasons(dag.stages(params.read()), targets, **options)
+
+
+def test_reasons_name_old_and_new_values_and_follow_the_stages(here, capfd):
+    """Before, between and after runs, each stage out of date says why."""
+    assert reasons() == {"first": ["it has not run yet"], "second": ["it has not run yet"]}
+    outcome = bring()
+    assert (outcome.status, outcome.ran) == (0, ["first", "second"])
+    assert reasons() == {}
+
+    Path("params.yaml").write_text("settings: {size: 64, name: a}\n")
+    assert reasons() == {"first": ["settings.size 32 -> 64"], "second": ["first runs before it"]}
+    assert reasons(["first"]) == {"first": ["settings.size 32 -> 64"]}
+    assert reasons(["second"], only=True) == {}  # on the inputs in place
+    assert bring().kept == ["second"]  # the copy is the same
+
+    Path("params.yaml").write_text("settings: {size: 32, name: a}\n")
+    assert bring().restored == ["first"]
+    Path("source").write_text("other")
+    assert reasons()["first"] == ["source was modified"]
+
+    text = capfd.readouterr().out
+    assert "first         runs: settings.size 32 -> 64\nsecond        unchanged\n" in text
+    assert "first         restored from cache" in text and "git add" not in text
+
+
+def test_force_and_only(here):
+    """--force runs what is up to date; --only leaves the rest alone."""
+    bring()
+    assert bring(force=True).ran == ["first", "second"]
+    assert bring(["second"], force=True, only=True).ran == ["second"]
+
+
+def test_a_failing_stage_fails_the_run(here, capfd):
+    """DVC's status comes back."""
+    Path("dvc.yaml").write_text(DVC_YAML.format(command="exit 4"))
+    outcome = bring()
+    assert outcome.status != 0 and outcome.ran == ["first", "second"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_stage_in_good_order(here, number):
+    """Asked to stop, the run passes SIGINT to the stage, waits for it, and leaves nothing running."""
+    stage = "trap 'echo ended > trace; exit 130' INT; echo $$ > pid; sleep 60 & wait"
+    Path("dvc.yaml").write_text(DVC_YAML.format(command=stage))
+    code = "import os; from pipeline import dag, dvc, params\n"
+    code += "o = dvc.reproduce([], stages=dag.stages(params.read()), why={}, environment=os.environ); print(o.stopped)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not Path("pid").exists() or not Path("pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0].splitlines()[-1] == str(int(number))
+    assert Path("trace").read_text() == "ended\n"
+
+
+def test_needed_is_the_way_up(here):
+    """A target needs what it reads, and what that reads."""
+    stages = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+    assert dvc.needed(stages, ["prior@top"]) == {"prior@top", "codes", "vqvae", "shard"}
+    assert dvc.needed(stages, ["evaluate"]) == set(stages)

@@ -1,0 +1,109 @@
+"""From a stage's name to a call."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import dag, launch, params
+from stages.errors import UserError
+from stages.formats import artifact
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = params.load(ROOT / "params.yaml")
+STAGES = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    """A project as the current folder, with shards in place."""
+    monkeypatch.chdir(project.folder)
+    with artifact.writing(Path("artifacts/shards"), "shards", {}) as folder:
+        (folder / "train-00000.tar").write_bytes(b"images")
+    return project
+
+
+def fingerprint() -> str:
+    settings = params.load()
+    stage = dag.stages(params.read())["vqvae"]
+    return launch.fingerprint_of(stage, settings, launch.digests(stage, settings))
+
+
+def test_a_stage_is_found_by_either_name():
+    """prior_top on the command line is prior@top in DVC."""
+    assert dag.find("prior_top", STAGES) is dag.find("prior@top", STAGES) is STAGES["prior@top"]
+    with pytest.raises(UserError, match="shard, vqvae, codes, prior_top, prior_bottom, sample, evaluate"):
+        dag.find("priors", STAGES)
+
+
+def test_templates_are_filled_in():
+    """A prior's stage has its own level's paths and its own network's file."""
+    stage = STAGES["prior@top"]
+    assert stage.outs == ("artifacts/priors/top",) and stage.params == ("priors.top", "seed")
+    assert f"models/priors/{SETTINGS.priors['top'].network.name}.py" in stage.deps
+    assert STAGES["shard"].deps[0] == SETTINGS.dataset.source
+
+
+def test_equal_inputs_have_equal_fingerprints_and_a_setting_changes_it(here):
+    """The fingerprint follows settings that the stage watches, and no other."""
+    before = fingerprint()
+    here.edit(lambda data: data["cluster"].update(workers=2, cpus_per_worker=1.0))
+    here.edit(lambda data: data["sample"].update(count=3))
+    assert fingerprint() == before
+    here.edit(lambda data: data["vqvae"]["quantizer"].update(beta=0.5))
+    assert fingerprint() != before
+
+
+def test_other_inputs_have_another_fingerprint(here):
+    """One changed byte in an input makes another run."""
+    before = fingerprint()
+    with artifact.writing(Path("artifacts/shards"), "shards", {}) as folder:
+        (folder / "train-00000.tar").write_bytes(b"imagez")
+    assert fingerprint() != before
+
+
+def test_a_stage_is_owned_by_one_process(tmp_path):
+    """The second owner is refused and told who the first is; afterwards the way is free."""
+    with launch.owned(tmp_path / "vqvae"):
+        code = "import sys; from pathlib import Path; from pipeline.launch import owned\n"
+        code += f"with owned(Path({str(tmp_path)!r}, 'vqvae')): sys.exit(9)"
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert f"Another process runs this stage: PID {os.getpid()} on " in second.stderr
+    with launch.owned(tmp_path / "vqvae"):
+        pass
+
+
+def test_a_mistake_is_found_inside_what_ray_wraps_around_it(tmp_path, capsys):
+    """The user sees the letter, not the wrapping."""
+    mistake = UserError("The image is blue.", fix="Paint it.", code=4)
+    wrapped = RuntimeError("worker failed")
+    wrapped.worker_failures = {0: ValueError("outer")}
+    wrapped.worker_failures[0].__cause__ = mistake
+    assert launch.report(wrapped, tmp_path) == 4
+    assert capsys.readouterr().err == "error: The image is blue.\n  fix: Paint it.\n"
+
+
+def test_an_unexpected_error_is_one_line_and_a_file(tmp_path, capsys):
+    """A traceback goes to a file whose path is printed."""
+    try:
+        raise KeyError("middle")
+    except KeyError as error:
+        assert launch.report(error, tmp_path) == 1
+    assert capsys.readouterr().err == f"error: KeyError: 'middle'\n  traceback: {tmp_path}/error.log\n"
+    assert "Traceback" in (tmp_path / "error.log").read_text()
+
+
+def test_a_process_dies_with_its_parent(tmp_path):
+    """When the parent is killed, the kernel ends the child."""
+    child = "import signal, time; from pipeline.environment import die_with_parent\n"
+    child += "die_with_parent(signal.SIGTERM); print('ready', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # The pipe ends when the last holder of its writing end is gone.
+    assert process.stdout.read() == ""

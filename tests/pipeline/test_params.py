@@ -1,0 +1,104 @@
+"""params.yaml: what is wrong is named by file, key, value and fix."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from pipeline import params
+from stages.errors import UserError
+
+DATA = params.read(Path(__file__).parents[2] / "params.yaml")
+
+
+def refused(key: str, value: object) -> str:
+    """Set a key, or remove it, and return the letter that comes."""
+    data = copy.deepcopy(DATA)
+    *steps, leaf = key.split(".")
+    section = data
+    for step in steps:
+        section = section[step]
+    if value is REMOVED:
+        del section[leaf]
+    else:
+        section[leaf] = value
+    with pytest.raises(UserError) as error:
+        params.check(data)
+    assert error.value.code == 2
+    return str(error.value)
+
+
+REMOVED = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("train_vqvae.learing_rate", 0.1, "fix: Did you mean train_vqvae.learning_rate?"),
+        ("vqvae.bta", 0.1, "fix: Did you mean vqvae.quantizer.beta?"),
+        ("priors.top.network.chanels", 8, "fix: Did you mean priors.top.network.channels?"),
+        ("vqvae.levels.top.entrys", 8, "fix: Did you mean vqvae.levels.top.entries?"),
+        ("sed", 1, "fix: Did you mean seed?"),
+        ("train_vqvae.steps", "many", 'train_vqvae.steps is "many"; use a valid integer.'),
+        ("train_vqvae.steps", "1500", 'train_vqvae.steps is "1500"; use a valid integer.'),
+        ("train_vqvae.steps", 1.5, "train_vqvae.steps is 1.5; use a valid integer."),
+        ("train_vqvae.steps", 0, "steps is 0; use 1 or more"),
+        ("train_vqvae.learning_rate", float("nan"), "use a finite number"),
+        ("train_vqvae.learning_rate", float("inf"), "use a finite number"),
+        ("train_vqvae.learning_rate", None, "train_vqvae.learning_rate is null; use a valid number."),
+        ("train_vqvae.learning_rate", [0.1], "train_vqvae.learning_rate is [0.1]; use a valid number."),
+        ("train_vqvae.learning_rate", -1.0, "learning_rate is -1.0; use a positive number"),
+        ("train_vqvae.schedule", "cosin", "use 'constant' or 'cosine'"),
+        ("vqvae.levels.top.stride", 6, "stride is 6"),
+        ("dataset", 3, "dataset is 3; it holds settings of its own."),
+        ("dataset.source", REMOVED, "dataset.source is missing."),
+        ("dataset.image_size", 30, "image_size is 30, which the coarsest level's stride 8 does not divide."),
+        ("priors.top", REMOVED, "-S '+prior@priors.top=pixelcnn'"),
+        ("vqvae.levels.top", REMOVED, "-S '~prior@priors.top'"),
+        ("cluster.workers", 3, "train_vqvae.batch_size is 64, which 3 workers cannot share evenly."),
+    ],
+)
+def test_a_mistake_is_named_with_its_fix(key, value, says):
+    """Each mistake in a setting gives one letter that holds what to do."""
+    assert says in refused(key, value)
+
+
+def test_several_mistakes_come_in_one_letter():
+    """All unknown keys are told at once."""
+    data = {**copy.deepcopy(DATA), "sed": 1, "dateset": {}}
+    with pytest.raises(UserError) as error:
+        params.check(data)
+    assert "sed is not a setting." in str(error.value) and "dateset is not a setting." in str(error.value)
+
+
+def test_priors_come_coarse_to_fine_whatever_the_order_in_the_file():
+    """The order of levels is that of vqvae.levels."""
+    data = {**copy.deepcopy(DATA), "priors": dict(reversed(DATA["priors"].items()))}
+    assert list(params.check(data).priors) == ["top", "bottom"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"seed: 1\nseed: 2\n", "duplicate key"),
+        (b"seed: 1\n\tx: 2\n", "line 2"),
+        (b"<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n>>>>>>> other\n", "not valid YAML"),
+        ("seed: 1".encode("utf-16"), "not UTF-8"),
+        (b"", "holds no settings"),
+        (b"- 1\n", "holds no settings"),
+        (b"x: " + b"y" * params.MAX_BYTES, "bytes"),
+    ],
+    ids=["duplicate", "tab", "merge", "utf16", "empty", "list", "huge"],
+)
+def test_a_file_that_is_no_settings_is_refused(tmp_path, text, says):
+    """What cannot be read as settings is said to be so, with the line where there is one."""
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=says) as error:
+        params.read(path)
+    assert error.value.code == 2 and str(path) in error.value.where
+
+
+def test_flat_names_every_setting_in_full():
+    """Nested settings become one level of full names."""
+    assert params.flat({"a": {"b": {"c": 1}}, "d": []}) == {"a.b.c": 1, "d": []}

@@ -1,0 +1,151 @@
+"""Wrong uses: each gives a few lines that name what, where and the fix, the right exit status, and no traceback.
+
+What a person sees is kept in wrong_uses/NAME.txt. After a change of words:  UPDATE=1 pytest tests/pipeline -k wrong
+"""
+
+import fcntl
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+SNAPSHOTS = Path(__file__).parent / "wrong_uses"
+RUN = ("run", "--stage", "shard")
+
+
+def _nothing(project):
+    pass
+
+
+def _text_file(project):
+    (project.folder / "notes.txt").write_text("no images")
+    project.edit(lambda data: data["dataset"].update(source="notes.txt"))
+
+
+def _no_images(project):
+    (project.folder / "documents" / "letters").mkdir(parents=True)
+    (project.folder / "documents" / "letters" / "a.txt").write_text("no image")
+    project.edit(lambda data: data["dataset"].update(source="documents"))
+
+
+def _empty_folder(project):
+    (project.folder / "empty").mkdir()
+    project.edit(lambda data: data["dataset"].update(source="empty"))
+
+
+def _no_table(project):
+    project.edit(lambda data: data["dataset"].update(labels="labels.csv"))
+
+
+def _half_written(project):
+    (project.folder / "artifacts" / "shards").mkdir(parents=True)
+
+
+def _write(name, text):
+    return lambda project: (project.folder / name).write_bytes(text)
+
+
+def _remove(name):
+    return lambda project: (project.folder / name).unlink()
+
+
+def _set(section, **values):
+    return lambda project: project.edit(lambda data: data[section].update(values))
+
+
+CASES = {
+    # name: (what is done to the project, the command, the exit status)
+    "unknown_stage": (_nothing, ["run", "--stage", "priors_bottom"], 2),
+    "unknown_command": (_nothing, ["runn"], 2),
+    "unknown_option": (_nothing, ["run", "--stages", "shard"], 2),
+    "only_without_stage": (_nothing, ["run", "--only"], 2),
+    "misspelt_key": (_set("train_vqvae", learing_rate=0.1), RUN, 2),
+    "misspelt_override": (_nothing, ["run", "-S", "train_vqvae.step=10"], 2),
+    "malformed_override": (_nothing, ["run", "-S", "seed"], 2),
+    "unknown_experiment": (_nothing, ["run", "-S", "experiment=emoji"], 2),
+    "wrong_type": (_set("train_vqvae", steps="many"), RUN, 2),
+    "out_of_range": (_set("train_vqvae", learning_rate=-1.0), RUN, 2),
+    "batch_not_divisible": (_nothing, ["run", "-S", "cluster=workers2", "-S", "cluster.workers=3"], 2),
+    "size_not_divisible": (_nothing, ["run", "-S", "dataset.image_size=30"], 2),
+    "level_without_prior": (_nothing, ["run", "-S", "vqvae=three_level"], 2),
+    "duplicate_key": (_write("params.yaml", b"seed: 1\nseed: 2\n"), RUN, 2),
+    "merge_markers": (_write("params.yaml", b"<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n>>>>>>> b\n"), RUN, 2),
+    "not_utf8": (_write("params.yaml", "seed: 1".encode("utf-16")), RUN, 2),
+    "no_params": (_remove("params.yaml"), RUN, 2),
+    "no_project": (_remove("dvc.yaml"), RUN, 2),
+    "broken_lock": (_write("dvc.lock", b"<<<<<<< HEAD\n"), RUN, 1),
+    "missing_folder": (_set("dataset", source="photos"), RUN, 2),
+    "file_instead_of_folder": (_text_file, RUN, 2),
+    "folder_without_images": (_no_images, RUN, 2),
+    "empty_folder": (_empty_folder, RUN, 2),
+    "missing_labels": (_no_table, RUN, 2),
+    "gpu_absent": (_nothing, ["run", "-S", "cluster=gpu"], 3),
+    "inputs_missing": (_nothing, ["stage", "vqvae"], 4),
+    "inputs_half_written": (_half_written, ["stage", "vqvae"], 4),
+    "unknown_level": (_nothing, ["stage", "prior", "middle"], 2),
+    "no_model_to_sample": (_nothing, ["sample", "drawn"], 4),
+    "no_model_to_reconstruct": (_nothing, ["reconstruct", "cat.png"], 4),
+    "sections_missing": (_write("params.yaml", b"seed: 1\n"), ["status"], 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_use_gets_a_letter(name, project):
+    """The command says what is wrong, where, and what to do, and ends with the right status."""
+    prepare, command, status = CASES[name]
+    if name == "gpu_absent" and os.path.exists("/dev/nvidia0"):  # noqa: PTH110
+        pytest.skip("this machine has a GPU")
+    prepare(project)
+    check(name, project, command, status)
+
+
+def test_a_second_run_is_refused(project):
+    """A stage that runs already is not started twice."""
+    folder = project.folder / "runs" / "shard"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("PID 1 on host since 2000-01-01 00:00:00")
+        file.flush()
+        check("already_running", project, ["stage", "shard"], 3)
+
+
+def test_a_cluster_that_is_away_is_named_by_the_doctor(project):
+    """`doctor` says which address does not answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = project.command("doctor", RAY_ADDRESS=address)
+    assert done.returncode == 3 and f"RAY_ADDRESS={address}" in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("name", "status"), [("corrupt_pictures", 4), ("one_image", 0), ("one_class", 0)])
+def test_a_poor_source_is_used_or_refused(name, status, project):
+    """Corrupt pictures stop the stage with their names; few images or one class are enough for shards."""
+    from PIL import Image
+
+    for number in range({"corrupt_pictures": 3, "one_image": 1, "one_class": 8}[name]):
+        path = project.folder / "images" / "only" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+        if name == "corrupt_pictures":
+            path.write_bytes(path.read_bytes()[:40])
+    project.edit(lambda data: data["dataset"].update(source="images"))
+    check(name, project, ["stage", "shard"], status)
+
+
+def check(name, project, command, status):
+    """Compare what a command prints with what it printed before."""
+    done = project.command(*command)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(str(project.folder), "PROJECT")
+    shown = "\n".join(line.rstrip() for line in shown.splitlines() if not line.startswith(("[20", "20")))
+    text = f"$ vqvae2 {' '.join(command)}\n{shown}\nexit status {done.returncode}\n"
+    path = SNAPSHOTS / f"{name}.txt"
+    if "UPDATE" in os.environ:
+        path.write_text(text, encoding="utf-8")
+    assert done.returncode == status, text
+    assert "Traceback" not in text and len(shown.splitlines()) <= 12
+    assert text == path.read_text(encoding="utf-8")
