@@ -18,6 +18,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from stages.runtime.run import Run
 
 IMAGES_PER_PART = 256
 FEWEST_REFERENCE = 64  # validation images; where there are fewer, training images are the reference
+QUERY_BYTES = 2**28  # of the images whose nearest training images are looked for: every worker holds them
 RECONSTRUCTIONS_SHOWN = 8
 SAMPLES_SHOWN = 64  # without classes
 CLASSES_SHOWN = 16
@@ -78,7 +80,7 @@ def run(
         for name, png in write_report(folder, found.report(numbers, notes, run.fingerprint)).items():
             run.reporter.picture(name, png, 0)
     curves.write_metrics(metrics, numbers)
-    findings.write_plots(plots, numbers, found.counts())
+    findings.write_plots(plots, numbers, found.counts)
 
 
 def _plan(inputs: Inputs, config: EvaluateConfig, seed: int) -> Plan:
@@ -88,7 +90,8 @@ def _plan(inputs: Inputs, config: EvaluateConfig, seed: int) -> Plan:
     compared = min(inputs.samples.count, sizes[reference], config.max_images)
     if not compared:
         raise UserError("There are no samples or no images to compare.", where=inputs.samples_folder, code=4)
-    return Plan(reference, compared, min(RECONSTRUCTIONS_SHOWN, sizes[reference]), config, seed)
+    queries = max(1, min(compared, QUERY_BYTES // (3 * inputs.shards.image_size**2)))
+    return Plan(reference, compared, queries, min(RECONSTRUCTIONS_SHOWN, sizes[reference]), config, seed)
 
 
 def _parts(inputs: Inputs, plan: Plan) -> Iterator[Part]:
@@ -137,7 +140,7 @@ class Found:
         likelihoods = findings.likelihood(self._likelihoods(), levels)
         reconstruction = findings.reconstruction(self._distortions())
         reference = self.plan.reference
-        files = [self.inputs.codes_folder / name for name in self.inputs.codes.files()]
+        column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
         sets = {name: self.features(name) for name in SETS}
         compared = findings.comparisons(
             {
@@ -155,7 +158,7 @@ class Found:
             "num_images": {split: len(shards.split(split)) for split in ("train", "validation")}
             | {"samples": self.inputs.samples.count, "compared": self.plan.compared},
             "reconstruction": reconstruction,
-            "codebook": findings.codebook(self.counts()),
+            "codebook": findings.codebook(self.counts),
             "likelihood": likelihoods,
             "rate": findings.rates(
                 levels,
@@ -163,13 +166,14 @@ class Found:
                 reconstruction[reference]["mse"],
                 split=reference,
                 image_size=shards.image_size,
-                column_bytes=rate.column_bytes(files),
-                rows=sum(len(self.inputs.codes.split(split)) for split in self.inputs.codes.splits),
+                column_bytes=column_bytes,
+                rows=rows,
             ),
             "compared": {**compared, **findings.ratios(compared, self.network)},
-            "neighbours": findings.closeness(self.distances()),
+            "neighbours": findings.closeness(self.distances),
         }
 
+    @cached_property
     def counts(self) -> dict[str, dict[str, np.ndarray]]:
         """How often every entry occurs: level -> split -> counts, over all plain images."""
         levels = self.inputs.codes.levels
@@ -189,8 +193,10 @@ class Found:
         pixels = neighbours.merge(
             [(result["distances"], result["indices"]) for result in self._results["nearest"][of]], k
         )
-        return {"pixels": pixels, "features": neighbours.nearest(self.features(of), self.features("train"), k)}
+        queries = self.features(of)[: self.plan.queries]
+        return {"pixels": pixels, "features": neighbours.nearest(queries, self.features("train"), k)}
 
+    @cached_property
     def distances(self) -> dict[str, dict[str, np.ndarray]]:
         """How far each image's nearest training image is: space -> set -> distances."""
         found = {of: self.nearest(of) for of in _queries(self.plan)}
@@ -226,8 +232,8 @@ class Found:
             reconstructions=pictures,
             samples=self._samples_by_class(),
             nearest=self._nearest_shown(),
-            distances=self.distances(),
-            counts=self.counts(),
+            distances=self.distances,
+            counts=self.counts,
             curves={name: _curves(folder) for name, folder in folders.items()},
             settings={"seed": self.plan.seed, "evaluate": asdict(self.plan.config), "models": self._settings(folders)},
             digests={**self.digests(), "evaluation": fingerprint},
@@ -245,7 +251,7 @@ class Found:
     def _nearest_shown(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Some samples, each with its nearest training images by pixels and by features."""
         found, train = self.nearest("samples"), self.inputs.images("train")
-        count = min(self.plan.config.shown, self.plan.compared)
+        count = min(self.plan.config.shown, self.plan.queries)
         images = self.inputs.samples.images(0, count)
 
         def pictures(space: str, row: int) -> np.ndarray:
@@ -262,7 +268,7 @@ class Found:
     def _likelihoods(self) -> dict[str, dict[str, LikelihoodSums]]:
         sums: dict[str, dict[str, LikelihoodSums]] = {level: {} for level in self.inputs.codes.levels}
         for of, results in self._results["likelihood"].items():
-            split, level = of.split(".")
+            split, level = of.split(".", 1)
             sums[level][split] = rate.add([LikelihoodSums(*result["sums"]) for result in results])
         return sums
 

@@ -129,7 +129,8 @@ def closeness(distances: Mapping[str, Mapping[str, np.ndarray]]) -> Numbers:
     """How near the nearest training image is: space -> set -> distance of every image to its nearest."""
     numbers: Numbers = {}
     for space, sets in distances.items():
-        numbers[space] = {f"{name}_to_train_median": float(np.median(found)) for name, found in sets.items()}
+        numbers[space] = {"images": min(len(found) for found in sets.values())}
+        numbers[space] |= {f"{name}_to_train_median": float(np.median(found)) for name, found in sets.items()}
         numbers[space] |= {f"{name}_copies": int((found == 0).sum()) for name, found in sets.items()}
     return numbers
 

@@ -85,6 +85,7 @@ class Plan:
 
     reference: str  # the split that samples are held against
     compared: int  # N: images of every set that is compared
+    queries: int  # images of a set whose nearest training images are looked for
     shown: int  # reconstructions to look at
     config: EvaluateConfig
     seed: int
@@ -101,7 +102,7 @@ class Measurer:
         self.network = cache(lambda: FeatureNetwork(plan.config.feature_weights, self.device))
         self.codes = cache(self._codes)
         self.image_set = cache(self.inputs.images)
-        self.queries = cache(lambda of: self.images(of, 0, plan.compared))
+        self.queries = cache(lambda of: self.images(of, 0, plan.queries))
 
     @torch.inference_mode()
     def __call__(self, part: Part) -> Result:
@@ -136,7 +137,7 @@ class Measurer:
 
     def likelihood(self, of: str, start: int, stop: int) -> dict[str, Any]:
         """Score a level's codes under its prior; `of` is "split.level"."""
-        split, level = of.split(".")
+        split, level = of.split(".", 1)
         prior = self.prior(level)
         nats = []
         for first, last in self._batches(start, stop):

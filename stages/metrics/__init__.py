@@ -4,7 +4,7 @@ A measure that compares two sets of images by their features has a line in `COMP
 to the samples, the reconstructions and both controls, writes the numbers and shows them in the report.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ class Comparison(NamedTuple):
     the value and its standard error."""
 
 
-COMPARISONS: Mapping[str, Comparison] = {
+COMPARISONS: dict[str, Comparison] = {
     "kid": Comparison(
         "KID",
         "lower",

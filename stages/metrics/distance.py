@@ -8,6 +8,7 @@ Source: Bińkowski et al. 2018 (KID), Heusel et al. 2017 (Fréchet distance).
 import numpy as np
 
 HALVES = 100  # random halves behind a standard error
+CHUNK = 1024  # rows of the kernel held at once
 
 
 def kid(reference: np.ndarray, images: np.ndarray, *, seed: int) -> tuple[float, float]:
@@ -18,24 +19,16 @@ def kid(reference: np.ndarray, images: np.ndarray, *, seed: int) -> tuple[float,
     """
     if min(len(reference), len(images)) < 2:
         raise ValueError(f"KID compares {len(reference)} with {len(images)} images; it needs 2 or more of each")
-    within_reference, within_images = _kernel(reference, reference), _kernel(images, images)
-    across = _kernel(reference, images)
-    value = _discrepancy(within_reference, across, within_images)
-    if min(len(reference), len(images)) < 4:
-        return value, float("nan")
+    # Row 0 chooses every image; the other rows each choose a random half.
     generator = np.random.default_rng(seed)
-    halves = []
-    for _ in range(HALVES):
-        rows = generator.permutation(len(reference))[: len(reference) // 2]
-        columns = generator.permutation(len(images))[: len(images) // 2]
-        halves.append(
-            _discrepancy(
-                within_reference[np.ix_(rows, rows)],
-                across[np.ix_(rows, columns)],
-                within_images[np.ix_(columns, columns)],
-            )
-        )
-    return value, float(np.std(halves, ddof=1))
+    rows, columns = _choices(len(reference), generator), _choices(len(images), generator)
+    values = (
+        _mean_kernel(reference, reference, rows, rows, itself=True)
+        + _mean_kernel(images, images, columns, columns, itself=True)
+        - 2 * _mean_kernel(reference, images, rows, columns, itself=False)
+    )
+    enough = min(len(reference), len(images)) >= 4
+    return float(values[0]), float(np.std(values[1:], ddof=1)) if enough else float("nan")
 
 
 def frechet(reference: np.ndarray, images: np.ndarray) -> float:
@@ -60,12 +53,26 @@ def _root(deviations: np.ndarray) -> np.ndarray:
     return root if len(root) <= root.shape[1] else np.asarray(np.linalg.qr(root, mode="r"))
 
 
-def _kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return (left.astype(np.float64) @ right.astype(np.float64).T / left.shape[1] + 1) ** 3
+def _choices(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Mark the images that each estimate uses, `(1 + HALVES, count)`: all of them, then random halves."""
+    chosen = np.zeros((1 + HALVES, count))
+    chosen[0] = 1
+    for half in chosen[1:]:
+        half[generator.permutation(count)[: count // 2]] = 1
+    return chosen
 
 
-def _discrepancy(within_reference: np.ndarray, across: np.ndarray, within_images: np.ndarray) -> float:
-    def between_others(kernel: np.ndarray) -> float:  # the mean without the diagonal: no image is its own pair
-        return (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
-
-    return float(between_others(within_reference) + between_others(within_images) - 2 * across.mean())
+def _mean_kernel(
+    left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.ndarray, *, itself: bool
+) -> np.ndarray:
+    """Average the kernel over the chosen pairs, for each choice; `itself`: no image is a pair with itself."""
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    totals = np.zeros(len(rows))
+    for start in range(0, len(left), CHUNK):
+        kernel = (left[start : start + CHUNK] @ right.T / left.shape[1] + 1) ** 3
+        totals += ((rows[:, start : start + CHUNK] @ kernel) * columns).sum(axis=1)
+    pairs = rows.sum(axis=1) * columns.sum(axis=1)
+    if itself:
+        totals -= rows @ (np.square(left).sum(axis=1) / left.shape[1] + 1) ** 3
+        pairs -= rows.sum(axis=1)
+    return totals / np.maximum(pairs, 1)

@@ -71,14 +71,16 @@ def pixel_bits_per_dimension(mse: float, bits_per_image: float, image_size: int)
     return math.log2(sigma * math.sqrt(2 * math.pi * math.e)) + bits_per_image / (3 * image_size**2)
 
 
-def column_bytes(files: Iterable[Path]) -> dict[str, int]:
-    """Measure what each column of some Parquet files takes on disk, compressed, headers included."""
+def column_bytes(files: Iterable[Path]) -> tuple[dict[str, int], int]:
+    """Measure what each column of some Parquet files takes on disk, compressed, headers included; count the rows."""
     sizes: dict[str, int] = {}
+    rows = 0
     for path in files:
         metadata = pyarrow.parquet.read_metadata(path)
+        rows += metadata.num_rows
         for group in range(metadata.num_row_groups):
             for number in range(metadata.num_columns):
                 column = metadata.row_group(group).column(number)
                 name = column.path_in_schema.split(".")[0]
                 sizes[name] = sizes.get(name, 0) + column.total_compressed_size
-    return sizes
+    return sizes, rows

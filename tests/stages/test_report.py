@@ -13,6 +13,7 @@ import pytest
 from models.priors import Grid
 from stages import findings
 from stages.config import EvaluateConfig
+from stages.metrics import COMPARISONS, Comparison
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
 from stages.report import Report, render, write_report
@@ -157,6 +158,15 @@ def test_measures_that_were_left_out_leave_a_dash():
     numbers = dict(found.numbers)
     numbers["compared"] = {name: {"images": 1, "reference_images": 1} for name in SETS}
     assert "–" in Page(render(replace(found, numbers=numbers))).words
+
+
+def test_another_comparison_is_one_line(monkeypatch):
+    """A line in the table is measured on every set and shown on the page, with the way that is better."""
+    gap = Comparison("Gap of means", "lower", lambda config: 1, lambda a, b, config, seed: float(a.mean() - b.mean()))
+    monkeypatch.setitem(COMPARISONS, "gap", gap)
+    found = report()
+    assert all(f"gap_{NETWORK}" in found.numbers["compared"][name] for name in SETS)
+    assert "Gap of means (lower is better)" in Page(render(found)).words
 
 
 def test_large_images_stay_below_five_megabytes(tmp_path):

@@ -16,8 +16,8 @@ def _brute(queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndar
 
 
 def test_neighbours_equal_those_of_every_distance_computed(monkeypatch):
-    """Over several chunks, distances and indices are those of brute force."""
-    monkeypatch.setattr(neighbours, "CHUNK", 16)
+    """Over several chunks of queries and of candidates, distances and indices are those of brute force."""
+    monkeypatch.setattr(neighbours, "CHUNK", 5 * 48)
     generator = np.random.default_rng(0)
     queries, candidates = generator.integers(0, 256, (7, 4, 4, 3)), generator.integers(0, 256, (50, 4, 4, 3))
     distances, indices = neighbours.nearest(queries, candidates, 3)

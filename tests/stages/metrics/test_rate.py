@@ -58,7 +58,8 @@ def test_columns_are_measured_in_the_files(tmp_path):
     random = np.random.default_rng(0).integers(0, 64, (500, 16)).astype(np.uint16)
     table = pyarrow.table({"top": list(np.zeros((500, 16), np.uint16)), "bottom": list(random)})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    sizes = rate.column_bytes([tmp_path / "a.parquet"])
+    sizes, rows = rate.column_bytes([tmp_path / "a.parquet"])
+    assert rows == 500
     assert set(sizes) == {"top", "bottom"}
     assert sizes["bottom"] > 500 * 16 * 6 / 8 > sizes["top"]
     assert sum(sizes.values()) < (tmp_path / "a.parquet").stat().st_size
