@@ -141,7 +141,7 @@ def check(name, project, command, status):
     """Compare what a command prints with what it printed before."""
     done = project.command(*command)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(str(project.folder), "PROJECT")
-    shown = "\n".join(line.rstrip() for line in shown.splitlines() if not line.startswith(("[20", "20")))
+    shown = "\n".join(line.rstrip() for line in shown.splitlines() if not re.search(r"\d/\d+ images", line))
     text = f"$ vqvae2 {' '.join(command)}\n{shown}\nexit status {done.returncode}\n"
     path = SNAPSHOTS / f"{name}.txt"
     if "UPDATE" in os.environ:
