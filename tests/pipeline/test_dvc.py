@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subprocess.run([*dvc.COMMAND, "init", "--no-scm", "-q"], check=True)
     Path("dvc.yaml").write_text(DVC_YAML.format(command=COPY))
-    Path("params.yaml").write_text("settings: {size: 32, name: a}\n")
+    Path("params.yaml").write_text("settings: {side: 32, name: a}\n")
     Path("source").write_text("content")
     return tmp_path
 
@@ -54,19 +54,19 @@ def test_reasons_name_old_and_new_values_and_follow_the_stages(here, capfd):
     assert (outcome.status, outcome.ran) == (0, ["first", "second"])
     assert reasons() == {}
 
-    Path("params.yaml").write_text("settings: {size: 64, name: a}\n")
-    assert reasons() == {"first": ["settings.size 32 -> 64"], "second": ["first runs before it"]}
-    assert reasons(["first"]) == {"first": ["settings.size 32 -> 64"]}
+    Path("params.yaml").write_text("settings: {side: 64, name: a}\n")
+    assert reasons() == {"first": ["settings.side 32 -> 64"], "second": ["first runs before it"]}
+    assert reasons(["first"]) == {"first": ["settings.side 32 -> 64"]}
     assert reasons(["second"], only=True) == {}  # on the inputs in place
     assert bring().kept == ["second"]  # the copy is the same
 
-    Path("params.yaml").write_text("settings: {size: 32, name: a}\n")
+    Path("params.yaml").write_text("settings: {side: 32, name: a}\n")
     assert bring().restored == ["first"]
     Path("source").write_text("other")
     assert reasons()["first"] == ["source was modified"]
 
     text = capfd.readouterr().out
-    assert "first         runs: settings.size 32 -> 64\n" in text and "second        unchanged\n" in text
+    assert "first         runs: settings.side 32 -> 64\n" in text and "second        unchanged\n" in text
     assert "first         restored from cache" in text and "git add" not in text
 
 
