@@ -63,8 +63,11 @@ class VQVAEConfig:
 
     levels: Mapping[str, LevelConfig]
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    level_dropout: float = 0.0  # share of training images decoded from a coarse prefix of levels; not in the paper
 
     def __post_init__(self) -> None:
+        if not 0 <= self.level_dropout < 1:
+            raise ValueError(f"level_dropout is {self.level_dropout}; use 0 (the paper) up to, but not, 1")
         if not self.levels:
             raise ValueError("levels is empty; name at least one, such as top: {stride: 8}")
         strides = [level.stride for level in self.levels.values()]

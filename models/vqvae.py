@@ -57,6 +57,8 @@ class VQVAE(nn.Module):
     def forward(self, images: Float[Tensor, "B 3 H W"], share: Share | None = None) -> Output:
         """Reconstruct images, and say what they tell the codebooks, which stay as they are until `absorb`."""
         quantized, lifted = self._quantize(images, share)
+        if self.training and self.config.level_dropout:
+            lifted = self._lift(self._drop_levels({name: level.latents for name, level in quantized.items()}))
         return Output(self.decoder(torch.cat(lifted, 1)), quantized)
 
     def objective(self, output: Output, images: Float[Tensor, "B 3 H W"]) -> Loss:
@@ -85,17 +87,34 @@ class VQVAE(nn.Module):
         """
         self._check_codes(codes)
         coarsest = codes[next(iter(self.levels))]
-        lifted: list[Tensor] = []
+        latents: dict[str, Tensor] = {}
         for name, level in self._named_levels():
             if name in codes:
-                latents = level.quantizer.lookup(codes[name])
+                latents[name] = level.quantizer.lookup(codes[name])
             else:
                 sides = [side * self._ratios[name] for side in coarsest.shape[1:]]
                 mean = level.quantizer.mean().to(coarsest.device)
                 stand_in = mean if fill == "mean" else torch.zeros_like(mean)
-                latents = stand_in[None, :, None, None].expand(len(coarsest), -1, *sides)
-            lifted = level.lift([*lifted, latents])
-        return self.decoder(torch.cat(lifted, 1))
+                latents[name] = stand_in[None, :, None, None].expand(len(coarsest), -1, *sides)
+        return self.decoder(torch.cat(self._lift(latents), 1))
+
+    def _lift(self, latents: Mapping[str, Float[Tensor, "B _ _ _"]]) -> list[Float[Tensor, "B _ h w"]]:
+        """Bring every level's latents to the finest grid."""
+        lifted: list[Tensor] = []
+        for name, level in self._named_levels():
+            lifted = level.lift([*lifted, latents[name]])
+        return lifted
+
+    def _drop_levels(self, latents: dict[str, Float[Tensor, "B _ _ _"]]) -> dict[str, Float[Tensor, "B _ _ _"]]:
+        """Leave some images a random coarse prefix of their levels, so that coarse codes learn to stand alone.
+
+        The others become zeros, as `decode` fills them by default.
+        """
+        first = next(iter(latents.values()))
+        prefix = torch.randint(1, max(2, len(latents)), (len(first),), device=first.device)
+        dropped = torch.rand(len(first), device=first.device) < self.config.level_dropout
+        kept = torch.where(dropped, prefix, len(latents))[:, None, None, None]
+        return {name: torch.where(kept > place, grid, 0) for place, (name, grid) in enumerate(latents.items())}
 
     def _quantize(
         self, images: Float[Tensor, "B 3 H W"], share: Share | None = None

@@ -70,7 +70,7 @@ def reconstruct(images: list[Path], out: Path) -> list[str]:
         with torch.inference_mode():
             codes = network.encode(batch)
             prefixes = [{name: codes[name] for name in levels[:count]} for count in range(1, len(levels) + 1)]
-            decoded = [network.decode(prefix, "mean") for prefix in prefixes]
+            decoded = [network.decode(prefix) for prefix in prefixes]
         shown = np.concatenate([image[None], *(to_bytes(each.numpy()) for each in decoded)])
         (out / f"{number:03d}-{_safe(path.stem)}.png").write_bytes(sheet(shown, columns=len(shown)))
         # Pixels lie in [-1, 1]: their range is 2.

@@ -151,7 +151,7 @@ def draw(network: nn.Module, images: np.ndarray) -> dict[str, bytes]:
         else:
             codes = network.encode(batch)
             names = list(codes)
-            rows = [network.decode({name: codes[name] for name in names[:n]}, "mean") for n in range(1, len(names) + 1)]
+            rows = [network.decode({name: codes[name] for name in names[:n]}) for n in range(1, len(names) + 1)]
     shown = np.concatenate([images, *(to_bytes(row.float().cpu().numpy()) for row in rows)])
     return {"reconstructions": sheet(shown, columns=len(images))}
 

@@ -241,3 +241,18 @@ def test_codes_that_do_not_fit_are_refused_in_one_sentence(change, message: str)
     vqvae = VQVAE(config(strides))
     with pytest.raises(ValueError, match=message):
         vqvae.decode(change(vqvae.encode(images(strides))))
+
+
+def test_level_dropout_leaves_whole_images_alone_and_others_a_coarse_prefix():
+    """Each image is decoded from all levels or from a prefix filled by zeros; without training, always from all."""
+    torch.manual_seed(0)
+    levels = {"top": LevelConfig(8, 8, 4, 1, 16, 4), "bottom": LevelConfig(4, 8, 4, 1, 16, 4)}
+    model = VQVAE(VQVAEConfig(levels, level_dropout=0.5))
+    images = torch.randn(32, 3, 16, 16)
+    with torch.no_grad():
+        dropped, whole = model.train()(images).reconstruction, model.eval()(images).reconstruction
+        codes = model.encode(images)
+        prefix = model.decode({"top": codes["top"]})
+    of_whole = (dropped - whole).flatten(1).abs().amax(1) < 1e-6
+    of_prefix = (dropped - prefix).flatten(1).abs().amax(1) < 1e-6
+    assert (of_whole | of_prefix).all() and 4 < of_prefix.sum() < 28
