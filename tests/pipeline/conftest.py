@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[2]
 class Project:
     """A folder in which `vqvae2` runs."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, initialized: Path):
         self.folder = folder
         for name in ("stages", "models", "data"):
             (folder / name).symlink_to(ROOT / name)
         for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
             shutil.copyfile(ROOT / name, folder / name)
         shutil.copytree(ROOT / "conf", folder / "conf")
-        subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
+        shutil.copytree(initialized, folder / ".dvc")
 
     def edit(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change params.yaml."""
@@ -48,6 +48,14 @@ class Project:
         )
 
 
+@pytest.fixture(scope="session")
+def initialized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `dvc init` makes, once."""
+    folder = tmp_path_factory.mktemp("initialized")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
+    return folder / ".dvc"
+
+
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+def project(tmp_path: Path, initialized: Path) -> Project:
+    return Project(tmp_path, initialized)

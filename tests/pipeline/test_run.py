@@ -1,9 +1,9 @@
 """`vqvae2 run` and its neighbours, as a person calls them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
-
-import pytest
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
 
@@ -61,33 +61,11 @@ def test_the_doctor_finds_this_machine_well(project):
     assert done.returncode == 0
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_smallest_run_from_images_to_report(project):
-    """All stages run; nothing runs twice; a change runs what depends on it; going back restores it."""
-
-    def run(*overrides: str) -> dict[str, str]:
-        done = project.command("run", *(word for each in ("experiment=smoke", *overrides) for word in ("-S", each)))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        rows = (line.split(maxsplit=1) for line in done.stdout.splitlines())
-        return {row[0]: row[1].split(":")[0] for row in rows if row[0] in STAGES}
-
-    assert run() == dict.fromkeys(STAGES, "runs")
-    artifacts = project.folder / "artifacts"
-    report = (artifacts / "report" / "report.html").read_bytes()
-    assert {path.name for path in artifacts.iterdir()} >= {"shards", "vqvae", "codes", "priors", "samples", "report"}
-
-    assert project.command("run").stdout.startswith("Everything is up to date.")
-    assert run("cluster=workers2") == {}
-
-    changed = run("sample.temperature=0.8")
-    assert {stage for stage, what in changed.items() if what == "runs"} == {"sample", "evaluate"}
-    back = run()
-    assert {stage for stage, what in back.items() if what == "restored from cache"} == {"sample", "evaluate"}
-    assert "runs" not in back.values()
-    assert (artifacts / "report" / "report.html").read_bytes() == report
-
-    drawn = project.command("sample", "drawn", "--count", "4", "--class", "flags")
-    assert drawn.returncode == 0, drawn.stderr
-    assert len(list(Path(project.folder, "drawn").glob("0*.png"))) == 4
+def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
+    """A queued experiment runs in a copy of the project, and so must its code."""
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").touch()
+    (tmp_path / "pipeline" / "cli.py").write_text("def main():\n    print('the code of the copy')\n")
+    program = Path(sys.executable).with_name("vqvae2")
+    done = subprocess.run([program, "status"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "the code of the copy\n", done.stderr
