@@ -20,9 +20,9 @@ from stages.errors import UserError
 from stages.formats import artifact, curves, model_file
 from stages.formats.codes import KIND, write_part
 from stages.formats.shards import Part, open_shards, read_part
+from stages.pixels import floats
 from stages.runtime.parts import map_parts
 from stages.runtime.run import Run
-from stages.vqvae import floats
 
 
 def run(

@@ -24,7 +24,8 @@ from stages.formats.samples import Samples, open_samples
 from stages.formats.shards import ImageSet, Shards, open_shards
 from stages.metrics import distortion, neighbours, rate
 from stages.metrics.features import FeatureNetwork
-from stages.pictures import to_bytes, to_floats
+from stages.pictures import to_bytes
+from stages.pixels import floats
 from stages.runtime.parts import Part, Result, packed, unpacked
 
 SETS = ("samples", "reconstructions", "random_codes", "shuffled_codes")  # held against the reference images
@@ -217,7 +218,7 @@ class Measurer:
         return torch.cat(decoded)
 
     def _pixels(self, images: np.ndarray) -> Tensor:
-        return torch.from_numpy(to_floats(images)).to(self.device)
+        return floats(torch.from_numpy(images), self.device)
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         size = self.plan.config.batch_size

@@ -46,8 +46,3 @@ def png(image: np.ndarray) -> bytes:
 def to_bytes(images: np.ndarray) -> np.ndarray:
     """Turn floats in [-1, 1], `(N, 3, H, W)`, into uint8 `(N, H, W, 3)`, rounded; what lies outside is clipped."""
     return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def to_floats(images: np.ndarray) -> np.ndarray:
-    """Turn uint8 `(N, H, W, 3)` into floats in [-1, 1], `(N, 3, H, W)`: the inverse of `to_bytes`."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1

@@ -12,8 +12,8 @@ from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.images import RejectedImage, decode
 from stages.pictures import png, sheet, to_bytes
+from stages.pixels import floats
 from stages.sample import Models, choose_labels
-from stages.vqvae import floats
 
 VQVAE = Path("artifacts/vqvae")
 PRIORS = Path("artifacts/priors")

@@ -22,6 +22,7 @@ from stages.config import AugmentConfig, TrainConfig
 from stages.formats import curves, model_file
 from stages.formats.shards import ImageSet, Shards, open_shards
 from stages.pictures import sheet, to_bytes
+from stages.pixels import floats
 from stages.runtime.checkpoint import Checkpoints
 from stages.runtime.fit import trained
 from stages.runtime.loop import Data, Objective, Step, Totals, Worker, train
@@ -154,11 +155,6 @@ def draw(network: nn.Module, images: np.ndarray) -> dict[str, bytes]:
             rows = [network.decode({name: codes[name] for name in names[:n]}) for n in range(1, len(names) + 1)]
     shown = np.concatenate([images, *(to_bytes(row.float().cpu().numpy()) for row in rows)])
     return {"reconstructions": sheet(shown, columns=len(images))}
-
-
-def floats(images: Tensor, device: torch.device) -> Tensor:
-    """Turn a (B, H, W, 3) batch of bytes into (B, 3, H, W) floats in [-1, 1]."""
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class TrainingImages(Dataset[Tensor]):

@@ -7,6 +7,8 @@ RAY_ADDRESS. Every cluster started here asks for a token and listens on this mac
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +62,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)},
         }
     try:
-        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
+        with _our_signals():
+            ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # Ray raises many kinds here, none of them meant for users
         raise UserError(
             f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
@@ -80,19 +83,31 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 def _started(config: ClusterConfig) -> Iterator[str]:
     import ray
 
-    ray.init(
-        address="local",
-        # One CPU more than the workers take: the processes that only coordinate must never wait for one.
-        num_cpus=int(config.workers * config.cpus_per_worker) + 1,
-        include_dashboard=False,
-        object_store_memory=500 * 2**20,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    with _our_signals():
+        ray.init(
+            address="local",
+            # One CPU more than the workers take: the processes that only coordinate must never wait for one.
+            num_cpus=int(config.workers * config.cpus_per_worker) + 1,
+            include_dashboard=False,
+            object_store_memory=500 * 2**20,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _our_signals() -> Iterator[None]:
+    """Keep our own answer to SIGTERM: Ray puts one in its place that prints a stack trace."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check(config: ClusterConfig) -> None:

@@ -17,10 +17,10 @@ from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
+from stages.pixels import floats
 from stages.runtime import fit
 from stages.runtime.loop import Stopped, Worker
 from stages.sample import Models
-from stages.vqvae import floats
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
