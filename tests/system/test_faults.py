@@ -1,0 +1,77 @@
+"""Kill anything, run the same command again, and get the same bytes as if nothing had happened."""
+
+import re
+import signal
+from pathlib import Path
+
+from projects import SMOKE, Job, Namespace, Project, until
+
+STEPS, CHECKPOINT_EVERY = 120, 10
+LONG = (
+    *(*SMOKE, "--stage", "vqvae"),
+    *("-S", f"train_vqvae.steps={STEPS}", "-S", f"train_vqvae.checkpoint_every={CHECKPOINT_EVERY}"),
+    *("-S", "train_vqvae.log_every=5", "-S", f"train_vqvae.evaluate_every={STEPS}"),
+)
+
+
+def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
+    project: Project, tmp_path: Path, namespace: Namespace
+):
+    """`kill -9` of the command, then of DVC: nothing is left alive; SIGTERM saves the step; the rest is the same."""
+    unbroken = project.copy(tmp_path / "unbroken", DVC_SITE_CACHE_DIR=str(tmp_path / "dvc-of-unbroken"))
+    assert namespace.start(unbroken, "vqvae2", "run", *LONG, log="unbroken").wait().status == 0
+
+    job = namespace.start(project, "vqvae2", "run", *LONG, log="first")
+    _reach(project, job, CHECKPOINT_EVERY)
+    _second_is_refused(project, namespace)
+    job.send(signal.SIGKILL, "run")
+    _nothing_is_left(namespace)
+
+    job = _resumed(project, namespace, at_least=CHECKPOINT_EVERY, log="second")
+    _reach(project, job, 3 * CHECKPOINT_EVERY)
+    job.send(signal.SIGKILL, "dvc")
+    _nothing_is_left(namespace)
+
+    job = _resumed(project, namespace, at_least=3 * CHECKPOINT_EVERY, log="third")
+    _reach(project, job, 5 * CHECKPOINT_EVERY)
+    seen = _last_step(job)
+    job.send(signal.SIGTERM, "run")
+    stopped = job.wait(20)
+    assert stopped.status == 128 + signal.SIGTERM
+    assert stopped.output.splitlines()[-1] == "Stopped by SIGTERM. The same command resumes."
+    assert "Traceback" not in stopped.output
+    assert project.newest_step("vqvae") >= seen
+    _nothing_is_left(namespace)
+
+    done = _resumed(project, namespace, at_least=seen, log="fourth").wait()
+    assert done.status == 0
+    assert project.digests("vqvae") == unbroken.digests("vqvae")
+
+
+def _second_is_refused(project: Project, namespace: Namespace) -> None:
+    second = namespace.start(project, "vqvae2", "run", log="refused").wait(10)
+    assert second.status == 3
+    assert re.search(r"Another vqvae2 or dvc is at work here: PID \d+\.", second.output)
+    assert "fix: Wait for it or stop it" in second.output
+
+
+def _reach(project: Project, job: Job, step: int) -> None:
+    until(lambda: job.ended or project.newest_step("vqvae") >= step, 200, lambda: job.output)
+    assert not job.ended, job.output
+
+
+def _nothing_is_left(namespace: Namespace) -> None:
+    until(lambda: not namespace.processes(), 10, lambda: f"alive: {namespace.processes()}")
+
+
+def _resumed(project: Project, namespace: Namespace, *, at_least: int, log: str) -> Job:
+    newest = project.newest_step("vqvae")
+    assert newest >= at_least
+    job = namespace.start(project, "vqvae2", "run", *LONG, log=log)
+    until(lambda: job.ended or f"Resuming at step {newest} of {STEPS}." in job.output, 200, lambda: job.output)
+    assert not job.ended, job.output
+    return job
+
+
+def _last_step(job: Job) -> int:
+    return max(map(int, re.findall(r"^vqvae: (\d+)/", job.output, re.MULTILINE)), default=0)
