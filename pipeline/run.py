@@ -112,7 +112,8 @@ def _tracked(settings: Params) -> Iterator[dict[str, str]]:
     """Record this run as the parent of its stages'; yield the environment that tells them so."""
     from stages.runtime import tracking
 
-    with tracking.parent_run(params.flat(settings), {"command": " ".join(["vqvae2", *sys.argv[1:]])}) as key:
+    command = " ".join(["vqvae2", *sys.argv[1:]])
+    with tracking.parent_run(params.flat(settings), {"command": command, "mlflow.runName": command}) as key:
         yield {tracking.PARENT: key}
 
 

@@ -17,7 +17,7 @@ BELOW = {"pipeline": {"pipeline", "stages", "models"}, "stages": {"stages", "mod
 PLACES = {
     "ray": ("stages/",),
     "torch.distributed": ("stages/runtime/",),
-    "mlflow": ("stages/runtime/tracking.py", "stages/runtime/"),
+    "mlflow": ("stages/runtime/delivery.py",),
     "hydra": ("pipeline/compose.py",),
     "omegaconf": ("pipeline/compose.py",),
     "typer": ("pipeline/cli.py",),
