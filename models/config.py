@@ -4,6 +4,7 @@ Every number of the paper has a field here; its values stand in conf/.
 Source: Razavi et al. 2019, appendix tables of hyper-parameters.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,11 +24,13 @@ class LevelConfig:
     def __post_init__(self) -> None:
         if self.stride < 2 or self.stride & (self.stride - 1):
             raise ValueError(f"stride is {self.stride}; each level halves the image some times, so use 2, 4, 8, ...")
-        for name in ("channels", "residual_channels", "entries", "dim"):
+        for name in ("channels", "residual_channels", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.residual_blocks < 0:
             raise ValueError(f"residual_blocks is {self.residual_blocks}; use 0 or more")
+        if self.entries < 2:
+            raise ValueError(f"entries is {self.entries}; a code must choose between 2 or more")
         if self.entries > 65_536:
             raise ValueError(f"entries is {self.entries}; codes are stored as 16-bit integers, so use at most 65536")
 
@@ -70,6 +73,12 @@ class VQVAEConfig:
             raise ValueError(f"level_dropout is {self.level_dropout}; use 0 (the paper) up to, but not, 1")
         if not self.levels:
             raise ValueError("levels is empty; name at least one, such as top: {stride: 8}")
+        for name in self.levels:
+            # It becomes a folder, a column beside key, copy and label, and a part of the names of weights.
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in ("key", "copy", "label"):
+                raise ValueError(
+                    f"a level is named {name!r}; use lower-case letters, digits and _, but not key, copy or label"
+                )
         strides = [level.stride for level in self.levels.values()]
         if sorted(set(strides), reverse=True) != strides:
             named = ", ".join(f"{name} {level.stride}" for name, level in self.levels.items())

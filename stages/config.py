@@ -189,3 +189,7 @@ class Params:
     evaluate: EvaluateConfig
     cluster: ClusterConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; use 0 or more, below 2**63")

@@ -256,3 +256,22 @@ def test_level_dropout_leaves_whole_images_alone_and_others_a_coarse_prefix():
     of_whole = (dropped - whole).flatten(1).abs().amax(1) < 1e-6
     of_prefix = (dropped - prefix).flatten(1).abs().amax(1) < 1e-6
     assert (of_whole | of_prefix).all() and 4 < of_prefix.sum() < 28
+
+
+@pytest.mark.parametrize("name", ["label", "key", "a.b", "a/b", "Top", "../top", ""])
+def test_a_level_is_named_so_that_its_name_serves_everywhere(name: str):
+    """A level's name is also a folder, a column beside others, and a part of the names of weights."""
+    with pytest.raises(ValueError, match=f"a level is named '{name}'; use lower-case letters"):
+        config({name: 4})
+
+
+def test_a_level_cannot_be_named_as_something_of_torch():
+    """Torch's own complaint would not say which setting is meant."""
+    with pytest.raises(ValueError, match=r"a level is named 'half'.*; use another name"):
+        VQVAE(config({"half": 8, "bottom": 4}))
+
+
+def test_a_codebook_of_one_entry_is_refused():
+    """Its codes would say nothing, and what is measured per bit would be divided by none."""
+    with pytest.raises(ValueError, match=r"entries is 1; .* 2 or more"):
+        config({"top": 4}, entries=1)

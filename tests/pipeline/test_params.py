@@ -39,6 +39,7 @@ REMOVED = object()
         ("priors.top.network.chanels", 8, "fix: Did you mean priors.top.network.channels?"),
         ("vqvae.levels.top.entrys", 8, "fix: Did you mean vqvae.levels.top.entries?"),
         ("sed", 1, "fix: Did you mean seed?"),
+        ("seed", -1, "seed is -1; use 0 or more"),
         ("train_vqvae.steps", "many", 'train_vqvae.steps is "many"; use a valid integer.'),
         ("train_vqvae.steps", "1500", 'train_vqvae.steps is "1500"; use a valid integer.'),
         ("train_vqvae.steps", 1.5, "train_vqvae.steps is 1.5; use a valid integer."),
