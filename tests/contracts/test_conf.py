@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # A choice that needs another beside it.
-COMPANIONS = {"vqvae=three_level": ["+prior@priors.middle=pixelcnn"]}
+COMPANIONS = {
+    "vqvae=three_level": ["+prior@priors.middle=pixelcnn"],
+    "cluster=gpus64": ["experiment=imagenet256"],  # whose batches 64 workers can share
+}
 
 
 def choices() -> list[str]:
