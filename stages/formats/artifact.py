@@ -41,7 +41,11 @@ class Artifact:
     def verify(self, *names: str) -> None:
         """Hash the named files, or all, and refuse those that are not as they were written."""
         for name in names or self.files:
-            if sha256(self.folder / name) != self.files[name]["sha256"]:
+            try:
+                intact = sha256(self.folder / name) == self.files[name]["sha256"]
+            except OSError:  # the disk gives no answer, or the file has gone meanwhile
+                intact = False
+            if not intact:
                 raise UserError(
                     f"{name} is damaged: its contents are not what was written.",
                     where=self.folder,
@@ -77,11 +81,13 @@ def commit(temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any]) ->
     paths = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name != MANIFEST)
     files = {}
     for path in paths:
-        _fsync(path)
+        fsync(path)
         files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     manifest = {"format": FORMAT, "kind": kind, "meta": dict(meta), "files": files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _fsync(temporary / MANIFEST)
+    fsync(temporary / MANIFEST)
+    for path in {temporary, *(path.parent for path in paths)}:
+        fsync(path)  # the names in a folder are contents of it
     if folder.exists():
         # A folder cannot replace a full one in one step: the old one steps aside first, whole, and goes last.
         aside = folder.with_name(f".{folder.name}.old")
@@ -91,7 +97,7 @@ def commit(temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any]) ->
         shutil.rmtree(aside)
     else:
         temporary.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
 
 
 def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
@@ -107,9 +113,12 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
-        kind_found, meta, files = manifest["kind"], manifest["meta"], manifest["files"]
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        kind_found, meta, version = manifest["kind"], manifest["meta"], manifest["format"]
+        files = {
+            _inside(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("The manifest cannot be read.", where=path, fix=fix, code=4) from error
     if version != FORMAT or kind_found != kind:
         raise UserError(
@@ -125,7 +134,15 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
     return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
 
 
-def _fsync(path: Path) -> None:
+def _inside(name: str) -> str:
+    """Refuse a name that leads out of its folder."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{name} leads out of the folder")
+    return name
+
+
+def fsync(path: Path) -> None:
+    """Wait until the disk holds a file's contents, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stages.errors import UserError
 from stages.formats import artifact
 
 KIND = "checkpoint"
+STATE, HISTORY = "state.safetensors", "history.json"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class Checkpoints:
 
     def latest(self) -> State | None:
         """Read the newest whole and intact checkpoint, if there is one."""
-        steps = sorted((int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*[0-9]")), reverse=True)
+        steps = sorted((_step(path) for path in self.folder.glob("step-*[0-9]")), reverse=True)
         for step in steps:
             folder = self._folder(step)
             try:
                 state = self._read(folder)
             except UserError as error:
-                folder.rename(folder.with_name(f"{folder.name}.damaged"))
+                self._set_aside(folder)
                 self.note(f"Checkpoint of step {step} is damaged and set aside: {error.what}")
                 continue
             if state.step < steps[0]:
@@ -59,12 +61,29 @@ class Checkpoints:
     def _read(self, folder: Path) -> State:
         found = artifact.read(folder, KIND)
         found.verify()
-        if found.meta["fingerprint"] != self.fingerprint:
+        # The manifest itself has no hash: what it says is held against what is known.
+        if set(found.files) != {STATE, HISTORY} or found.meta.get("step") != _step(folder):
+            raise UserError("Its manifest is not what was written.", where=folder, code=5)
+        if found.meta.get("fingerprint") != self.fingerprint:
             raise UserError(
-                f"It belongs to another run: {found.meta['fingerprint']}, not {self.fingerprint}.", where=folder, code=5
+                f"It belongs to another run: {found.meta.get('fingerprint')}, not {self.fingerprint}.",
+                where=folder,
+                code=5,
             )
-        history = json.loads(found.path("history.json").read_text(encoding="utf-8"))
-        return State(found.meta["step"], load_file(found.path("state.safetensors")), history)
+        history = json.loads(found.path(HISTORY).read_text(encoding="utf-8"))
+        return State(found.meta["step"], load_file(found.path(STATE)), history)
+
+    @staticmethod
+    def _set_aside(folder: Path) -> None:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        try:
+            folder.rename(aside)
+        except FileNotFoundError:  # another worker, which reads the same folder, has done it
+            pass
+        except OSError:  # one of an earlier time stands there
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                folder.rename(aside)
 
     def save(self, state: State) -> None:
         """Copy the state and write it in the background; wait only if the one before is still being written."""
@@ -99,11 +118,15 @@ class Checkpoints:
     def _write(self, state: State) -> None:
         meta = {"step": state.step, "fingerprint": self.fingerprint}
         with artifact.writing(self._folder(state.step), KIND, meta) as folder:
-            save_file(dict(state.tensors), folder / "state.safetensors")
-            (folder / "history.json").write_text(json.dumps(state.history), encoding="utf-8")
+            save_file(dict(state.tensors), folder / STATE)
+            (folder / HISTORY).write_text(json.dumps(state.history), encoding="utf-8")
         kept = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
         for old in kept[self.keep :]:
             shutil.rmtree(old)
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

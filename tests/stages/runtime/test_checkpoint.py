@@ -57,6 +57,34 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     assert (tmp_path / "step-000000010.damaged").is_dir()
 
 
+def test_a_flipped_bit_in_the_manifest_never_changes_what_is_read(
+    checkpoints: Checkpoints, tmp_path: Path, notes: list[str]
+):
+    """Each byte in turn: the state is the one that was saved, or the one before is used."""
+    folder, aside = tmp_path / "step-000000010", tmp_path / "step-000000010.damaged"
+    intact = (folder / MANIFEST).read_bytes()
+    for place in range(len(intact)):
+        damaged = bytearray(intact)
+        damaged[place] ^= 1 << (place % 8)
+        (folder / MANIFEST).write_bytes(damaged)
+        found = checkpoints.latest()
+        assert found is not None and found.history == state(found.step).history
+        assert found.step == (5 if aside.exists() else 10)
+        if aside.exists():
+            aside.rename(folder)
+    assert len(notes) > len(intact)  # two for nearly every byte
+
+
+def test_a_second_damaged_checkpoint_of_a_step_takes_the_place_of_the_first(checkpoints: Checkpoints, tmp_path: Path):
+    """What is set aside never stands in the way of going on."""
+    for _ in range(2):
+        (tmp_path / "step-000000010" / "state.safetensors").write_bytes(b"x")
+        found = checkpoints.latest()
+        assert found is not None and found.step == 5
+        checkpoints.save(state(10))
+        checkpoints.wait()
+
+
 @pytest.mark.parametrize("name", [MANIFEST, "state.safetensors", "history.json"])
 def test_a_missing_file_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, tmp_path: Path, name: str):
     """A checkpoint is whole or absent."""

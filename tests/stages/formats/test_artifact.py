@@ -1,0 +1,69 @@
+"""A folder is whole or absent, and its manifest leads nowhere else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.errors import UserError
+from stages.formats import artifact
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with artifact.writing(tmp_path / "made", "thing", {"count": 1}) as out:
+        (out / "inner").mkdir()
+        (out / "inner" / "file").write_bytes(b"contents")
+    return tmp_path / "made"
+
+
+def test_what_was_committed_is_read_back(folder: Path):
+    """Kind, meta, and every file by its name in the folder."""
+    found = artifact.read(folder, "thing")
+    found.verify()
+    assert found.meta == {"count": 1} and list(found.files) == ["inner/file"]
+
+
+def test_a_block_that_fails_leaves_what_stood_there(folder: Path):
+    """Half a result never replaces a whole one."""
+    with pytest.raises(RuntimeError), artifact.writing(folder, "thing", {"count": 2}):
+        raise RuntimeError
+    assert artifact.read(folder, "thing").meta == {"count": 1}
+    assert [path.name for path in folder.parent.iterdir()] == ["made"]
+
+
+def test_a_newer_result_replaces_an_older_one_whole(folder: Path):
+    """No file of the older one stays."""
+    with artifact.writing(folder, "thing", {"count": 2}) as out:
+        (out / "other").touch()
+    found = artifact.read(folder, "thing")
+    assert found.meta == {"count": 2} and list(found.files) == ["other"] and not (folder / "inner").exists()
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret", "inner/../../secret"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(folder: Path, name: str):
+    """Nothing outside of the folder is ever opened."""
+    (folder.parent / "secret").write_bytes(b"contents")
+    path = folder / artifact.MANIFEST
+    manifest = json.loads(path.read_bytes())
+    manifest["files"][name] = manifest["files"]["inner/file"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="The manifest cannot be read"):
+        artifact.read(folder, "thing")
+
+
+@pytest.mark.parametrize("files", [[], {"inner/file": {}}, {"inner/file": {"bytes": None, "sha256": ""}}, None])
+def test_a_manifest_of_another_shape_is_refused_in_one_sentence(folder: Path, files: object):
+    """A reader is told, and sees no KeyError."""
+    path = folder / artifact.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "files": files}))
+    with pytest.raises(UserError, match="The manifest cannot be read"):
+        artifact.read(folder, "thing")
+
+
+def test_a_file_that_went_after_the_manifest_was_read_is_named(folder: Path):
+    """As one that was changed is."""
+    found = artifact.read(folder, "thing")
+    (folder / "inner" / "file").unlink()
+    with pytest.raises(UserError, match="inner/file is damaged"):
+        found.verify()
