@@ -245,8 +245,7 @@ class Found:
             return {"": samples.images(0, min(samples.count, SAMPLES_SHOWN))}
         places = {name: np.flatnonzero(samples.labels == label) for label, name in enumerate(samples.classes)}
         drawn = [(name, found[:SHOWN_PER_CLASS]) for name, found in places.items() if len(found)][:CLASSES_SHOWN]
-        images = samples.images(0, 1 + max(int(found.max()) for _, found in drawn))
-        return {name: images[found] for name, found in drawn}
+        return {name: samples.images_of(found) for name, found in drawn}
 
     def _nearest_shown(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Some samples, each with its nearest training images by pixels and by features."""

@@ -5,6 +5,7 @@ reads   vqvae    trained VQ-VAE                     formats/model_file.py
 writes  out      samples and their codes            formats/samples.py
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stages.config import SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact, model_file
 from stages.formats.codes import write_part
-from stages.formats.samples import KIND
+from stages.formats.samples import KIND, places, read_image
 from stages.formats.shards import Sample, write_shard
 from stages.pictures import png, sheet, to_bytes
 from stages.runtime.parts import map_parts
@@ -60,7 +61,9 @@ def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int
         for result in written:
             for name in result["files"]:
                 (work / name).rename(folder / name)
-        shown = np.concatenate([result["shown"] for result in written])[:SHOWN]
+        first = written[: math.ceil(SHOWN / sample.images_per_part)]
+        found = places(folder / name for result in first for name in result["files"] if name.endswith(".tar"))
+        shown = np.stack([read_image(found[number]) for number in range(min(SHOWN, sample.count))])
         columns = len(sample.classes) or min(len(shown), 8)
         (folder / "grid.png").write_bytes(sheet(shown, columns=columns))
     run.reporter.picture("samples", (out / "grid.png").read_bytes(), 0)
@@ -168,7 +171,12 @@ class Draw:
         self.config, self.seed, self.out = config, seed, out
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        start, labels = part["start"], part["labels"]
+        files = [f"samples-{part['number']:05d}.{extension}" for extension in ("parquet", "tar")]
+        if not all((self.out / name).exists() for name in files):
+            self._write(part["start"], part["labels"], *(self.out / name for name in files))
+        return {"files": files}
+
+    def _write(self, start: int, labels: list[int], codes_path: Path, images_path: Path) -> None:
         batches = [
             self.models.draw(range(start + first, start + first + len(chosen)), chosen, self.config, self.seed)
             for first in range(0, len(labels), self.config.batch_size)
@@ -177,9 +185,8 @@ class Draw:
         codes = {level: np.concatenate([codes[level] for codes, _ in batches]) for level in self.models.priors}
         images = np.concatenate([images for _, images in batches])
         keys = [f"{start + place:09d}" for place in range(len(labels))]
-        files = [f"samples-{part['number']:05d}.{extension}" for extension in ("parquet", "tar")]
         write_part(
-            self.out / files[0],
+            codes_path,
             self.models.grids,
             codes,
             np.array(labels),
@@ -187,8 +194,7 @@ class Draw:
             keys,
             {"vqvae": self.models.digests["vqvae"]},
         )
-        self._write_images(self.out / files[1], keys, images, labels)
-        return {"files": files, "shown": images[: max(0, SHOWN - start)]}
+        self._write_images(images_path, keys, images, labels)
 
     def _write_images(self, path: Path, keys: list[str], images: np.ndarray, labels: list[int]) -> None:
         classes = self.models.classes

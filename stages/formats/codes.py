@@ -118,6 +118,7 @@ def write_part(
     pq.write_table(
         table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True, store_schema=True
     )
+    artifact.fsync(temporary)  # else a finished part could turn out empty after a power cut
     temporary.replace(path)
 
 

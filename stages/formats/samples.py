@@ -8,10 +8,11 @@ manifest.json                   meta: count, classes, image size, settings, the 
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -45,26 +46,55 @@ class Samples:
     def labels(self) -> np.ndarray:
         return self.drawn.labels
 
+    @cached_property
+    def places(self) -> "dict[int, Place]":
+        return places(self.found.path(name) for name in sorted(self.found.files) if name.endswith(".tar"))
+
     def images(self, start: int, stop: int) -> np.ndarray:
         """Decode samples [start, stop) to (N, H, W, 3) uint8."""
-        images: list[np.ndarray] = []
-        for name in sorted(name for name in self.found.files if name.endswith(".tar")):
-            with tarfile.open(self.found.path(name)) as tar:
-                for member in tar:
-                    stem, _, extension = member.name.partition(".")
-                    if extension == "png" and stem.isdecimal() and start <= int(stem) < stop:
-                        file = tar.extractfile(member)
-                        assert file is not None
-                        with Image.open(io.BytesIO(file.read()), formats=("PNG",)) as image:
-                            images.append(np.asarray(image.convert("RGB")))
-        if len(images) != stop - start:
+        return self.images_of(range(start, stop))
+
+    def images_of(self, numbers: Iterable[int]) -> np.ndarray:
+        """Decode the samples of these numbers to (N, H, W, 3) uint8."""
+        wanted = [int(number) for number in numbers]
+        missing = [number for number in wanted if number not in self.places]
+        if missing:
             raise UserError(
-                f"{len(images)} of the samples {start} to {stop - 1} were found.",
+                f"{len(missing)} samples are missing, first number {missing[0]}.",
                 where=self.found.folder,
                 fix="Run: vqvae2 run --stage sample --force",
                 code=4,
             )
-        return np.stack(images)
+        return np.stack([read_image(self.places[number]) for number in wanted])
+
+
+class Place(NamedTuple):
+    """Where the image of a sample lies: in which tar, and at which bytes of it."""
+
+    tar: Path
+    offset: int
+    length: int
+
+
+def places(tars: Iterable[Path]) -> dict[int, Place]:
+    """Find the images in some tars, by the samples' numbers. Do it once: every tar is read through."""
+    found: dict[int, Place] = {}
+    for path in tars:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stem, _, extension = member.name.partition(".")
+                if extension == "png" and stem.isdecimal():
+                    found[int(stem)] = Place(path, member.offset_data, member.size)
+    return found
+
+
+def read_image(place: Place) -> np.ndarray:
+    """Decode one image, (H, W, 3) uint8."""
+    with place.tar.open("rb") as file:
+        file.seek(place.offset)
+        data = file.read(place.length)
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def open_samples(folder: Path) -> Samples:

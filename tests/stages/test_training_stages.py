@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import prior, vqvae
+from stages import codes, prior, sample, vqvae
 from stages.errors import UserError
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
@@ -89,10 +89,27 @@ def test_copies_are_of_training_images_alone_and_the_first_is_plain(project):
         assert (codes.split("train").plain().codes[level] == plain.split("train").codes[level]).all()
 
 
-def test_encoding_again_makes_the_same_bytes_and_finds_finished_parts(project):
-    """A part that is there is not made again."""
-    project.codes(out="again_codes", fingerprint="again")
-    assert digest(project.path("again_codes")) == digest(project.path("codes"))
+@pytest.mark.parametrize(("stage", "worker"), [(codes, codes.Encode), (sample, sample.Draw)], ids=["codes", "sample"])
+def test_parts_that_are_finished_are_kept_and_end_in_the_same_bytes(project, monkeypatch, stage, worker):
+    """A stage that is stopped between parts makes only the missing ones when it runs again."""
+    name = stage.__name__.rpartition(".")[2]
+    made, writer = [], "_encode" if stage is codes else "_write"
+    original = getattr(worker, writer)
+
+    def counted(self, *arguments):
+        if len(made) == 2 and "stopped" not in made:
+            made.append("stopped")
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(worker, writer, counted)
+    again = lambda: getattr(project, name)(out=f"again_{name}", fingerprint="again")  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    again()
+    assert len(made) == 1 + (7 if stage is codes else 3)  # the stop, and each copy of each part once
+    assert digest(project.path(f"again_{name}")) == digest(project.path("codes" if stage is codes else "samples"))
 
 
 def test_codes_name_the_vqvae_that_made_them(project):
