@@ -1,0 +1,193 @@
+"""Kill random processes of whole runs at random moments, then hold every artifact against an unbroken run's.
+
+    python benchmarks/chaos.py --kills 20
+
+Each kill sends SIGKILL or SIGTERM to the command, DVC, a stage, the process that holds the cluster, or a Ray worker;
+whatever ends by it is started again by the same command. When a run gets to its end, another begins from nothing, until
+all kills are spent. Fails if anything of ours outlives its run by ten seconds, or if one byte of one artifact differs.
+Needs Linux and root, for private namespaces.
+"""
+
+import argparse
+import json
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "system"))  # the copies and namespaces of the tests
+
+from projects import SMOKE, Job, Namespace, Project, kind_of, namespaces_refused, until
+
+KINDS = ("run", "dvc", "stage", "cluster", "worker")
+STEPS, CHECKPOINT_EVERY, LOG_EVERY = 120, 20, 5
+SETTINGS = tuple(
+    f"{section}.{key}={value}"
+    for section in ("train_vqvae", "priors.top.train", "priors.bottom.train")
+    for key, value in (
+        ("steps", STEPS),
+        ("checkpoint_every", CHECKPOINT_EVERY),
+        ("evaluate_every", STEPS),
+        ("log_every", LOG_EVERY),
+    )
+)
+COMMAND = ("vqvae2", "run", *SMOKE, *(word for setting in SETTINGS for word in ("-S", setting)))
+
+
+@dataclass
+class Kill:
+    """One kill, and what came of it."""
+
+    number: int
+    what: str  # signal and process
+    where: str  # the stage at work, and its step
+    ended: str = "goes on"  # or the exit status of the command
+    lost: str = ""  # steps
+    seconds: float = 0.0  # from the kill, or from the new start, until the stage is at work again
+
+
+class Chaos:
+    """Whole runs of one project after another, under fire."""
+
+    def __init__(self, namespace: Namespace, fresh: Project, folder: Path, kills: int, seed: int):
+        self.namespace, self.fresh, self.folder, self.kills = namespace, fresh, folder, kills
+        self.random = random.Random(seed)
+        self.done: list[Kill] = []
+        self.starts = 0
+
+    def whole_run(self, number: int) -> Project:
+        """Run to the end from nothing, killing on the way while kills are left."""
+        project = self.fresh.copy(
+            self.folder / f"broken-{number}", DVC_SITE_CACHE_DIR=str(self.folder / f"dvc-{number}")
+        )
+        job = self._start(project)
+        while len(self.done) < self.kills:
+            moment = time.monotonic() + self.random.uniform(5, 40)
+            while time.monotonic() < moment and not job.ended:
+                time.sleep(0.05)
+            victim = self._victim()
+            if job.ended or victim is None:
+                break
+            job = self._kill(project, job, *victim)
+        finished = job.wait(600)
+        if finished.status:
+            raise SystemExit(
+                f"the command ended with {finished.status} although nothing was killed:\n{finished.output}"
+            )
+        return project
+
+    def _ours(self) -> dict[str, list[psutil.Process]]:
+        found: dict[str, list[psutil.Process]] = {}
+        for process in self.namespace.processes():
+            if (kind := kind_of(process)) in KINDS:
+                found.setdefault(kind, []).append(process)
+        return found
+
+    def _victim(self) -> tuple[str, psutil.Process] | None:
+        found = self._ours()
+        if not found:
+            return None
+        kind = self.random.choice(sorted(found))
+        return kind, self.random.choice(found[kind])
+
+    def _kill(self, project: Project, job: Job, kind: str, process: psutil.Process) -> Job:
+        number = self.random.choice((signal.SIGKILL, signal.SIGTERM))
+        stage, before = at_work(job), len(job.output)
+        step = steps_done(project, stage)
+        kill = Kill(len(self.done) + 1, f"{number.name} {kind}", f"{stage} {step}".removesuffix(" 0"))
+        self.done.append(kill)
+        clock = time.monotonic()
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            kill.ended = "it had just ended"
+            return job
+        until(lambda: job.ended or is_at_work(job.output[before:]), 180, lambda: f"stuck after {kill}:\n{job.output}")
+        if job.ended:
+            kill.ended = f"status {job.wait().status}"
+            saved = project.newest_step(stage)
+            until(lambda: not self._ours(), 10, lambda: f"{kill} left {self._ours()}")
+            # Two agents of Ray's own notice only later that their node is gone; they hold nothing.
+            until(lambda: not self.namespace.processes(), 90, lambda: f"{kill} left {self.namespace.processes()}")
+            clock, before = time.monotonic(), 0
+            job = self._start(project)
+            until(lambda: job.ended or is_at_work(job.output), 180, lambda: f"stuck after {kill}:\n{job.output}")
+            if step:
+                kill.lost = str(max(0, step - saved))
+        elif resumed := re.search(r"Resuming at step (\d+)", job.output[before:]):
+            kill.lost = str(max(0, step - int(resumed[1])))
+        kill.seconds = time.monotonic() - clock
+        print(row(kill), flush=True)
+        return job
+
+    def _start(self, project: Project) -> Job:
+        self.starts += 1
+        return self.namespace.start(project, *COMMAND, log=f"start-{self.starts}")
+
+
+def at_work(job: Job) -> str:
+    """Name the stage that runs."""
+    return (re.findall(r"^(\w+) +runs:", job.output, re.MULTILINE) or ["-"])[-1]
+
+
+def is_at_work(output: str) -> bool:
+    """Whether a stage has told of its progress since, or the end is reached."""
+    return bool(re.search(r"^[\w@]+: \d+/|^report ", output, re.MULTILINE))
+
+
+def steps_done(project: Project, stage: str) -> int:
+    """The last step a stage has reported; 0 for one that does not count steps."""
+
+    def steps() -> Iterator[int]:
+        for path in (project.folder / "runs" / stage).rglob("journal.jsonl"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                if entry["kind"] == "metrics" and any(name.startswith("train/") for name in entry["values"]):
+                    yield entry["step"]
+
+    return max(steps(), default=0)
+
+
+def row(kill: Kill) -> str:
+    cells = (str(kill.number), kill.what, kill.where, kill.ended, kill.lost, f"{kill.seconds:.1f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="kills in all")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of moments, processes and signals")
+    parser.add_argument("--folder", type=Path, help="where the copies go; a temporary folder unless given")
+    given = parser.parse_args()
+    if reason := namespaces_refused():
+        raise SystemExit(f"private namespaces cannot be had here: {reason}")
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="vqvae2-chaos-"))
+    fresh = Project.of_working_tree(folder / "fresh")
+    with Namespace() as namespace:
+        unbroken = fresh.copy(folder / "unbroken", DVC_SITE_CACHE_DIR=str(folder / "dvc"))
+        clock = time.monotonic()
+        if (done := namespace.start(unbroken, *COMMAND, log="unbroken").wait(900)).status:
+            raise SystemExit(done.output)
+        print(f"An unbroken run takes {time.monotonic() - clock:.0f} s.\n")
+        print(
+            "| kill | what | at | the command | steps lost | s until at work |\n|---|---|---|---|---|---|", flush=True
+        )
+        chaos, runs = Chaos(namespace, fresh, folder, given.kills, given.seed), 0
+        expected = unbroken.digests()
+        while len(chaos.done) < given.kills:
+            runs += 1
+            found = chaos.whole_run(runs).digests()
+            if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+                raise SystemExit(f"\nDifferent after run {runs}: {', '.join(different)}. Kept in {folder}")
+    print(f"\n{len(chaos.done)} kills over {runs} whole runs: all {len(expected)} artifacts equal in each.")
+
+
+if __name__ == "__main__":
+    main()
