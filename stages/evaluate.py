@@ -63,6 +63,7 @@ def run(
 ) -> None:
     """Measure the models and their samples against the images they learnt from and those they never saw."""
     inputs = Inputs(*(folder.absolute() for folder in (shards, vqvae, codes, priors, samples)))
+    inputs.check()
     plan = _plan(inputs, evaluate, seed)
     work = (run.work / "parts").absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -176,13 +177,17 @@ class Found:
     @cached_property
     def counts(self) -> dict[str, dict[str, np.ndarray]]:
         """How often every entry occurs: level -> split -> counts, over all plain images."""
-        levels = self.inputs.codes.levels
-        splits = [split for split in ("train", "validation") if split in self.inputs.codes.splits]
-        plain = {split: self.inputs.codes.split(split).plain() for split in splits}
-        return {
-            level: {split: usage.count(found.codes[level], shape.entries) for split, found in plain.items()}
-            for level, shape in levels.items()
+        codes = self.inputs.codes
+        splits = [split for split in ("train", "validation") if split in codes.splits]
+        counts = {
+            level: {split: np.zeros(shape.entries, np.int64) for split in splits}
+            for level, shape in codes.levels.items()
         }
+        for split in splits:
+            for part in codes.parts(split):
+                for level, grids in part.plain().codes.items():
+                    counts[level][split] += usage.count(grids, len(counts[level][split]))
+        return counts
 
     def features(self, of: str) -> np.ndarray:
         return np.concatenate([result["features"] for result in self._results["features"][of]])

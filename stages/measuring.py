@@ -18,8 +18,8 @@ from models.priors import Prior, nll
 from models.vqvae import VQVAE
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.formats import model_file
-from stages.formats.codes import Codes, CodeSet, open_codes
+from stages.formats import artifact, model_file
+from stages.formats.codes import Codes, CodeSet, joined, open_codes
 from stages.formats.samples import Samples, open_samples
 from stages.formats.shards import ImageSet, Shards, open_shards
 from stages.metrics import distortion, neighbours, rate
@@ -61,14 +61,35 @@ class Inputs:
     def prior(self, level: str) -> Prior:
         return model_file.load_prior(self.priors_folder / level, level)[0]
 
+    def check(self) -> None:
+        """Refuse codes, priors and samples of another VQ-VAE: its codes mean nothing to this one."""
+        here = artifact.read(self.vqvae_folder, "vqvae", "vqvae").digest
+        made = {"codes": (self.codes.vqvae, self.codes_folder), "sample": (self.samples.vqvae, self.samples_folder)}
+        for level in self.codes.levels:
+            folder = self.priors_folder / level
+            made[f"prior_{level}"] = artifact.read(folder, "prior", f"prior_{level}").meta["vqvae"], folder
+        for stage, (vqvae, folder) in made.items():
+            if vqvae != here:
+                raise UserError(
+                    f"{folder.name} was made with VQ-VAE {vqvae[:12]}, but this one is {here[:12]}.",
+                    where=folder,
+                    fix=f"Run: vqvae2 run --stage {stage}",
+                    code=5,
+                )
+
     def images(self, split: str) -> ImageSet:
         return self.shards.split(split)
 
-    def plain_codes(self, split: str) -> CodeSet:
-        """The codes of a split's images as they are, in the images' order."""
-        found = self.codes.split(split).plain()
-        rows = {key: row for row, key in enumerate(found.keys)}
-        keys = self.images(split).keys.tolist()
+    def plain_codes(self, split: str, count: int) -> CodeSet:
+        """The codes of a split's first images as they are, in the images' order; reads no further than they reach."""
+        keys = self.images(split).keys[:count].tolist()
+        rows: dict[str, int] = {}
+        parts: list[CodeSet] = []
+        for part in self.codes.parts(split):
+            parts.append(part.plain())
+            rows |= {key: row for row, key in enumerate(parts[-1].keys, len(rows))}
+            if len(rows) >= len(keys):
+                break
         missing = [key for key in keys if key not in rows]
         if missing:
             raise UserError(
@@ -77,7 +98,7 @@ class Inputs:
                 fix="Run: vqvae2 run --stage codes",
                 code=4,
             )
-        return found.take(np.array([rows[key] for key in keys], dtype=np.int64))
+        return joined(parts).take(np.array([rows[key] for key in keys], dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -190,7 +211,7 @@ class Measurer:
     def _codes(self, of: str) -> CodeSet:
         """The codes behind a split or a set, made once per worker."""
         if of not in SETS:
-            return self.inputs.plain_codes(of)
+            return self.inputs.plain_codes(of, max(self.plan.config.max_images, self.plan.shown))
         real = self.codes(self.plan.reference).take(np.arange(self.plan.compared))
         if of == "reconstructions":
             return real

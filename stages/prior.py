@@ -7,7 +7,7 @@ writes  out      the trained prior                  formats/model_file.py
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +48,7 @@ def run(
             fix="Name the prior after a level of vqvae.levels.",
             code=2,
         )
-    training = found.split("train")
+    training = found.split("train", levels=())
     arguments = {"level": level, "codes": codes.absolute(), "prior": prior, "seed": seed}
     weights, history = trained(learn, arguments, prior.train, run=run)
     grid = found.levels[level]
@@ -59,7 +59,7 @@ def run(
         "grid": [grid.height, grid.width],
         "coarser": {name: found.levels[name]._asdict() for name in _coarser(found, level)},
         "classes": list(found.classes),
-        "label_counts": np.bincount(training.plain().labels, minlength=len(found.classes)).tolist()
+        "label_counts": np.bincount(training.labels[training.copies == 0], minlength=len(found.classes)).tolist()
         if found.classes
         else [],
         "vqvae": found.vqvae,
@@ -123,7 +123,7 @@ def _coarser(found: Codes, level: str) -> list[str]:
 
 def _data(found: Codes, levels: list[str], config: TrainConfig, seed: int, worker: Worker) -> Data:
     """Read the codes of some levels into memory: at 2 bytes each they are small beside images."""
-    training = found.split("train")
+    training = found.split("train", levels)
     order = Order(len(training), seed)
 
     def batch(split: CodeSet, rows: np.ndarray) -> Batch:
@@ -142,7 +142,8 @@ def _data(found: Codes, levels: list[str], config: TrainConfig, seed: int, worke
         for start in range(0, len(rows), config.batch_size):
             yield batch(split, rows[start : start + config.batch_size])
 
-    splits: Mapping[str, CodeSet] = {"seen": training.plain()}
+    seen = np.flatnonzero(training.copies == 0)[: config.evaluate_images]
+    splits = {"seen": training.take(seen)}
     if "validation" in found.splits:
-        splits = {**splits, "validation": found.split("validation")}
+        splits["validation"] = found.split("validation", levels)
     return Data(steps, {name: partial(held_out, split) for name, split in splits.items()})

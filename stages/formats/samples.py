@@ -35,12 +35,13 @@ class Samples:
     classes: tuple[str, ...]
     image_size: int
     levels: Mapping[str, Grid]
+    vqvae: str  # digest of the VQ-VAE that decoded them
 
     @cached_property
     def drawn(self) -> CodeSet:
         """The samples' codes and labels."""
         # The Parquet files are those of a folder of codes with the one split "samples".
-        return codes.Codes(self.found, self.levels, self.classes, self.found.meta["vqvae"]).split("samples")
+        return codes.Codes(self.found, self.levels, self.classes, self.vqvae).split("samples")
 
     @property
     def labels(self) -> np.ndarray:
@@ -102,4 +103,4 @@ def open_samples(folder: Path) -> Samples:
     found = artifact.read(folder, KIND, "sample")
     meta = found.meta
     levels = {name: Grid(**shape) for name, shape in meta["levels"].items()}
-    return Samples(found, meta["count"], tuple(meta["classes"]), meta["image_size"], levels)
+    return Samples(found, meta["count"], tuple(meta["classes"]), meta["image_size"], levels, meta["vqvae"])

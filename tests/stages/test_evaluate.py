@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +280,28 @@ def test_codes_of_other_shards_are_refused(root, tmp_path):
     other = pipeline(tmp_path, {"train": 30, "validation": 9})
     inputs = measuring.Inputs(other / "shards", root / "vqvae", root / "codes", root / "priors", root / "samples")
     with pytest.raises(UserError, match="The codes hold no image"):
-        inputs.plain_codes("train")
+        inputs.plain_codes("train", 30)
+
+
+@pytest.mark.parametrize(("folder", "stage"), [("codes", "codes"), ("samples", "sample"), ("priors", "prior_top")])
+def test_what_another_vqvae_made_is_refused(root, tmp_path, folder: str, stage: str):
+    """Nothing is decoded by a VQ-VAE that does not know its codes."""
+    inputs = {name: root / name for name in ("shards", "vqvae", "codes", "priors", "samples")}
+    shutil.copytree(inputs[folder], tmp_path / folder)
+    path = tmp_path / folder / ("top" if folder == "priors" else "") / artifact.MANIFEST
+    manifest = json.loads(path.read_bytes())
+    manifest["meta"]["vqvae"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"made with VQ-VAE 0+, but[\s\S]*--stage {stage}"):
+        measuring.Inputs(*{**inputs, folder: tmp_path / folder}.values()).check()
+
+
+def test_the_first_codes_are_read_from_the_files_that_hold_them(root):
+    """A million images' codes are not read to measure some."""
+    inputs = measuring.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples")))
+    whole, first = inputs.plain_codes("train", 20), inputs.plain_codes("train", 3)
+    assert list(first.keys) == list(whole.keys)[:3] == inputs.images("train").keys[:3].tolist()
+    assert all((first.codes[level] == whole.codes[level][:3]).all() for level in whole.codes)
 
 
 def test_shuffling_keeps_each_positions_codes_and_leaves_none_with_its_image():
