@@ -67,7 +67,7 @@ CASES = {
     "unknown_experiment": (_nothing, ["run", "-S", "experiment=emoji"], 2),
     "wrong_type": (_set("train_vqvae", steps="many"), RUN, 2),
     "out_of_range": (_set("train_vqvae", learning_rate=-1.0), RUN, 2),
-    "batch_not_divisible": (_nothing, ["run", "-S", "cluster=workers2", "-S", "cluster.workers=3"], 2),
+    "batch_not_divisible": (_nothing, ["run", "-S", "cluster.workers=3"], 2),
     "size_not_divisible": (_nothing, ["run", "-S", "dataset.image_size=30"], 2),
     "level_without_prior": (_nothing, ["run", "-S", "vqvae=three_level"], 2),
     "duplicate_key": (_write("params.yaml", b"seed: 1\nseed: 2\n"), RUN, 2),

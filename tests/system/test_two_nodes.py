@@ -24,7 +24,7 @@ def test_two_nodes_train_together_and_make_the_same_shards_and_codes(
         until(lambda job=job: "Ray runtime started" in job.output, 100, lambda job=job: job.output)
 
     there = Project(project.folder, {**project.environment, "RAY_ADDRESS": f"127.0.0.1:{PORT}"})
-    on_two = (*SMOKE, "-S", "cluster=workers2")
+    on_two = (*SMOKE, "-S", "cluster=local")
     for stage in ("shard", "codes"):
         job = namespace.start(there, "vqvae2", "run", *on_two, "--force", "--only", "--stage", stage, log=stage)
         assert job.wait(200).status == 0, job.output
