@@ -178,8 +178,8 @@ class Found:
     def counts(self) -> dict[str, dict[str, np.ndarray]]:
         """How often every entry occurs: level -> split -> counts, over all plain images."""
         codes = self.inputs.codes
-        splits = [split for split in ("train", "validation") if split in codes.splits]
-        counts = {
+        splits = [split for split in codes.splits if split in ("train", "validation")]
+        counts: dict[str, dict[str, np.ndarray]] = {
             level: {split: np.zeros(shape.entries, np.int64) for split in splits}
             for level, shape in codes.levels.items()
         }

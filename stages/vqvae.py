@@ -134,8 +134,9 @@ class Reconstruct(Objective):
             f"perplexity_{name}": perplexity(totals[f"usage/{name}"]) if totals[f"usage/{name}"].any() else 0.0
             for name in self.network.config.levels
         }
-        # Pixels lie in [-1, 1]: their range is 2.
-        return {"mse": mse, "psnr": 10 * math.log10(4 / max(mse, 1e-12)), "commitment": commitment / values, **spread}
+        # Pixels lie in [-1, 1]: their range is 2. An endless error is the loop's to tell, not the logarithm's.
+        psnr = 10 * math.log10(4 / max(mse, 1e-12)) if math.isfinite(mse) else math.nan
+        return {"mse": mse, "psnr": psnr, "commitment": commitment / values, **spread}
 
     def pictures(self, network: nn.Module) -> dict[str, bytes]:
         return draw(network, self.shown)

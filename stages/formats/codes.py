@@ -84,7 +84,8 @@ class Codes:
             raise UserError(f"There are no codes of split {split!r}.", where=self.found.folder, code=4)
         rows = sum(file.rows for file in files)
         codes = {level: np.empty((rows, shape.height, shape.width), np.uint16) for level, shape in wanted.items()}
-        labels, copies, keys = np.empty(rows, np.int64), np.empty(rows, np.uint16), []
+        labels, copies = np.empty(rows, np.int64), np.empty(rows, np.uint16)
+        keys: list[str] = []
         start = 0
         for file in files:
             part = file.read(wanted)

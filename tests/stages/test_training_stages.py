@@ -60,6 +60,14 @@ def test_a_training_stage_that_was_stopped_ends_in_the_same_bytes(project, monke
     assert digest(second) == digest(first)
 
 
+def test_a_training_that_diverges_says_so(project, monkeypatch):
+    """The error names the number and the step, also where a measure cannot be drawn from it."""
+    endless = {"values": torch.ones(1), "squared": torch.full((1,), torch.inf), "commitment": torch.ones(1)}
+    monkeypatch.setattr(vqvae, "_totals", lambda *found: endless)
+    with pytest.raises(UserError, match=r"mse became inf by step 2[\s\S]*Lower learning_rate"):
+        project.vqvae(out="diverged", fingerprint="diverged")
+
+
 def test_another_seed_makes_another_model(project):
     """The seed matters; the equality above is able to fail."""
     project.vqvae(seed=1, out="other", fingerprint="other")
