@@ -53,10 +53,10 @@ REMOVED = object()
         ("vqvae.levels.top.stride", 6, "stride is 6"),
         ("dataset", 3, "dataset is 3; it holds settings of its own."),
         ("dataset.source", REMOVED, "dataset.source is missing."),
-        ("dataset.image_size", 30, "image_size is 30, which the coarsest level's stride 8 does not divide."),
+        ("dataset.image_size", 30, "image_size is 30, which the coarsest level's stride 4 does not divide."),
         ("priors.top", REMOVED, "-S '+prior@priors.top=pixelcnn'"),
         ("vqvae.levels.top", REMOVED, "-S '~prior@priors.top'"),
-        ("cluster.workers", 3, "train_vqvae.batch_size is 64, which 3 workers cannot share evenly."),
+        ("cluster.workers", 3, "train_vqvae.batch_size is 32, which 3 workers cannot share evenly."),
     ],
 )
 def test_a_mistake_is_named_with_its_fix(key, value, says):
