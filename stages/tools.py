@@ -28,18 +28,10 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
-    method: str = "cached",
 ) -> None:
     """Draw images into a folder, each as a PNG named by its number and class, and all on one sheet."""
-    config = SampleConfig(
-        count=count,
-        classes=classes,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        method=method,  # type: ignore[arg-type]  # checked by the command line
-    )
-    models = Models.load(VQVAE, PRIORS)
+    config = SampleConfig(count=count, classes=classes, temperature=temperature, top_k=top_k, top_p=top_p)
+    models = Models.load(VQVAE, PRIORS).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     labels = choose_labels(models, config)
     out.mkdir(parents=True, exist_ok=True)
     images = []
@@ -60,6 +52,13 @@ def reconstruct(images: list[Path], out: Path) -> list[str]:
     images were.
     """
     network, found = model_file.load_vqvae(VQVAE)
+    if network.config.quantizer.mode == "none":
+        raise UserError(
+            "This VQ-VAE does not quantize, so it has no codes to reconstruct images from.",
+            where=VQVAE,
+            fix="Train one with vqvae.quantizer.mode ema or loss.",
+            code=2,
+        )
     config = dataclasses.replace(DatasetConfig("", "", found.meta["image_size"]), **found.meta["images"])
     levels = list(network.config.levels)
     pixels = [_read(path, config) for path in images]

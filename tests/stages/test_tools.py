@@ -1,0 +1,61 @@
+"""What is drawn and reconstructed by hand is what the pipeline draws and reconstructs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.config import QuantizerConfig, VQVAEConfig
+from models.vqvae import VQVAE
+from stages import tools
+from stages.errors import UserError
+from stages.formats import model_file
+from stages.formats.samples import open_samples
+from stages.formats.shards import open_shards
+
+
+@pytest.fixture
+def here(project, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in the project's folder, as a user does."""
+    monkeypatch.chdir(project.folder)
+    return project.folder
+
+
+def test_drawn_images_are_those_of_the_pipeline(project, here: Path, tmp_path: Path):
+    """Sample by sample, under names that say number and class."""
+    tools.sample(tmp_path / "out", count=5, classes=(), seed=0, temperature=1.0, top_k=0, top_p=1.0)
+    files = sorted((tmp_path / "out").glob("0*.png"))
+    drawn = np.stack([np.asarray(Image.open(path)) for path in files])
+    assert (drawn == open_samples(project.path("samples")).images(0, 5)).all()
+    assert {path.stem[7:] for path in files} == {"dark", "light"} and (tmp_path / "out" / "sheet.png").exists()
+
+
+def test_an_image_is_reconstructed_from_each_prefix_of_levels(project, here: Path, tmp_path: Path):
+    """A line names the levels and their errors; the picture shows the image and both reconstructions."""
+    image = open_shards(project.path("shards")).split("validation").read(0)
+    Image.fromarray(image).save(tmp_path / "cat.png")
+    (line,) = tools.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
+    assert "cat.png: top " in line and ", top+bottom " in line and line.endswith(" dB")
+    with Image.open(tmp_path / "out" / "000-cat.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+@pytest.mark.parametrize("name", ["absent.png", "text.png"])
+def test_what_is_no_image_is_named(here: Path, tmp_path: Path, name: str):
+    """Nothing is written for the others."""
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=rf"cannot be used[\s\S]*{name}"):
+        tools.reconstruct([tmp_path / name], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_codes_is_refused(project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its codes are all zero, and the pictures would be of nothing."""
+    _, found = model_file.load_vqvae(project.path("vqvae"))
+    config = VQVAEConfig(project.network.levels, QuantizerConfig(mode="none"))
+    meta = {**found.meta, "network": model_file.network_meta(config)}
+    model_file.write(tmp_path / tools.VQVAE, "vqvae", VQVAE(config).state_dict(), meta, history=[], pictures={})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="does not quantize"):
+        tools.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
