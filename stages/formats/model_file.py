@@ -91,5 +91,13 @@ def _config(kind: type, settings: Any, folder: Path) -> Any:
 
 def _with_weights(network: Network, found: Artifact) -> Network:
     found.verify(WEIGHTS)
-    network.load_state_dict(load_file(found.path(WEIGHTS)))
+    try:
+        network.load_state_dict(load_file(found.path(WEIGHTS)))
+    except RuntimeError as error:
+        raise UserError(
+            "The weights do not fit this version's network.",
+            where=found.path(WEIGHTS),
+            fix="Train the stage again with this version.",
+            code=5,
+        ) from error
     return network.eval().requires_grad_(False)

@@ -29,6 +29,7 @@ from PIL import Image
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.listing import SPLITS
+from stages.formats.sources import printable
 
 KIND = "shards"
 INDEX = "index.parquet"
@@ -231,7 +232,20 @@ def open_shards(folder: Path) -> Shards:
                 code=4,
             )
     found.verify(INDEX)
-    return Shards(found, _read_index(folder))
+    index = _read_index(folder)
+    ends = index.group_by("shard").aggregate(
+        [("offset", "min"), ("length", "min"), ("offset", "max"), ("length", "max")]
+    )
+    for row in ends.to_pylist():
+        size = found.files.get(row["shard"], {"bytes": 0})["bytes"]
+        if min(row["offset_min"], row["length_min"]) < 0 or max(row["offset_max"], row["length_max"]) > size:
+            raise UserError(
+                f"{INDEX} names places that these shards do not have, in {printable(row['shard'])}.",
+                where=folder,
+                fix=f"Delete {folder} and run: vqvae2 run --stage {_MADE_BY}",
+                code=4,
+            )
+    return Shards(found, index)
 
 
 def read_part(part: Part) -> ImageSet:

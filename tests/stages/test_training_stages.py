@@ -208,3 +208,12 @@ def test_the_picture_shows_images_above_their_reconstructions(project):
     with Image.open(io.BytesIO(png)) as picture:
         width, height = picture.size
     assert width == height  # three images, in three rows
+
+
+def test_weights_of_another_network_are_refused_in_one_sentence(project, tmp_path: Path):
+    """A reader is told, and sees no list of tensors."""
+    network, found = model_file.load_vqvae(project.path("vqvae"))
+    weights = {name: tensor for name, tensor in network.state_dict().items() if "decoder" not in name}
+    model_file.write(tmp_path / "vqvae", "vqvae", weights, found.meta, history=[], pictures={})
+    with pytest.raises(UserError, match="The weights do not fit this version's network"):
+        model_file.load_vqvae(tmp_path / "vqvae")

@@ -258,3 +258,18 @@ def test_a_thousand_bit_flips_are_all_found(folder):
 def test_a_missing_folder_names_the_stage_that_makes_it(tmp_path):
     """The fix is a command."""
     assert "vqvae2 run --stage shard" in refusal(lambda: open_shards(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"shard": "../secret.tar"}, {"shard": "absent.tar"}, {"length": 2**60}, {"offset": -1}], ids=str
+)
+def test_an_index_that_leads_elsewhere_is_refused(folder, change):
+    """No file outside is opened, and no memory is taken, for an index that somebody else has made."""
+    (folder.parent / "secret.tar").write_bytes(bytes(1000))
+    rows = pq.read_table(folder / shards.INDEX).to_pylist()
+    made = [Row(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
+    with artifact.writing(folder.parent / "hostile", shards.KIND, {"image_size": 8, "classes": []}) as hostile:
+        for path in folder.glob("*.tar"):
+            shutil.copy(path, hostile)
+        write_index(hostile / shards.INDEX, [[made[0]._replace(**change), *made[1:]]])
+    assert "names places that these shards do not have" in refusal(lambda: open_shards(folder.parent / "hostile"))
