@@ -154,13 +154,14 @@ def train(
             reporter.progress(done, config.steps, "step", {**values, "images/s": rate})
             since, clock, logged = _Sums(objective), time.monotonic(), done
         if done % config.evaluate_every == 0 or done == config.steps:
+            began = time.monotonic()
             network = objective.network if averaged is None else averaged.module
             for split, batches in data.evaluation.items():
                 record(done, {f"{split}/{k}": v for k, v in evaluate(objective, network, batches(), worker).items()})
             if worker.rank == 0:
                 for name, png in objective.pictures(network).items():
                     reporter.picture(name, png, done)
-            clock = time.monotonic()
+            clock += time.monotonic() - began  # the rate is that of training alone
         if done % config.checkpoint_every == 0 or done == config.steps or stopping:
             save(done)
         if stopping and done < config.steps:

@@ -1,8 +1,9 @@
 """The training loop, without Ray: it resumes to the same bits, and only sums cross workers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from stages.config import TrainConfig
 from stages.errors import UserError
+from stages.runtime import loop
 from stages.runtime.checkpoint import Checkpoints, State
 from stages.runtime.loop import Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
 from stages.runtime.order import Batches, Order
@@ -150,6 +152,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp_pat
     with pytest.raises(UserError, match=r"mse became .* by step"):
         bad = TrainConfig(steps=20, batch_size=4, learning_rate=1e30, log_every=2, checkpoint_every=4)
         run(tmp_path, config=bad)
+
+
+def test_images_per_second_are_those_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A measurement in the middle of a stretch of steps makes it neither slower nor faster."""
+    now, rates = [0.0], []
+
+    def after(seconds: float, value: Tensor) -> Tensor:
+        now[0] += seconds
+        return value
+
+    class Rates(Reporter):
+        def metrics(self, values: Mapping[str, float], step: int) -> None:
+            rates.extend(value for name, value in values.items() if name == "images_per_second")
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    timed = Data(
+        lambda start: (after(1, IMAGES[:4]) for _ in range(start, 20)),
+        {"validation": lambda: (after(100, images) for images in IMAGES.split(8))},
+    )
+    checkpoints = Checkpoints(tmp_path, "print", keep=3)
+    train(Toy(), timed, CONFIG, seed=0, worker=Worker(), checkpoints=checkpoints, reporter=Rates())
+    assert rates == [4.0] * 10
 
 
 def test_the_rate_rises_then_falls_to_zero():
