@@ -22,7 +22,7 @@ from stages.errors import UserError
 from stages.formats import artifact, model_file
 from stages.formats.codes import write_part
 from stages.formats.samples import KIND, places, read_image
-from stages.formats.shards import Sample, write_shard
+from stages.formats.shards import Encoded, write_shard
 from stages.pictures import png, sheet, to_bytes
 from stages.runtime.parts import map_parts
 from stages.runtime.run import Run
@@ -198,10 +198,10 @@ class Draw:
 
     def _write_images(self, path: Path, keys: list[str], images: np.ndarray, labels: list[int]) -> None:
         classes = self.models.classes
-        samples = [
-            Sample(key, png(image), "png", label, {"class": classes[label]} if classes else {})
+        encoded = [
+            Encoded(key, png(image), "png", label, {"class": classes[label]} if classes else {})
             for key, image, label in zip(keys, images, labels, strict=True)
         ]
         temporary = path.with_name(f".{path.name}.writing")
-        write_shard(temporary, samples)
+        write_shard(temporary, encoded)
         temporary.replace(path)

@@ -26,7 +26,7 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.images import RejectedImage, decode, encode
 from stages.formats.listing import SPLITS, Entry, Listing, find
-from stages.formats.shards import INDEX, KIND, REJECTED, Row, Sample, write_index, write_shard
+from stages.formats.shards import INDEX, KIND, REJECTED, Encoded, Row, write_index, write_shard
 from stages.formats.sources import Member, UnreadableFile, open_source, printable
 from stages.runtime.parts import map_parts
 from stages.runtime.run import Run
@@ -101,7 +101,7 @@ class WriteShard:
 
     def _write(self, shard: str) -> dict[str, Any]:
         plan = json.loads(_plan_file(self.work, shard).read_text("utf-8"))
-        samples: dict[str, Sample] = {}
+        images: dict[str, Encoded] = {}
         rejected: list[tuple[str, str]] = []
         notes: Counter[str] = Counter()
         # In the order in which they lie, so that a compressed tar is read through once; kept in the order of keys.
@@ -115,21 +115,21 @@ class WriteShard:
             notes.update(picture.notes)
             origin = {"name": member.name} | ({"label": plan["classes"][str(label)]} if label >= 0 else {})
             extension = "png" if self.dataset.encoding == "png" else "jpg"
-            samples[key] = Sample(key, encode(picture.pixels, self.dataset), extension, label, origin)
+            images[key] = Encoded(key, encode(picture.pixels, self.dataset), extension, label, origin)
         temporary = self.work / f"{shard}.writing"
-        kept = [samples[key] for key in sorted(samples)]
+        kept = [images[key] for key in sorted(images)]
         places = write_shard(temporary, kept)
         rows = [
             Row(
-                sample.key,
+                image.key,
                 plan["split"],
-                sample.label,
+                image.label,
                 shard,
-                *places[sample.key],
-                hashlib.sha256(sample.image).hexdigest(),
-                printable(sample.origin["name"]),
+                *places[image.key],
+                hashlib.sha256(image.data).hexdigest(),
+                printable(image.origin["name"]),
             )
-            for sample in kept
+            for image in kept
         ]
         report = {
             "sha256": artifact.sha256(temporary),
@@ -146,16 +146,16 @@ def _plan(listing: Listing, dataset: DatasetConfig, work: Path) -> list[dict[str
     """Write down which images make which shard; return the parts, which only name the shards."""
     work.mkdir(parents=True, exist_ok=True)
     parts = []
-    for number, split, chunk in _chunks(listing.entries, dataset.images_per_shard):
+    for number, split, images in _cut(listing.entries, dataset.images_per_shard):
         shard = f"{split}-{number:05d}.tar"
-        entries = [(f"{position:0{_KEY_DIGITS}d}", entry.member, entry.label) for position, entry in chunk]
+        entries = [(f"{position:0{_KEY_DIGITS}d}", entry.member, entry.label) for position, entry in images]
         classes = {str(label): listing.classes[label] for _, _, label in entries if label >= 0}
         _write_json(_plan_file(work, shard), {"split": split, "classes": classes, "entries": entries})
         parts.append({"shard": shard, "weight": len(entries)})
     return parts
 
 
-def _chunks(entries: tuple[Entry, ...], size: int) -> Iterator[tuple[int, str, list[tuple[int, Entry]]]]:
+def _cut(entries: tuple[Entry, ...], size: int) -> Iterator[tuple[int, str, list[tuple[int, Entry]]]]:
     numbered = list(enumerate(entries))
     for split in SPLITS:
         chosen = [pair for pair in numbered if pair[1].split == split]

@@ -50,11 +50,11 @@ _MADE_BY = "shard"
 _KEPT_OPEN = 64  # shards per process
 
 
-class Sample(NamedTuple):
+class Encoded(NamedTuple):
     """One encoded image on its way into a shard."""
 
     key: str
-    image: bytes
+    data: bytes
     extension: str  # "png" or "jpg"
     label: int  # -1: none
     origin: Mapping[str, str]  # becomes KEY.json
@@ -73,24 +73,24 @@ class Row(NamedTuple):
     source: str
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, tuple[int, int]]:
-    """Write samples into a new tar; return offset and length of each key's image. Equal samples give equal bytes."""
+def write_shard(path: Path, images: Iterable[Encoded]) -> dict[str, tuple[int, int]]:
+    """Write images into a new tar; return offset and length by key. Equal images give equal bytes."""
     os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pickles, no shell commands
     from webdataset.writer import TarWriter  # imports torch, which no reader needs
 
     names = {}
     with path.open("wb") as stream:
         with TarWriter(stream, encoder=False, compress=False, mtime=0.0) as writer:
-            for sample in samples:
+            for image in images:
                 members: dict[str, Any] = {
-                    "__key__": sample.key,
-                    sample.extension: sample.image,
-                    "json": json.dumps(sample.origin, sort_keys=True).encode(),
+                    "__key__": image.key,
+                    image.extension: image.data,
+                    "json": json.dumps(image.origin, sort_keys=True).encode(),
                 }
-                if sample.label >= 0:
-                    members["cls"] = str(sample.label).encode()
+                if image.label >= 0:
+                    members["cls"] = str(image.label).encode()
                 writer.write(members)
-                names[f"{sample.key}.{sample.extension}"] = sample.key
+                names[f"{image.key}.{image.extension}"] = image.key
         stream.flush()
         os.fsync(stream.fileno())
     with tarfile.open(path, "r:") as tar:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.formats import artifact, shards
-from stages.formats.shards import Part, Row, Sample, open_shards, read_part, write_index, write_shard
+from stages.formats.shards import Encoded, Part, Row, open_shards, read_part, write_index, write_shard
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
 SHARDS = {  # the two of equal length can be swapped without a size giving them away
@@ -37,13 +37,13 @@ def make(folder: Path, pixels: np.ndarray = PIXELS) -> Path:
         rows = []
         for shard, (split, numbers) in SHARDS.items():
             samples = [
-                Sample(f"{number:09d}", encoded(pixels[number]), "png", number % 2, {"name": f"{number}\udcff.webp"})
+                Encoded(f"{number:09d}", encoded(pixels[number]), "png", number % 2, {"name": f"{number}\udcff.webp"})
                 for number in numbers
             ]
             places = write_shard(temporary / shard, samples)
             rows.append(
                 [
-                    Row(s.key, split, s.label, shard, *places[s.key], hashlib.sha256(s.image).hexdigest(), "x")
+                    Row(s.key, split, s.label, shard, *places[s.key], hashlib.sha256(s.data).hexdigest(), "x")
                     for s in samples
                 ]
             )
