@@ -7,18 +7,21 @@ writes  out      the trained VQ-VAE                 formats/model_file.py
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from models.config import VQVAEConfig
 from models.quantizer import CodebookSums, Share, perplexity
 from models.vqvae import VQVAE
 from stages.augment import augment as augmented
 from stages.config import AugmentConfig, TrainConfig
+from stages.errors import UserError
 from stages.formats import curves, model_file
 from stages.formats.shards import ImageSet, Shards, open_shards
 from stages.pictures import sheet, to_bytes
@@ -169,6 +172,35 @@ class TrainingImages(Dataset[Tensor]):
         return torch.from_numpy(np.array(image))  # a copy of its own: a flipped view cannot become a tensor
 
 
+class Telling(Dataset[Tensor | UserError]):
+    """Images, or why one cannot be read: an error raised in a loader's process would arrive as a traceback."""
+
+    def __init__(self, images: Dataset[Tensor]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]  # where the loader asks, there is one
+
+    def __getitem__(self, place: Any) -> Tensor | UserError:
+        try:
+            return self.images[place]
+        except UserError as error:
+            return error
+
+
+def batched(images: Dataset[Tensor], **how: Any) -> Iterator[Tensor]:
+    """Read images batch by batch, as DataLoader is told; raise what kept one from being read."""
+    for batch in DataLoader(Telling(images), collate_fn=_collated, **how):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _collated(images: list[Tensor | UserError]) -> Tensor | UserError:
+    wrong = next((image for image in images if isinstance(image, UserError)), None)
+    return wrong or default_collate(images)
+
+
 class PlainImages(Dataset[Tensor]):
     """Images as they are, by their number."""
 
@@ -188,15 +220,15 @@ def _data(
     order = Order(len(images.split("train")), seed)
     training = TrainingImages(images.split("train"), augment, seed)
 
-    def steps(start: int) -> DataLoader[Tensor]:
+    def steps(start: int) -> Iterator[Tensor]:
         batches = Batches(
             order, config.batch_size, start=start, stop=config.steps, rank=worker.rank, workers=worker.count
         )
-        return DataLoader(training, batch_sampler=batches, num_workers=loader_workers)
+        return batched(training, batch_sampler=batches, num_workers=loader_workers)
 
-    def held_out(split: ImageSet) -> DataLoader[Tensor]:
+    def held_out(split: ImageSet) -> Iterator[Tensor]:
         numbers = range(worker.rank, min(len(split), config.evaluate_images), worker.count)
-        return DataLoader(PlainImages(split, numbers), batch_size=config.batch_size, num_workers=loader_workers)
+        return batched(PlainImages(split, numbers), batch_size=config.batch_size, num_workers=loader_workers)
 
     validation = images.split("validation")
     return Data(steps, {"validation": lambda: held_out(validation)} if len(validation) else {})

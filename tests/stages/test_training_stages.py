@@ -217,3 +217,17 @@ def test_weights_of_another_network_are_refused_in_one_sentence(project, tmp_pat
     model_file.write(tmp_path / "vqvae", "vqvae", weights, found.meta, history=[], pictures={})
     with pytest.raises(UserError, match="The weights do not fit this version's network"):
         model_file.load_vqvae(tmp_path / "vqvae")
+
+
+@pytest.mark.parametrize("loader_workers", [0, 1])
+def test_a_damaged_image_is_named_whoever_reads_it(project, tmp_path: Path, loader_workers: int):
+    """Also from a loader's process, the error arrives whole: what, where, fix and exit code, and no traceback."""
+    shutil.copytree(project.path("shards"), tmp_path / "shards")
+    images = open_shards(tmp_path / "shards").split("train")
+    path = tmp_path / "shards" / images.shards[0]
+    data = bytearray(path.read_bytes())
+    data[int(images.offsets[2]) + 40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"^Image {images.keys[2]} in {path.name} is damaged") as error:
+        list(vqvae.batched(vqvae.PlainImages(images, range(4)), batch_size=2, num_workers=loader_workers))
+    assert error.value.where == str(path) and error.value.fix and error.value.code == 4
