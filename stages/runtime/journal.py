@@ -11,6 +11,7 @@ by a power cut is passed over. A resumed run repeats steps, so one name may have
 holds. A kernel lock, which dies with its process, tells a journal in use from an abandoned one.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -43,6 +44,7 @@ class Journal(Reporter):
         self.path = folder / JOURNAL
         self.failure: Exception | None = None  # the first write that failed: reports may get lost, but not silently
         self._step = 0  # the last one reported
+        self._torn = False  # the last line is not whole
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
@@ -138,8 +140,12 @@ class Journal(Reporter):
 
     def _append(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, "time": time.time(), **fields}, ensure_ascii=False, allow_nan=False)
+        data = b"\n" * self._torn + line.encode() + b"\n"
         try:
-            os.write(self._file, line.encode() + b"\n")
+            written = os.write(self._file, data)
+            self._torn = written < len(data)
+            if self._torn:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:  # a full disk: the run may still end well
             self.failure = self.failure or error
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def test_a_damaged_metrics_file_spoils_no_finished_run(tmp_path):
     journal = Journal(tmp_path)
     journal.end("FINISHED", metrics=tmp_path / "metrics.json")
     assert ending(journal.path) == "FINISHED" and journal.failure is not None
+
+
+def test_a_line_that_a_filling_disk_cut_spoils_no_other(tmp_path, monkeypatch):
+    """The loss is known, and what is reported once there is space again is kept."""
+    journal, write = Journal(tmp_path), os.write
+    journal.metrics({"loss": 1.0}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:10]))
+        journal.metrics({"loss": 2.0}, 2)
+    journal.metrics({"loss": 3.0}, 3)
+    assert points(journal.path) == {"loss": {1: 1.0, 3: 3.0}} and journal.failure is not None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
