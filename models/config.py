@@ -9,6 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+# What torch calls the parts of a network that holds the levels by name: it refuses these in words of its own.
+OF_TORCH = frozenset(
+    """
+    add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval
+    extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict
+    modules mtia named_buffers named_children named_modules named_parameters parameters pop register_backward_hook
+    register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook
+    register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
+    set_extra_state set_submodule share_memory state_dict to to_empty train training type update values xpu zero_grad
+    """.split()  # noqa: SIM905
+)
+# Columns beside those of the levels in Parquet, and rows beside theirs in metrics.
+OURS = frozenset({"key", "copy", "label", "total", "pixels"})
+
 
 @dataclass(frozen=True)
 class LevelConfig:
@@ -23,7 +38,9 @@ class LevelConfig:
 
     def __post_init__(self) -> None:
         if self.stride < 2 or self.stride & (self.stride - 1):
-            raise ValueError(f"stride is {self.stride}; each level halves the image some times, so use 2, 4, 8, ...")
+            raise ValueError(
+                f"stride is {self.stride}; each level halves the image some times, so use a power of two, 2 or more"
+            )
         for name in ("channels", "residual_channels", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
@@ -74,11 +91,13 @@ class VQVAEConfig:
         if not self.levels:
             raise ValueError("levels is empty; name at least one, such as top: {stride: 8}")
         for name in self.levels:
-            # It becomes a folder, a column beside key, copy and label, and a part of the names of weights.
-            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in ("key", "copy", "label"):
+            # It becomes a folder, a column, a part of the names of weights and of metrics.
+            if not re.fullmatch("[a-z][a-z0-9_]*", name):
                 raise ValueError(
-                    f"a level is named {name!r}; use lower-case letters, digits and _, but not key, copy or label"
+                    f"a level is named {name!r}; use lower-case letters, digits and _, a letter first, such as top"
                 )
+            if name in OURS or name in OF_TORCH:
+                raise ValueError(f"a level is named {name!r}, which has a meaning already; use another name")
         strides = [level.stride for level in self.levels.values()]
         if sorted(set(strides), reverse=True) != strides:
             named = ", ".join(f"{name} {level.stride}" for name, level in self.levels.items())

@@ -1,8 +1,10 @@
 """Promises of the hierarchical VQ-VAE: any number of levels, coarse to fine, and exact round trips."""
 
+import re
+
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
@@ -258,17 +260,25 @@ def test_level_dropout_leaves_whole_images_alone_and_others_a_coarse_prefix():
     assert (of_whole | of_prefix).all() and 4 < of_prefix.sum() < 28
 
 
-@pytest.mark.parametrize("name", ["label", "key", "a.b", "a/b", "Top", "../top", ""])
+@pytest.mark.parametrize("name", ["a.b", "a/b", "Top", "../top", "2nd", "top level", ""])
 def test_a_level_is_named_so_that_its_name_serves_everywhere(name: str):
     """A level's name is also a folder, a column beside others, and a part of the names of weights."""
     with pytest.raises(ValueError, match=f"a level is named '{name}'; use lower-case letters"):
         config({name: 4})
 
 
-def test_a_level_cannot_be_named_as_something_of_torch():
-    """Torch's own complaint would not say which setting is meant."""
-    with pytest.raises(ValueError, match=r"a level is named 'half'.*; use another name"):
-        VQVAE(config({"half": 8, "bottom": 4}))
+@pytest.mark.parametrize("name", ["label", "key", "copy", "total", "pixels"])
+def test_a_level_is_not_named_as_what_stands_beside_levels(name: str):
+    """Columns of codes and rows of metrics bear the levels' names, and some of their own."""
+    with pytest.raises(ValueError, match=f"a level is named '{name}', .*; use another name"):
+        config({name: 4})
+
+
+@pytest.mark.parametrize("name", [name for name in dir(nn.ModuleDict()) if re.fullmatch("[a-z][a-z0-9_]*", name)])
+def test_a_level_is_not_named_as_something_of_torch(name: str):
+    """Torch would refuse it later, without saying which setting is meant."""
+    with pytest.raises(ValueError, match=f"a level is named '{name}', .*; use another name"):
+        config({name: 8, "bottom": 4})
 
 
 def test_a_codebook_of_one_entry_is_refused():
