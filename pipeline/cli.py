@@ -4,12 +4,14 @@ vqvae2 run --stage prior_bottom            the console script
 typer pipeline run --stage prior_bottom    the same by Typer's own program, whose `run` takes this module's `app`
 """
 
+import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline import environment
 from stages.errors import UserError
@@ -20,8 +22,30 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-program = typer.Typer(name="vqvae2", no_args_is_help=True, rich_markup_mode=None)
+
+class _Commands(TyperGroup):
+    """Commands, `run` first. A word that is none may have been meant as a stage, or as a setting."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=lambda name: name != "run")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        word = args[0]
+        meant = self.invoke_without_command and not difflib.get_close_matches(word, self.commands)
+        if meant and not word.startswith("-"):
+            option = "-S" if "=" in word else "--stage"
+            ctx.fail(f"{word} is no command. Did you mean: vqvae2 run {option} {word}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_Commands, invoke_without_command=True, rich_markup_mode=None)
+program = typer.Typer(
+    cls=_Commands,
+    name="vqvae2",
+    help="VQ-VAE-2 from a folder of images to samples: tracked, cached, resumable.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()
@@ -36,11 +60,12 @@ def run(
     pull: Annotated[bool, typer.Option("--pull", help="Fetch what the DVC remote has instead of running it.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Bring the pipeline up to date: run what changed, restore the rest from cache.
+    """Run what changed, and restore the rest from cache.
 
-    Run the same command again after an interruption and it resumes.
+    Run the same command again after an interruption and it resumes. What -S says is kept in params.yaml.
 
     Example:  vqvae2 run -S experiment=smoke
+
     Example:  vqvae2 run --stage prior_bottom --dry-run
     """
     environment.prepare()
@@ -53,7 +78,7 @@ def run(
 
 @app.command()
 def status(as_json: AsJson = False) -> None:
-    """Show for each stage whether it is up to date, and if not, why.
+    """Show which stages are up to date, and why others are not.
 
     Example:  vqvae2 status --json
     """
@@ -64,7 +89,9 @@ def status(as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine and this folder: packages, processors, memory, disk, settings, images, servers.
+    """Check this machine and this folder.
+
+    Packages, processors, memory, disk, settings, images and servers, with a fix for what is not as it should be.
 
     Example:  vqvae2 doctor
     """
@@ -82,7 +109,7 @@ def doctor(as_json: AsJson = False) -> None:
                     print(f"{'':<23} fix: {found.fix}")
         return 3 if any(found.state == "error" for found in findings) else 0
 
-    _guarded(examine)
+    _guarded(examine, anywhere=True)
 
 
 @app.command()
@@ -111,7 +138,9 @@ def config(
 
 @app.command()
 def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count parameters, arithmetic and bytes of a run before it starts.
+    """Count what a run will cost, before it starts.
+
+    Parameters, arithmetic and bytes, without computing anything.
 
     Example:  vqvae2 plan -S experiment=imagenet256
     """
@@ -160,7 +189,9 @@ def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the reconstructions.")] = Path("reconstructed"),
 ) -> None:
-    """Encode images with the trained VQ-VAE, and decode them from each prefix of levels.
+    """Encode and decode your own images, level by level.
+
+    Each image is decoded from every prefix of levels, coarse to fine, and shown beside itself.
 
     Example:  vqvae2 reconstruct cat.png dog.jpg --out reconstructed
     """
@@ -210,7 +241,9 @@ def run_stage(
     name: Annotated[str, typer.Argument(help="A file in stages/, such as prior.")],
     level: Annotated[str, typer.Argument(help="The level, for a stage that runs once per level.")] = "",
 ) -> None:
-    """Run one stage here, on the inputs in place. This is what dvc.yaml calls.
+    """Run one stage here, on the inputs in place.
+
+    This is what dvc.yaml calls.
 
     Example:  vqvae2 stage prior top
     """
@@ -227,9 +260,14 @@ def main() -> None:
     program(prog_name="vqvae2")
 
 
-def _guarded(action: Callable[[], int]) -> None:
-    """Call, show the user's mistake as a letter and anything else as one line, and exit."""
+def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
+    """Call, show the user's mistake as a letter and anything else as one line, and exit.
+
+    Outside of a project's folder nothing is called, and nothing written, unless the action serves `anywhere`.
+    """
     try:
+        if not anywhere:
+            environment.require_project()
         code = action()
     except KeyboardInterrupt:
         code = 130

@@ -38,18 +38,39 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> 
 
 def _letter(error: Exception, overrides: Sequence[str], conf: Path) -> UserError:
     """Say what Hydra says, in the words of the command line."""
-    what = str(error).strip().splitlines()[0]
+    what, *more = str(error).strip().splitlines()
     fix = "Write -S key=value, such as -S seed=1, or -S group=choice, such as -S experiment=smoke."
     if isinstance(error, OverrideParseException):
         what = f"{error.override} is no override."
+        fix = _quoted(error.override) or fix
+    elif match := re.match("Ambiguous value for argument '(.+)'$", what):
+        what = f"{match[1]} could be one value or several."
+        fix = f"{_quoted(match[1])}, or write a list as -S 'key=[a,b]'."
+    elif "already at" in what or what.startswith("Multiple values for "):
+        fix = "Leave out the +."
     elif isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         what, fix = f"{group} has no choice {choice}.", f"Use one of: {', '.join(sorted(error.options))}"
     elif match := re.search(r"Could not override '([^']+)'", what):
         near = nearest(match[1])
         what = f"{match[1]} is not a setting."
-        fix = f"Did you mean {near}?" if near else fix
+        if more and more[0].startswith("Did you mean to override "):  # a group that has its place elsewhere
+            fix = f"Did you mean {more[0].removeprefix('Did you mean to override ')}"
+        elif near == match[1]:  # of a level that is not there, or of all levels at once
+            what = f"{match[1]} is not set by any of these choices."
+            fix = "Add what is not there with a +: " + " ".join(f"-S '+{one}'" for one in overrides if near in one)
+        elif near:
+            fix = f"Did you mean {near}?"
     return UserError(what, where=f"{conf}/, with {' '.join(overrides) or 'no overrides'}", fix=fix, code=2)
+
+
+def _quoted(override: str) -> str:
+    """Show how to write a value that holds more than plain letters, digits, slashes, dots and spaces."""
+    key, sign, value = override.partition("=")
+    value = value.strip("'\"")
+    if not (sign and key and value):
+        return ""
+    return f"""Quote the value: -S "{key}='{value}'\""""
 
 
 def to_yaml(data: dict[str, Any]) -> str:

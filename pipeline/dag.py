@@ -41,16 +41,22 @@ class Stage:
 
 def stages(values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
     """List the stages of dvc.yaml by name, for these contents of params.yaml."""
-    if not file.is_file():
-        raise UserError("There is no dvc.yaml here.", where=Path.cwd(), fix="Change to the project's folder.", code=2)
     found = {}
-    for name, entry in params.read(file)["stages"].items():
-        if "foreach" in entry:
-            for key, item in _fill(entry["foreach"], values).items():
-                stage = _stage(name, key, entry["do"], {**values, "key": key, "item": item})
-                found[stage.name] = stage
-        else:
-            found[name] = _stage(name, "", entry, values)
+    try:
+        for name, entry in params.read(file)["stages"].items():
+            if "foreach" in entry:
+                for key, item in _fill(entry["foreach"], values).items():
+                    stage = _stage(name, key, entry["do"], {**values, "key": key, "item": item})
+                    found[stage.name] = stage
+            else:
+                found[name] = _stage(name, "", entry, values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The stages cannot be understood: {error}.",
+            where=file,
+            fix=f"See what is wrong by: dvc stage list. Or restore the file: git checkout {file}",
+            code=2,
+        ) from error
     return found
 
 

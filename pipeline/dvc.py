@@ -22,8 +22,15 @@ from stages.errors import UserError
 LOCK = Path("dvc.lock")
 PATIENCE_SECONDS = 30.0  # for a stage asked to stop, before it is told to
 NEVER = "it has not run yet"
+BUSY = "Another vqvae2 or dvc is at work here"
 COMMAND = [sys.executable, "-m", "dvc"]
 
+# What DVC cannot work without, by its own words.
+REMEDIES = {
+    "dvc.lock' ": f"Restore the file: git checkout {LOCK}. Or delete it: what has run is restored from cache.",
+    "not a git repository": "Run: git init",
+    "not inside of a DVC repository": "Run: dvc init",
+}
 # What DVC says of a stage, and what it means.
 RUNNING = re.compile(r"Running stage '(.+)':")
 KEPT = re.compile(r"Stage '(.+)' didn't change, skipping")
@@ -182,23 +189,25 @@ def _status() -> dict[str, list[Any]]:
     done = subprocess.run([*COMMAND, "status", "--json"], capture_output=True, text=True, check=False)
     if holders := re.findall(r"\(PID (\d+)\)", done.stderr):
         raise UserError(
-            f"Another vqvae2 or dvc is at work here: PID {', '.join(dict.fromkeys(holders))}.",
+            f"{BUSY}: PID {', '.join(dict.fromkeys(holders))}.",
             where=Path.cwd(),
             fix="Wait for it or stop it, then run the same command again.",
             code=3,
         )
     if done.returncode:
         raise UserError(
-            f"DVC cannot tell what is out of date: {_last_line(done.stderr)}",
+            f"DVC cannot tell what is out of date: {_complaint(done.stderr)}",
             where=Path.cwd(),
-            fix=f"Mend what it names; a broken {LOCK} is restored by: git checkout {LOCK}",
+            fix=next((fix for sign, fix in REMEDIES.items() if sign in done.stderr), "Mend what it names."),
         )
     return dict(json.loads(done.stdout or "{}"))
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("ERROR: ") if lines else "it says nothing"
+def _complaint(text: str) -> str:
+    """Pick from what DVC prints the sentence that says what is wrong; lines of a file it quotes are indented."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(" ")]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return errors[-1] if errors else " ".join(lines[:2]) or "it says nothing"
 
 
 def _lock() -> dict[str, Any]:

@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+from stages.errors import UserError
+
 DEFAULTS = {
     # Nobody hears of a run whom the user did not name.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -29,6 +31,12 @@ def prepare() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     _use_code_here()
+
+
+def require_project() -> None:
+    """Refuse a folder that is no project, before a command finds that something is missing from it."""
+    if not Path("dvc.yaml").is_file():
+        raise UserError("There is no dvc.yaml here.", where=Path.cwd(), fix="Change to the project's folder.", code=2)
 
 
 def _use_code_here() -> None:

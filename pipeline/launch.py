@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, params, shared
-from pipeline.environment import die_with_parent
+from pipeline.environment import die_with_parent, require_project
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
@@ -27,6 +27,7 @@ from stages.runtime import tracking
 from stages.runtime.run import Run
 
 RUNS = Path("runs")
+WAIT = "Wait for it or stop it, then run the same command again."
 FRESH = "VQVAE2_FRESH"  # set: forget what an earlier run of the same fingerprint has done
 
 
@@ -56,11 +57,12 @@ def run_stage(module: str, level: str = "") -> int:
 
 
 def _run(module: str, level: str, folder: Path) -> None:
+    require_project()
     settings = params.load()
     stage = dag.find(f"{module}_{level}" if level else module, dag.stages(params.read()))
     inputs = digests(stage, settings)
     fingerprint = fingerprint_of(stage, settings, inputs)
-    function = importlib.import_module(f"stages.{module}").run
+    function = importlib.import_module(f"stages.{stage.module}").run
     work = folder / fingerprint[:16]
     with owned(folder):
         if os.environ.get(FRESH):
@@ -180,8 +182,8 @@ def _forget(work: Path) -> None:
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Hold a stage's folder for this process alone; refuse at once while another holds it."""
+def owned(folder: Path, doing: str = "Another process runs this stage") -> Iterator[None]:
+    """Hold a folder for this process alone; refuse at once while another holds it, for `doing`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+", encoding="utf-8") as file:
         try:
@@ -189,15 +191,28 @@ def owned(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"Another process runs this stage: {file.read().strip() or 'it has just started'}.",
+                f"{doing}: {file.read().strip() or 'it has just started'}.",
                 where=folder / "lock",
-                fix="Wait for it or stop it, then run the same command again.",
+                fix=WAIT,
                 code=3,
             ) from None
         file.truncate(0)
         file.write(f"PID {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
+
+
+def owner(folder: Path) -> str:
+    """Name the process that holds a folder now; "" if none does."""
+    try:
+        with (folder / "lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "it has just started"
+    except FileNotFoundError:
+        pass
+    return ""
 
 
 def report(error: BaseException, folder: Path) -> int:

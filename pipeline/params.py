@@ -41,7 +41,9 @@ def read(path: Path = FILE) -> dict[str, Any]:
             )
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("The settings are missing.", where=path, fix="Run: vqvae2 config --write", code=2) from None
+        raise UserError(
+            "The file is missing.", where=path.absolute(), fix=f"Make the file anew: {_maker(path)}", code=2
+        ) from None
     except UnicodeDecodeError:
         raise UserError("The file is not UTF-8 text.", where=path, fix="Save it as UTF-8.", code=2) from None
     except YAMLError as error:
@@ -50,16 +52,23 @@ def read(path: Path = FILE) -> dict[str, Any]:
         raise UserError(
             f"The file is not valid YAML: {problem}.",
             where=f"{path}, line {mark.line + 1}" if mark else path,
-            fix="Mend that line, or compose the file anew: vqvae2 config --write",
+            fix=f"Mend that line, or make the file anew: {_maker(path)}",
             code=2,
         ) from None
     if not isinstance(data, dict):
-        raise UserError("The file holds no settings.", where=path, fix="Run: vqvae2 config --write", code=2)
+        raise UserError("The file holds no settings.", where=path, fix=f"Make the file anew: {_maker(path)}", code=2)
     return data
 
 
-def check(data: Mapping[str, Any], path: Path = FILE) -> Params:
-    """Check settings: their names, their types, each section by itself, and the sections against each other."""
+def _maker(path: Path) -> str:
+    return "vqvae2 config --write" if path == FILE else f"git checkout {path}"
+
+
+def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
+    """Check settings: their names, their types, each section by itself, and the sections against each other.
+
+    `path` is where a mistake is said to be.
+    """
     try:
         # As JSON, so that strict means "no text for a number" and not "no mapping for a dataclass".
         params = adapter(Params).validate_json(json.dumps(data, default=str), strict=True)

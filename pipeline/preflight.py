@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import params
+from pipeline import environment, params
 from stages.config import Params
 from stages.errors import UserError
 
@@ -130,6 +130,7 @@ def _disk() -> Finding:
 
 def _settings() -> Finding:
     try:
+        environment.require_project()
         params.load()
     except UserError as error:
         return Finding("settings", "error", f"{error.where}: {error.what}", error.fix)
@@ -140,6 +141,7 @@ def _source() -> Finding:
     from stages.formats.listing import check_source
 
     try:
+        environment.require_project()
         settings = params.load()
         check_source(Path(settings.dataset.source), settings.dataset.labels)
     except UserError as error:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pipeline import dag, dvc, launch, params, preflight, shared
@@ -28,20 +28,32 @@ def run(
     """
     if only and not target:
         raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
-    with _settings(overrides, keep=not dry_run) as settings:
-        stages = dag.stages(params.read())
-        targets = [dag.find(target, stages).name] if target else []
-        if not dry_run:
-            _remove_leftovers(settings)
-        why = dvc.reasons(stages, targets, only=only)
-        if force:
-            asked = targets if only else [name for name in stages if not targets or name in dvc.needed(stages, targets)]
-            why |= {name: [*why.get(name, []), "forced"] for name in asked}
-    if dry_run or not why:
-        _print_plan(why, stages)
-        return 0
-    preflight.check(settings, why)
-    return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
+    with _alone() if overrides or not dry_run else nullcontext():
+        with _settings(overrides, keep=not dry_run) as settings:
+            stages = dag.stages(params.read())
+            targets = [dag.find(target, stages).name] if target else []
+            if not dry_run:
+                _remove_leftovers(settings)
+            why = dvc.reasons(stages, targets, only=only)
+            if force:
+                wanted = targets if only or not targets else dvc.needed(stages, targets)
+                why |= {name: [*why.get(name, []), "forced"] for name in stages if not targets or name in wanted}
+            if why and not dry_run:
+                preflight.check(settings, why)
+        if dry_run or not why:
+            _print_plan(why, stages)
+            return 0
+        return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other runs out of this folder: their stages read params.yaml when they start, and must find their own."""
+    with launch.owned(launch.RUNS, dvc.BUSY):
+        for lock in sorted(launch.RUNS.glob("*/lock")):
+            if holder := launch.owner(lock.parent):  # started by dvc repro, or by hand
+                raise UserError(f"{dvc.BUSY}: {holder}.", where=lock, fix=launch.WAIT, code=3)
+        yield
 
 
 def compose(overrides: Sequence[str]) -> tuple[str, Params]:
@@ -49,23 +61,30 @@ def compose(overrides: Sequence[str]) -> tuple[str, Params]:
     from pipeline.compose import compose_params, to_yaml
 
     data = compose_params(overrides)
-    return to_yaml(data), params.check(data)
+    return to_yaml(data), params.check(data, f"conf/, with {' '.join(overrides)}" if overrides else "conf/")
 
 
 @contextmanager
 def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
-    """Put composed settings in params.yaml, where DVC looks for them; take them back unless they are to be kept."""
+    """Put composed settings in params.yaml, where DVC looks for them.
+
+    They are taken back unless they are to be kept, and when something is refused before it has begun.
+    """
     if not overrides:
         yield params.load()
         return
     text, settings = compose(overrides)
-    before = params.FILE.read_text(encoding="utf-8") if params.FILE.is_file() else None
+    before = params.FILE.read_bytes() if params.FILE.is_file() else None
     params.FILE.write_text(text, encoding="utf-8")
     try:
         yield settings
+        kept = keep
+    except BaseException:
+        kept = False
+        raise
     finally:
-        if not keep and before is not None:
-            params.FILE.write_text(before, encoding="utf-8")
+        if not kept:
+            params.FILE.unlink() if before is None else params.FILE.write_bytes(before)
 
 
 class _Failed(Exception):

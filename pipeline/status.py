@@ -1,8 +1,6 @@
 """`vqvae2 status`: each stage's state, and why it is not up to date."""
 
-import fcntl
 import json
-from pathlib import Path
 
 from pipeline import dag, dvc, launch, params
 from stages.errors import UserError
@@ -12,7 +10,7 @@ def show(*, as_json: bool) -> int:
     """Print the state of every stage."""
     params.load()
     stages = dag.stages(params.read())
-    owners = {name: owner(launch.RUNS / stage.option) for name, stage in stages.items()}
+    owners = {name: launch.owner(launch.RUNS / stage.option) for name, stage in stages.items()}
     trouble = ""
     try:
         why = dvc.reasons(stages)
@@ -37,16 +35,3 @@ def show(*, as_json: bool) -> int:
         for row in rows:
             print(f"{row['stage']:<13} {row['state']:<11} {'; '.join(row['reasons'])}".rstrip())
     return 0
-
-
-def owner(folder: Path) -> str:
-    """Name the process that runs a stage now; "" if none does."""
-    try:
-        with (folder / "lock").open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip()
-    except FileNotFoundError:
-        pass
-    return ""

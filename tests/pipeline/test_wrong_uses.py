@@ -6,6 +6,7 @@ What a person sees is kept in wrong_uses/NAME.txt. After a change of words:  UPD
 import fcntl
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def _half_written(project):
     (project.folder / "artifacts" / "shards").mkdir(parents=True)
 
 
+def _rename_level(project):
+    def rename(data):
+        for mapping in (data["vqvae"]["levels"], data["priors"]):
+            rest = {name: mapping.pop(name) for name in list(mapping)}
+            mapping.update({"half" if name == "top" else name: value for name, value in rest.items()})
+
+    project.edit(rename)
+
+
+def _no_dvc(project):
+    shutil.rmtree(project.folder / ".dvc")
+
+
 def _write(name, text):
     return lambda project: (project.folder / name).write_bytes(text)
 
@@ -69,12 +83,26 @@ CASES = {
     "out_of_range": (_set("train_vqvae", learning_rate=-1.0), RUN, 2),
     "batch_not_divisible": (_nothing, ["run", "-S", "cluster.workers=3"], 2),
     "size_not_divisible": (_nothing, ["run", "-S", "dataset.image_size=30"], 2),
+    "value_to_quote": (_nothing, ["run", "-S", "dataset.source=photos (1)"], 2),
+    "value_or_list": (_nothing, ["run", "-S", "dataset.source=a,b"], 2),
+    "group_of_many_places": (_nothing, ["run", "-S", "train=smoke"], 2),
+    "plus_too_many": (_nothing, ["run", "-S", "+experiment=smoke"], 2),
+    "plus_too_few": (_nothing, ["run", "-S", "vqvae.levels.middle.stride=4"], 2),
+    "stage_as_command": (_nothing, ["run", "shard"], 2),
+    "setting_as_command": (_nothing, ["run", "seed=1"], 2),
+    "level_of_torch": (_rename_level, RUN, 2),
     "level_without_prior": (_nothing, ["run", "-S", "vqvae=three_level"], 2),
     "duplicate_key": (_write("params.yaml", b"seed: 1\nseed: 2\n"), RUN, 2),
     "merge_markers": (_write("params.yaml", b"<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n>>>>>>> b\n"), RUN, 2),
     "not_utf8": (_write("params.yaml", "seed: 1".encode("utf-16")), RUN, 2),
     "no_params": (_remove("params.yaml"), RUN, 2),
     "no_project": (_remove("dvc.yaml"), RUN, 2),
+    "ui_without_project": (_remove("dvc.yaml"), ["ui"], 2),
+    "sample_without_project": (_remove("dvc.yaml"), ["sample", "drawn"], 2),
+    "no_dvc": (_no_dvc, ["status"], 1),
+    "stages_not_understood": (_write("dvc.yaml", b"stages: 3\n"), ["status"], 2),
+    "stages_not_yaml": (_write("dvc.yaml", b"stages: [\n"), ["status"], 2),
+    "lock_of_another_shape": (_write("dvc.lock", b'schema: "2.0"\nstages: []\n'), RUN, 1),
     "broken_lock": (_write("dvc.lock", b"<<<<<<< HEAD\n"), RUN, 1),
     "missing_folder": (_set("dataset", source="photos"), RUN, 2),
     "file_instead_of_folder": (_text_file, RUN, 2),
@@ -110,6 +138,39 @@ def test_a_second_run_is_refused(project):
         file.write("PID 1 on host since 2000-01-01 00:00:00")
         file.flush()
         check("already_running", project, ["stage", "shard"], 3)
+
+
+@pytest.mark.parametrize("lock", ["lock", "vqvae/lock"])
+def test_a_refused_run_changes_no_settings(lock, project):
+    """Stages of the run that is at work read params.yaml when they start: they must find what it began with."""
+    path, before = project.folder / "runs" / lock, (project.folder / "params.yaml").read_bytes()
+    path.parent.mkdir(parents=True)
+    leftover = project.folder / "artifacts" / "priors" / "middle"
+    leftover.mkdir(parents=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("PID 1 on host since 2000-01-01 00:00:00")
+        file.flush()
+        done = project.command("run", "-S", "seed=1")
+    assert done.returncode == 3 and "at work here: PID 1 on host" in done.stderr
+    assert (project.folder / "params.yaml").read_bytes() == before and leftover.is_dir()
+
+
+def test_what_cannot_run_here_changes_no_settings(project):
+    """The next command is about the settings from before the refused ones."""
+    before = (project.folder / "params.yaml").read_bytes()
+    assert project.command("run", "-S", "dataset.source=photos").returncode == 2
+    assert (project.folder / "params.yaml").read_bytes() == before
+
+
+def test_a_port_in_use_is_refused(project):
+    """MLflow would end with status 0, and say it in the middle of its own words."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = project.command("ui", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 3 and "cannot be used" in done.stderr and "--port" in done.stderr
+    assert not (project.folder / "mlflow.db").exists()
 
 
 def test_a_cluster_that_is_away_is_named_by_the_doctor(project):

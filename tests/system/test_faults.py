@@ -51,7 +51,7 @@ def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
 def _second_is_refused(project: Project, namespace: Namespace) -> None:
     second = namespace.start(project, "vqvae2", "run", log="refused").wait(10)
     assert second.status == 3
-    assert re.search(r"Another vqvae2 or dvc is at work here: PID \d+\.", second.output)
+    assert re.search(r"Another vqvae2 or dvc is at work here: PID \d+", second.output)
     assert "fix: Wait for it or stop it" in second.output
 
 
