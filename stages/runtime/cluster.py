@@ -123,7 +123,6 @@ def _check(config: ClusterConfig) -> None:
             raise UserError(
                 f"{config.workers} workers need {needed:g} {what}s; the cluster has {has.get(what, 0):g}.",
                 where="params.yaml: cluster",
-                fix=f"Ask for less, such as -S cluster={'local' if what == 'GPU' else 'gpu'} or "
-                f"-S cluster.workers=1, or add nodes.",
+                fix=f"Ask for less, such as -S cluster{'=local' if what == 'GPU' else '.workers=1'}, or add nodes.",
                 code=3,
             )

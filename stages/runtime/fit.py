@@ -70,7 +70,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                 _wait(_in_background(trainer.fit), run.work / STOP)
         except ray.train.WorkerGroupError as error:
             raise _root_cause(error.worker_failures.values()) from error
-        except ray.train.ControllerError as error:
+        except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:  # the latter: its node is gone
             raise UserError(
                 f"Training could not go on: {_last_line(error)}",
                 where=run.work,
@@ -124,12 +124,18 @@ class QueueReporter(Reporter):
 @contextmanager
 def _forwarding(queue: Any, reporter: Reporter) -> Iterator[None]:
     """Hand on what the workers report, until the block ends and the queue is empty."""
+    from ray.exceptions import RayError
+
     ended = threading.Event()
 
     def forward() -> None:
         while True:
             last = ended.is_set()
-            for method, arguments in queue.get_nowait_batch(queue.qsize()):
+            try:
+                reports = queue.get_nowait_batch(queue.qsize())
+            except RayError:  # the cluster is gone; training itself says so
+                return
+            for method, arguments in reports:
                 getattr(reporter, method)(*arguments)
             if last:
                 return
@@ -141,7 +147,7 @@ def _forwarding(queue: Any, reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(GRACE_SECONDS)  # a cluster that is gone may never answer
 
 
 def _in_background(call: Callable[[], Any]) -> Future[Any]:
