@@ -11,6 +11,7 @@ from stages.config import DatasetConfig, SampleConfig
 from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.images import RejectedImage, decode
+from stages.formats.sources import LARGEST_FILE
 from stages.pictures import png, sheet, to_bytes
 from stages.pixels import floats
 from stages.sample import Models, choose_labels
@@ -80,13 +81,16 @@ def reconstruct(images: list[Path], out: Path) -> list[str]:
 
 
 def _read(path: Path, config: DatasetConfig) -> np.ndarray:
+    fix = "Give another file: docs/data.md says what is read."
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise RejectedImage(f"longer than {LARGEST_FILE >> 20} MiB")
         return np.array(decode(path.read_bytes(), config).pixels)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason, fix = error.strerror or str(error), "Give the path of an image file that can be read."
     except RejectedImage as error:
         reason = str(error)
-    raise UserError(f"The image cannot be used: {reason}.", where=path, fix="Give a PNG, JPEG or WebP file.", code=4)
+    raise UserError(f"The image cannot be used: {reason}.", where=path, fix=fix, code=4)
 
 
 def _safe(name: str) -> str:

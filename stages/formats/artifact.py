@@ -49,7 +49,7 @@ class Artifact:
                 raise UserError(
                     f"{name} is damaged: its contents are not what was written.",
                     where=self.folder,
-                    fix=f"Delete {self.folder} and run the same command again; it is made anew or restored.",
+                    fix=f"Delete {self.folder} and run: vqvae2 run. It is made anew or restored.",
                     code=5,
                 )
 

@@ -186,10 +186,13 @@ class Sender(threading.Thread):
         if not self.is_alive():
             self._journal.close()
         if self._trouble or self.is_alive():
-            self._screen.note(
-                f"{self._delivery.missing()} points are not in MLflow yet ({_reason(self._trouble)}); "
-                f"they are kept in {self._journal.path}. {REMEDY}"
-            )
+            missing = self._delivery.missing()
+            # A run that failed before it measured anything has its own message, which is what there is to read.
+            if missing or self._trouble or patience > IMPATIENCE_SECONDS:
+                lacking = f"{missing} points are" if missing else "The end of this run is"
+                self._screen.note(
+                    f"{lacking} not in MLflow yet ({_reason(self._trouble)}); kept in {self._journal.path}. {REMEDY}"
+                )
         if self._journal.failure:
             self._screen.note(
                 f"Some reports are lost, since {self._journal.path} took no more: {self._journal.failure}."

@@ -1,5 +1,6 @@
 """From a stage's name to a call."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -74,6 +75,14 @@ def test_a_stage_is_owned_by_one_process(tmp_path):
         assert f"Another process runs this stage: PID {os.getpid()} on " in second.stderr
     with launch.owned(tmp_path / "vqvae"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_path_that_cannot_be_written_is_named(number, tmp_path, capsys):
+    """What the system says of a path is said as a letter, with what to do."""
+    assert launch.report(OSError(number, os.strerror(number), "drawn/000000.png"), tmp_path) == 3
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {os.strerror(number)}.\n  in: drawn/000000.png\n  fix: ")
 
 
 def test_a_mistake_is_found_inside_what_ray_wraps_around_it(tmp_path, capsys):

@@ -13,6 +13,7 @@ from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
+from stages.formats.sources import LARGEST_FILE
 
 
 @pytest.fixture
@@ -41,10 +42,12 @@ def test_an_image_is_reconstructed_from_each_prefix_of_levels(project, here: Pat
         assert picture.width > 2 * picture.height
 
 
-@pytest.mark.parametrize("name", ["absent.png", "text.png"])
+@pytest.mark.parametrize("name", ["absent.png", "text.png", "long.png"])
 def test_what_is_no_image_is_named(here: Path, tmp_path: Path, name: str):
     """Nothing is written for the others."""
     (tmp_path / "text.png").write_text("no picture")
+    with (tmp_path / "long.png").open("w") as file:
+        file.truncate(LARGEST_FILE + 1)  # would be read whole
     with pytest.raises(UserError, match=rf"cannot be used[\s\S]*{name}"):
         tools.reconstruct([tmp_path / name], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -212,6 +212,16 @@ def silence():
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+def test_a_mistake_at_the_start_is_all_there_is_to_read(monkeypatch):
+    """On a busy machine MLflow may open slowly: a run that ends before it measured anything does not speak of it."""
+    monkeypatch.setattr(tracking, "IMPATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(tracking.Delivery, "pump", lambda delivery: time.sleep(2))
+    screen = Screen()
+    with pytest.raises(ValueError, match="a mistake"), track(screen=screen):
+        raise ValueError("a mistake")
+    assert screen.notes == []
+
+
 def test_a_server_that_never_answers_costs_training_nothing(silence, monkeypatch):
     """Opening takes under 10 s, no report and no end takes over 5, it is said once, and later nothing is missing."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silence)
