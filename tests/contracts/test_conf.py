@@ -72,16 +72,16 @@ def test_imagenet_has_the_papers_numbers():
     """The appendix's table for 256 x 256."""
     settings = composed("experiment=imagenet256")
     assert settings.vqvae.grids(settings.dataset.image_size) == {"top": 32, "bottom": 64}
-    for level in settings.vqvae.levels.values():
-        assert (level.channels, level.residual_channels, level.residual_blocks) == (128, 64, 2)
-        assert (level.entries, level.dim) == (512, 64)
-    assert (settings.vqvae.quantizer.beta, settings.vqvae.quantizer.decay) == (0.25, 0.99)
     assert (settings.train_vqvae.steps, settings.train_vqvae.batch_size) == (2_207_444, 128)
     top, bottom = settings.priors["top"].network, settings.priors["bottom"].network
     assert (top.channels, top.residual_channels, top.layers, top.attention_layers, top.heads) == (512, 2048, 20, 4, 8)
     assert (top.output_layers, top.kernel, top.dropout) == (20, 5, 0.1)
     assert (bottom.channels, bottom.residual_channels, bottom.layers, bottom.attention_layers) == (512, 1024, 20, 0)
-    assert (bottom.condition_layers, bottom.dropout) == (20, 0.1)
+    assert (bottom.output_layers, bottom.condition_layers, bottom.kernel, bottom.dropout) == (0, 20, 5, 0.1)
+    assert top.condition_layers == 0
+    trains = [settings.priors[level].train for level in ("top", "bottom")]
+    assert [(train.batch_size, train.steps) for train in trains] == [(1024, 1_600_000), (512, 754_000)]
+    _has_what_both_papers_runs_share(settings)
 
 
 def test_ffhq_has_the_papers_numbers():
@@ -104,6 +104,19 @@ def test_ffhq_has_the_papers_numbers():
         "bottom": (256, 512, 1024, 10, 0, 5, 0.25, 0, 270_000),
     }
     assert [prior.network.condition_layers for prior in settings.priors.values()] == [0, 8, 8]
+    assert settings.priors["top"].network.heads == 8
+    _has_what_both_papers_runs_share(settings)
+
+
+def _has_what_both_papers_runs_share(settings: Params) -> None:
+    for level in settings.vqvae.levels.values():
+        assert (level.channels, level.residual_channels, level.residual_blocks) == (128, 64, 2)
+        assert (level.entries, level.dim) == (512, 64)
+    quantizer = settings.vqvae.quantizer
+    assert (quantizer.mode, quantizer.beta, quantizer.decay, quantizer.revive_every) == ("ema", 0.25, 0.99, 0)
+    assert settings.vqvae.level_dropout == 0
+    assert (settings.sample.temperature, settings.sample.top_k, settings.sample.top_p) == (1, 0, 1)
+    assert (settings.augment.flip, settings.augment.shift, settings.codes.copies) == (False, 0, 1)
 
 
 def test_a_cluster_changes_nothing_else():
