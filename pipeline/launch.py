@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -222,9 +223,13 @@ def report(error: BaseException, folder: Path) -> int:
     if mistake is not None:
         print(f"error: {mistake}", file=sys.stderr)
         return mistake.code
-    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "error.log"
-    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:  # what fails on a full or a read-only disk is told there too
+        log = Path(tempfile.gettempdir()) / "vqvae2-error.log"
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     first = (str(error).strip() or "no message").splitlines()[0]
     print(f"error: {type(error).__name__}: {first}\n  traceback: {log}", file=sys.stderr)
     return 1

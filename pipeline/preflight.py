@@ -123,6 +123,10 @@ def _shared_memory() -> Finding:
 
 
 def _disk() -> Finding:
+    if not os.access(Path.cwd(), os.W_OK):
+        return Finding(
+            "disk", "error", "this folder cannot be written", "Work in a copy of it, or mend its permissions."
+        )
     free = shutil.disk_usage(Path.cwd()).free
     state = "warning" if free < 5 * GIB else "ok"
     return Finding("disk", state, f"{free / GIB:.1f} GiB free here", "Free some space." if state != "ok" else "")
