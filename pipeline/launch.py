@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from stages.runtime.run import Run
 
 RUNS = Path("runs")
 WAIT = "Wait for it or stop it, then run the same command again."
+PATIENCE_SECONDS = 18.0  # for a stage to end that was asked to, before it is ended
 FRESH = "VQVAE2_FRESH"  # set: forget what an earlier run of the same fingerprint has done
 
 
@@ -262,6 +264,10 @@ def _trouble_with_a_file(error: BaseException) -> UserError | None:
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+    # An exception can get lost inside of a library. Workers have saved their state long before this.
+    deadline = threading.Timer(PATIENCE_SECONDS, lambda: os._exit(shared.tell(_stopped(number))))
+    deadline.daemon = True
+    deadline.start()
     raise Stopped(number)
 
 

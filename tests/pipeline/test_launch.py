@@ -105,6 +105,16 @@ def test_an_unexpected_error_is_one_line_and_a_file(tmp_path, capsys):
     assert "Traceback" in (tmp_path / "error.log").read_text()
 
 
+def test_a_stage_asked_to_stop_ends_even_if_the_request_gets_lost():
+    """A library that swallows the exception cannot keep the process."""
+    script = "import os, signal, time; from pipeline import launch; launch.PATIENCE_SECONDS = 0.2\n"
+    script += "signal.signal(signal.SIGTERM, launch._stop)\n"
+    script += "try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\nexcept BaseException: time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=30)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "Stopped by SIGTERM. The same command resumes.\n"
+
+
 def test_a_process_dies_with_its_parent(tmp_path):
     """When the parent is killed, the kernel ends the child."""
     child = "import signal, time; from pipeline.environment import die_with_parent\n"
