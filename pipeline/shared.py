@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -62,7 +63,8 @@ class Meeting:
                 return
             with connection:
                 answer = answer or self._start().encode()
-                connection.sendall(answer)
+                with suppress(ConnectionError):  # the stage was stopped while it waited
+                    connection.sendall(answer)
 
     def _start(self) -> str:
         self._holder = subprocess.Popen(
