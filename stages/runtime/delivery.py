@@ -67,11 +67,26 @@ def connect() -> tuple["MlflowClient", str]:
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
     with _alone():
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            _make_database(project() / "mlflow.db")
         client = MlflowClient(store_uri())
         if experiment := client.get_experiment_by_name(name):
             return client, experiment.experiment_id
         ours = not os.environ.get("MLFLOW_TRACKING_URI")
         return client, client.create_experiment(name, (project() / "mlruns").as_uri() if ours else None)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables beside their place: a process killed on the way would leave a database that stays broken."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    for left in path.parent.glob(f"{path.name}.new-*"):
+        left.unlink()
+    new = path.with_name(f"{path.name}.new-{time.time_ns()}")  # MLflow takes a name it has seen for one it has made
+    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    new.rename(path)
 
 
 @contextmanager

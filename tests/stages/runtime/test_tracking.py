@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from stages.errors import UserError
-from stages.runtime import tracking
+from stages.runtime import delivery, tracking
 from stages.runtime.delivery import project, store_uri
 from stages.runtime.run import Reporter
 from stages.runtime.tracking import link_cached, open_run, parent_run, sync
@@ -133,6 +133,19 @@ def test_stages_of_a_bare_dvc_repro_meet_in_one_parent():
     parent = parents[vqvae.data.tags["mlflow.parentRunId"]]
     assert parent.data.metrics == {"vqvae/mse": 0.5, "prior_top/nll": 2.0}
     assert parent.info.status == "FINISHED"
+
+
+def test_a_database_is_whole_or_absent(monkeypatch):
+    """Killed while MLflow makes its tables, the next process makes them all; half of them would stay for ever."""
+    Path("mlflow.db").unlink()
+    Path("mlflow.db.new-1").write_text("half")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        delivery.connect()
+    assert not Path("mlflow.db").exists()
+    client, experiment = delivery.connect()
+    assert client.get_experiment(experiment).name == "vqvae2"
+    assert not list(Path.cwd().glob("mlflow.db.new-*"))
 
 
 def test_a_resumed_stage_continues_its_run():
