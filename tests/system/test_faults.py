@@ -6,7 +6,7 @@ from pathlib import Path
 
 from projects import SMOKE, Job, Namespace, Project, until
 
-STEPS, CHECKPOINT_EVERY = 120, 10
+STEPS, CHECKPOINT_EVERY = 100, 10
 LONG = (
     *(*SMOKE, "--stage", "vqvae"),
     *("-S", f"train_vqvae.steps={STEPS}", "-S", f"train_vqvae.checkpoint_every={CHECKPOINT_EVERY}"),
