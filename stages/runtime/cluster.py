@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from stages.config import ClusterConfig
 from stages.errors import UserError
 
+CONNECT_SECONDS = 5.0
 OURS = "VQVAE2_PRIVATE_CLUSTER"  # set beside RAY_ADDRESS when the cluster was started here
 PACKAGES = Path(__file__).parents[2]  # where pipeline/, stages/ and models/ lie
 if not os.environ.get("RAY_ADDRESS"):
@@ -62,13 +64,16 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)},
         }
     try:
+        _reach(address)
         with _our_signals():
             ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # Ray raises many kinds here, none of them meant for users
         raise UserError(
             f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
             where=f"RAY_ADDRESS={address}",
-            fix="Check the address and the token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS "
+            fix="Run the same command again; it starts another."
+            if OURS in os.environ
+            else "Check the address and the token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS "
             "to run on this machine.",
             code=3,
         ) from error
@@ -77,6 +82,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Fail in seconds where nobody listens; Ray tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():  # "auto" and the like are Ray's to find
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 @contextmanager
