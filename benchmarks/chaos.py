@@ -38,6 +38,9 @@ SETTINGS = tuple(
         ("log_every", LOG_EVERY),
     )
 )
+AT_WORK = r"^[\w@]+: \d+/|^report "  # a stage tells of its progress, or the end is reached
+NEVER = r"(?!)"
+LONGEST_SECONDS = 900.0  # of a run that is left alone
 COMMAND = ("vqvae2", "run", *SMOKE, *(word for setting in SETTINGS for word in ("-S", setting)))
 
 
@@ -61,6 +64,7 @@ class Chaos:
         self.random = random.Random(seed)
         self.done: list[Kill] = []
         self.starts = 0
+        self.excused = False  # whether a failure can still be the last kill's doing
 
     def whole_run(self, number: int) -> Project:
         """Run to the end from nothing, killing on the way while kills are left."""
@@ -68,20 +72,21 @@ class Chaos:
             self.folder / f"broken-{number}", DVC_SITE_CACHE_DIR=str(self.folder / f"dvc-{number}")
         )
         job = self._start(project)
-        while len(self.done) < self.kills:
-            moment = time.monotonic() + self.random.uniform(5, 40)
+        while True:
+            kills_left = len(self.done) < self.kills
+            moment = time.monotonic() + (self.random.uniform(5, 40) if kills_left else LONGEST_SECONDS)
             while time.monotonic() < moment and not job.ended:
                 time.sleep(0.05)
-            victim = self._victim()
-            if job.ended or victim is None:
-                break
-            job = self._kill(project, job, *victim)
-        finished = job.wait(600)
-        if finished.status:
-            raise SystemExit(
-                f"the command ended with {finished.status} although nothing was killed:\n{finished.output}"
-            )
-        return project
+            if not job.ended and kills_left:
+                if (victim := self._victim()) is not None:
+                    job = self._kill(project, job, *victim)
+                continue
+            if job.wait(1).status == 0:
+                return project
+            if not self.excused:
+                raise SystemExit(f"it ended although nothing was killed:\n{job.output}")
+            self.excused = False  # the last kill took effect late
+            job = self._start(project)
 
     def _ours(self) -> dict[str, list[psutil.Process]]:
         found: dict[str, list[psutil.Process]] = {}
@@ -103,14 +108,22 @@ class Chaos:
         step = steps_done(project, stage)
         kill = Kill(len(self.done) + 1, f"{number.name} {kind}", f"{stage} {step}".removesuffix(" 0"))
         self.done.append(kill)
+        self.excused = True
         clock = time.monotonic()
         try:
             process.send_signal(number)
         except psutil.NoSuchProcess:
             kill.ended = "it had just ended"
             return job
-        until(lambda: job.ended or is_at_work(job.output[before:]), 180, lambda: f"stuck after {kill}:\n{job.output}")
+        # The command ends with whatever is between it and the stage; a stage may just have done its work.
+        sign = {"run": NEVER, "dvc": NEVER, "stage": r"^\w+ +runs:"}.get(kind, AT_WORK)
+        until(
+            lambda: job.ended or re.search(sign, job.output[before:], re.MULTILINE),
+            60 if kind in ("run", "dvc", "stage") else 180,
+            lambda: f"neither ended nor at work after {kill}:\n{job.output}",
+        )
         if job.ended:
+            self.excused = False
             kill.ended = f"status {job.wait().status}"
             saved = project.newest_step(stage)
             until(lambda: not self._ours(), 10, lambda: f"{kill} left {self._ours()}")
@@ -118,7 +131,11 @@ class Chaos:
             until(lambda: not self.namespace.processes(), 90, lambda: f"{kill} left {self.namespace.processes()}")
             clock, before = time.monotonic(), 0
             job = self._start(project)
-            until(lambda: job.ended or is_at_work(job.output), 180, lambda: f"stuck after {kill}:\n{job.output}")
+            until(
+                lambda: job.ended or re.search(AT_WORK, job.output, re.MULTILINE),
+                180,
+                lambda: f"stuck after {kill}:\n{job.output}",
+            )
             if step:
                 kill.lost = str(max(0, step - saved))
         elif resumed := re.search(r"Resuming at step (\d+)", job.output[before:]):
@@ -135,11 +152,6 @@ class Chaos:
 def at_work(job: Job) -> str:
     """Name the stage that runs."""
     return (re.findall(r"^(\w+) +runs:", job.output, re.MULTILINE) or ["-"])[-1]
-
-
-def is_at_work(output: str) -> bool:
-    """Whether a stage has told of its progress since, or the end is reached."""
-    return bool(re.search(r"^[\w@]+: \d+/|^report ", output, re.MULTILINE))
 
 
 def steps_done(project: Project, stage: str) -> int:
