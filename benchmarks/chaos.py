@@ -115,11 +115,11 @@ class Chaos:
         except psutil.NoSuchProcess:
             kill.ended = "it had just ended"
             return job
-        # The command ends with whatever is between it and the stage; a stage may just have done its work.
-        sign = {"run": NEVER, "dvc": NEVER, "stage": r"^\w+ +runs:"}.get(kind, AT_WORK)
+        # The command ends with what it stands on, unless a stage had just done its work; a worker is replaced.
+        sign = AT_WORK if kind == "worker" else r"^\w+ +runs:|^report " if kind in ("stage", "cluster") else NEVER
         until(
             lambda: job.ended or re.search(sign, job.output[before:], re.MULTILINE),
-            60 if kind in ("run", "dvc", "stage") else 180,
+            180 if kind in ("worker", "cluster") else 60,
             lambda: f"neither ended nor at work after {kill}:\n{job.output}",
         )
         if job.ended:
