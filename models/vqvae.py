@@ -47,8 +47,6 @@ class VQVAE(nn.Module):
         dims = [level.dim for level in levels]
         self.levels = nn.ModuleDict()
         for index, (name, level) in enumerate(config.levels.items()):
-            if hasattr(self.levels, name):
-                raise ValueError(f"a level is named {name!r}, as something of torch's own is; use another name")
             finer = levels[index + 1] if index + 1 < len(levels) else None
             quantizer = Quantizer(config.quantizer, level.entries, level.dim, level=index)
             self.levels[name] = Level(level, finer, dims[: index + 1], quantizer)
