@@ -119,6 +119,12 @@ def _reproduce(
                 name = signal.Signals(outcome.stopped).name
                 print(f"Stopped by {name}. The same command resumes.", file=sys.stderr)
                 return 128 + outcome.stopped
+            if outcome.status < 0:  # it could say nothing itself
+                raise UserError(
+                    f"DVC was ended by {signal.Signals(-outcome.status).name}.",
+                    where=Path.cwd(),
+                    fix="Run the same command again; it goes on from what is saved.",
+                ) from None
             return meeting.status() or 1
     report = Path("artifacts/report/report.html")
     if report.is_file() and (not targets or targets == ["evaluate"]):

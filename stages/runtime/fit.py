@@ -3,6 +3,8 @@
 The workers report through a queue to the process that started them, which alone talks to the terminal and to MLflow.
 """
 
+import json
+import os
 import shutil
 import threading
 import time
@@ -23,6 +25,7 @@ from stages.runtime.loop import Stopped, Worker, under
 from stages.runtime.run import Reporter, Run
 
 STOP = "stop"  # a file of this name in the work folder asks the workers to save and end
+REFUSAL = "refusal.json"  # and one of this name says why one of them gave up for good
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 15.0  # a machine that is taken away gives 30 seconds, or 20
 
@@ -43,7 +46,8 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
 
     config = run.cluster
     name = f"attempt-{time.time_ns()}"  # a name Ray has seen before would count as finished
-    (run.work / STOP).unlink(missing_ok=True)
+    for old in (STOP, REFUSAL):
+        (run.work / old).unlink(missing_ok=True)
     with cluster.connected(config):
         queue = Queue(actor_options={"num_cpus": 0})
         remote = Run(run.stage, run.fingerprint, run.work, config, QueueReporter(queue))
@@ -195,8 +199,23 @@ def _work(config: dict[str, Any]) -> None:
     )
     if worker.rank > 0:
         run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough
-    with suppress(Stopped):  # to Ray a failure would be a reason to begin again
+    with suppress(Stopped), _refused_once(run.work / REFUSAL):  # to Ray a failure is a reason to begin again
         config["learn"](worker=worker, run=run, **config["arguments"])
+
+
+@contextmanager
+def _refused_once(refusal: Path) -> Iterator[None]:
+    """Keep what only the user can mend, and raise it at once when Ray Train, which cannot tell, tries again."""
+    if refusal.exists():
+        what, where, fix, code = json.loads(refusal.read_text(encoding="utf-8"))
+        raise UserError(what, where=where, fix=fix, code=code)
+    try:
+        yield
+    except UserError as error:
+        whole = refusal.with_suffix(f".{os.getpid()}")
+        whole.write_text(json.dumps([error.what, error.where, error.fix, error.code]), encoding="utf-8")
+        whole.replace(refusal)
+        raise
 
 
 def _distributed(module: torch.nn.Module) -> torch.nn.Module:

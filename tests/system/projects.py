@@ -106,6 +106,7 @@ class Project:
             "DVC_NO_ANALYTICS": "1",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
+            "PYTHONFAULTHANDLER": "1",
             **self.environment,
         }
 

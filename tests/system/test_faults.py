@@ -30,6 +30,10 @@ def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
     job = _resumed(project, namespace, at_least=CHECKPOINT_EVERY, log="second")
     _reach(project, job, 3 * CHECKPOINT_EVERY)
     job.send(signal.SIGKILL, "dvc")
+    killed = job.wait(20)
+    assert killed.status == 1
+    assert "error: DVC was ended by SIGKILL.\n" in killed.output
+    assert "fix: Run the same command again" in killed.output
     _nothing_is_left(namespace)
 
     job = _resumed(project, namespace, at_least=3 * CHECKPOINT_EVERY, log="third")
@@ -69,7 +73,7 @@ def _resumed(project: Project, namespace: Namespace, *, at_least: int, log: str)
     assert newest >= at_least
     job = namespace.start(project, "vqvae2", "run", *LONG, log=log)
     until(lambda: job.ended or f"Resuming at step {newest} of {STEPS}." in job.output, 200, lambda: job.output)
-    assert not job.ended, job.output
+    assert not job.ended, job.wait()
     return job
 
 

@@ -47,6 +47,8 @@ def dies_once(*, worker: Worker, run: Run, **arguments: object) -> None:
 def raises(*, worker: Worker, run: Run) -> None:
     """Fail as bad data would, in one worker; the other waits for it in a sum."""
     if worker.rank == 1:
+        with (run.work / "tries").open("a") as tries:
+            tries.write("x")
         raise UserError("Image 7 is damaged.", where="shard", fix="Mend it.", code=4)
     worker.reduce(torch.zeros(1))
 
@@ -81,9 +83,10 @@ def test_two_workers_learn_what_one_does_and_a_killed_one_is_replaced(cluster, a
 
 
 def test_the_first_cause_is_what_the_user_sees(cluster, tmp_path: Path):
-    """Not the errors of the workers that fell with it, and not Ray's."""
+    """Not the errors of the workers that fell with it, and not Ray's; what only the user can mend is tried once."""
     with pytest.raises(UserError, match=r"Image 7 is damaged"):
-        fit(raises, {}, run=run_in(tmp_path, ClusterConfig(workers=2, cpus_per_worker=1, max_failures=0)))
+        fit(raises, {}, run=run_in(tmp_path, cluster))
+    assert (tmp_path / "tries").read_text() == "x"
 
 
 def test_more_than_the_cluster_has_is_refused_at_once(cluster, tmp_path: Path):

@@ -1,0 +1,82 @@
+"""The how-tos that add something, followed to the letter in a copy. A metric: tests/stages/test_report.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+PRIOR = '''"""A prior of one's own."""
+
+from models.priors.base import Prior
+from models.priors.layers import causal
+
+
+class Mine(Prior):
+    """One stack of causal convolutions."""
+
+    convolution = staticmethod(causal)
+'''
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("conf", "data", "models", "pipeline", "stages", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    call(tmp_path, "-m", "dvc", "init", "--no-scm", "--quiet")
+    return tmp_path
+
+
+VQVAE2 = ("-c", "from pipeline.cli import main; main()")
+
+
+def call(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_prior_of_ones_own_passes_the_tests_of_every_prior(copy: Path):
+    """One file, two lines and its settings: then it is chosen by name, tested like the others, and tracked by DVC."""
+    (copy / "models/priors/mine.py").write_text(PRIOR)
+    replace(copy / "models/priors/__init__.py", '"pixelcnn": PixelCNN', '"pixelcnn": PixelCNN, "mine": Mine')
+    replace(
+        copy / "models/priors/__init__.py",
+        "from models.priors.pixelcnn",
+        "from models.priors.mine import Mine\nfrom models.priors.pixelcnn",
+    )
+    replace(copy / "models/config.py", 'Literal["pixelsnail", "pixelcnn"]', 'Literal["pixelsnail", "pixelcnn", "mine"]')
+    shutil.copyfile(copy / "conf/prior/pixelsnail.yaml", copy / "conf/prior/mine.yaml")
+    replace(copy / "conf/prior/mine.yaml", "name: pixelsnail", "name: mine")
+
+    told = call(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mine", "tests/models/test_priors.py")
+    assert int(told.splitlines()[-1].split()[0]) >= 10, told
+    call(copy, *VQVAE2, "config", "prior@priors.top=mine", "--write")
+    assert "models/priors/mine.py" in call(copy, "-m", "dvc", "status", "--json", "prior@top")
+    assert json.loads(call(copy, *VQVAE2, "plan", "--json"))["trainings"][1]["parameters"] > 0
+
+
+def test_a_data_set_of_ones_own_is_one_file(copy: Path):
+    """Its settings in conf/dataset name the folder; the checks before a run then find its images."""
+    shutil.copyfile(copy / "conf/dataset/clothing64.yaml", copy / "conf/dataset/pets.yaml")
+    replace(copy / "conf/dataset/pets.yaml", "name: clothing64", "name: pets\nsource: pets")
+    for number, kind in enumerate(("cat", "dog")):
+        (copy / "pets" / kind).mkdir(parents=True)
+        Image.new("RGB", (80, 80), (number, 0, 0)).save(copy / "pets" / kind / "1.png")
+    call(copy, *VQVAE2, "config", "dataset=pets", "--write")
+    findings = {each["name"]: each for each in json.loads(call(copy, *VQVAE2, "doctor", "--json"))}
+    assert findings["images"]["state"] == "ok", findings
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, f"{old!r} in {file}"
+    file.write_text(text.replace(old, new))
