@@ -128,7 +128,7 @@ def config(
 
         text, _ = compose(overrides or ())
         if write:
-            params.FILE.write_text(text, encoding="utf-8")
+            params.write(text.encode())
         else:
             print(text, end="")
         return 0

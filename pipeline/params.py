@@ -64,6 +64,13 @@ def _maker(path: Path) -> str:
     return "vqvae2 config --write" if path == FILE else f"git checkout {path}"
 
 
+def write(text: bytes, path: Path = FILE) -> None:
+    """Put text in the file, whole or not at all."""
+    whole = path.with_name(f".{path.name}.new")
+    whole.write_bytes(text)
+    whole.replace(path)
+
+
 def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
     """Check settings: their names, their types, each section by itself, and the sections against each other.
 

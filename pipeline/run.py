@@ -28,6 +28,8 @@ def run(
     """
     if only and not target:
         raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     with _alone() if overrides or not dry_run else nullcontext():
         with _settings(overrides, keep=not dry_run) as settings:
             stages = dag.stages(params.read())
@@ -44,6 +46,15 @@ def run(
             _print_plan(why, stages)
             return 0
         return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
+
+
+def _stop(number: int, frame: object) -> None:
+    print(_stopped(number), file=sys.stderr)
+    raise SystemExit(128 + number)  # on its way out it takes back what is not to be kept
+
+
+def _stopped(number: int) -> str:
+    return f"Stopped by {signal.Signals(number).name}. The same command resumes."
 
 
 @contextmanager
@@ -75,7 +86,7 @@ def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
         return
     text, settings = compose(overrides)
     before = params.FILE.read_bytes() if params.FILE.is_file() else None
-    params.FILE.write_text(text, encoding="utf-8")
+    params.write(text.encode())
     try:
         yield settings
         kept = keep
@@ -84,7 +95,7 @@ def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
         raise
     finally:
         if not kept:
-            params.FILE.unlink() if before is None else params.FILE.write_bytes(before)
+            params.FILE.unlink() if before is None else params.write(before)
 
 
 class _Failed(Exception):
@@ -116,8 +127,7 @@ def _reproduce(
                     raise _Failed(f"dvc repro ended with status {outcome.status}")
         except _Failed:
             if outcome.stopped:
-                name = signal.Signals(outcome.stopped).name
-                print(f"Stopped by {name}. The same command resumes.", file=sys.stderr)
+                print(_stopped(outcome.stopped), file=sys.stderr)
                 return 128 + outcome.stopped
             if outcome.status < 0:  # it could say nothing itself
                 raise UserError(

@@ -25,6 +25,20 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
+class _Meta(dict[str, Any]):
+    """What a manifest says, which refuses to be asked for what it does not."""
+
+    def __init__(self, said: Mapping[str, Any], path: Path, fix: str):
+        super().__init__(said)
+        self.path, self.fix = path, fix
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"The manifest does not say {key!r}.", where=self.path, fix=self.fix, code=4)
+
+    def __reduce__(self):  # to other processes, too
+        return _Meta, (dict(self), self.path, self.fix)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A committed folder."""
@@ -131,7 +145,9 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
             raise UserError(f"{name} is missing.", where=folder, fix=fix, code=4) from None
         if found != entry["bytes"]:
             raise UserError(f"{name} holds {found} bytes, not {entry['bytes']}.", where=folder, fix=fix, code=4)
-    return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
+    if not isinstance(meta, dict):
+        raise UserError("The manifest cannot be read.", where=path, fix=fix, code=4)
+    return Artifact(folder, kind, _Meta(meta, path, fix), files, hashlib.sha256(raw).hexdigest())
 
 
 def _inside(name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
@@ -69,3 +70,17 @@ def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
     program = Path(sys.executable).with_name("vqvae2")
     done = subprocess.run([program, "status"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "the code of the copy\n", done.stderr
+
+
+def test_settings_of_a_run_stopped_before_it_begins_are_taken_back(project):
+    """SIGTERM while DVC is asked what is out of date: params.yaml is as it was."""
+    before = (project.folder / "params.yaml").read_bytes()
+    (project.folder / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    program = [sys.executable, "-c", "from pipeline import cli, dvc; dvc.COMMAND[1:] = ['slow.py']; cli.main()"]
+    process = subprocess.Popen([*program, "run", "-S", "seed=7"], cwd=project.folder, stderr=subprocess.PIPE, text=True)
+    while (project.folder / "params.yaml").read_bytes() == before:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == "Stopped by SIGTERM. The same command resumes.\n"
+    assert process.returncode == 143
+    assert (project.folder / "params.yaml").read_bytes() == before

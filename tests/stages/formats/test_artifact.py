@@ -1,6 +1,7 @@
 """A folder is whole or absent, and its manifest leads nowhere else."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,10 @@ def test_a_file_that_went_after_the_manifest_was_read_is_named(folder: Path):
     (folder / "inner" / "file").unlink()
     with pytest.raises(UserError, match="inner/file is damaged"):
         found.verify()
+
+
+def test_a_manifest_that_leaves_something_out_is_refused_when_that_is_needed(folder: Path):
+    """In one sentence that names it, in whatever process it is asked for."""
+    found = pickle.loads(pickle.dumps(artifact.read(folder, "thing")))
+    with pytest.raises(UserError, match="The manifest does not say 'network'"):
+        found.meta["network"]
