@@ -52,10 +52,10 @@ def run_stage(module: str, level: str = "") -> int:
     try:
         _run(module, level, folder)
         return 0
-    except Stopped as stopped:
-        return shared.tell(_stopped(stopped.number))
+    except Stopped as asked:
+        return shared.tell(stopped(asked.number))
     except SystemExit as ended:  # Ray's handlers in place of ours: SIGTERM ends with its number, SIGINT with 0
-        return shared.tell(_stopped(signal.SIGTERM if ended.code == signal.SIGTERM else signal.SIGINT))
+        return shared.tell(stopped(signal.SIGTERM if ended.code == signal.SIGTERM else signal.SIGINT))
     except BaseException as error:
         return shared.tell(report(error, folder))
 
@@ -265,12 +265,13 @@ def _trouble_with_a_file(error: BaseException) -> UserError | None:
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     # An exception can get lost inside of a library. Workers have saved their state long before this.
-    deadline = threading.Timer(PATIENCE_SECONDS, lambda: os._exit(shared.tell(_stopped(number))))
+    deadline = threading.Timer(PATIENCE_SECONDS, lambda: os._exit(shared.tell(stopped(number))))
     deadline.daemon = True
     deadline.start()
     raise Stopped(number)
 
 
-def _stopped(number: int) -> int:
+def stopped(number: int) -> int:
+    """Say which signal ended the work; return the exit status."""
     print(f"Stopped by {signal.Signals(number).name}. The same command resumes.", file=sys.stderr)
     return 128 + number

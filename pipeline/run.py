@@ -49,12 +49,7 @@ def run(
 
 
 def _stop(number: int, frame: object) -> None:
-    print(_stopped(number), file=sys.stderr)
-    raise SystemExit(128 + number)  # on its way out it takes back what is not to be kept
-
-
-def _stopped(number: int) -> str:
-    return f"Stopped by {signal.Signals(number).name}. The same command resumes."
+    raise SystemExit(launch.stopped(number))  # on its way out it takes back what is not to be kept
 
 
 @contextmanager
@@ -127,8 +122,7 @@ def _reproduce(
                     raise _Failed(f"dvc repro ended with status {outcome.status}")
         except _Failed:
             if outcome.stopped:
-                print(_stopped(outcome.stopped), file=sys.stderr)
-                return 128 + outcome.stopped
+                return launch.stopped(outcome.stopped)
             if outcome.status < 0:  # it could say nothing itself
                 raise UserError(
                     f"DVC was ended by {signal.Signals(-outcome.status).name}.",

@@ -127,7 +127,8 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
-        kind_found, meta, version = manifest["kind"], manifest["meta"], manifest["format"]
+        kind_found, version = manifest["kind"], manifest["format"]
+        meta = _Meta(dict(manifest["meta"].items()), path, fix)
         files = {
             _inside(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in manifest["files"].items()
@@ -145,9 +146,7 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
             raise UserError(f"{name} is missing.", where=folder, fix=fix, code=4) from None
         if found != entry["bytes"]:
             raise UserError(f"{name} holds {found} bytes, not {entry['bytes']}.", where=folder, fix=fix, code=4)
-    if not isinstance(meta, dict):
-        raise UserError("The manifest cannot be read.", where=path, fix=fix, code=4)
-    return Artifact(folder, kind, _Meta(meta, path, fix), files, hashlib.sha256(raw).hexdigest())
+    return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
 
 
 def _inside(name: str) -> str:

@@ -213,7 +213,7 @@ def _refused_once(refusal: Path) -> Iterator[None]:
         yield
     except UserError as error:
         whole = refusal.with_suffix(f".{os.getpid()}")
-        whole.write_text(json.dumps([error.what, error.where, error.fix, error.code]), encoding="utf-8")
+        whole.write_text(json.dumps(error.args), encoding="utf-8")
         whole.replace(refusal)
         raise
 

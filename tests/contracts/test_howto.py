@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+VQVAE2 = ("-c", "from pipeline.cli import main; main()")
 PRIOR = '''"""A prior of one's own."""
 
 from models.priors.base import Prior
@@ -32,9 +33,6 @@ def copy(tmp_path: Path) -> Path:
         shutil.copyfile(ROOT / name, tmp_path / name)
     call(tmp_path, "-m", "dvc", "init", "--no-scm", "--quiet")
     return tmp_path
-
-
-VQVAE2 = ("-c", "from pipeline.cli import main; main()")
 
 
 def call(folder: Path, *arguments: str) -> str:
