@@ -36,7 +36,7 @@ RUNNING = re.compile(r"Running stage '(.+)':")
 KEPT = re.compile(r"Stage '(.+)' didn't change, skipping")
 RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs")
 NOISE = re.compile(
-    r"$|> vqvae2 stage |(Generating|Updating) lock file|To (track the changes|enable auto staging)|\s*git add |"
+    r"$|> exec vqvae2 stage |(Generating|Updating) lock file|To (track the changes|enable auto staging)|\s*git add |"
     r"\s*dvc config core.autostage|Use `dvc push`|Data and pipelines are up to date|'.+\.dvc' didn't change"
 )
 

@@ -58,3 +58,9 @@ def test_no_setting_has_a_name_that_dvc_overlooks():
     """DVC leaves these keys out when it looks a run up in its cache: another value would restore the old result."""
     for key in params.flat(params.read(ROOT / "params.yaml")):
         assert not {"size", "nfiles", "isexec"} & set(key.split(".")), key
+
+
+def test_no_shell_stays_between_dvc_and_a_stage():
+    """The stage takes its shell's place; else it would outlive a killed DVC, and a second one start beside it."""
+    for name, entry in params.read(ROOT / "dvc.yaml")["stages"].items():
+        assert entry.get("do", entry)["cmd"].startswith(f"exec vqvae2 stage {name}")

@@ -107,6 +107,7 @@ class Project:
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
             "PYTHONFAULTHANDLER": "1",
+            "SHELL": "/bin/sh",  # what DVC runs stages with; as in a container, where no SHELL is set
             **self.environment,
         }
 
