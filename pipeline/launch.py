@@ -80,16 +80,11 @@ def _run(module: str, level: str, folder: Path) -> None:
             work,
             params=params.flat(sections_of(stage, settings)),
             inputs=inputs,
-            tags={"dvc.stage": os.environ.get("DVC_STAGE", stage.name), **_lock_tag()},
             metrics=Path(stage.metrics[0]) if stage.metrics else None,
             outputs=[Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")],
         ) as reporter:
             run = Run(stage.name, fingerprint, work.absolute(), settings.cluster, reporter)
             function(*positionals(function, stage, settings), **keywords(function, stage, settings), run=run)
-
-
-def _lock_tag() -> dict[str, str]:
-    return {"dvc.lock": artifact.sha256(Path("dvc.lock"))} if Path("dvc.lock").is_file() else {}
 
 
 def sections_of(stage: dag.Stage, settings: Params) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline import dag, dvc, launch, params, preflight, shared
 from stages.config import Params
 from stages.errors import UserError
+from stages.formats import curves
 
 
 def run(
@@ -152,13 +153,16 @@ def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage
 
     for stage in (stages[name] for name in (*outcome.kept, *outcome.restored) if name in stages):
         with suppress(UserError):  # an input is gone, so nobody can say which run made the output
-            fingerprint = launch.fingerprint_of(stage, settings, launch.digests(stage, settings))
+            inputs = launch.digests(stage, settings)
+            fingerprint = launch.fingerprint_of(stage, settings, inputs)
             tracking.link_cached(
                 parent[tracking.PARENT],
                 stage.name,
                 fingerprint,
                 params=params.flat(launch.sections_of(stage, settings)),
+                inputs=inputs,
                 metrics=Path(stage.metrics[0]) if stage.metrics else None,
+                curves=curves.read(Path(stage.outs[0], curves.FILE)),
             )
 
 

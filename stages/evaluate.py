@@ -14,7 +14,6 @@ counted over all. Sets of images are compared at one number of images N, beside 
 of uniformly random codes, and of codes that trade places between images.
 """
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from stages import findings
 from stages.config import EvaluateConfig
 from stages.errors import UserError
 from stages.findings import Numbers
-from stages.formats import artifact, curves, model_file
+from stages.formats import artifact, curves
 from stages.measuring import SETS, Inputs, Measurer, Plan
 from stages.metrics import distortion, neighbours, rate, usage
 from stages.metrics.distortion import DistortionSums
@@ -239,7 +238,7 @@ class Found:
             nearest=self._nearest_shown(),
             distances=self.distances,
             counts=self.counts,
-            curves={name: _curves(folder) for name, folder in folders.items()},
+            curves={name: curves.read(folder / curves.FILE) for name, folder in folders.items()},
             settings={"seed": self.plan.seed, "evaluate": asdict(self.plan.config), "models": self._settings(folders)},
             digests={**self.digests(), "evaluation": fingerprint},
         )
@@ -279,11 +278,3 @@ class Found:
     def _settings(self, folders: Mapping[str, Path]) -> dict[str, Any]:
         manifests = {name: json.loads((folder / artifact.MANIFEST).read_bytes()) for name, folder in folders.items()}
         return {name: manifest["meta"]["network"] for name, manifest in manifests.items()}
-
-
-def _curves(folder: Path) -> list[tuple[int, str, float]]:
-    path = folder / model_file.CURVES
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(int(row["step"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]

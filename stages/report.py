@@ -17,7 +17,7 @@ from PIL import Image
 from models.priors import Grid
 from stages import charts, findings
 from stages.metrics import COMPARISONS
-from stages.pictures import sheet
+from stages.pictures import PAPER, sheet
 
 Curve = Sequence[tuple[int, str, float]]  # step, name such as "validation/mse", value
 LARGEST_SHOWN = 96  # pixels; larger images are reduced on the page, and whole in the sheets beside it
@@ -80,7 +80,7 @@ class Picture(NamedTuple):
 
 def write_report(folder: Path, report: Report) -> dict[str, bytes]:
     """Write report.html, and its pictures at full size beside it; return the pictures, as PNG, by name."""
-    samples = np.concatenate([images[:COLUMNS] for images in report.samples.values()])
+    samples = np.concatenate([_row(images) for images in report.samples.values()])
     rows = [report.originals, *report.reconstructions.values()]
     nearest = np.concatenate([np.stack([sample, *pixels, *features]) for sample, pixels, features in report.nearest])
     written = {
@@ -92,6 +92,12 @@ def write_report(folder: Path, report: Report) -> dict[str, bytes]:
         (folder / f"{name}.png").write_bytes(data)
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     return written
+
+
+def _row(images: np.ndarray) -> np.ndarray:
+    """Fill a class's last row with paper, so that every row of the sheet is of one class."""
+    missing = -len(images) % COLUMNS
+    return np.concatenate([images, np.full((missing, *images.shape[1:]), PAPER, np.uint8)])
 
 
 def render(report: Report) -> str:

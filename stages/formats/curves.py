@@ -7,12 +7,29 @@ from pathlib import Path
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]  # step, name such as "validation/mse", value
+FILE = "curves.csv"  # beside a network: all rows
 
 
 def write_metrics(path: Path, values: Mapping[str, Any]) -> None:
     """Write numbers as JSON for `dvc metrics show`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write(path: Path, rows: Rows) -> None:
+    """Write all rows as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["step", "name", "value"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[tuple[int, str, float]]:
+    """Read steps, names and values; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(int(row["step"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]
 
 
 def last(rows: Rows) -> dict[str, dict[str, float]]:

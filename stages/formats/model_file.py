@@ -8,7 +8,6 @@
 The digest of the folder (see artifact.py) is the model's fingerprint: codes name the VQ-VAE that made them by it.
 """
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,12 +23,11 @@ from models.priors import Grid, Prior, build
 from models.vqvae import VQVAE
 from stages.checked import adapter
 from stages.errors import UserError
-from stages.formats import artifact
+from stages.formats import artifact, curves
 from stages.formats.artifact import Artifact
 
 Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS = "model.safetensors"
-CURVES = "curves.csv"
 
 
 def write(
@@ -44,10 +42,7 @@ def write(
     """Commit a model folder of `kind` "vqvae" or "prior"."""
     with artifact.writing(folder, kind, dict(meta)) as out:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, out / WEIGHTS)
-        with (out / CURVES).open("w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, ["step", "name", "value"], lineterminator="\n")
-            rows.writeheader()
-            rows.writerows(history)
+        curves.write(out / curves.FILE, history)
         for name, png in pictures.items():
             (out / f"{name}.png").write_bytes(png)
 

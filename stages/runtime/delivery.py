@@ -176,10 +176,13 @@ class Delivery:
                 self._recall(run)
         self._run = run.info.run_id
         self._pairs(self._run, entry["params"], tags)
-        self._inputs(entry["inputs"])
+        self._inputs(self._run, entry["inputs"])
         self._client.update_run(self._run, status="RUNNING")
         if self._parent:
             self._pairs(self._parent, entry["params"], {})
+            # What no stage made is what the whole pipeline read.
+            outside = {name: digest for name, digest in entry["inputs"].items() if not name.startswith("artifacts/")}
+            self._inputs(self._parent, outside)
         if self._parent_is_ours:
             self._client.update_run(self._parent, status="RUNNING")
 
@@ -240,7 +243,7 @@ class Delivery:
             part = slice(start, start + PAIRS_PER_BATCH)
             self._client.log_batch(run, params=new[part], tags=marks[part])
 
-    def _inputs(self, inputs: Mapping[str, str]) -> None:
+    def _inputs(self, run: str, inputs: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         context = [InputTag("mlflow.data.context", "input")]
@@ -250,7 +253,7 @@ class Delivery:
             for name, digest in inputs.items()
         ]
         if datasets:
-            self._client.log_inputs(self._run, datasets)
+            self._client.log_inputs(run, datasets)
 
     def _points(self, waiting: Mapping[tuple[str, int], tuple[float, float]]) -> None:
         from mlflow.entities import Metric
@@ -286,6 +289,7 @@ class Delivery:
         milliseconds = round(1000 * entry["time"])
         for name in entry["outputs"]:
             self._client.log_artifact(self._run, str(self._folder / "outputs" / name))
+        self._pairs(self._run, {}, entry["tags"])
         if entry["error"]:
             self._client.set_tag(self._run, "error", entry["error"][:LONGEST_TAG])
         if self._parent:

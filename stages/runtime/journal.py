@@ -93,8 +93,16 @@ class Journal(Reporter):
     def note(self, text: str) -> None:
         self._append("note", text=without_secrets(text))
 
-    def end(self, status: str, *, error: str = "", metrics: Path | None = None, outputs: Sequence[Path] = ()) -> None:
-        """Say how the run ended: FINISHED, FAILED or KILLED.
+    def end(
+        self,
+        status: str,
+        *,
+        error: str = "",
+        metrics: Path | None = None,
+        outputs: Sequence[Path] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Say how the run ended: FINISHED, FAILED or KILLED; `tags` are those that change with it.
 
         A finished run's final numbers are those in the JSON file `metrics`, or else the last of each curve. Its outputs
         that are files and not huge are copied here, since the next run may replace them before they are sent.
@@ -113,6 +121,7 @@ class Journal(Reporter):
             error=without_secrets(error),
             final={name: _as_json(value) for name, value in final.items()},
             outputs=kept,
+            tags=dict(tags or {}),
         )
 
     def _final(self, metrics: Path | None) -> dict[str, float]:

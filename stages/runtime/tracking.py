@@ -12,7 +12,7 @@ import hashlib
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,6 @@ def open_run(
     *,
     params: Mapping[str, Any],
     inputs: Mapping[str, str],
-    tags: Mapping[str, str],
     metrics: Path | None = None,
     outputs: Sequence[Path] = (),
     screen: Reporter | None = None,
@@ -60,7 +59,7 @@ def open_run(
             stage,
             fingerprint,
             params,
-            {**_origin(), "dvc.stage": stage, **tags},
+            {**_origin(), **_lock(), "dvc.stage": stage},
             inputs=inputs,
             parent=Path(parent).name if parent else UNOWNED + _digest(),
         )
@@ -93,7 +92,7 @@ def parent_run(params: Mapping[str, Any], tags: Mapping[str, str], *, runs: Path
                 with Progress(PIPELINE) as screen:
                     screen.note(f"MLflow lacks a part of this run ({_reason(sent.trouble)}). {REMEDY}")
 
-        with _ending(journal, None, (), send):
+        with _ending(journal, None, (), send, tags=_lock):
             yield str(folder.resolve())
 
 
@@ -103,18 +102,23 @@ def link_cached(
     fingerprint: str,
     *,
     params: Mapping[str, Any],
+    inputs: Mapping[str, str],
     metrics: Path | None = None,
+    curves: Iterable[tuple[int, str, float]] = (),
 ) -> None:
     """Show a stage that did not run in the pipeline run `parent`: its numbers, and a link to the run that made it.
 
-    Call it within `parent_run`.
+    `curves` are steps, names and values. Call it within `parent_run`.
     """
     folder = Path(parent) / "cached" / stage
     if (folder / JOURNAL).exists():
         return
     journal = Journal(folder)
     key = Path(parent).name
-    journal.begin(f"{key}/{stage}", stage, fingerprint, params, {}, inputs={}, parent=key, cached=True)
+    tags = {**_origin(), **_lock(), "dvc.stage": stage}
+    journal.begin(f"{key}/{stage}", stage, fingerprint, params, tags, inputs=inputs, parent=key, cached=True)
+    for step, name, value in curves:
+        journal.metrics({name: value}, step)
     journal.end("FINISHED", metrics=metrics)
     journal.close()
 
@@ -217,20 +221,25 @@ class Sender(threading.Thread):
 
 @contextmanager
 def _ending(
-    journal: Journal, metrics: Path | None, outputs: Sequence[Path], send: Callable[[float], None]
+    journal: Journal,
+    metrics: Path | None,
+    outputs: Sequence[Path],
+    send: Callable[[float], None],
+    *,
+    tags: Callable[[], Mapping[str, str]] = dict,
 ) -> Iterator[None]:
-    """Write into the journal how the block ended."""
+    """Write into the journal how the block ended, and the tags that can be told only then."""
     try:
         yield
     except Exception as error:
-        journal.end("FAILED", error=str(error))
+        journal.end("FAILED", error=str(error), tags=tags())
         send(IMPATIENCE_SECONDS)
         raise
     except BaseException:
-        journal.end("KILLED")
+        journal.end("KILLED", tags=tags())
         send(IMPATIENCE_SECONDS)
         raise
-    journal.end("FINISHED", metrics=metrics, outputs=outputs)
+    journal.end("FINISHED", metrics=metrics, outputs=outputs, tags=tags())
     send(PATIENCE_SECONDS)
 
 
@@ -261,14 +270,17 @@ def _digest() -> str:
 
 
 def _origin() -> dict[str, str]:
-    """Tags that tell which code runs, and what DVC knew before."""
+    """Tags that tell which code runs."""
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "dvc.yaml")
     tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": "yes" if changed else "no"}
-    lock = Path("dvc.lock")
-    if lock.is_file():
-        tags["dvc.lock"] = hashlib.sha256(lock.read_bytes()).hexdigest()
     return {name: value for name, value in tags.items() if value}
+
+
+def _lock() -> dict[str, str]:
+    """A tag that tells which results DVC knows: of a stage before it ran, of the pipeline after."""
+    lock = Path("dvc.lock")
+    return {"dvc.lock": hashlib.sha256(lock.read_bytes()).hexdigest()} if lock.is_file() else {}
 
 
 def _git(*arguments: str) -> str:

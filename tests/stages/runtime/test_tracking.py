@@ -1,5 +1,6 @@
 """Runs arrive in MLflow whole and once, and a dead server costs training nothing."""
 
+import hashlib
 import io
 import json
 import os
@@ -56,7 +57,7 @@ def own_project(empty_store, tmp_path, monkeypatch):
 
 
 def track(stage="vqvae", fingerprint="f" * 64, screen=None, **more):
-    defaults = {"params": {"vqvae.beta": 0.25}, "inputs": {"shards": "d" * 64}, "tags": {}}
+    defaults = {"params": {"vqvae.beta": 0.25}, "inputs": {"shards": "d" * 64}}
     work = Path("runs") / stage / fingerprint[:16]
     return open_run(stage, fingerprint, work, screen=screen or Screen(), **defaults | more)
 
@@ -92,7 +93,7 @@ def png(shade=0):
 def test_a_run_arrives_whole():
     """Settings, inputs, curves, pictures, final numbers, artifacts and status are in the store, without a server."""
     Path("metrics.json").write_text(json.dumps({"validation": {"mse": 0.01}}))
-    with track(metrics=Path("metrics.json"), outputs=[Path("metrics.json")], tags={"who": "me"}) as reporter:
+    with track(metrics=Path("metrics.json"), outputs=[Path("metrics.json")]) as reporter:
         for step in range(1, 6):
             reporter.metrics({"loss/train": 1 / step, "odd@name": step}, step)
         reporter.picture("levels/top", png(), 3)
@@ -101,7 +102,7 @@ def test_a_run_arrives_whole():
     (run,) = runs()
     assert run.info.status == "FINISHED" and run.info.run_name == "vqvae"
     assert run.data.params == {"vqvae.beta": "0.25"}
-    assert run.data.tags.items() >= {"who": "me", "fingerprint": "f" * 64, "input.shards": "d" * 64}.items()
+    assert run.data.tags.items() >= {"dvc.stage": "vqvae", "fingerprint": "f" * 64, "input.shards": "d" * 64}.items()
     assert [(entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs] == [("shards", "d" * 36)]
     assert steps(run, "loss/train") == steps(run, "odd_name") == [1, 2, 3, 4, 5]
     assert run.data.metrics["final/validation.mse"] == 0.01
@@ -189,7 +190,7 @@ def test_sync_closes_a_run_whose_process_died():
     """After a kill -9, `sync` sends what was reported and the run is no longer RUNNING; doing it again adds nothing."""
     script = (
         "import os, signal, time; from pathlib import Path; from stages.runtime.tracking import open_run\n"
-        "with open_run('vqvae', 'f', Path('runs/vqvae/f'), params={}, inputs={}, tags={}) as reporter:\n"
+        "with open_run('vqvae', 'f', Path('runs/vqvae/f'), params={}, inputs={}) as reporter:\n"
         "    for step in range(100): reporter.metrics({'loss': step}, step)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -280,11 +281,20 @@ def test_a_pipeline_run_has_its_stages_as_children(monkeypatch):
     Path("shard.json").write_text('{"images": 100}')
     with parent_run({"seed": 0, "vqvae.beta": 0.25}, {"experiment": "smoke"}) as parent:
         monkeypatch.setenv(tracking.PARENT, parent)
-        with track("vqvae", "b" * 64) as reporter:
+        with track("vqvae", "b" * 64, inputs={"artifacts/shards": "2" * 64}) as reporter:
             reporter.metrics({"mse": 0.5}, 1)
         assert [run.info.status for run in everything() if run.data.tags.get("experiment") == "smoke"] == ["RUNNING"]
-        link_cached(parent, "shard", "a" * 64, params={"dataset.name": "x"}, metrics=Path("shard.json"))
-        link_cached(parent, "codes", "9" * 64, params={})
+        Path("dvc.lock").write_text("after")
+        link_cached(
+            parent,
+            "shard",
+            "a" * 64,
+            params={"dataset.name": "x"},
+            inputs={"pictures.zip": "1" * 64},
+            metrics=Path("shard.json"),
+            curves=[(1, "train/mse", 0.5), (2, "train/mse", 0.25)],
+        )
+        link_cached(parent, "codes", "9" * 64, params={}, inputs={"artifacts/shards": "2" * 64})
 
     (tree,) = [run for run in everything() if run.data.tags.get("experiment") == "smoke"]
     children = {r.info.run_name: r for r in runs() if r.data.tags["mlflow.parentRunId"] == tree.info.run_id}
@@ -292,6 +302,10 @@ def test_a_pipeline_run_has_its_stages_as_children(monkeypatch):
     cached = children["shard (cached)"]
     assert cached.data.tags["cached.from"] == maker.info.run_id
     assert maker.info.run_id in cached.data.tags["mlflow.note.content"]
+    assert cached.data.tags["dvc.stage"] == "shard" and cached.data.tags["input.pictures.zip"] == "1" * 64
+    assert steps(cached, "train/mse") == [1, 2] and cached.data.metrics["train/mse"] == 0.25
+    assert [found.dataset.name for found in tree.inputs.dataset_inputs] == ["pictures.zip"]
+    assert tree.data.tags["dvc.lock"] == hashlib.sha256(b"after").hexdigest()
     assert cached.data.metrics["final/images"] == 100 and cached.data.params == {"dataset.name": "x"}
     assert children["codes (cached)"].data.tags["cached.from"] == "unknown"
     assert tree.data.metrics == {"vqvae/mse": 0.5, "shard/images": 100}
@@ -308,7 +322,7 @@ def test_a_pipeline_run_goes_on_after_a_failure(monkeypatch):
             pass
         raise RuntimeError("prior failed")
     with parent_run({}, {}) as second:
-        link_cached(second, "vqvae", "f" * 64, params={})
+        link_cached(second, "vqvae", "f" * 64, params={}, inputs={})
 
     assert first == second
     assert [(run.info.run_name, run.info.status) for run in runs()] == [("vqvae", "FINISHED")]
@@ -331,7 +345,7 @@ def test_processes_that_start_together_make_one_store():
     script = (
         "import sys; from pathlib import Path; from stages.runtime.tracking import open_run\n"
         "stage = sys.argv[1]\n"
-        "with open_run(stage, stage, Path('runs', stage), params={}, inputs={}, tags={}) as reporter:\n"
+        "with open_run(stage, stage, Path('runs', stage), params={}, inputs={}) as reporter:\n"
         "    reporter.metrics({'loss': 1.0}, 1)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
