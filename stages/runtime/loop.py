@@ -3,8 +3,9 @@
     for each step:  loss = objective(batch)  ->  gradients (averaged by DDP)  ->  optimizer
                     sums = what the objective wants added up over workers  ->  reduce  ->  absorb
 
-Only sums cross workers, at moments that depend on the step alone; so no worker ever waits for one that decided
-otherwise. All randomness is a function of (seed, step, rank): there is no random state to save.
+Only sums cross workers, at moments that depend on the step alone, or on what they have agreed on; so no worker ever
+waits for one that decided otherwise. All randomness is a function of (seed, step, rank): there is no random state to
+save.
 """
 
 import math
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stages.config import TrainConfig
 from stages.errors import UserError
+from stages.runtime import faults
 from stages.runtime.checkpoint import Checkpoints, State
 from stages.runtime.run import Reporter
 
@@ -106,14 +108,17 @@ def train(
     resumed = checkpoints.latest()
     history: list[dict[str, Any]] = []
     start = 0
+    since = _Sums(objective, worker)  # the last step that is logged
     if resumed is not None:
         start, history = resumed.step, resumed.history
         _restore(resumed.tensors, objective.network, optimizer, averaged)
+        since.take_up(resumed.tensors["since"])
         reporter.note(f"Resuming at step {start} of {config.steps}.")
 
     def save(step: int) -> None:
+        tensors = _tensors(objective.network, optimizer, averaged) | {"since": since.by_worker()}
         if worker.rank == 0:
-            checkpoints.save(State(step, _tensors(objective.network, optimizer, averaged), history))
+            checkpoints.save(State(step, tensors, history))
 
     def record(step: int, values: Mapping[str, float]) -> None:
         history.extend({"step": step, "name": name, "value": value} for name, value in values.items())
@@ -122,15 +127,17 @@ def train(
     wrapped = worker.wrap(objective)
     if config.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-    since, clock, logged = _Sums(objective), time.monotonic(), start
+    stage = checkpoints.folder.parent.name  # runs/STAGE/FINGERPRINT
+    stop, clock, logged = _Stop(worker), time.monotonic(), start
     for step, batch in enumerate(data.training(start), start):
+        spoilt = faults.at(stage, worker.rank, step, checkpoints.folder)
         objective.train()
         torch.manual_seed(_mix(seed, step, worker.rank))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         with autocast(config, worker.device):
             result = wrapped(batch, step, worker)
-        result.loss.backward()
+        (result.loss * math.nan if spoilt else result.loss).backward()
         if config.clip:
             nn.utils.clip_grad_norm_(objective.network.parameters(), config.clip)
         optimizer.step()
@@ -142,17 +149,15 @@ def train(
             averaged.update_parameters(objective.network)
         since.add(result.totals)
 
-        done = step + 1
-        stopping = False
+        done, stopping = step + 1, stop.agreed()
         if done % config.log_every == 0 or done == config.steps:
-            values = since.summary(worker)
-            stopping = _any(worker.stopping(), worker)
+            values = since.summary()
             _check_finite(values, done)
             rate = config.batch_size * (done - logged) / max(time.monotonic() - clock, 1e-9)
             record(done, {f"train/{name}": value for name, value in values.items()})
             reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, done)
             reporter.progress(done, config.steps, "step", {**values, "images/s": rate})
-            since, clock, logged = _Sums(objective), time.monotonic(), done
+            since, clock, logged = _Sums(objective, worker), time.monotonic(), done
         if done % config.evaluate_every == 0 or done == config.steps:
             began = time.monotonic()
             network = objective.network if averaged is None else averaged.module
@@ -174,12 +179,12 @@ def evaluate(objective: Objective, network: nn.Module, batches: Iterable[Any], w
     """Measure a network over all workers' batches; workers may hold unequal numbers of them."""
     was_training = network.training
     network.eval()
-    sums = _Sums(objective)
+    sums = _Sums(objective, worker)
     with torch.inference_mode():
         for batch in batches:
             sums.add(objective.measure(network, batch, worker))
     network.train(was_training)
-    return sums.summary(worker)
+    return sums.summary()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -201,24 +206,57 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 class _Sums:
     """Totals over batches, then over workers, then divided once. A worker without batches adds zeros."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective, self.totals = objective, {k: v.double() for k, v in objective.zeros().items()}
+    def __init__(self, objective: Objective, worker: Worker) -> None:
+        self.objective, self.worker = objective, worker
+        self.lengths = {name: len(total) for name, total in objective.zeros().items()}
+        self.own = torch.zeros(sum(self.lengths.values()), dtype=torch.double, device=worker.device)
 
     def add(self, totals: Totals) -> None:
-        for name, total in totals.items():
-            self.totals[name] = self.totals[name].to(total.device) + total.detach()
+        self.own += torch.cat([totals[name].detach().to(self.own) for name in self.lengths])
 
-    def summary(self, worker: Worker) -> dict[str, float]:
-        together = torch.cat([total.to(worker.device) for total in self.totals.values()])
-        worker.reduce(together)
-        lengths = [len(total) for total in self.totals.values()]
-        return self.objective.summarize(dict(zip(self.totals, together.cpu().split(lengths), strict=True)))
+    def summary(self) -> dict[str, float]:
+        together = self.own.clone()
+        self.worker.reduce(together)
+        parts = together.cpu().split(list(self.lengths.values()))
+        return self.objective.summarize(dict(zip(self.lengths, parts, strict=True)))
+
+    def by_worker(self) -> Tensor:
+        """Tell every worker's totals to all, one row each: added up, they could not be continued to the bit."""
+        rows = self.own.new_zeros(self.worker.count, len(self.own))
+        rows[self.worker.rank] = self.own
+        self.worker.reduce(rows)
+        return rows
+
+    def take_up(self, rows: Tensor) -> None:
+        """Go on from what `by_worker` told: this worker from its own row, and from those of workers that are gone."""
+        self.own += rows[self.worker.rank :: self.worker.count].sum(0).to(self.own.device)
 
 
-def _any(flag: bool, worker: Worker) -> bool:
-    tensor = torch.tensor([float(flag)], device=worker.device)
-    worker.reduce(tensor)
-    return bool(tensor.item() > 0)
+class _Stop:
+    """Whether any worker was asked to stop: all agree at the same step, and none waits for a GPU to finish one.
+
+    Several workers hear the answer to the question they put a step earlier, which has arrived by then.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._answer = torch.zeros(1)
+        self._arrived: torch.cuda.Event | None = None
+
+    def agreed(self) -> bool:
+        """Answer at a step; every worker asks at each."""
+        if self.worker.count == 1:
+            return self.worker.stopping()
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        agreed = bool(self._answer)
+        flag = torch.full((1,), float(self.worker.stopping()), device=self.worker.device)
+        self.worker.reduce(flag)
+        self._answer = flag.to("cpu", non_blocking=True)
+        if flag.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return agreed
 
 
 def _check_finite(values: Mapping[str, float], step: int) -> None:

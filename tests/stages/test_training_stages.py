@@ -53,7 +53,7 @@ def test_a_training_stage_that_was_stopped_ends_in_the_same_bytes(project, monke
     else:
         first, second = project.path("priors") / stage, project.path("stopped_priors") / stage
         again = lambda: project.prior(stage, out="stopped_priors", fingerprint="stopped")  # noqa: E731
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 2"):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 1"):
         patch.setattr(fit, "fit", stopped)
         again()
     again()

@@ -1,5 +1,6 @@
 """The training loop, without Ray: it resumes to the same bits, and only sums cross workers."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from stages.config import TrainConfig
 from stages.errors import UserError
-from stages.runtime import loop
+from stages.runtime import faults, loop
 from stages.runtime.checkpoint import Checkpoints, State
 from stages.runtime.loop import Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
 from stages.runtime.order import Batches, Order
@@ -92,6 +93,12 @@ def run(folder: Path, die_at: int = -1, worker: Worker = Worker(), config: Train
     return state
 
 
+def stopped_after(steps: int) -> Worker:
+    """Be asked to stop once so many steps are made."""
+    answers = iter([False] * (steps - 1) + [True])
+    return Worker(stopping=lambda: next(answers))
+
+
 def assert_equal(left: State, right: State) -> None:
     assert left.step == right.step and left.history == right.history
     assert left.tensors.keys() == right.tensors.keys()
@@ -122,8 +129,8 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, unbr
 
 def test_every_part_of_the_state_matters(tmp_path: Path, unbroken: State):
     """Change any tensor of a checkpoint and the end differs: the equality above is able to fail."""
-    with pytest.raises(Killed):
-        run(tmp_path / "origin", 9)
+    with pytest.raises(Stopped, match="step 9"):  # between two steps that are logged
+        run(tmp_path / "origin", worker=stopped_after(9))
     origin = Checkpoints(tmp_path / "origin", "print", keep=3).latest()
     assert origin is not None
     for name, tensor in origin.tensors.items():
@@ -135,16 +142,74 @@ def test_every_part_of_the_state_matters(tmp_path: Path, unbroken: State):
         checkpoints.save(State(origin.step, {**origin.tensors, name: changed}, origin.history))
         checkpoints.wait()
         end = run(folder)
-        assert any(not torch.equal(end.tensors[key], unbroken.tensors[key]) for key in end.tensors), name
+        different = any(not torch.equal(end.tensors[key], unbroken.tensors[key]) for key in end.tensors)
+        assert different or end.history != unbroken.history, name
 
 
-def test_a_run_asked_to_stop_saves_at_that_step_and_goes_on_from_it(tmp_path: Path, unbroken: State):
-    """No step is lost."""
-    with pytest.raises(Stopped, match="step 2"):
-        run(tmp_path, worker=Worker(stopping=lambda: True))
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 8, 19])
+def test_a_run_asked_to_stop_saves_at_that_step_and_goes_on_from_it(tmp_path: Path, unbroken: State, steps: int):
+    """No step is lost, also between two that are logged, and the curves show no seam."""
+    with pytest.raises(Stopped, match=f"step {steps}"):
+        run(tmp_path, worker=stopped_after(steps))
     saved = Checkpoints(tmp_path, "print", keep=3).latest()
-    assert saved is not None and saved.step == 2
+    assert saved is not None and saved.step == steps
     assert_equal(run(tmp_path), unbroken)
+
+
+def test_a_run_stopped_at_every_step_ends_in_the_same_bits(tmp_path: Path, unbroken: State):
+    """Twenty runs of one step each are one run of twenty steps."""
+    for _ in range(19):
+        with pytest.raises(Stopped):
+            run(tmp_path, worker=stopped_after(1))
+    assert_equal(run(tmp_path), unbroken)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_step_that_is_logged(tmp_path: Path):
+    """However seldom that is: a machine that is taken away does not wait either."""
+    seldom = dataclasses.replace(CONFIG, log_every=20, checkpoint_every=20)
+    with pytest.raises(Stopped, match="step 3"):
+        run(tmp_path, worker=stopped_after(3), config=seldom)
+
+
+def test_several_workers_agree_to_stop_one_step_after_one_was_asked(tmp_path: Path):
+    """The answer to a question comes with the next, so that nobody waits for it."""
+    others = Worker(count=2, stopping=iter([False, False, True, False]).__next__)
+    with pytest.raises(Stopped, match="step 4"):
+        run(tmp_path, worker=others)
+
+
+def test_sums_since_the_last_log_are_taken_up_by_fewer_and_by_more_workers():
+    """Nothing is lost and nothing is counted twice, whatever the number of workers before and after."""
+    for before in (1, 2, 4):
+        rows = torch.zeros(before, 2, dtype=torch.double)
+        for rank in range(before):
+            sums = loop._Sums(Toy(), Worker(rank, before))
+            sums.add({"squared": torch.tensor([rank + 0.5]), "images": torch.tensor([1.0])})
+            rows += sums.by_worker()
+        assert rows.tolist() == [[rank + 0.5, 1] for rank in range(before)]
+        for after in (1, 2, 4):
+            again = [loop._Sums(Toy(), Worker(rank, after)) for rank in range(after)]
+            for sums in again:
+                sums.take_up(rows)
+            assert torch.equal(sum(sums.own for sums in again), rows.sum(0))
+            if after == before:
+                assert all(torch.equal(sums.own, row) for sums, row in zip(again, rows, strict=True))
+
+
+@pytest.mark.parametrize(("fault", "error"), [("raise", RuntimeError), ("full", UserError), ("nan", UserError)])
+def test_a_fault_that_was_asked_for_comes_once_and_leaves_no_trace(
+    tmp_path: Path, unbroken: State, monkeypatch: pytest.MonkeyPatch, fault: str, error: type[Exception]
+):
+    """The same command then goes on from the newest checkpoint, and ends in the same bits."""
+    monkeypatch.setenv(faults.VARIABLE, f"{fault}@toy:0:9")
+    folder = tmp_path / "toy" / "fingerprint"
+    folder.mkdir(parents=True)
+    with pytest.raises(error):
+        run(folder)
+    newest = Checkpoints(folder, "print", keep=3).latest()
+    # A disk may be full while the checkpoint of step 8 is still being written.
+    assert newest is not None and newest.step in ((4, 8) if fault == "full" else (8,))
+    assert_equal(run(folder), unbroken)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp_path: Path):
