@@ -3,7 +3,6 @@
 Every part's result lies in a file named after the part, so a run that was interrupted measures only what is missing.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -138,9 +137,8 @@ class Measurer:
                 "nearest": self.nearest,
                 "shown": self.shown,
             }
-            temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
-            temporary.write_bytes(packed(measures[measure](of, start, stop)))
-            temporary.replace(kept)
+            with artifact.replacing(kept) as temporary:
+                temporary.write_bytes(packed(measures[measure](of, start, stop)))
         return unpacked(kept.read_bytes())
 
     def distortion(self, split: str, start: int, stop: int) -> dict[str, Any]:

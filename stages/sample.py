@@ -202,6 +202,5 @@ class Draw:
             Encoded(key, png(image), "png", label, {"class": classes[label]} if classes else {})
             for key, image, label in zip(keys, images, labels, strict=True)
         ]
-        temporary = path.with_name(f".{path.name}.writing")
-        write_shard(temporary, encoded)
-        temporary.replace(path)
+        with artifact.replacing(path) as temporary:
+            write_shard(temporary, encoded)

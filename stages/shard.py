@@ -223,9 +223,8 @@ def _report(work: Path, shard: str) -> Path:
 
 
 def _write_json(path: Path, value: object) -> None:
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(json.dumps(value), encoding="utf-8")  # ASCII: names with stray bytes survive
-    temporary.replace(path)
+    with artifact.replacing(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")  # ASCII: names with stray bytes survive
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -74,6 +74,18 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield another name to write a file under; the file becomes `path` once it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        fsync(temporary)  # else it could turn out empty after a power cut
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def writing(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
     """Yield an empty folder to write into; commit it as `folder` when the block ends without an error.
 

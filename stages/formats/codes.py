@@ -129,7 +129,7 @@ def write_part(
     keys: Sequence[str],
     meta: Mapping[str, Any],
 ) -> None:
-    """Write one file of codes under a temporary name, then rename it. `meta` is kept in the file's own schema."""
+    """Write one file of codes, whole or not at all. `meta` is kept in the file's own schema."""
     columns: dict[str, pa.Array] = {
         "key": pa.array(keys, pa.string()),
         "copy": pa.array(copies, pa.uint16()),
@@ -139,12 +139,10 @@ def write_part(
         grids = np.ascontiguousarray(codes[level], dtype=np.uint16).reshape(-1, shape.height, shape.width)
         columns[level] = pa.FixedShapeTensorArray.from_numpy_ndarray(grids)
     table = pa.table(columns).replace_schema_metadata({"vqvae2": json.dumps(dict(meta))})
-    temporary = path.with_name(f".{path.name}.writing")
-    pq.write_table(
-        table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True, store_schema=True
-    )
-    artifact.fsync(temporary)  # else a finished part could turn out empty after a power cut
-    temporary.replace(path)
+    with artifact.replacing(path) as new:
+        pq.write_table(
+            table, new, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True, store_schema=True
+        )
 
 
 class _Opened:
