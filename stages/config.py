@@ -41,6 +41,8 @@ class DatasetConfig:
     max_pixels: int = 100_000_000  # a larger image is refused before it is decoded
 
     def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise ValueError("source is empty; use a folder, a zip or a tar of images, such as images.zip")
         _positive(self, "image_size", "images_per_shard", "max_pixels")
         _fraction(self, "validation_fraction", "max_rejected_fraction")
         if not 1 <= self.quality <= 100:
@@ -163,9 +165,14 @@ class ClusterConfig:
     gpus_per_worker: float = 0
     loader_workers: int = 0  # processes per training worker that read images ahead; 0 reads in the worker
     max_failures: int = 2  # restarts of a failed worker group before giving up
+    storage: str = ""  # where nodes meet that share no disk, such as s3://bucket/prefix; empty: they share the folder
 
     def __post_init__(self) -> None:
         _positive(self, "workers")
+        if self.storage and "://" not in self.storage:
+            raise ValueError(
+                f"storage is {self.storage!r}; use a URL such as s3://bucket/prefix, or '' on a disk that all share"
+            )
         if self.loader_workers < 0:
             raise ValueError(f"loader_workers is {self.loader_workers}; use 0 or more")
         if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0 or self.max_failures < 0:

@@ -82,7 +82,7 @@ def learn(*, worker: Worker, run: Run, level: str, codes: Path, prior: PriorStag
         coarser={name: found.levels[name] for name in _coarser(found, level)},
         classes=len(found.classes),
     )
-    checkpoints = Checkpoints(run.work, run.fingerprint, prior.train.keep_checkpoints, run.reporter.note)
+    checkpoints = Checkpoints.of(run, prior.train.keep_checkpoints)
     data = _data(found, [*_coarser(found, level), level], prior.train, seed, worker)
     objective = Predict(network, level)
     train(objective, data, prior.train, seed=seed, worker=worker, checkpoints=checkpoints, reporter=run.reporter)

@@ -90,7 +90,7 @@ def learn(
     images = open_shards(shards)
     torch.manual_seed(seed)
     objective = Reconstruct(VQVAE(vqvae), _shown(images), train_vqvae.batch_size, seed)
-    checkpoints = Checkpoints(run.work, run.fingerprint, train_vqvae.keep_checkpoints, run.reporter.note)
+    checkpoints = Checkpoints.of(run, train_vqvae.keep_checkpoints)
     data = _data(images, augment, train_vqvae, seed, worker, run.cluster.loader_workers)
     train(objective, data, train_vqvae, seed=seed, worker=worker, checkpoints=checkpoints, reporter=run.reporter)
 

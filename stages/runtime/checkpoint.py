@@ -2,10 +2,11 @@
 
 Each is an artifact folder `step-000001000` in the run's work folder (see formats/artifact.py): its manifest holds the
 step and the run's fingerprint, and it exists only once renamed into place. What is damaged is set aside and the one
-before it is used.
+before it is used. Where a storage is given, each is put there too, and what lies there is what counts.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.runtime.run import Run
+from stages.runtime.storage import Storage, Unreachable
 
 KIND = "checkpoint"
 STATE, HISTORY = "state.safetensors", "history.json"
@@ -35,15 +38,27 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder."""
+    """The checkpoints of one run, in one folder, and in the storage if there is one."""
 
-    def __init__(self, folder: Path, fingerprint: str, keep: int, note: Callable[[str], None] = lambda text: None):
-        self.folder, self.fingerprint, self.keep, self.note = folder, fingerprint, keep, note
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        keep: int,
+        note: Callable[[str], None] = lambda text: None,
+        storage: Storage | None = None,
+    ):
+        self.folder, self.fingerprint, self.keep, self.note, self.storage = folder, fingerprint, keep, note, storage
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
+    @classmethod
+    def of(cls, run: Run, keep: int) -> "Checkpoints":
+        """Open the checkpoints of a run, of which the newest so many are kept."""
+        return cls(run.work, run.fingerprint, keep, run.reporter.note, run.storage)
+
     def latest(self) -> State | None:
-        """Read the newest whole and intact checkpoint, if there is one."""
+        """Read the newest whole and intact checkpoint that is here, if there is one."""
         steps = sorted((_step(path) for path in self.folder.glob("step-*[0-9]")), reverse=True)
         for step in steps:
             folder = self._folder(step)
@@ -85,8 +100,52 @@ class Checkpoints:
             with suppress(FileNotFoundError):
                 folder.rename(aside)
 
+    def fetch(self) -> int:
+        """Bring the newest whole and intact checkpoint here from the storage; return its step, 0 if there is none."""
+        steps = self._stored()
+        for step in steps:
+            try:
+                self.fetch_step(step)
+                self._read(self._folder(step))
+            except Unreachable:
+                raise
+            except UserError as error:
+                assert self.storage
+                self.storage.discard(self._folder(step).name)  # or it would count among those that are kept
+                self.note(f"Checkpoint of step {step} is damaged in the storage and not used: {error.what}")
+                continue
+            if step < steps[0]:
+                self.note(f"Going on from step {step}; {steps[0] - step} steps are lost.")
+            return step
+        return 0
+
+    def fetch_step(self, step: int) -> None:
+        """Bring the checkpoint of a step here from the storage."""
+        assert self.storage
+        self.storage.fetch(self._folder(step).name, self._folder(step), KIND)
+
+    def forget_all_but(self, step: int) -> None:
+        """Remove the checkpoints that are here, but one: what the storage does not have is no other worker's."""
+        for folder in self.folder.glob("step-*[0-9]"):
+            if _step(folder) != step:
+                shutil.rmtree(folder)
+
+    def exchange(self) -> None:
+        """Bring the newest checkpoint here from the storage, or put it there, wherever it is."""
+        if self.storage is None:
+            return
+        there, here = self.fetch(), self.latest()
+        if here is not None and here.step > there:
+            self.storage.upload(self._folder(here.step), self._folder(here.step).name)
+
+    def _stored(self) -> list[int]:
+        """The steps of the checkpoints in the storage, newest first."""
+        assert self.storage
+        names = [name for name in self.storage.names() if re.fullmatch(r"step-\d+", name)]
+        return sorted((int(name.removeprefix("step-")) for name in names), reverse=True)
+
     def save(self, state: State) -> None:
-        """Copy the state and write it in the background; wait only if the one before is still being written."""
+        """Copy the state and write it in the background; wait only if the one before is still on its way."""
         self.wait()
         # A copy on the CPU: the next steps change the tensors in place. Contiguous: safetensors stores no strides,
         # and tensors that share storage are written apart.
@@ -101,7 +160,7 @@ class Checkpoints:
         self._pending = self._writer.submit(self._write, State(state.step, tensors, list(state.history)))
 
     def wait(self) -> None:
-        """Return once everything handed to `save` is on disk; raise what went wrong there."""
+        """Return once everything handed to `save` is where it is to be; raise what went wrong on the way."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
@@ -123,6 +182,10 @@ class Checkpoints:
         kept = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
         for old in kept[self.keep :]:
             shutil.rmtree(old)
+        if self.storage:
+            self.storage.upload(self._folder(state.step), self._folder(state.step).name)
+            for step in self._stored()[self.keep :]:
+                self.storage.discard(self._folder(step).name)
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}"

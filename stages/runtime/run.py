@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.config import ClusterConfig
+from stages.runtime.storage import Storage
 
 
 class Reporter:
@@ -36,3 +37,9 @@ class Run:
     work: Path  # resumable state, outside of what DVC deletes; holds nothing of another fingerprint
     cluster: ClusterConfig
     reporter: Reporter = field(default_factory=Reporter)
+
+    @property
+    def storage(self) -> Storage | None:
+        """Where the nodes meet for this run; None if `work` is the same folder for all of them."""
+        url = self.cluster.storage
+        return Storage(url).under("runs", self.stage, self.fingerprint[:16]) if url else None

@@ -43,6 +43,7 @@ NO_REASON = {
     "stages/runtime/fit.py": "where, not what",
     "stages/runtime/parts.py": "where, not what",
     "stages/runtime/run.py": "an interface",
+    "stages/runtime/storage.py": "where, not what",
     "models/priors/__init__.py": "a table; the network it names is watched",
 }
 # Who reads an artifact depends on its bytes. Who writes it depends on this code.
