@@ -65,6 +65,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: QuantizerConfig, entries: int, dim: int, level: int = 0) -> None:
         super().__init__()
+        if entries < 1 or dim < 1:
+            raise ValueError(f"a codebook has {entries} entries of {dim} numbers; use 1 or more of each")
         self.config, self.entries, self.dim, self.level = config, entries, dim, level
         if config.mode == "none":
             return
@@ -77,7 +79,7 @@ class Quantizer(nn.Module):
         else:
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("counts", torch.ones(entries))  # moving average of vectors per step
-        self.register_buffer("window", torch.zeros(entries))  # vectors since the last revival
+        self.register_buffer("window", torch.zeros(entries))  # vectors since the last revival, if any comes
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, latents: Float[Tensor, "B D H W"], share: Share | None = None) -> Quantized:
@@ -111,21 +113,22 @@ class Quantizer(nn.Module):
     def absorb(self, sums: CodebookSums) -> None:
         """Learn from one step's sums over the global batch: moving averages, first placement, revival.
 
-        The first call places every entry on a vector of the batch; each later one moves entries by equation 3 with
-        Laplace smoothing (with decay 0, a Lloyd step of k-means). In mode `loss` this only places and revives entries.
+        The first call places every entry on a vector of the batch; each later one moves the entries that were picked
+        by equation 3 with Laplace smoothing (with decay 0, a Lloyd step of k-means). In mode `loss` this only places
+        and revives entries.
         """
         if self.config.mode == "none":
             return
         decay, every = self.config.decay, self.config.revive_every
         total = sums.counts.sum()
         even = total / self.entries
-        self.window += sums.counts
         self.counts.lerp_(sums.counts, 1 - decay)
 
         first = self.steps == 0
         self.steps += 1
         dead = torch.zeros_like(self.window, dtype=torch.bool)
         if every:
+            self.window += sums.counts
             due = self.steps % every == 0
             dead = due & (self.window < self.config.revive_below * self.window.sum() / self.entries)
             self.window.masked_fill_(due, 0)
@@ -137,14 +140,17 @@ class Quantizer(nn.Module):
             self.vectors.lerp_(sums.vectors, 1 - decay)
             self.vectors.copy_(torch.where(placed[:, None], self.counts[:, None] * sums.candidates, self.vectors))
             mean = self.vectors / self._smoothed_counts()[:, None]
-            # An entry whose count has gone to 0 (decay 0, not picked) stays where it is.
-            self.codebook.copy_(torch.where(self.counts[:, None] > 0, mean, self.codebook))
+            # By equation 3 an entry that is not picked stays where it is, for its sum and its count decay alike. Under
+            # smoothing its count would not, and it would creep to the origin; so it is left alone.
+            self.codebook.copy_(torch.where(sums.counts[:, None] > 0, mean, self.codebook))
         self.codebook.copy_(torch.where(placed[:, None], sums.candidates, self.codebook))
 
     def lookup(self, codes: Int64[Tensor, "B H W"]) -> Float[Tensor, "B D H W"]:
         """Give the entries that codes name."""
         if self.config.mode == "none":
             return torch.zeros(codes.shape[0], self.dim, *codes.shape[1:], device=codes.device)
+        if codes.dtype != torch.int64:
+            raise ValueError(f"codes are {codes.dtype}; use torch.int64, such as codes.long()")
         if codes.numel():
             lowest, highest = (int(code) for code in codes.aminmax())
             if lowest < 0 or highest >= self.entries:
@@ -162,12 +168,24 @@ class Quantizer(nn.Module):
 
     def _nearest(self, flat: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
         """Name each vector's nearest entry, the lowest of equals (equation 1)."""
-        codebook = self.codebook.detach()
+        centre = self._centre()
+        codebook = self.codebook.detach() - centre
         squares = codebook.square().sum(1)
         rows = self._block_on_cpu if flat.device.type == "cpu" else self._block_elsewhere
         # |z - e|^2 without |z|^2, which is the same for every entry.
-        nearest = [torch.addmm(squares, block, codebook.T, alpha=-2).argmin(1) for block in flat.detach().split(rows)]
-        return torch.cat(nearest)
+        blocks = (block - centre for block in flat.detach().split(rows))
+        return torch.cat([torch.addmm(squares, block, codebook.T, alpha=-2).argmin(1) for block in blocks])
+
+    def _centre(self) -> Float[Tensor, " D"]:
+        """Say from where to measure distances: far from the origin, |e|^2 and z e would drown the differences.
+
+        It is the mean entry to a power of two near the entries' spread, so that subtracting it rounds nothing, and
+        exactly 0 where the entries lie around the origin.
+        """
+        mean = self.mean()
+        spread = (self.counts / self.counts.sum()) @ (self.codebook.detach() - mean).abs()
+        unit = spread.clamp(min=2.0**-40).log2().floor().exp2()
+        return (mean / unit).round() * unit
 
     def _sums(self, flat: Float[Tensor, "N D"], codes: Int64[Tensor, " N"], share: Share, images: int) -> CodebookSums:
         counts = flat.new_zeros(self.entries).index_add_(0, codes, flat.new_ones(len(codes)))

@@ -51,6 +51,32 @@ def test_codes_in_blocks_are_the_codes_of_one_double_precision_search():
     assert (codes == distances.argmin(1)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, -3e4])
+def test_codes_are_exact_however_far_from_the_origin_the_latents_lie(offset: float):
+    """An offset that all latents share, a thousandfold their spread and more, changes no code."""
+    latents = torch.randn(2, 64, 32, 32) + offset
+    quantizer = taught(Quantizer(QuantizerConfig(), entries=512, dim=64), latents)
+    vectors, codebook = latents.permute(0, 2, 3, 1).reshape(-1, 64).double(), quantizer.codebook.double()
+    distances = torch.cdist(vectors, codebook, compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(quantizer(latents).codes.flatten(), distances.argmin(1))
+
+
+def test_distances_are_measured_from_the_origin_unless_the_entries_lie_far_from_it():
+    """Numbers that fp32 computes exactly stay exact: the centre is 0, or a power of two's multiple near the mean."""
+    quantizer = taught(Quantizer(QuantizerConfig(), entries=64, dim=4), torch.randn(2, 4, 16, 16))
+    assert not quantizer._centre().any()
+    quantizer.codebook += 1000
+    assert (quantizer._centre() % 0.25 == 0).all()
+    assert (quantizer._centre() - quantizer.mean()).abs().max() < 1
+
+
+@pytest.mark.parametrize(("entries", "dim"), [(0, 4), (8, 0), (-1, 4)])
+def test_a_codebook_of_nothing_is_refused(entries: int, dim: int):
+    """The sentence holds both sizes and the smallest allowed."""
+    with pytest.raises(ValueError, match=f"a codebook has {entries} entries of {dim} numbers; use 1 or more of each"):
+        Quantizer(QuantizerConfig(), entries, dim)
+
+
 def test_latents_are_the_entries_themselves_and_gradients_pass_straight_through():
     """Quantized latents equal `lookup(codes)` to the bit, and their gradient is the input's."""
     quantizer = taught(Quantizer(QuantizerConfig(), entries=8, dim=4), torch.randn(2, 4, 3, 5))
@@ -92,10 +118,10 @@ def test_decay_zero_is_one_lloyd_step():
 
 
 def test_moving_averages_follow_equation_three():
-    """Counts and sums decay, their quotient under Laplace smoothing is the codebook."""
+    """Counts and sums decay; their quotient under Laplace smoothing is each picked entry, and the others stay."""
     config = QuantizerConfig(decay=0.9, smoothing=1e-3, revive_every=0)
     quantizer = taught(Quantizer(config, entries=4, dim=2), torch.randn(2, 2, 4, 4))
-    counts, vectors = quantizer.counts.clone(), quantizer.vectors.clone()
+    before, counts, vectors = quantizer.codebook.clone(), quantizer.counts.clone(), quantizer.vectors.clone()
     sums = quantizer(torch.randn(2, 2, 4, 4)).sums
 
     quantizer.absorb(sums)
@@ -103,7 +129,10 @@ def test_moving_averages_follow_equation_three():
     counts = 0.9 * counts + 0.1 * sums.counts
     vectors = 0.9 * vectors + 0.1 * sums.vectors
     smoothed = (counts + 1e-3) / (counts.sum() + 4 * 1e-3) * counts.sum()
-    torch.testing.assert_close(quantizer.codebook, vectors / smoothed[:, None])
+    picked = sums.counts > 0
+    assert 0 < picked.sum() < 4
+    torch.testing.assert_close(quantizer.codebook[picked], (vectors / smoothed[:, None])[picked])
+    assert torch.equal(quantizer.codebook[~picked], before[~picked])
 
 
 def test_the_first_batch_places_every_entry_on_a_vector_of_its_own():
@@ -121,6 +150,22 @@ def test_an_entry_nobody_chooses_does_not_fly_away():
     taught(quantizer, torch.full((2, 2, 4, 4), 3.0), steps=3000)
     assert quantizer.codebook.abs().max() < 5
     assert quantizer.codebook.isfinite().all()
+
+
+def test_an_entry_that_is_never_picked_keeps_its_place_for_10000_steps():
+    """Neither decay nor smoothing moves it by a bit, and when it is picked at last it goes to its vectors."""
+    quantizer = taught(Quantizer(QuantizerConfig(revive_every=0), entries=4, dim=2), torch.randn(2, 2, 4, 4))
+    quantizer.codebook[3] = torch.tensor([30.0, -40.0])
+    quantizer.vectors[3] = quantizer.codebook[3] * quantizer.counts[3]
+
+    sums = quantizer(torch.randn(2, 2, 4, 4)).sums
+    for _ in range(10_000):
+        quantizer.absorb(sums)
+    assert quantizer.codebook[3].tolist() == [30.0, -40.0]
+    assert not quantizer.window.any()  # nothing reads it, so nothing is added up until fp32 could take no more
+
+    taught(quantizer, near := torch.tensor([29.0, -41.0]).view(1, 2, 1, 1))
+    torch.testing.assert_close(quantizer.codebook[3], near.flatten(), rtol=2e-3, atol=0)
 
 
 def test_dead_entries_are_revived_every_so_many_steps_and_live_ones_left_alone():
