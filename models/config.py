@@ -4,6 +4,7 @@ Every number of the paper has a field here; its values stand in conf/.
 Source: Razavi et al. 2019, appendix tables of hyper-parameters.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ OF_TORCH = frozenset(
     set_extra_state set_submodule share_memory state_dict to to_empty train training type update values xpu zero_grad
     """.split()  # noqa: SIM905
 )
+MODES = ("ema", "loss", "none")  # of a codebook
 # Columns beside those of the levels in Parquet, and rows beside theirs in metrics.
 OURS = frozenset({"key", "copy", "label", "total", "pixels"})
 
@@ -64,11 +66,13 @@ class QuantizerConfig:
     revive_below: float = 0.05  # an entry is dead when chosen less often than this share of an even split
 
     def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; use one of {', '.join(MODES)}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay is {self.decay}; use 0 (one Lloyd step) up to, but not, 1")
-        if self.beta < 0:
+        if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; use 0 or more (the paper: 0.25)")
-        if self.smoothing <= 0:
+        if not 0 < self.smoothing < math.inf:
             raise ValueError(f"smoothing is {self.smoothing}; use a small positive number (the default: 1e-5)")
         if self.revive_every < 0 or not 0 <= self.revive_below < 1:
             raise ValueError(
@@ -106,10 +110,14 @@ class VQVAEConfig:
     def grids(self, image_size: int) -> dict[str, int]:
         """Codes along each side, per level, of a square image."""
         coarsest = next(iter(self.levels.values())).stride
+        if image_size < coarsest:
+            raise ValueError(
+                f"image_size is {image_size}; use the coarsest level's stride {coarsest}, or a multiple of it"
+            )
         if image_size % coarsest:
             raise ValueError(
                 f"image_size is {image_size}, which the coarsest level's stride {coarsest} does not divide; "
-                f"use {image_size // coarsest * coarsest or coarsest} or {(image_size // coarsest + 1) * coarsest}"
+                f"use {image_size // coarsest * coarsest} or {(image_size // coarsest + 1) * coarsest}"
             )
         return {name: image_size // level.stride for name, level in self.levels.items()}
 

@@ -3,13 +3,16 @@
 A code is the entry with the largest log-probability plus Gumbel noise, which picks each entry with its probability.
 The noise is a function of (seed, sample number, grid, position, entry) and of nothing else: SplitMix64, keyed by the
 first four and counted by the last. So batch size, device and sampler do not change a sample, as far as the logits
-they compute agree: two entries must lie within the logits' rounding, some 1e-6, for the choice to differ.
+they compute agree: two entries must lie within the logits' rounding, some 1e-6, for the choice to differ. Products
+are therefore kept in the weights' own precision while drawing, single or double.
 B grids, H x W positions, K entries.
 Source: Steele et al. 2014 (SplitMix64); Maddison et al. 2014 (Gumbel-max).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -19,6 +22,7 @@ from models.priors import Prior
 from models.priors.cached import CachedPrior
 
 GOLDEN = 0x9E3779B97F4A7C15
+METHODS = ("cached", "naive")
 
 
 class Choice(NamedTuple):
@@ -30,7 +34,7 @@ class Choice(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for a setting that means nothing."""
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; use a positive number")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
@@ -56,6 +60,91 @@ class Choice(NamedTuple):
         return torch.empty_like(scores).scatter_(-1, order, ordered)
 
 
+class Sampler:
+    """Draws grids of codes from a prior, and keeps its caches, and on CUDA its captured step, from draw to draw.
+
+    At most `batch_size` grids are drawn at once, which bounds the memory and changes nothing else. Naive runs the whole
+    network for each code. Build another sampler once the prior's weights have changed.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        method: Literal["cached", "naive"] = "cached",
+        batch_size: int = 256,
+    ) -> None:
+        self.prior, self.method, self.batch_size = prior, method, batch_size
+        self.choice = Choice(temperature, top_k, top_p)
+        self.choice.check()
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}; use {' or '.join(METHODS)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; use 1 or more grids at once")
+        if prior.head.weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the prior's weights are {prior.head.weight.dtype}, too rough for caches and network to agree; "
+                "use torch.float32, such as prior.float()"
+            )
+        self._cached: _Cached | None = None
+
+    def draw(
+        self,
+        *,
+        seed: int,
+        numbers: Int64[Tensor, " B"],
+        coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        given: Int64[Tensor, "B H W"] | None = None,
+        given_rows: int = 0,
+    ) -> Int64[Tensor, "B H W"]:
+        """Draw one grid of codes for each sample number; the uppermost `given_rows` rows are those of `given`."""
+        prior = self.prior
+        _check_numbers(numbers)
+        _check_given(prior, given, given_rows, len(numbers))
+        device = prior.positions.device
+        codes = torch.zeros(len(numbers), prior.height, prior.width, dtype=torch.int64, device=device)
+        if given is not None:
+            codes[:, :given_rows] = given[:, :given_rows]
+        prior.check(codes, coarser, labels)
+        training = prior.training
+        prior.eval()
+        try:
+            with torch.inference_mode(), _exact(device):
+                for first in range(0, len(numbers), self.batch_size):
+                    part = slice(first, first + self.batch_size)
+                    self._fill(
+                        codes[part],
+                        {name: grids[part] for name, grids in (coarser or {}).items()},
+                        None if labels is None else labels[part],
+                        Noise(seed, numbers[part].to(device), prior),
+                        given_rows,
+                    )
+        finally:
+            prior.train(training)
+        return codes
+
+    def _fill(
+        self,
+        codes: Tensor,
+        coarser: Mapping[str, Tensor],
+        labels: Tensor | None,
+        noise: "Noise",
+        given_rows: int,
+    ) -> None:
+        """Draw what is below the given rows into `codes`."""
+        if self.method == "naive":
+            _fill_naive(self.prior, codes, coarser, labels, noise, self.choice, given_rows)
+            return
+        if self._cached is None or self._cached.cache.batch != len(codes):
+            self._cached = None  # its memory serves the next one
+            self._cached = _Cached(self.prior, len(codes), self.choice)
+        self._cached.fill(codes, coarser, labels, noise, given_rows)
+
+
 def draw(
     prior: Prior,
     *,
@@ -67,56 +156,20 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     method: Literal["cached", "naive"] = "cached",
+    batch_size: int = 256,
     given: Int64[Tensor, "B H W"] | None = None,
     given_rows: int = 0,
-    on_row: Callable[[int], None] | None = None,
 ) -> Int64[Tensor, "B H W"]:
-    """Draw one grid of codes for each sample number.
-
-    The uppermost `given_rows` rows are those of `given`. `on_row` hears how many rows are done. Naive runs the whole
-    network for each code. Memory grows with the batch, so draw many samples in several calls.
-    """
-    choice = Choice(temperature, top_k, top_p)
-    choice.check()
-    _check_given(prior, given, given_rows, len(numbers))
-    device = prior.positions.device
-    codes = torch.zeros(len(numbers), prior.height, prior.width, dtype=torch.int64, device=device)
-    if given is not None:
-        codes[:, :given_rows] = given[:, :given_rows]
-    prior.check(codes, coarser, labels)
-    noise = Noise(seed, numbers.to(device), prior)
-    training = prior.training
-    prior.eval()
-    try:
-        sampler = _draw_cached if method == "cached" else _draw_naive
-        with torch.inference_mode():
-            sampler(prior, codes, coarser, labels, noise, choice, given_rows, on_row or (lambda rows: None))
-    finally:
-        prior.train(training)
-    return codes
-
-
-@torch.inference_mode()
-def score_cached(
-    prior: Prior,
-    codes: Int64[Tensor, "B H W"],
-    coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None = None,
-    labels: Int64[Tensor, " B"] | None = None,
-    *,
-    static: bool = False,
-) -> Float[Tensor, "B K H W"]:
-    """Score given codes with the caches that draw them: what `prior(codes, ...)` gives, position by position."""
-    prior.check(codes, coarser, labels)
-    cache = CachedPrior(prior, batch=len(codes), coarser=coarser, labels=labels, static=static)
-    rows = []
-    for row in range(prior.height):
-        cache.start_row(row)
-        columns = []
-        for column in range(prior.width):
-            columns.append(cache.step(column))
-            cache.absorb(codes[:, row, column], column)
-        rows.append(torch.stack(columns, -1))
-    return torch.stack(rows, -2)
+    """Draw one grid of codes for each sample number, once: see `Sampler`, which can draw again."""
+    sampler = Sampler(prior, temperature=temperature, top_k=top_k, top_p=top_p, method=method, batch_size=batch_size)
+    return sampler.draw(
+        seed=seed,
+        numbers=numbers,
+        coarser=coarser,
+        labels=labels,
+        given=given,
+        given_rows=given_rows,
+    )
 
 
 class Noise:
@@ -139,61 +192,89 @@ class Noise:
         return uniform.log_().neg_().log_().neg_()
 
 
-def _draw_cached(
+class _Cached:
+    """The cached sampler of one batch size: its buffers, and on CUDA its step at each column as a graph."""
+
+    def __init__(self, prior: Prior, batch: int, choice: Choice) -> None:
+        self.choice, self.height, self.width = choice, prior.height, prior.width
+        device = prior.positions.device
+        self.captured = device.type == "cuda"
+        self.cache = CachedPrior(prior, batch=batch, static=self.captured)
+        self.current = torch.zeros(batch, prior.width, dtype=torch.int64, device=device)
+        self.noises = torch.empty(batch, prior.width, prior.entries, dtype=torch.float64, device=device)
+        self.targets, self.sources = self.current.unbind(1), self.noises.unbind(1)
+        self.replay: Callable[[int], None] | None = None
+
+    def fill(
+        self,
+        codes: Tensor,
+        coarser: Mapping[str, Tensor],
+        labels: Tensor | None,
+        noise: "Noise",
+        given_rows: int,
+    ) -> None:
+        self.cache.begin(coarser, labels)
+        for row in range(self.height):
+            self.cache.start_row(row)
+            if row < given_rows:
+                self.current.copy_(codes[:, row])
+                for column in range(self.width):
+                    self.cache.step(column)
+                    self.cache.absorb(self.targets[column], column)
+            else:
+                self.noises.copy_(noise.row(row))
+                for column in range(self.width):
+                    (self.replay or self.step)(column)
+                # The first row drawn ran uncaptured, which warms the libraries up; capturing changes no buffer.
+                if self.captured and self.replay is None:
+                    self.replay = _capture(self.step, self.width)
+                codes[:, row] = self.current
+
+    def step(self, column: int) -> None:
+        self.targets[column].copy_(self.choice(self.cache.step(column), self.sources[column]))
+        self.cache.absorb(self.targets[column], column)
+
+
+def _fill_naive(
     prior: Prior,
     codes: Tensor,
-    coarser: Mapping[str, Tensor] | None,
+    coarser: Mapping[str, Tensor],
     labels: Tensor | None,
     noise: Noise,
     choice: Choice,
     given_rows: int,
-    on_row: Callable[[int], None],
 ) -> None:
-    captured = codes.is_cuda
-    cache = CachedPrior(prior, batch=len(codes), coarser=coarser, labels=labels, static=captured)
-    current = torch.zeros_like(codes[:, 0])
-    noises = torch.empty(*current.shape, prior.entries, dtype=torch.float64, device=codes.device)
-    targets, sources = current.unbind(1), noises.unbind(1)
-
-    def step(column: int) -> None:
-        targets[column].copy_(choice(cache.step(column), sources[column]))
-        cache.absorb(targets[column], column)
-
-    replay: Callable[[int], None] | None = None
-    for row in range(prior.height):
-        cache.start_row(row)
-        if row < given_rows:
-            current.copy_(codes[:, row])
-            for column in range(prior.width):
-                cache.step(column)
-                cache.absorb(targets[column], column)
-        else:
-            noises.copy_(noise.row(row))
-            # The first row drawn runs uncaptured, which warms the libraries up; capturing itself changes no buffer.
-            for column in range(prior.width):
-                (replay or step)(column)
-            if captured and replay is None and row + 1 < prior.height:
-                replay = _capture(step, prior.width)
-            codes[:, row] = current
-        on_row(row + 1)
-
-
-def _draw_naive(
-    prior: Prior,
-    codes: Tensor,
-    coarser: Mapping[str, Tensor] | None,
-    labels: Tensor | None,
-    noise: Noise,
-    choice: Choice,
-    given_rows: int,
-    on_row: Callable[[int], None],
-) -> None:
-    for row in range(prior.height):
+    for row in range(given_rows, prior.height):
         noises = noise.row(row)
-        for column in range(prior.width if row >= given_rows else 0):
+        for column in range(prior.width):
             logits = prior(codes, coarser, labels)[:, :, row, column]
             codes[:, row, column] = choice(logits, noises[:, column])
-        on_row(row + 1)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Compute in the weights' own precision, whatever the caller's: without autocast, and on CUDA without TF32.
+
+    Either would round the logits so roughly that caches and network part, and batches with them.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        cudnn: Any = torch.backends.cudnn
+        # The switches had other names before torch 2.9.
+        name, off, convolution = (
+            ("fp32_precision", "ieee", cudnn.conv) if hasattr(cudnn, "conv") else ("allow_tf32", False, cudnn)
+        )
+        switches = (torch.backends.cuda.matmul, convolution)
+        before = [getattr(switch, name) for switch in switches]
+        try:
+            for switch in switches:
+                setattr(switch, name, off)
+            yield
+        finally:
+            for switch, found in zip(switches, before, strict=True):
+                setattr(switch, name, found)
 
 
 def _capture(step: Callable[[int], None], columns: int) -> Callable[[int], None]:
@@ -205,6 +286,14 @@ def _capture(step: Callable[[int], None], columns: int) -> Callable[[int], None]
     return lambda column: graphs[column].replay()
 
 
+def _check_numbers(numbers: Tensor) -> None:
+    if numbers.ndim != 1 or numbers.dtype != torch.int64:
+        raise ValueError(
+            f"sample numbers are {numbers.dtype} of shape {tuple(numbers.shape)}; "
+            "use torch.int64, one for each grid, such as torch.arange(8)"
+        )
+
+
 def _check_given(prior: Prior, given: Tensor | None, given_rows: int, batch: int) -> None:
     if not 0 <= given_rows <= prior.height:
         raise ValueError(f"given_rows is {given_rows}; use 0 to {prior.height}, the rows of the grid")
@@ -213,6 +302,8 @@ def _check_given(prior: Prior, given: Tensor | None, given_rows: int, batch: int
     if given is not None and given.shape != (batch, prior.height, prior.width):
         found, allowed = (" x ".join(map(str, shape)) for shape in (given.shape, (batch, prior.height, prior.width)))
         raise ValueError(f"the given codes are {found}; give {allowed}, of which only the given rows are read")
+    if given is not None and given.dtype != torch.int64:
+        raise ValueError(f"the given codes are {given.dtype}; use torch.int64, such as codes.long()")
 
 
 def _signed(value: int) -> int:

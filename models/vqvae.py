@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from models.config import LevelConfig, VQVAEConfig
 from models.quantizer import CodebookSums, Quantized, Quantizer, Share
 
+FILLS = ("zeros", "mean")
+
 
 class Output(NamedTuple):
     """A batch of images after the round trip."""
@@ -70,6 +72,11 @@ class VQVAE(nn.Module):
 
     def absorb(self, sums: Mapping[str, CodebookSums]) -> None:
         """Let each level's codebook learn from one step's sums over the global batch."""
+        if set(sums) != set(self.levels):
+            raise ValueError(
+                f"sums are given of the levels {', '.join(sums) or '(none)'}, but this model learns "
+                f"{', '.join(self.levels)}; give those of one step's output, all of them"
+            )
         for name, level in self._named_levels():
             level.quantizer.absorb(sums[name])
 
@@ -85,6 +92,8 @@ class VQVAE(nn.Module):
 
         The finest levels may be absent: their latents are then zeros, or the mean entry as often as each is chosen.
         """
+        if fill not in FILLS:
+            raise ValueError(f"fill is {fill!r}; use {' or '.join(FILLS)}")
         self._check_codes(codes)
         coarsest = codes[next(iter(self.levels))]
         latents: dict[str, Tensor] = {}
@@ -162,6 +171,8 @@ class VQVAE(nn.Module):
             coarsest = codes[names[0]]
             if grid.ndim != 3 or coarsest.ndim != 3:
                 raise ValueError(f"codes of level {name} have shape {tuple(grid.shape)}; use (images, height, width)")
+            if not grid.numel():
+                raise ValueError(f"codes of level {name} have shape {tuple(grid.shape)}; give 1 or more of each")
             expected = (len(coarsest), *(side * self._ratios[name] for side in coarsest.shape[1:]))
             if tuple(grid.shape) != expected:
                 raise ValueError(

@@ -18,8 +18,15 @@ def build(
 ) -> Prior:
     """Build the prior of a level of `grid` (height, width) under `coarser` ones, coarse to fine; 0 classes: no labels.
 
-    Raises ValueError for an unknown name and for grids that do not fit into one another.
+    Raises ValueError for an unknown name, for sizes that hold nothing and for grids that do not fit into one another.
     """
     if config.name not in PRIORS:
         raise ValueError(f"the prior's name is {config.name}; use one of {', '.join(PRIORS)}")
+    for level, (size, height, width) in {"the prior": Grid(entries, *grid), **coarser}.items():
+        if min(size, height, width) < 1:
+            raise ValueError(
+                f"the grid of {level} is {height} x {width} codes of {size} entries; use 1 or more of each"
+            )
+    if classes < 0:
+        raise ValueError(f"classes is {classes}; use the number of classes, or 0 for a prior without labels")
     return PRIORS[config.name](config, entries=entries, grid=grid, coarser=coarser, classes=classes)

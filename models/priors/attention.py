@@ -17,8 +17,9 @@ class StrictAttention(nn.Module):
     """Mix into the features what earlier positions hold, by several heads.
 
     Position 0 of the keys is an entry of zeros that stands for "nothing": it is all that the first position sees.
-    Dropout hides a position's value from a whole head, which is dropout on the columns of the attention matrix: unlike
-    dropout on single weights it leaves the fused kernels usable on every device.
+    Dropout hides a position's value from all queries of a head at once, which drops columns of the attention matrix.
+    That is ours: the paper drops single logits, and public code single weights. Either would need the whole matrix in
+    memory where a device's fused kernel knows no dropout, as a CPU's; columns are dropped before the kernel runs.
     """
 
     def __init__(self, channels: int, heads: int, *, dropout: float) -> None:

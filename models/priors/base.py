@@ -185,6 +185,10 @@ class Prior(nn.Module):
             raise ValueError("labels were given; this prior was trained without, so leave them out")
         if labels is None:
             return
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; use torch.int64, one number for each grid"
+            )
         _check_count("labels", labels, codes)
         if labels.numel() and not labels.is_meta:
             low, high = int(labels.min()), int(labels.max())

@@ -22,33 +22,39 @@ from models.priors.layers import GatedBlock, RasterConv
 class CachedPrior:
     """A prior that is given its codes in raster order, and scores each position before its code is known.
 
-    For each row: `start_row`; then for each of its columns: `step`, and `absorb` once the code is chosen.
-    Dropout is off. `static` keeps all shapes the same from step to step, as a CUDA graph needs: attention then covers
-    the whole grid under a mask that opens as positions are absorbed.
+    For each batch of grids: `begin`; for each row: `start_row`; then for each of its columns: `step`, and `absorb`
+    once the code is chosen. Dropout is off, and the weights are those of the moment it is built. `static` keeps all
+    shapes the same from step to step, as a CUDA graph needs: attention then covers the whole grid under a mask that
+    opens as positions are absorbed.
     """
 
-    def __init__(
-        self,
-        prior: Prior,
-        *,
-        batch: int,
-        coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None,
-        labels: Int64[Tensor, " B"] | None,
-        static: bool = False,
-    ) -> None:
+    def __init__(self, prior: Prior, *, batch: int, static: bool = False) -> None:
         width = prior.width
-        self.condition = prior.condition(coarser)
+        self.batch = batch
+        self.condition_of = prior.condition
+        self.condition: Tensor | None = None
         self.embedding = prior.embedding.weight
         self.places = prior.position(prior.positions)
         self.stem = _Stem(prior.stem, batch, width)
-        self.vertical = None if prior.vertical is None else _Vertical(prior.vertical, batch, width, labels)
+        self.vertical = None if prior.vertical is None else _Vertical(prior.vertical, batch, width)
         self.blocks: list[tuple[_ConvBlock, _Attention | None]] = []
         for i, block in enumerate(prior.blocks):
             attention = prior.attention_after(i)
             cached = None if attention is None else _Attention(attention, prior.positions, batch, static)
-            self.blocks.append((_ConvBlock(block, batch, width, labels), cached))
+            self.blocks.append((_ConvBlock(block, batch, width), cached))
         self.output = [_PointBlock(block) for block in prior.output]
         self.head, self.head_bias = _packed(prior.head), prior.head.bias
+
+    def begin(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None, labels: Int64[Tensor, " B"] | None) -> None:
+        """Forget the grids so far, and take in what the next ones are drawn under."""
+        self.condition = self.condition_of(coarser)
+        self.stem.rows.clear()
+        if self.vertical is not None:
+            self.vertical.begin(labels)
+        for block, attention in self.blocks:
+            block.begin(labels)
+            if attention is not None:
+                attention.begin()
 
     def start_row(self, row: int) -> None:
         """Compute what the positions of a row have in common; the row above it must be complete."""
@@ -90,6 +96,10 @@ class _Rows:
         self.all = conv.weight.new_zeros(batch, conv.rows, left + width + right, conv.weight.shape[1])
         self.own = self.all[:, -1, left : left + width]
 
+    def clear(self) -> None:
+        """Make every row one above the grid."""
+        self.all.zero_()
+
     def roll(self) -> None:
         """Make the current row the one above. Its place keeps the old content until it is written."""
         for row in range(self.all.shape[1] - 1):
@@ -129,15 +139,19 @@ class _Stem(_Taps):
 class _ConvBlock:
     """A gated block around a raster convolution."""
 
-    def __init__(self, block: GatedBlock[RasterConv], batch: int, width: int, labels: Tensor | None) -> None:
+    def __init__(self, block: GatedBlock[RasterConv], batch: int, width: int) -> None:
         self.taps = _Taps(block.first, batch, width)
         self.aside = block.aside
-        self.gate = _Gate(block, labels)
+        self.gate = _Gate(block)
         self.second = _packed(block.second)
         self.gates = self.second.new_zeros(batch, width, self.second.shape[1])
         self.columns = list(
             zip(self.taps.writes, self.taps.befores, self.taps.reads, self.gates.unbind(1), strict=True)
         )
+
+    def begin(self, labels: Tensor | None) -> None:
+        self.taps.rows.clear()
+        self.gate.begin(labels)
 
     def start_row(self, aside: Tensor | None, condition: Tensor | None) -> None:
         self.taps.start_row(None if self.aside is None or aside is None else self.aside(F.elu(aside)))
@@ -169,11 +183,13 @@ class _PointBlock:
 class _Gate:
     """What enters a block before its gate, along a row: the bias, the label's, and the coarser codes'."""
 
-    def __init__(self, block: GatedBlock, labels: Tensor | None) -> None:
-        self.condition = block.condition
-        self.bias: Tensor = block.second.bias
-        if block.label is not None and labels is not None:
-            self.bias = (self.bias + block.label(labels))[:, None]
+    def __init__(self, block: GatedBlock) -> None:
+        self.own, self.label, self.condition = block.second.bias, block.label, block.condition
+        self.bias: Tensor = self.own
+
+    def begin(self, labels: Tensor | None) -> None:
+        if self.label is not None and labels is not None:
+            self.bias = (self.own + self.label(labels))[:, None]
 
     def row(self, condition: Tensor | None) -> Tensor:
         return self.bias if self.condition is None or condition is None else self.bias + self.condition(condition)
@@ -182,13 +198,18 @@ class _Gate:
 class _Vertical:
     """The vertical stack, a row at a time: it never looks into the row that is being drawn."""
 
-    def __init__(self, stack: VerticalStack, batch: int, width: int, labels: Tensor | None) -> None:
+    def __init__(self, stack: VerticalStack, batch: int, width: int) -> None:
         self.stem, self.stem_kernel = stack.stem, stack.stem.kernel
         self.stem_rows = _Rows(stack.stem, batch, width)
         self.blocks = [
-            (block, block.first.kernel, _Rows(block.first, batch, width), _Gate(block, labels))
-            for block in stack.blocks
+            (block, block.first.kernel, _Rows(block.first, batch, width), _Gate(block)) for block in stack.blocks
         ]
+
+    def begin(self, labels: Tensor | None) -> None:
+        self.stem_rows.clear()
+        for _, _, rows, gate in self.blocks:
+            rows.clear()
+            gate.begin(labels)
 
     def row(self, raw: Tensor, condition: Tensor | None) -> list[Tensor | None]:
         """Return the features after each block; `raw` are the embedded codes of the row above."""
@@ -226,9 +247,15 @@ class _Attention:
         self.keys, self.values = self.kept.flatten(1, 2)
         self.seen = 1
         self.static = static
-        self.open = self.query.new_full((length,), -torch.inf)
-        self.open[0] = 0
+        self.open = self.query.new_empty(length)
         self.next = torch.ones(1, dtype=torch.int64, device=self.query.device)
+
+    def begin(self) -> None:
+        self.kept.zero_()
+        self.seen = 1
+        self.open.fill_(-torch.inf)
+        self.open[0] = 0
+        self.next.fill_(1)
 
     def start_row(self, row: int) -> None:
         self.query_place.copy_(self.query_places[row])

@@ -1,15 +1,18 @@
 """Promises of drawing: exact, the same whoever draws, and what temperature, top-k and top-p mean."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import config as typing_config
 from torch import Tensor, nn
 
 from models.config import PriorConfig
 from models.priors import PRIORS, Grid, Prior, build, nll
-from models.sampling import GOLDEN, Choice, Noise, _mix, _signed, draw, score_cached
+from models.priors.cached import CachedPrior
+from models.sampling import GOLDEN, Choice, Noise, Sampler, _exact, _mix, _signed, draw
 
 ENTRIES, CLASSES, GRID = 11, 3, (5, 7)
 COARSER = {"top": Grid(5, 1, 2), "middle": Grid(7, 3, 6)}  # of a grid of 6 x 12
@@ -32,6 +35,25 @@ def opinionated(name: str, conditioned: bool, dtype: torch.dtype = torch.float64
 
 def codes_for(prior: Prior, batch: int = 3) -> Tensor:
     return torch.randint(0, ENTRIES, (batch, prior.height, prior.width))
+
+
+@torch.inference_mode()
+def score_cached(
+    prior: Prior, codes: Tensor, coarser: Any = None, labels: Tensor | None = None, static: bool = False
+) -> Tensor:
+    """Score given codes with the caches that draw them, position by position."""
+    cache = CachedPrior(prior, batch=len(codes), static=static)
+    for _ in range(2):  # the second time they begin anew
+        cache.begin(coarser, labels)
+        rows = []
+        for row in range(prior.height):
+            cache.start_row(row)
+            columns = []
+            for column in range(prior.width):
+                columns.append(cache.step(column))
+                cache.absorb(codes[:, row, column], column)
+            rows.append(torch.stack(columns, -1))
+    return torch.stack(rows, -2)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -88,6 +110,45 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, conditioned: bool):
         assert torch.equal(draw(prior, seed=3, numbers=NUMBERS[[i]], **mine)[0], together[i])
 
 
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("method", ["cached", "naive"])
+def test_many_samples_are_drawn_a_few_at_a_time_and_are_the_same(name: str, method: Any):
+    """Batches bound the memory; the last, smaller one included, they change no code."""
+    prior, conditions = opinionated(name, True)
+    together = draw(prior, seed=3, numbers=NUMBERS, **conditions)
+    assert torch.equal(draw(prior, seed=3, numbers=NUMBERS, **conditions, method=method, batch_size=2), together)
+    other = codes_for(prior)
+    whole = draw(prior, seed=3, numbers=NUMBERS, **conditions, given=other, given_rows=2)
+    parts = draw(prior, seed=3, numbers=NUMBERS, **conditions, given=other, given_rows=2, method=method, batch_size=1)
+    assert torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_sampler_draws_again_from_the_caches_it_has(name: str):
+    """Other numbers, labels, coarser codes and given rows than before, and nothing of before shows."""
+    prior, conditions = opinionated(name, True)
+    sampler = Sampler(prior)
+    first = sampler.draw(seed=3, numbers=NUMBERS, **conditions)
+    caches = sampler._cached
+    others = {
+        "coarser": {level: (codes + 1) % COARSER[level].entries for level, codes in conditions["coarser"].items()},
+        "labels": (conditions["labels"] + 1) % CLASSES,
+    }
+    again = sampler.draw(seed=4, numbers=NUMBERS + 7, **others)
+    completed = sampler.draw(seed=3, numbers=NUMBERS, **conditions, given=again, given_rows=2)
+
+    assert torch.equal(again, draw(prior, seed=4, numbers=NUMBERS + 7, **others))
+    assert torch.equal(completed, draw(prior, seed=3, numbers=NUMBERS, **conditions, given=again, given_rows=2))
+    assert torch.equal(sampler.draw(seed=3, numbers=NUMBERS, **conditions), first)
+    assert sampler._cached is caches
+
+
+def test_no_samples_are_no_grids():
+    """An empty request is answered with an empty tensor of grids."""
+    prior, _ = opinionated("pixelcnn", False)
+    assert draw(prior, seed=0, numbers=NUMBERS[:0]).shape == (0, *GRID)
+
+
 def pick(codes: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     """The coarser codes of one grid."""
     return {level: each[[i]] for level, each in codes.items()}
@@ -109,15 +170,13 @@ def test_given_rows_are_kept_and_completed(name: str, method: Any):
 
 
 @pytest.mark.parametrize("method", ["cached", "naive"])
-def test_drawing_reports_rows_and_leaves_the_prior_as_it_was(method: Any):
-    """Every row once, in order; training stays on, though dropout is off while drawing; codes are plain tensors."""
+def test_drawing_leaves_the_prior_as_it_was(method: Any):
+    """Training stays on, though dropout is off while drawing; codes are plain tensors."""
     prior, _ = opinionated("pixelcnn", False)
     expected = draw(prior, seed=3, numbers=NUMBERS)
     prior.train()
-    rows: list[int] = []
-    codes = draw(prior, seed=3, numbers=NUMBERS, method=method, on_row=rows.append)
+    codes = draw(prior, seed=3, numbers=NUMBERS, method=method)
     assert torch.equal(codes, expected)
-    assert rows == [1, 2, 3, 4, 5]
     assert prior.training
     nll(prior(codes), codes).sum().backward()
 
@@ -182,10 +241,81 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_probability():
     assert Choice(top_p=0.9, top_k=2)(logits, noise).unique().tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_callers_autocast_changes_nothing(name: str):
+    """Codes drawn under bf16 autocast are those drawn without."""
+    prior, conditions = opinionated(name, True, torch.float32)
+    expected = draw(prior, seed=3, numbers=NUMBERS, **conditions)
+    with torch.autocast("cpu", torch.bfloat16):
+        for method in ("cached", "naive"):
+            assert torch.equal(draw(prior, seed=3, numbers=NUMBERS, **conditions, method=method), expected)
+
+
+def by_old_switches() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def by_new_switches() -> None:
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize(
+    "turn_on", [lambda: None, by_old_switches, by_new_switches, lambda: torch.set_float32_matmul_precision("high")]
+)
+def test_tf32_is_off_while_drawing_and_afterwards_as_it_was(turn_on: Callable[[], None]):
+    """Whichever way the caller turned it on, and also when drawing fails."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    untouched = [switch.fp32_precision for switch in switches]
+    try:
+        turn_on()
+        before = [switch.fp32_precision for switch in switches]
+        with pytest.raises(KeyError), _exact(torch.device("cuda")):
+            assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
+            raise KeyError
+        assert [switch.fp32_precision for switch in switches] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for switch, precision in zip(switches, untouched, strict=True):
+            switch.fp32_precision = precision
+
+
+@pytest.fixture
+def untyped():
+    """Run without the types that the other tests check, as a user does."""
+    typing_config.update("jaxtyping_disable", True)
+    yield
+    typing_config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rough_weights_are_refused(dtype: torch.dtype):
+    """In them a cached sample and a naive one would not be the same."""
+    prior, _ = opinionated("pixelcnn", False, dtype)
+    with pytest.raises(ValueError, match=rf"the prior's weights are {dtype}, .*; use torch\.float32"):
+        draw(prior, seed=0, numbers=NUMBERS)
+
+
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"method": "cashed"}, "method is 'cashed'; use cached or naive"),
+        ({"batch_size": 0}, "batch_size is 0; use 1 or more grids at once"),
+        (
+            {"numbers": NUMBERS.double()},
+            "sample numbers are torch.float64 of shape (3,); use torch.int64, one for each grid, such as "
+            "torch.arange(8)",
+        ),
+        (
+            {"given": torch.zeros(3, *GRID), "given_rows": 1},
+            "the given codes are torch.float32; use torch.int64, such as codes.long()",
+        ),
         ({"temperature": 0.0}, "temperature is 0.0; use a positive number"),
+        ({"temperature": -1.0}, "temperature is -1.0; use a positive number"),
+        ({"temperature": math.nan}, "temperature is nan; use a positive number"),
+        ({"temperature": math.inf}, "temperature is inf; use a positive number"),
+        ({"top_p": math.nan}, "top_k is 0 and top_p nan; use top_k 0 or more, top_p above 0 up to 1"),
         ({"top_k": -1}, "top_k is -1 and top_p 1.0; use top_k 0 or more, top_p above 0 up to 1"),
         ({"top_p": 0.0}, "top_k is 0 and top_p 0.0; use top_k 0 or more, top_p above 0 up to 1"),
         ({"given_rows": 6}, "given_rows is 6; use 0 to 5, the rows of the grid"),
@@ -201,7 +331,7 @@ def test_settings_that_mean_nothing_are_refused_in_one_sentence(settings: dict[s
     """Before anything is drawn."""
     prior, _ = opinionated("pixelcnn", False)
     with pytest.raises(ValueError) as caught:
-        draw(prior, seed=0, numbers=NUMBERS, **settings)
+        draw(prior, **{"seed": 0, "numbers": NUMBERS, **settings})
     assert str(caught.value) == message
 
 
@@ -227,4 +357,23 @@ def test_a_cuda_graph_draws_the_same_codes(name: str, conditioned: bool):
         for key, value in conditions.items()
     }
     for method in ("cached", "naive"):
-        assert torch.equal(draw(prior, seed=3, numbers=NUMBERS, **moved, method=method).cpu(), expected)
+        sampler = Sampler(prior, method=method)
+        for _ in range(2):  # the second time the first graph is replayed from the first row on
+            assert torch.equal(sampler.draw(seed=3, numbers=NUMBERS, **moved).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: there is no TF32 to keep out")
+@pytest.mark.parametrize("name", PRIORS)
+def test_tf32_and_autocast_change_no_code_on_a_gpu(name: str):
+    """A caller who trains under both draws what one without them draws."""
+    prior, _ = opinionated(name, False, torch.float32)
+    prior.cuda()
+    expected = draw(prior, seed=3, numbers=NUMBERS)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            for method in ("cached", "naive"):
+                assert torch.equal(draw(prior, seed=3, numbers=NUMBERS, method=method), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
