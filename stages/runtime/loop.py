@@ -56,6 +56,7 @@ class Objective(nn.Module):
     """A network, what a batch costs it, and how well it does on images it does not learn from."""
 
     network: nn.Module
+    draws_alike = False  # whether `forward` draws for the whole global batch, so that workers must all draw the same
 
     def zeros(self) -> Totals:
         """Begin to add up what `forward` and `measure` return."""
@@ -132,7 +133,7 @@ def train(
     for step, batch in enumerate(data.training(start), start):
         spoilt = faults.at(stage, worker.rank, step, checkpoints.folder)
         objective.train()
-        torch.manual_seed(_mix(seed, step, worker.rank))
+        torch.manual_seed(_mix(seed, step, 0 if objective.draws_alike else worker.rank))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         with autocast(config, worker.device):

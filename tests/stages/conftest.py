@@ -37,7 +37,7 @@ AUGMENT = AugmentConfig(flip=True, shift=1)
 class Project:
     """A folder with artifacts, and the stages to make them."""
 
-    network, augment, train = NETWORK, AUGMENT, TRAIN
+    network, augment, train, priors = NETWORK, AUGMENT, TRAIN, PRIORS
 
     def __init__(self, folder: Path):
         self.folder = folder

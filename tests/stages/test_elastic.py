@@ -1,0 +1,117 @@
+"""One, two or four workers learn the same: gloo processes stand for machines, and nothing stands for Ray."""
+
+import dataclasses
+import multiprocessing
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from stages import prior, vqvae
+from stages.config import ClusterConfig, PriorStageConfig
+from stages.runtime.checkpoint import Checkpoints, State
+from stages.runtime.loop import Stopped, Worker
+from stages.runtime.run import Run
+
+BOUND = 1e-6  # on weights, codebooks, moments and curves after 12 steps: a few roundings of float32
+LEARN = {"vqvae": vqvae.learn, "top": prior.learn}
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["pytest", "stages.prior", "stages.vqvae", "torch._dynamo"])
+
+
+def work(rank: int, count: int, port: int, folder: Path, stage: str, arguments: dict[str, Any], stop_at: int) -> None:
+    """Be one of `count` workers; be asked to stop after a step, unless that is 0."""
+    torch.set_num_threads(1)
+    answers = iter([False] * (stop_at - 1) + [True] * 99) if stop_at else iter([False] * 99)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=count, rank=rank)
+    worker = Worker(
+        rank,
+        count,
+        reduce=distributed.all_reduce,
+        wrap=lambda module: nn.parallel.DistributedDataParallel(module, broadcast_buffers=False),
+        stopping=answers.__next__,
+    )
+    try:
+        LEARN[stage](worker=worker, run=Run(stage, "print", folder, ClusterConfig()), **arguments)
+    except Stopped:
+        assert stop_at
+    distributed.destroy_process_group()
+
+
+def trained(folder: Path, stage: str, arguments: dict[str, Any], workers: int, stop_at: int = 0) -> State:
+    """Train, or go on, with some workers; return the state they leave."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        processes.Process(target=work, args=(rank, workers, port, folder, stage, arguments, stop_at))
+        for rank in range(workers)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode == 0
+    state = Checkpoints(folder, "print", keep=9).latest()
+    assert state is not None
+    return state
+
+
+@pytest.fixture(scope="module")
+def arguments(project) -> dict[str, dict[str, Any]]:
+    """What each stage learns from and how, without dropout."""
+    network = dataclasses.replace(project.priors["top"], dropout=0.0)
+    return {
+        "vqvae": {
+            "shards": project.path("shards"),
+            "vqvae": project.network,
+            "augment": project.augment,
+            "train_vqvae": project.train,
+            "seed": 0,
+        },
+        "top": {
+            "level": "top",
+            "codes": project.path("codes"),
+            "prior": PriorStageConfig(network, project.train),
+            "seed": 0,
+        },
+    }
+
+
+def far(left: State, right: State) -> float:
+    """The largest difference between two states, and between their curves."""
+    assert left.step == right.step
+    names = [name for name in left.tensors if name != "since"]
+    weights = max((left.tensors[name].double() - right.tensors[name].double()).abs().max().item() for name in names)
+    curves = max(abs(a["value"] - b["value"]) for a, b in zip(left.history, right.history, strict=True))
+    return max(weights, curves)
+
+
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
+    """What one worker makes of each."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {stage: trained(folder / stage, stage, arguments[stage], 1) for stage in LEARN}
+
+
+@pytest.mark.parametrize(("stage", "workers"), [("vqvae", 2), ("vqvae", 4), ("top", 2)])
+def test_more_workers_learn_what_one_does(tmp_path: Path, arguments, alone: dict[str, State], stage: str, workers: int):
+    """Sums are added up in another order, and nothing else differs: weights and curves lie within the bound."""
+    assert far(trained(tmp_path, stage, arguments[stage], workers), alone[stage]) < BOUND
+
+
+def test_what_two_workers_began_one_or_two_can_finish(tmp_path: Path, arguments, alone: dict[str, State]):
+    """Stopped between two steps that are logged: two end in the bits of two unbroken ones, one within the bound."""
+    given = arguments["vqvae"]
+    begun = trained(tmp_path / "begun", "vqvae", given, 2, stop_at=4)
+    assert begun.step == 5  # asked after the fourth, agreed on after the fifth
+    shutil.copytree(tmp_path / "begun", tmp_path / "one")
+    assert far(trained(tmp_path / "one", "vqvae", given, 1), alone["vqvae"]) < BOUND
+    again, unbroken = (trained(tmp_path / name, "vqvae", given, 2) for name in ("begun", "unbroken"))
+    assert again.history == unbroken.history
+    assert all(torch.equal(again.tensors[name], unbroken.tensors[name]) for name in unbroken.tensors)
