@@ -293,6 +293,36 @@ def test_codes_and_labels_of_another_batch_or_type_are_refused():
         prior.check(codes, coarser_of(3), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"codes are torch\.int32; use torch\.int64"):
         prior.check(codes.int(), coarser_of(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"labels are torch\.int64 of shape \(2, 1\); use torch\.int64, one number"):
+        prior.check(codes, coarser_of(), torch.tensor([[0], [1]]))
+    with pytest.raises(ValueError, match=r"labels are torch\.float32 of shape \(2,\); use torch\.int64, one number"):
+        prior.check(codes, coarser_of(), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"entries": 0}, "the grid of the prior is 8 x 12 codes of 0 entries; use 1 or more of each"),
+        ({"grid": (0, 12)}, "the grid of the prior is 0 x 12 codes of 11 entries; use 1 or more of each"),
+        ({"grid": (8, -12)}, "the grid of the prior is 8 x -12 codes of 11 entries; use 1 or more of each"),
+        ({"coarser": {"top": Grid(5, 4, 0)}}, "the grid of top is 4 x 0 codes of 5 entries; use 1 or more of each"),
+        ({"coarser": {"top": Grid(0, 4, 6)}}, "the grid of top is 4 x 6 codes of 0 entries; use 1 or more of each"),
+        ({"classes": -1}, "classes is -1; use the number of classes, or 0 for a prior without labels"),
+    ],
+)
+def test_a_prior_of_nothing_is_refused_in_one_sentence(sizes: dict[str, Any], message: str):
+    """Before anything is built."""
+    wanted = {"config": config("pixelcnn"), "entries": ENTRIES, "grid": (8, 12), "coarser": {}, "classes": 0, **sizes}
+    with pytest.raises(ValueError) as caught:
+        build(**wanted)
+    assert str(caught.value) == message
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_prior_there_is_not_is_refused():
+    """The message lists those there are."""
+    with pytest.raises(ValueError, match="the prior's name is pixelnail; use one of pixelsnail, pixelcnn"):
+        plain("pixelnail")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config as typing_config
 from torch import Tensor, nn
 
 from models.config import PriorConfig
@@ -277,14 +276,6 @@ def test_tf32_is_off_while_drawing_and_afterwards_as_it_was(turn_on: Callable[[]
         torch.set_float32_matmul_precision("highest")
         for switch, precision in zip(switches, untouched, strict=True):
             switch.fp32_precision = precision
-
-
-@pytest.fixture
-def untyped():
-    """Run without the types that the other tests check, as a user does."""
-    typing_config.update("jaxtyping_disable", True)
-    yield
-    typing_config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("untyped")

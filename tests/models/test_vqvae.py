@@ -1,6 +1,8 @@
 """Promises of the hierarchical VQ-VAE: any number of levels, coarse to fine, and exact round trips."""
 
+import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -235,14 +237,64 @@ def test_images_that_do_not_fit_are_refused_in_one_sentence(shape: tuple[int, ..
             r"level bottom have shape \(2, 2, 3\), .* must be \(2, 4, 6\)",
         ),
         (lambda codes: codes | {"top": codes["top"] + 16}, "but the codebook has 16 entries; use codes from 0 to 15"),
+        (lambda codes: {"top": codes["top"][:0]}, r"level top have shape \(0, 2, 3\); give 1 or more of each"),
+        (lambda codes: {"top": codes["top"][:, :0]}, r"level top have shape \(2, 0, 3\); give 1 or more of each"),
+        *(
+            (lambda codes, to=to: {"top": codes["top"].to(to)}, rf"codes are {to}; use torch\.int64, such as")
+            for to in (torch.uint8, torch.uint16, torch.int32, torch.float32)
+        ),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_codes_that_do_not_fit_are_refused_in_one_sentence(change, message: str):
     """Unknown, missing or mismatched levels and codes out of range each say what was found and what is allowed."""
     strides = {"top": 8, "bottom": 4}
     vqvae = VQVAE(config(strides))
     with pytest.raises(ValueError, match=message):
         vqvae.decode(change(vqvae.encode(images(strides))))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_filling_there_is_not_is_refused():
+    """Misspelt, it would have meant zeros."""
+    vqvae = VQVAE(config({"top": 8, "bottom": 4}))
+    codes = vqvae.encode(images({"top": 8, "bottom": 4}))
+    with pytest.raises(ValueError, match="fill is 'means'; use zeros or mean"):
+        vqvae.decode({"top": codes["top"]}, fill="means")
+
+
+@pytest.mark.parametrize("given", [[], ["top"], ["top", "bottom", "middle"]])
+def test_sums_of_other_levels_are_refused(given: list[str]):
+    """The message names the levels found and those there are, and no codebook has moved."""
+    vqvae = VQVAE(config({"top": 8, "bottom": 4}))
+    before = {name: value.clone() for name, value in vqvae.state_dict().items()}
+    sums = {name: level.sums for name, level in vqvae(images({"top": 8})).levels.items()}
+    with pytest.raises(ValueError, match=r"sums are given of the levels .*, but this model learns top, bottom; give"):
+        vqvae.absorb({name: sums.get(name, sums["top"]) for name in given})
+    assert all(torch.equal(before[name], value) for name, value in vqvae.state_dict().items())
+
+
+@pytest.mark.parametrize("image_size", [0, -8, 4])
+def test_an_image_too_small_for_one_coarsest_code_is_refused(image_size: int):
+    """The message holds the smallest size there is."""
+    with pytest.raises(ValueError, match=f"image_size is {image_size}; use the coarsest level's stride 8, or a"):
+        config({"top": 8, "bottom": 4}).grids(image_size)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "emma"}, "mode is 'emma'; use one of ema, loss, none"),
+        ({"beta": math.nan}, r"beta is nan; use 0 or more"),
+        ({"smoothing": math.nan}, "smoothing is nan; use a small positive number"),
+        ({"decay": math.nan}, "decay is nan; use 0"),
+    ],
+)
+def test_a_way_of_learning_there_is_not_is_refused(settings: dict[str, Any], message: str):
+    """Misspelt, `ema` would have meant `loss`."""
+    with pytest.raises(ValueError, match=message):
+        QuantizerConfig(**settings)
 
 
 def test_level_dropout_leaves_whole_images_alone_and_others_a_coarse_prefix():
