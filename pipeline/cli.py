@@ -4,7 +4,9 @@ vqvae2 run --stage prior_bottom            the console script
 typer pipeline run --stage prior_bottom    the same by Typer's own program, whose `run` takes this module's `app`
 """
 
+import dataclasses
 import difflib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting or a choice in conf/; repeatable."),
 ]
+Temperature = Annotated[float | None, typer.Option(min=0.01, help="Below 1: likelier codes, less variety.")]
+TopK = Annotated[int | None, typer.Option(min=0, help="Of the entries; 0 keeps all.")]
+TopP = Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Of the probability; 1 keeps all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -33,9 +38,26 @@ class _Commands(TyperGroup):
         word = args[0]
         meant = self.invoke_without_command and not difflib.get_close_matches(word, self.commands)
         if meant and not word.startswith("-"):
-            option = "-S" if "=" in word else "--stage"
-            ctx.fail(f"{word} is no command. Did you mean: vqvae2 run {option} {word}")
+            ctx.fail(f"{word} is no command. Did you mean: {_meant(word)}")
         return super().resolve_command(ctx, args)
+
+
+class _Run(_Commands):
+    """`vqvae2 run`: the other commands stand beside it, not below."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return []
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        word = args[0]
+        hints = [f"vqvae2 {word}"] if word in self.commands else []
+        if not hints or Path("stages", f"{word}.py").is_file():  # sample is both
+            hints.append(_meant(word))
+        return ctx.fail(f"run takes options alone, not {word}. Did you mean: {', or '.join(hints)}")
+
+
+def _meant(word: str) -> str:
+    return f"vqvae2 run {'-S' if '=' in word else '--stage'} {word}"
 
 
 app = typer.Typer(cls=_Commands, invoke_without_command=True, rich_markup_mode=None)
@@ -48,10 +70,30 @@ program = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vqvae2 {importlib.metadata.version('vqvae2')}")
+        raise typer.Exit
+
+
+@program.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.callback()
 def run(
     ctx: typer.Context,
-    stage: Annotated[str, typer.Option("--stage", "-s", help="This stage and what it needs, such as prior_top.")] = "",
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage", "-s", metavar="STAGE", help="This stage and what it needs, such as prior_top; repeatable."
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Run what is up to date, too, and from the start.")
     ] = False,
@@ -62,7 +104,8 @@ def run(
 ) -> None:
     """Run what changed, and restore the rest from cache.
 
-    Run the same command again after an interruption and it resumes. What -S says is kept in params.yaml.
+    Run the same command again after an interruption and it resumes. What -S says is kept in params.yaml until the
+    next -S, which starts from conf/ anew: name what is to stay, too.
 
     Example:  vqvae2 run -S experiment=smoke
 
@@ -73,7 +116,11 @@ def run(
         return
     from pipeline.run import run as run_pipeline
 
-    _guarded(lambda: run_pipeline(stage, overrides=overrides or (), force=force, only=only, pull=pull, dry_run=dry_run))
+    _guarded(
+        lambda: run_pipeline(
+            stages or (), overrides=overrides or (), force=force, only=only, pull=pull, dry_run=dry_run
+        )
+    )
 
 
 @app.command()
@@ -112,28 +159,20 @@ def doctor(as_json: AsJson = False) -> None:
     _guarded(examine, anywhere=True)
 
 
-@app.command()
-def config(
+@app.command("config")
+def compose(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As -S of run.")] = None,
+    more: Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="The same.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write params.yaml instead of printing it.")] = False,
 ) -> None:
-    """Compose conf/ into params.yaml, checked.
+    """Compose conf/ into params.yaml, checked. Without a setting, --write goes back to what conf/ says.
 
     Example:  vqvae2 config experiment=clothing64 vqvae.quantizer.beta=0.5 --write
     """
 
-    def composed() -> int:
-        from pipeline import params
-        from pipeline.run import compose
+    from pipeline.run import config
 
-        text, _ = compose(overrides or ())
-        if write:
-            params.write(text.encode())
-        else:
-            print(text, end="")
-        return 0
-
-    _guarded(composed)
+    _guarded(lambda: config([*(overrides or ()), *(more or ())], write=write))
 
 
 @app.command()
@@ -157,27 +196,30 @@ def sample(
         list[str] | None, typer.Option("--class", "-c", help="A class, drawn in turn; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal images.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Below 1: likelier codes, less variety.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Of the entries; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of the probability; 1 keeps all.")] = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
 ) -> None:
     """Draw images from the trained priors.
+
+    What is not said of temperature, top-k and top-p is as in params.yaml, under sample.
 
     Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
     """
 
     def draw() -> int:
-        from stages import tools
+        from pipeline import params
 
-        tools.sample(
-            out,
+        said: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        config = dataclasses.replace(
+            params.load().sample,
             count=count,
             classes=tuple(classes or ()),
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            **{name: value for name, value in said.items() if value is not None},
         )
+        from stages import tools
+
+        tools.sample(out, config, seed=seed)
         print(out)
         return 0
 
@@ -255,7 +297,7 @@ def run_stage(
 def main() -> None:
     """Run the console script."""
     environment.prepare()
-    program.add_typer(app, name="run")  # vqvae2 run --stage X
+    program.add_typer(app, name="run", cls=_Run, subcommand_metavar="")  # vqvae2 run --stage X
     program.registered_commands += app.registered_commands  # vqvae2 status
     program(prog_name="vqvae2")
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
+from yaml import MarkedYAMLError
 
-from pipeline.params import nearest
+from pipeline.origin import OVERRIDES
+from pipeline.params import nearest, within
 from stages.errors import UserError
 
 HEADER = """\
@@ -23,6 +26,10 @@ HEADER = """\
 
 def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> dict[str, Any]:
     """Compose conf/ with overrides as plain data, not yet checked."""
+    where = f"{conf}/, with {' '.join(overrides)}" if overrides else f"{conf}/"
+    for override in overrides:
+        if not override.isprintable():  # it would break out of its line in params.yaml
+            raise UserError(f"{override!r} is no override.", where=f"{conf}/", fix="Write it in one line.", code=2)
     if not (conf / "config.yaml").is_file():
         raise UserError("There is no conf/config.yaml here.", where=Path.cwd(), fix="Run in the project.", code=2)
     GlobalHydra.instance().clear()
@@ -31,15 +38,23 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> 
             config = compose("config", overrides=list(overrides))
             data = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _letter(error, overrides, conf) from None
+        raise _letter(error, overrides, where) from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UserError(
+            f"The file is not valid YAML: {error.problem}.",
+            where=f"{conf / Path(mark.name).relative_to(conf.resolve())}, line {mark.line + 1}" if mark else where,
+            fix="Mend that line.",
+            code=2,
+        ) from None
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
 
-def _letter(error: Exception, overrides: Sequence[str], conf: Path) -> UserError:
+def _letter(error: Exception, overrides: Sequence[str], where: str) -> UserError:
     """Say what Hydra says, in the words of the command line."""
     what, *more = str(error).strip().splitlines()
-    fix = "Write -S key=value, such as -S seed=1, or -S group=choice, such as -S experiment=smoke."
+    fix = "Write key=value, such as seed=1, or group=choice, such as experiment=smoke."
     if isinstance(error, OverrideParseException):
         what = f"{error.override} is no override."
         fix = _quoted(error.override) or fix
@@ -61,7 +76,11 @@ def _letter(error: Exception, overrides: Sequence[str], conf: Path) -> UserError
             fix = "Add what is not there with a +: " + " ".join(f"-S '+{one}'" for one in overrides if near in one)
         elif near:
             fix = f"Did you mean {near}?"
-    return UserError(what, where=f"{conf}/, with {' '.join(overrides) or 'no overrides'}", fix=fix, code=2)
+        elif beside := within(match[1].rpartition(".")[0]):
+            fix = f"Use one of: {', '.join(beside)}"
+        else:
+            fix = "See every setting by: vqvae2 config"
+    return UserError(what, where=where, fix=fix, code=2)
 
 
 def _quoted(override: str) -> str:
@@ -73,11 +92,11 @@ def _quoted(override: str) -> str:
     return f"""Quote the value: -S "{key}='{value}'\""""
 
 
-def to_yaml(data: dict[str, Any]) -> str:
-    """Write composed settings as the text of params.yaml."""
+def to_yaml(data: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """Write composed settings as the text of params.yaml, which begins with the overrides they were composed with."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
     yaml.dump(data, text)
-    return HEADER + text.getvalue()
+    return HEADER + (f"{OVERRIDES}{shlex.join(overrides)}\n" if overrides else "") + text.getvalue()

@@ -65,8 +65,10 @@ def find(name: str, known: Mapping[str, Stage]) -> Stage:
     for stage in known.values():
         if name in (stage.name, stage.option):
             return stage
-    options = ", ".join(stage.option for stage in known.values())
-    raise UserError(f"There is no stage {name}.", where=FILE, fix=f"Use one of: {options}", code=2)
+    levels = [stage.option for stage in known.values() if stage.level and stage.module == name]
+    options = ", ".join(levels or (stage.option for stage in known.values()))
+    what = f"{name} runs once per level." if levels else f"There is no stage {name}."
+    raise UserError(what, where=FILE, fix=f"Use one of: {options}", code=2)
 
 
 def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[str, Any]) -> Stage:

@@ -32,6 +32,7 @@ REMEDIES = {
     "not inside of a DVC repository": "Run: dvc init",
 }
 # What DVC says of a stage, and what it means.
+WORDS = {"deleted": "is not here", "not in cache": "is not in the cache"}  # it may never have been
 RUNNING = re.compile(r"Running stage '(.+)':")
 KEPT = re.compile(r"Stage '(.+)' didn't change, skipping")
 RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs")
@@ -65,10 +66,11 @@ def reasons(
     now = params.read()
     found: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        why = list(_direct(direct.get(name, []), name, lock, now))
-        before = [stages[one].option for one in found if _feeds(stages[one], stage)]
+        before = [stages[one] for one in found if _feeds(stages[one], stage)]
+        why = list(_direct(direct.get(name, []), name, lock, now, before))
         if before and name in lock:
-            why.append(f"{' and '.join(before)} run{'s' if len(before) == 1 else ''} before it")
+            *others, last = (one.option for one in before)
+            why.append(f"{', '.join(others)} and {last} run before it" if others else f"{last} runs before it")
         if (why or before) and name in considered:
             found[name] = why or [NEVER]
     return found
@@ -214,8 +216,10 @@ def _lock() -> dict[str, Any]:
     return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
 
 
-def _direct(changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Word DVC's findings about one stage."""
+def _direct(
+    changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Mapping[str, Any], before: Sequence[dag.Stage]
+) -> Iterator[str]:
+    """Word DVC's findings about one stage. What is not here because stages `before` it are to make it, goes unsaid."""
     if name not in lock and changes:
         yield NEVER
         return
@@ -226,12 +230,9 @@ def _direct(changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Map
         for kind, paths in change.items() if isinstance(change, dict) else ():
             for path, what in paths.items():
                 if isinstance(what, dict):
-                    before = lock[name].get("params", {}).get(path, {})
-                    yield from _settings(what, before, now)
-                elif kind == "changed outs" and what == "deleted":
-                    yield f"{path} is missing"
-                else:
-                    yield f"{path} was {what}"
+                    yield from _settings(what, lock[name].get("params", {}).get(path, {}), now)
+                elif kind == "changed outs" or not (what == "deleted" and any(_makes(one, path) for one in before)):
+                    yield f"{path} {WORDS.get(what, f'was {what}')}"
 
 
 def _settings(changed: Mapping[str, str], before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -240,15 +241,12 @@ def _settings(changed: Mapping[str, str], before: Mapping[str, Any], now: Mappin
         value: Any = now
         for step in key.split("."):
             value = value.get(step) if isinstance(value, dict) else None
-        old, new = params.flat(before.get(key), key), params.flat(value, key)
-        for leaf in {**old, **new}:
-            if old.get(leaf) != new.get(leaf):
-                yield f"{leaf} {_word(old, leaf)} -> {_word(new, leaf)}"
-
-
-def _word(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if values.get(key) is not None else "(none)"
+        yield from params.changes(params.flat(before.get(key), key), params.flat(value, key))
 
 
 def _feeds(one: dag.Stage, other: dag.Stage) -> bool:
-    return any(out == dep or out.startswith(f"{dep}/") for out in one.outs for dep in other.deps)
+    return any(_makes(one, dep) for dep in other.deps)
+
+
+def _makes(stage: dag.Stage, path: str) -> bool:
+    return any(out == path or out.startswith(f"{path}/") for out in stage.outs)

@@ -7,7 +7,8 @@ words of the file, with the nearest key that exists.
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -80,13 +81,7 @@ def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
         # As JSON, so that strict means "no text for a number" and not "no mapping for a dataclass".
         params = adapter(Params).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        letters = [_letter(dict(found)) for found in error.errors()]
-        raise UserError(
-            "\n".join(what for what, _ in letters[:MAX_ERRORS]),
-            where=path,
-            fix="\n       ".join(dict.fromkeys(fix for _, fix in letters[:MAX_ERRORS] if fix)),
-            code=2,
-        ) from None
+        raise _together([_letter(dict(found)) for found in error.errors()[:MAX_ERRORS]], path) from None
     for what, where, fix in _contradictions(params):
         raise UserError(what, where=f"{path}: {where}", fix=fix, code=2)
     # Coarse to fine, whatever the order in the file.
@@ -105,38 +100,73 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _letter(error: dict[str, Any]) -> tuple[str, str]:
-    """Turn one finding of pydantic into what is wrong, and the fix."""
-    place = [str(step) for step in error["loc"]]
-    key = ".".join(place)
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Name each single setting that two flat mappings have differently, with both values."""
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            yield f"{key} {_word(old.get(key))} -> {_word(new.get(key))}"
+
+
+def _word(value: Any) -> str:
+    return "(none)" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _together(letters: Sequence[tuple[str, str, str]], path: Path | str) -> UserError:
+    """Make one letter of all: what is wrong line by line, and then how to mend it, each by its key."""
+    fixes = list(dict.fromkeys(fix for _, _, fix in letters))
+    if len(fixes) > 1:
+        fixes = [f"{key}: {fix[:1].lower()}{fix[1:]}" if key else fix for key, _, fix in letters]
+    return UserError("\n".join(what for _, what, _ in letters), where=path, fix="\n       ".join(fixes), code=2)
+
+
+def _letter(error: dict[str, Any]) -> tuple[str, str, str]:
+    """Turn one finding of pydantic into the key, what is wrong, and the fix."""
+    key = ".".join(str(step) for step in error["loc"])
     given = json.dumps(error.get("input"), default=str, ensure_ascii=False)
     if len(given) > 60:
         given = given[:57] + "..."
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             near = nearest(key)
-            return f"{key} is not a setting.", f"Did you mean {near}?" if near else f"Remove {key}."
+            return key, f"{key} is not a setting.", f"Did you mean {near}?" if near else f"Remove {key}."
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return f"{key} is missing.", "Compose the file anew: vqvae2 config --write"
+            return key, f"{key} is missing.", "Compose the file anew: vqvae2 config --write"
         case "value_error":
-            return f"{key}: {error['ctx']['error']}." if key else f"{error['ctx']['error']}.", ""
+            what, fix = split(str(error["ctx"]["error"]))
+            fix = fix or "Choose values that go together."
+            if named := re.match(r"(\w+) is ", what):  # a field of this section, not the section as a whole
+                return f"{key}.{named[1]}".lstrip("."), f"{key}.{what}".lstrip("."), fix
+            return key, f"{key}: {what}".removeprefix(": "), fix
         case "dataclass_type" | "dict_type":
-            return f"{key} is {given}; it holds settings of its own.", ""
+            inside = ", ".join(within(key) or within(f"{key}.LEVEL"))
+            return key, f"{key} is {given}; it holds settings of its own.", f"Set what it holds: {inside}"
         case _:
-            message = error["msg"].removeprefix("Input should be ")
-            return f"{key} is {given}; use {message}.", ""
+            return key, f"{key} is {given}.", f"Use {error['msg'].removeprefix('Input should be ')}."
+
+
+def split(sentence: str) -> tuple[str, str]:
+    """Part what a setting's own check says into what is wrong and, behind a semicolon, the fix."""
+    what, _, fix = sentence.partition("; ")
+    return f"{what}.", f"{fix[:1].upper()}{fix[1:]}." if fix else ""
+
+
+def within(key: str) -> list[str]:
+    """Name the settings that a section holds."""
+    parts = [name.rpartition(".") for name in _keys(Params, "")]
+    return [f"{key}.{leaf}".lstrip(".") for parent, _, leaf in parts if parent == _general(key)]
 
 
 def nearest(key: str) -> str:
     """Name the setting whose name is closest to an unknown one; "" if none is close."""
     known = list(_keys(Params, ""))
     parent, _, leaf = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == _general(parent)]
-    for candidates in (siblings, known):
+    for candidates, alike in (
+        (within(parent), 0.6),
+        (known, 0.8),
+    ):  # far from where it was looked for, only a slip counts
         by_leaf = {name.rpartition(".")[2]: name for name in reversed(candidates)}
-        if close := difflib.get_close_matches(leaf, by_leaf, n=1):
-            found = by_leaf[close[0]]
-            return f"{parent}.{close[0]}".lstrip(".") if candidates is siblings else found
+        if close := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=alike):
+            return by_leaf[close[0]]
     return ""
 
 
@@ -166,8 +196,8 @@ def _contradictions(params: Params) -> Iterator[tuple[str, str, str]]:
     try:
         params.vqvae.grids(params.dataset.image_size)
     except ValueError as error:
-        what, _, fix = str(error).partition("; ")
-        yield f"{what}.", "dataset.image_size", f"{fix[:1].upper()}{fix[1:]}."
+        what, fix = split(str(error))
+        yield what, "dataset.image_size", fix
     for level in levels:
         if level not in priors:
             yield (
@@ -182,6 +212,13 @@ def _contradictions(params: Params) -> Iterator[tuple[str, str, str]]:
                 f"priors.{level}",
                 f"Add the level {level} to vqvae.levels, or leave out its prior: -S '~prior@priors.{level}'",
             )
+    entries = max(level.entries for level in levels.values())
+    if params.sample.top_k > entries:
+        yield (
+            f"sample.top_k is {params.sample.top_k}, but no level has more than {entries} entries.",
+            "sample.top_k",
+            f"Use 1 to {entries}, or 0 to keep all.",
+        )
     yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
         yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)

@@ -10,20 +10,23 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import environment, params
-from stages.config import Params
+from pipeline import environment, origin, params, ui
+from stages.config import DatasetConfig, Params
 from stages.errors import UserError
 
 GIB = 2**30
-PACKAGES = ("torch", "ray", "mlflow", "dvc", "hydra-core", "webdataset", "pyarrow", "typer", "torchmetrics")
+PACKAGES = ("vqvae2", "torch", "ray", "mlflow", "dvc", "hydra-core", "webdataset", "pyarrow", "typer", "torchmetrics")
 
 
-def check(settings: Params, will_run: Iterable[str]) -> None:
-    """Refuse a run that is bound to fail: images that are not there, a GPU that is not there."""
+def check(settings: Params, will_run: Collection[str], where: str) -> None:
+    """Refuse a run that is bound to fail: images, a GPU or a class that is not there.
+
+    `where` says what the settings were made from.
+    """
     if "shard" in will_run:
         from stages.formats.listing import check_source
 
@@ -31,11 +34,33 @@ def check(settings: Params, will_run: Iterable[str]) -> None:
     wanted = settings.cluster.gpus_per_worker * settings.cluster.workers
     if wanted > gpus() and not os.environ.get("RAY_ADDRESS"):
         raise UserError(
-            f"cluster asks for {wanted:g} GPUs; this machine has {gpus()}.",
-            where=f"{params.FILE}: cluster.gpus_per_worker",
+            f"cluster asks for {wanted:g} GPU{'s' * (wanted != 1)}; this machine has {gpus()}.",
+            where=f"{where}: cluster.gpus_per_worker",
             fix="Use -S cluster=local, or name a Ray cluster that has them in RAY_ADDRESS.",
             code=3,
         )
+    if settings.sample.classes and "sample" in will_run:
+        classes = _classes(settings.dataset, made="shard" not in will_run)
+        unknown = [name for name in settings.sample.classes if classes is not None and name not in classes]
+        if unknown:
+            raise UserError(
+                f"The images have no class {unknown[0]!r}." if classes else "The images have no classes to draw.",
+                where=f"{where}: sample.classes",
+                fix=f"Use any of: {', '.join(classes)}" if classes else "Leave sample.classes empty.",
+                code=2,
+            )
+
+
+def _classes(dataset: DatasetConfig, *, made: bool) -> Sequence[str] | None:
+    """Name the classes of the shards if they are made, or else of the source, by its names alone; None: not known."""
+    from stages.formats import artifact, listing
+
+    if made:
+        shards = Path("artifacts/shards")
+        return artifact.read(shards, "shards", "shard").meta["classes"] if shards.is_dir() else None
+
+    found = listing.find(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
+    return found.classes
 
 
 def gpus() -> int:
@@ -138,6 +163,8 @@ def _settings() -> Finding:
         params.load()
     except UserError as error:
         return Finding("settings", "error", f"{error.where}: {error.what}", error.fix)
+    if changed := origin.drift():
+        return Finding("settings", "warning", changed, f"Take it over: {origin.remedy()}")
     return Finding("settings", "ok", f"{params.FILE} is valid")
 
 
@@ -172,6 +199,10 @@ def _ray() -> Finding:
 
 def _mlflow() -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    try:
+        ui.require_store(uri)
+    except UserError as error:
+        return Finding("mlflow", "error", f"{error.what} ({error.where})", error.fix)
     if not uri.startswith("http"):
         return Finding("mlflow", "ok", "a database file" if uri else "mlflow.db in this folder")
     shown = uri.rpartition("@")[2]

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
-from pipeline import dag, dvc, launch, params, preflight, shared
+from pipeline import dag, dvc, launch, origin, params, preflight, shared
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
 
 
 def run(
-    target: str = "",
+    wanted: Sequence[str] = (),
     *,
     overrides: Sequence[str] = (),
     force: bool = False,
@@ -23,28 +24,29 @@ def run(
     pull: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Bring one stage and what it needs, or all stages, up to date; return the exit status.
+    """Bring the wanted stages and what they need, or all stages, up to date; return the exit status.
 
     `force` runs stages that are up to date too, from their first step; `only` leaves alone what the stage needs.
     """
-    if only and not target:
+    if only and not wanted:
         raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     with _alone() if overrides or not dry_run else nullcontext():
         with _settings(overrides, keep=not dry_run) as settings:
             stages = dag.stages(params.read())
-            targets = [dag.find(target, stages).name] if target else []
+            targets = [dag.find(name, stages).name for name in wanted]
             if not dry_run:
                 _remove_leftovers(settings)
             why = dvc.reasons(stages, targets, only=only)
             if force:
-                wanted = targets if only or not targets else dvc.needed(stages, targets)
-                why |= {name: [*why.get(name, []), "forced"] for name in stages if not targets or name in wanted}
-            if why and not dry_run:
-                preflight.check(settings, why)
+                forced = targets if only else dvc.needed(stages, targets or list(stages))
+                why |= {name: [*why.get(name, []), "forced"] for name in stages if name in forced}
+            if dry_run or not why:
+                _print_plan(why, stages)
+            if why:
+                preflight.check(settings, why, _where(overrides))
         if dry_run or not why:
-            _print_plan(why, stages)
             return 0
         return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
 
@@ -63,12 +65,31 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def compose(overrides: Sequence[str]) -> tuple[str, Params]:
-    """Compose conf/ with overrides; return the text for params.yaml and the settings it holds."""
-    from pipeline.compose import compose_params, to_yaml
+def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], Params]:
+    """Compose conf/ with overrides; return the contents of params.yaml, and the settings they hold."""
+    from pipeline.compose import compose_params
 
     data = compose_params(overrides)
-    return to_yaml(data), params.check(data, f"conf/, with {' '.join(overrides)}" if overrides else "conf/")
+    return data, params.check(data, _where(overrides, "conf/"))
+
+
+def config(overrides: Sequence[str], *, write: bool) -> int:
+    """Print what conf/ composes to, or put it into params.yaml."""
+    from pipeline.compose import to_yaml
+
+    data, _ = compose(overrides)
+    if not write:
+        print(to_yaml(data, overrides), end="")
+        return 0
+    with _alone():
+        origin.note_lost(overrides, data)
+        params.write(to_yaml(data, overrides).encode())
+    return 0
+
+
+def _where(overrides: Sequence[str], otherwise: object = params.FILE) -> str:
+    """Name what the settings were made from."""
+    return f"conf/, with {' '.join(overrides)}" if overrides else str(otherwise)
 
 
 @contextmanager
@@ -78,11 +99,17 @@ def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
     They are taken back unless they are to be kept, and when something is refused before it has begun.
     """
     if not overrides:
-        yield params.load()
+        settings = params.load()
+        origin.note_drift()
+        yield settings
         return
-    text, settings = compose(overrides)
+    from pipeline.compose import to_yaml
+
+    data, settings = compose(overrides)
+    origin.note_lost(overrides, data)
     before = params.FILE.read_bytes() if params.FILE.is_file() else None
-    params.write(text.encode())
+    time = params.FILE.stat().st_mtime_ns if before is not None else 0
+    params.write(to_yaml(data, overrides).encode())
     try:
         yield settings
         kept = keep
@@ -91,7 +118,15 @@ def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
         raise
     finally:
         if not kept:
-            params.FILE.unlink() if before is None else params.write(before)
+            _take_back(before, time)
+
+
+def _take_back(before: bytes | None, time: int) -> None:
+    if before is None:
+        params.FILE.unlink()
+    else:
+        params.write(before)
+        os.utime(params.FILE, ns=(time, time))  # what is newer in conf/ is still to be noticed
 
 
 class _Failed(Exception):
@@ -132,7 +167,7 @@ def _reproduce(
                 ) from None
             return meeting.status() or 1
     report = Path("artifacts/report/report.html")
-    if report.is_file() and (not targets or targets == ["evaluate"]):
+    if report.is_file() and (not targets or "evaluate" in targets):
         print(f"report        {report}")
     return 0
 

@@ -2,13 +2,14 @@
 
 import json
 
-from pipeline import dag, dvc, launch, params
+from pipeline import dag, dvc, launch, origin, params
 from stages.errors import UserError
 
 
 def show(*, as_json: bool) -> int:
     """Print the state of every stage."""
     params.load()
+    origin.note_drift()
     stages = dag.stages(params.read())
     owners = {name: launch.owner(launch.RUNS / stage.option) for name, stage in stages.items()}
     trouble = ""

@@ -7,6 +7,7 @@ import sys
 from stages.errors import UserError
 
 HOST = "127.0.0.1"
+STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file")  # of MLflow, by the scheme of their URI
 
 
 def serve(port: int) -> int:
@@ -14,6 +15,7 @@ def serve(port: int) -> int:
     from stages.runtime import tracking
 
     uri = tracking.store_uri()
+    require_store(uri)
     if uri.startswith(("http://", "https://")):
         raise UserError(
             "MLFLOW_TRACKING_URI names a server, which has pages of its own.",
@@ -36,3 +38,15 @@ def serve(port: int) -> int:
     print(f"http://{HOST}:{port}  (end it with Ctrl-C)", flush=True)
     arguments = ["--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", uri]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
+
+
+def require_store(uri: str) -> None:
+    """Refuse a URI that names no store of MLflow's."""
+    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "file"  # mysql+pymysql
+    if scheme not in STORES:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI begins with {scheme}://, which MLflow cannot open.",
+            where=uri.rpartition("@")[2],
+            fix=f"Use a URI of one of {', '.join(STORES)}, or unset it: runs are then kept in mlflow.db here.",
+            code=2,
+        )

@@ -20,30 +20,29 @@ VQVAE = Path("artifacts/vqvae")
 PRIORS = Path("artifacts/priors")
 
 
-def sample(
-    out: Path,
-    *,
-    count: int,
-    classes: tuple[str, ...],
-    seed: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> None:
+def sample(out: Path, config: SampleConfig, *, seed: int) -> None:
     """Draw images into a folder, each as a PNG named by its number and class, and all on one sheet."""
-    config = SampleConfig(count=count, classes=classes, temperature=temperature, top_k=top_k, top_p=top_p)
+    _require_folder(out)
     models = Models.load(VQVAE, PRIORS).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     labels = choose_labels(models, config)
+    entries = max(grid.entries for grid in models.grids.values())
+    if config.top_k > entries:
+        raise UserError(
+            f"top_k is {config.top_k}, but no level of these models has more than {entries} entries.",
+            where=VQVAE,
+            fix=f"Use 1 to {entries}, or 0 to keep all.",
+            code=2,
+        )
     out.mkdir(parents=True, exist_ok=True)
     images = []
-    for start in range(0, count, config.batch_size):
+    for start in range(0, config.count, config.batch_size):
         chosen = labels[start : start + config.batch_size].tolist()
         _, drawn = models.draw(range(start, start + len(chosen)), chosen, config, seed)
         images.append(drawn)
         for number, (label, image) in enumerate(zip(chosen, drawn, strict=True), start):
             name = f"{number:06d}-{_safe(models.classes[label])}" if models.classes else f"{number:06d}"
             (out / f"{name}.png").write_bytes(png(image))
-    (out / "sheet.png").write_bytes(sheet(np.concatenate(images), columns=math.ceil(math.sqrt(count))))
+    (out / "sheet.png").write_bytes(sheet(np.concatenate(images), columns=math.ceil(math.sqrt(config.count))))
 
 
 def reconstruct(images: list[Path], out: Path) -> list[str]:
@@ -52,6 +51,7 @@ def reconstruct(images: list[Path], out: Path) -> list[str]:
     Writes, for each image, itself and its reconstructions side by side. Images are cut and resized as the training
     images were.
     """
+    _require_folder(out)
     network, found = model_file.load_vqvae(VQVAE)
     if network.config.quantizer.mode == "none":
         raise UserError(
@@ -60,7 +60,7 @@ def reconstruct(images: list[Path], out: Path) -> list[str]:
             fix="Train one with vqvae.quantizer.mode ema or loss.",
             code=2,
         )
-    config = dataclasses.replace(DatasetConfig("", "", found.meta["image_size"]), **found.meta["images"])
+    config = dataclasses.replace(DatasetConfig("by hand", ".", found.meta["image_size"]), **found.meta["images"])
     levels = list(network.config.levels)
     pixels = [_read(path, config) for path in images]
     out.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,12 @@ def reconstruct(images: list[Path], out: Path) -> list[str]:
         named = ", ".join(f"{'+'.join(levels[: n + 1])} {error:.1f} dB" for n, error in enumerate(errors))
         lines.append(f"{path}: {named}")
     return lines
+
+
+def _require_folder(out: Path) -> None:
+    """Refuse a file, before any work is done for what cannot be put there."""
+    if out.exists() and not out.is_dir():
+        raise UserError("This is a file; images need a folder.", where=out, fix="Give another name.", code=2)
 
 
 def _read(path: Path, config: DatasetConfig) -> np.ndarray:

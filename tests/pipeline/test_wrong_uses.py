@@ -65,6 +65,10 @@ def _remove(name):
     return lambda project: (project.folder / name).unlink()
 
 
+def _section_as_number(project):
+    project.edit(lambda data: data.update(dataset=3))
+
+
 def _set(section, **values):
     return lambda project: project.edit(lambda data: data[section].update(values))
 
@@ -79,6 +83,20 @@ CASES = {
     "misspelt_override": (_nothing, ["run", "-S", "train_vqvae.step=10"], 2),
     "malformed_override": (_nothing, ["run", "-S", "seed"], 2),
     "unknown_experiment": (_nothing, ["run", "-S", "experiment=emoji"], 2),
+    "dropped_key": (_nothing, ["run", "-S", "evaluate.compared=true"], 2),
+    "unheard_of_key": (_nothing, ["run", "-S", "nothing.at.all=1"], 2),
+    "no_override": (_nothing, ["config", "foo"], 2),
+    "override_of_two_lines": (_nothing, ["config", "dataset.name='a\nb'"], 2),
+    "no_yaml_in_conf": (_write("conf/config.yaml", b"seed: [\n"), ["config"], 2),
+    "no_source": (_nothing, ["run", "-S", "dataset.source="], 2),
+    "no_number": (_nothing, ["run", "-S", "seed=abc"], 2),
+    "no_choice": (_nothing, ["run", "-S", "train_vqvae.precision=bf17"], 2),
+    "no_workers": (_nothing, ["run", "-S", "cluster.workers=0"], 2),
+    "no_power_of_two": (_nothing, ["run", "-S", "vqvae.levels.top.stride=5"], 2),
+    "no_share": (_nothing, ["run", "-S", "priors.top.network.dropout=1.5"], 2),
+    "more_than_there_are": (_nothing, ["run", "-S", "sample.top_k=999"], 2),
+    "wrong_twice": (_nothing, ["run", "-S", "seed=abc", "-S", "cluster.workers=0"], 2),
+    "section_as_number": (_section_as_number, RUN, 2),
     "wrong_type": (_set("train_vqvae", steps="many"), RUN, 2),
     "out_of_range": (_set("train_vqvae", learning_rate=-1.0), RUN, 2),
     "batch_not_divisible": (_nothing, ["run", "-S", "cluster.workers=3"], 2),
@@ -88,6 +106,8 @@ CASES = {
     "group_of_many_places": (_nothing, ["run", "-S", "train=smoke"], 2),
     "plus_too_many": (_nothing, ["run", "-S", "+experiment=smoke"], 2),
     "plus_too_few": (_nothing, ["run", "-S", "vqvae.levels.middle.stride=4"], 2),
+    "command_under_run": (_nothing, ["run", "status"], 2),
+    "stage_and_command": (_nothing, ["run", "sample"], 2),
     "stage_as_command": (_nothing, ["run", "shard"], 2),
     "setting_as_command": (_nothing, ["run", "seed=1"], 2),
     "level_of_torch": (_rename_level, RUN, 2),
@@ -112,6 +132,11 @@ CASES = {
     "gpu_absent": (_nothing, ["run", "-S", "cluster=gpu"], 3),
     "inputs_missing": (_nothing, ["stage", "vqvae"], 4),
     "inputs_half_written": (_half_written, ["stage", "vqvae"], 4),
+    "class_of_nothing": (_nothing, ["run", "--dry-run", "-S", "sample.classes=[flag]"], 2),
+    "source_absent_dry": (_set("dataset", source="photos"), [*RUN, "--dry-run"], 2),
+    "file_for_samples": (_write("drawn", b"a file"), ["sample", "drawn"], 2),
+    "file_for_reconstructions": (_write("drawn", b"a file"), ["reconstruct", "cat.png", "--out", "drawn"], 2),
+    "level_missing": (_nothing, ["stage", "prior"], 2),
     "unknown_level": (_nothing, ["stage", "prior", "middle"], 2),
     "no_model_to_sample": (_nothing, ["sample", "drawn"], 4),
     "no_model_to_reconstruct": (_nothing, ["reconstruct", "cat.png"], 4),
@@ -163,6 +188,13 @@ def test_what_cannot_run_here_changes_no_settings(project):
     assert (project.folder / "params.yaml").read_bytes() == before
 
 
+def test_a_store_that_mlflow_cannot_open_is_refused(project):
+    """MLflow would say so in a traceback."""
+    check("no_store", project, ["ui"], 2, MLFLOW_TRACKING_URI="ftp://host")
+    done = project.command("doctor", MLFLOW_TRACKING_URI="ftp://host")
+    assert done.returncode == 3 and "error    mlflow         MLFLOW_TRACKING_URI begins with ftp://" in done.stdout
+
+
 def test_a_port_in_use_is_refused(project):
     """MLflow would end with status 0, and say it in the middle of its own words."""
     with socket.socket() as taken:
@@ -198,9 +230,9 @@ def test_a_poor_source_is_used_or_refused(name, status, project):
     check(name, project, ["stage", "shard"], status)
 
 
-def check(name, project, command, status):
+def check(name, project, command, status, **environment):
     """Compare what a command prints with what it printed before."""
-    done = project.command(*command)
+    done = project.command(*command, **environment)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(str(project.folder), "PROJECT")
     # How fast images and metrics went is not what is compared.
     passing = re.compile(r"\d/\d+ images|points are not in MLflow")

@@ -9,6 +9,7 @@ from PIL import Image
 from models.config import QuantizerConfig, VQVAEConfig
 from models.vqvae import VQVAE
 from stages import tools
+from stages.config import SampleConfig
 from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.samples import open_samples
@@ -25,11 +26,20 @@ def here(project, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_drawn_images_are_those_of_the_pipeline(project, here: Path, tmp_path: Path):
     """Sample by sample, under names that say number and class."""
-    tools.sample(tmp_path / "out", count=5, classes=(), seed=0, temperature=1.0, top_k=0, top_p=1.0)
+    tools.sample(tmp_path / "out", SampleConfig(count=5), seed=0)
     files = sorted((tmp_path / "out").glob("0*.png"))
     drawn = np.stack([np.asarray(Image.open(path)) for path in files])
     assert (drawn == open_samples(project.path("samples")).images(0, 5)).all()
     assert {path.stem[7:] for path in files} == {"dark", "light"} and (tmp_path / "out" / "sheet.png").exists()
+
+
+def test_more_entries_than_there_are_cannot_be_kept(project, here: Path, tmp_path: Path):
+    """top_k counts entries of the levels, and the letter says how many there are."""
+    entries = max(level.entries for level in project.network.levels.values())
+    tools.sample(tmp_path / "out", SampleConfig(count=1, top_k=entries), seed=0)
+    with pytest.raises(UserError, match=rf"top_k is {entries + 1}[\s\S]*Use 1 to {entries}, or 0"):
+        tools.sample(tmp_path / "other", SampleConfig(count=1, top_k=entries + 1), seed=0)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_image_is_reconstructed_from_each_prefix_of_levels(project, here: Path, tmp_path: Path):

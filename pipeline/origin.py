@@ -1,0 +1,96 @@
+"""Where params.yaml comes from: conf/, and the overrides that its header keeps.
+
+Comments are nothing to DVC, which watches the values. Who rewrites the file by other means leaves the header out.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline import params
+from stages.errors import UserError
+
+CONF = Path("conf")
+OVERRIDES = "# Overrides: "  # the line of the header, if there were any
+SHOWN = 3  # settings
+
+
+def kept() -> list[str]:
+    """List the overrides that params.yaml was composed with, as its header has them."""
+    found: list[str] = []
+    with suppress(OSError, ValueError), params.FILE.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.startswith("#"):
+                break
+            if line.startswith(OVERRIDES):
+                found = shlex.split(line.removeprefix(OVERRIDES))
+    return found
+
+
+def drift() -> str:
+    """Say how params.yaml differs from what conf/ composes to since it was edited; "" where it does not."""
+    files = [CONF, *CONF.rglob("*")] if CONF.is_dir() else []
+    if max((path.stat().st_mtime_ns for path in files), default=0) <= params.FILE.stat().st_mtime_ns:
+        return ""  # as nearly always, and Hydra takes its time
+    from pipeline.compose import compose_params
+
+    overrides = kept()
+    try:
+        composed = compose_params(overrides)
+    except UserError as error:
+        return (
+            f"conf/ has changed since {params.FILE} was composed, and cannot be composed now: {error.what.rstrip('.')}"
+        )
+    found = list(params.changes(params.flat(params.read()), params.flat(composed)))
+    if not found:
+        return ""
+    return f"{params.FILE} is not what conf/ composes to by now: {_few(found)}"
+
+
+def note_drift() -> None:
+    """Say it on the screen, with what to do."""
+    if text := drift():
+        print(f"note: {text}. Take it over: {remedy()}", file=sys.stderr)
+
+
+def remedy() -> str:
+    """Write the command that composes params.yaml anew, with the overrides it has kept."""
+    return shlex.join(["vqvae2", "config", *kept(), "--write"])
+
+
+def note_lost(overrides: Sequence[str], composed: Mapping[str, Any]) -> None:
+    """Say on the screen which settings of params.yaml go back to conf/ when `composed` takes its place."""
+    if found := list(_lost(overrides, composed)):
+        print(f"note: back to conf/: {_few(found)}", file=sys.stderr)
+
+
+def _lost(overrides: Sequence[str], composed: Mapping[str, Any]) -> Iterator[str]:
+    """Name what earlier overrides said that are not given again, and what was edited in the file itself."""
+    from pipeline.compose import compose_params
+
+    with suppress(UserError):  # neither a file that cannot be read nor a choice that is gone can be compared
+        old, new = params.flat(params.read()), params.flat(composed)
+        if old == new:
+            return
+        given, earlier = {_key(one) for one in overrides}, {_key(one): one for one in kept()}
+        for key, override in earlier.items():
+            if key in old and key not in given:
+                yield from params.changes({key: old[key]}, {key: new.get(key)})
+            elif key not in given:  # a choice of many settings
+                yield override
+        was = params.flat(compose_params(kept()))
+        edited = [key for key in old if old[key] != was.get(key) and key not in given | earlier.keys()]
+        yield from params.changes({key: old[key] for key in edited}, {key: new.get(key) for key in edited})
+
+
+def _key(override: str) -> str:
+    return re.sub(r"^[+~]+", "", override).partition("=")[0]
+
+
+def _few(found: Sequence[str]) -> str:
+    more = len(found) - SHOWN
+    return ", ".join(found[:SHOWN]) + (f" and {more} more" if more > 0 else "")
