@@ -1,5 +1,6 @@
 """Every command explains itself, at once, and stands in the README."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pipeline.cli import app
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {str(command.name or command.callback.__name__): command.callback for command in app.registered_commands}
+VQVAE2 = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+TYPER = [sys.executable, "-m", "typer", "pipeline"]
 HEAVY = ("torch", "mlflow", "ray", "hydra", "dvc", "webdataset", "pandas", "pyarrow", "numpy", "PIL")
 HELP = """
 import sys
@@ -47,6 +50,22 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "loaded:"
 
 
+def test_the_version_is_the_packages():
+    """`vqvae2 --version` says which one is installed."""
+    done = subprocess.run([*VQVAE2, "--version"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == f"vqvae2 {importlib.metadata.version('vqvae2')}\n" and done.returncode == 0
+
+
+def test_commands_stand_beside_run_and_not_below_it():
+    """`vqvae2 run --help` lists options alone; under Typer's program, where `run` is everything, the commands too."""
+    ours, typers = (
+        subprocess.run([*command, "run", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60).stdout
+        for command in (VQVAE2, TYPER)
+    )
+    assert "Usage: vqvae2 run [OPTIONS]\n" in ours and "Commands:" not in ours and "--dry-run" in ours
+    assert all(f"\n  {name} " in typers for name in COMMANDS) and "--dry-run" in typers
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["run", "--stage", "nowhere"], ["run", "config", "seed=1"], ["run", "--help"]],
@@ -54,8 +73,7 @@ def test_help_imports_nothing_heavy(arguments):
 )
 def test_typers_own_program_runs_the_pipeline(arguments):
     """`typer pipeline run ...` is the same program."""
-    command = [sys.executable, "-m", "typer", "pipeline", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([*TYPER, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60)
     expected = 2 if "nowhere" in arguments else 0
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """DVC by its command: reasons, outcomes and a good end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,28 @@ def test_reasons_name_old_and_new_values_and_follow_the_stages(here, capfd):
     text = capfd.readouterr().out
     assert "first         runs: settings.side 32 -> 64\n" in text and "second        unchanged\n" in text
     assert "first         restored from cache" in text and "git add" not in text
+
+
+def test_what_is_not_here_may_never_have_been(here):
+    """A fresh checkout has the lock and nothing else: no word of deleting, and none of what the stages before make."""
+    bring()
+    shutil.rmtree("artifacts")
+    assert reasons() == {
+        "first": ["artifacts/first is not here"],
+        "second": ["artifacts/second is not here", "first runs before it"],
+    }
+    shutil.rmtree(".dvc/cache")
+    assert reasons()["first"] == ["artifacts/first is not in the cache"]
+
+
+def test_reasons_list_stages_as_people_do(monkeypatch):
+    """With commas, and one `and`."""
+    stages = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(dvc, "_status", lambda: {"codes": ["changed command"]})
+    why = dvc.reasons(stages)
+    assert why["codes"] == ["its command changed"] and why["prior@top"] == ["codes runs before it"]
+    assert why["evaluate"] == ["codes, prior_top, prior_bottom and sample run before it"]
 
 
 def test_force_and_only(here):

@@ -4,7 +4,17 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import params, preflight
+from pipeline.cli import app
+from stages import tools
+from stages.errors import UserError
+from stages.formats import artifact
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
 
@@ -23,6 +33,47 @@ def test_a_dry_run_of_a_stage_is_about_what_it_needs(project):
     """--stage names a stage and what it needs."""
     done = project.command("run", "--dry-run", "--stage", "prior_bottom")
     assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["shard", "vqvae", "codes", "prior_bottom"]
+
+
+def test_several_stages_can_be_asked_for(project):
+    """--stage again adds a stage; what each needs comes along."""
+    done = project.command("run", "--dry-run", "--stage", "codes", "-s", "prior_top")
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["shard", "vqvae", "codes", "prior_top"]
+
+
+def test_classes_to_sample_are_those_of_the_images(project, monkeypatch):
+    """They are read off the shards where these stay, and off the names in the source where shards are to be made."""
+    monkeypatch.chdir(project.folder)
+    settings = params.load()
+    settings = replace(settings, sample=replace(settings.sample, classes=("flags",)))
+    everything, later = list(STAGES), STAGES[1:]
+    preflight.check(settings, everything, "params.yaml")
+    preflight.check(settings, later, "params.yaml")  # no shards to look at
+    with artifact.writing(Path("artifacts/shards"), "shards", {"classes": ["cat", "dog"]}):
+        pass
+    preflight.check(settings, everything, "params.yaml")
+    preflight.check(settings, STAGES[:2], "params.yaml")  # nothing is sampled
+    with pytest.raises(UserError, match=r"no class 'flags'[\s\S]*params.yaml: sample.classes\n  fix: .*cat, dog"):
+        preflight.check(settings, later, "params.yaml")
+    unlabelled = replace(settings, dataset=replace(settings.dataset, labels="none"))
+    with pytest.raises(UserError, match=r"no classes to draw[\s\S]*fix: Leave sample.classes empty"):
+        preflight.check(unlabelled, everything, "params.yaml")
+
+
+def test_drawing_by_hand_follows_the_settings(project, monkeypatch):
+    """What `sample` is not told of temperature, top-k and top-p is as in params.yaml."""
+    monkeypatch.chdir(project.folder)
+    project.edit(lambda data: data["sample"].update(temperature=0.7, top_k=5, classes=["flags"]))
+    drawn = []
+    monkeypatch.setattr(tools, "sample", lambda out, config, *, seed: drawn.append((config, seed)))
+    runner = CliRunner()
+    assert runner.invoke(app, ["sample", "drawn"]).exit_code == 0
+    assert runner.invoke(app, ["sample", "drawn", "--top-k", "0", "--top-p", "0.5", "-c", "food"]).exit_code == 0
+    settled = params.load().sample
+    assert drawn == [
+        (replace(settled, count=16, classes=()), 0),
+        (replace(settled, count=16, classes=("food",), top_k=0, top_p=0.5), 0),
+    ]
 
 
 def test_status_is_readable_by_programs(project):
