@@ -182,8 +182,9 @@ class Quantizer(nn.Module):
         It is the mean entry to a power of two near the entries' spread, so that subtracting it rounds nothing, and
         exactly 0 where the entries lie around the origin.
         """
-        mean = self.mean()
-        spread = (self.counts / self.counts.sum()) @ (self.codebook.detach() - mean).abs()
+        codebook, shares = self.codebook.detach(), (self.counts / self.counts.sum())[:, None]
+        mean = (shares * codebook).sum(0)
+        spread = (shares * (codebook - mean).abs()).sum(0)
         unit = spread.clamp(min=2.0**-40).log2().floor().exp2()
         return (mean / unit).round() * unit
 

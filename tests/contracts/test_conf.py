@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import params
+from models.config import PriorConfig
+from pipeline import params, plan
 from pipeline.compose import compose_params, to_yaml
 from stages.config import Params
 
@@ -117,6 +118,77 @@ def _has_what_both_papers_runs_share(settings: Params) -> None:
     assert settings.vqvae.level_dropout == 0
     assert (settings.sample.temperature, settings.sample.top_k, settings.sample.top_p) == (1, 0, 1)
     assert (settings.augment.flip, settings.augment.shift, settings.codes.copies) == (False, 0, 1)
+
+
+# Classes, and of each network its parameters and the operations of a forward pass.
+COSTS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
+    "imagenet256": (
+        1000,
+        {
+            "vqvae": (1_782_339, 9_546_235_904),
+            "prior_top": (416_468_992, 906_256_973_824),
+            "prior_bottom": (418_563_584, 2_416_464_363_520),
+        },
+    ),
+    "ffhq1024": (
+        0,
+        {
+            "vqvae": (3_172_419, 75_984_011_264),
+            "prior_top": (333_012_992, 777_407_954_944),
+            "prior_middle": (318_347_264, 2_352_056_631_296),
+            "prior_bottom": (186_179_072, 4_874_821_435_392),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("experiment", COSTS)
+def test_the_papers_networks_cost_what_was_derived_for_them(experiment):
+    """Composed from conf/, every prior has its table's parameters and those of named pieces, to the last one."""
+    classes, costs = COSTS[experiment]
+    settings = composed(f"experiment={experiment}")
+    found = {each.stage: (each.parameters, each.forward_flops) for each in plan.count(settings, classes)}
+    for coarser, (level, prior) in enumerate(settings.priors.items()):
+        table, pieces = of_the_table(prior.network, classes, coarser), of_ours(prior.network, classes, coarser)
+        assert found[f"prior_{level}"][0] == table + sum(pieces.values())
+    assert found == costs
+
+
+def of_the_table(network: PriorConfig, classes: int, coarser: int) -> int:
+    """Count a prior by the reading of 13 live taps in a block's first convolution and a 1x1 second, in one stack."""
+    c, r, k = network.channels, network.residual_channels, 512
+    table = k * c + 13 * c * c + network.layers * (13 * c * r + 2 * r * c + classes * 2 * c) + c * k
+    table += network.attention_layers * (4 * c * c + 9 * c * c) + network.output_layers * (c * r + 2 * r * c)
+    if coarser:
+        table += network.layers * 2 * c * c + 9 * c * c + network.condition_layers * (9 * c * r + r * c)
+    return table
+
+
+def of_ours(network: PriorConfig, classes: int, coarser: int) -> dict[str, int]:
+    """Name what our priors have beside that reading."""
+    c, r, k, n, attentions = network.channels, network.residual_channels, 512, network.layers, network.attention_layers
+    pieces = {
+        "the stem is strict, one tap less": -c * c,
+        "the raw code enters the keys by a layer of its own": attentions * c * c,
+        "position channels, at the stem, the queries and the keys": 2 * c + attentions * 2 * 2 * c,
+        "biases": c + n * (r + 2 * c) + attentions * 3 * 3 * c + network.output_layers * (r + 2 * c) + k,
+    }
+    if coarser:
+        pieces |= {
+            "the coarser codes have embeddings": coarser * k * c,
+            "further coarser levels enter the first convolution": (coarser - 1) * 9 * c * c,
+            "a transposed convolution lifts the coarser map": 16 * c * c + c,
+            "biases of the conditioning stack": c + network.condition_layers * (r + c),
+        }
+    if network.name == "pixelcnn":
+        pieces |= {
+            "stems of 10 + 2 taps for 12": c,
+            "blocks of 15 + 3 taps for 13": n * 5 * c * r,
+            "the vertical stack's own second layers": n * (2 * r * c + r + 2 * c),
+            "its own conditions and labels": n * (2 * c * c * bool(coarser) + classes * 2 * c),
+            "from the vertical to the horizontal stack": n * c * r,
+        }
+    return pieces
 
 
 def test_a_cluster_changes_nothing_else():
