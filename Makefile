@@ -7,10 +7,17 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
 
-.PHONY: setup demo test test-slow check format constraints
-setup: $(VENV)/.stamp
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format constraints
+
+help:                ## List what can be made.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp  ## Build .venv with the exact set of packages in constraints.txt.
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("vqvae2 needs Python 3.11 or newer, and \
+	$(PYTHON) is %d.%d: name a newer one, such as PYTHON=python3.12." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
 	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
@@ -18,7 +25,9 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	    $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[dev]'
 	touch $@
 
+# What an earlier -S has left in params.yaml is not the demo's. Which settings go back is said.
 demo: setup          ## Run every stage on the embedded data; ends with the path of the report.
+	@if grep -q '^# Overrides: ' params.yaml; then vqvae2 config --write; fi
 	vqvae2 run
 
 test: setup          ## Every test that fits into fifteen minutes on two cores.
@@ -33,7 +42,7 @@ check: setup         ## What a change must pass: format, lint, types, fast tests
 	mypy
 	pytest -q -m "not ray and not slow"
 
-format: setup
+format: setup        ## Mend what can be mended by itself.
 	ruff format .
 	ruff check --fix .
 
