@@ -44,7 +44,8 @@ def test_every_choice_composes(override):
 
 def test_params_yaml_is_current():
     """params.yaml holds what conf/ composes: `vqvae2 config --write` would change nothing."""
-    assert params.read(ROOT / "params.yaml") == compose_params((), CONF)
+    current = params.read(ROOT / "params.yaml") == compose_params((), CONF)
+    assert current, "params.yaml is not what conf/ composes to. Go back to that by: vqvae2 config --write"
 
 
 def test_what_is_written_reads_back_the_same(tmp_path: Path):
