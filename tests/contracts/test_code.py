@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import dag, params
 
@@ -119,18 +120,23 @@ def test_nothing_reads_a_pickle():
             assert path.as_posix() == "stages/metrics/features.py" and "weights_only=True" in line, f"{path}: {line}"
 
 
-def test_no_second_torch_can_come():
-    """torchvision is neither required nor installed: it would bring a torch of its own."""
-    names = {re.split(r"[^\w-]", line)[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert "torchvision" not in names
-    with pytest.raises(importlib.metadata.PackageNotFoundError):
-        importlib.metadata.version("torchvision")
+def test_one_torch_is_required_and_nothing_that_brings_another():
+    """constraints.txt names torch once, none of its companions, which are built for one release each, and no CUDA."""
+    names = [re.split(r"[^\w-]", line)[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert names.count("torch") == 1
+    assert not {"torchvision", "torchaudio"} & set(names) and not [name for name in names if name.startswith("nvidia-")]
 
 
-def test_torch_is_the_tested_one():
-    """The installed torch is the release in constraints.txt."""
+def test_one_torch_is_installed_and_it_is_the_tested_one():
+    """There is no second copy and no torchvision; a torch for CPUs has brought no CUDA along."""
     pinned = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned and importlib.metadata.version("torch").split("+")[0] == pinned[1]
+    found = [((each.metadata["Name"] or "").lower(), each.version) for each in importlib.metadata.distributions()]
+    (version,) = [version for name, version in found if name == "torch"]
+    assert pinned and version.partition("+")[0] == pinned[1]
+    names = {name for name, _ in found}
+    assert not {"torchvision", "torchaudio"} & names
+    if not torch.backends.cuda.is_built():
+        assert not [name for name in names if name.startswith("nvidia-")]
 
 
 @pytest.mark.parametrize("name", STAGES)
