@@ -19,7 +19,7 @@ from typing import NamedTuple
 from stages.errors import UserError
 
 VARIABLE = "VQVAE2_FAULT"
-SLOW_SECONDS = 20.0
+SLOW_SECONDS = 5.0
 
 
 class Fault(NamedTuple):

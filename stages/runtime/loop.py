@@ -234,9 +234,9 @@ class _Sums:
 
 
 class _Stop:
-    """Whether any worker was asked to stop: all agree at the same step, and none waits for a GPU to finish one.
+    """Whether any worker was asked to stop: all agree on the same step, and no GPU runs dry for it.
 
-    Several workers hear the answer to the question they put a step earlier, which has arrived by then.
+    Several workers hear the answer to what they asked one step earlier, while the GPU is busy with this one.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -245,7 +245,7 @@ class _Stop:
         self._arrived: torch.cuda.Event | None = None
 
     def agreed(self) -> bool:
-        """Answer at a step; every worker asks at each."""
+        """Answer; every worker asks after every step."""
         if self.worker.count == 1:
             return self.worker.stopping()
         if self._arrived is not None:

@@ -178,6 +178,14 @@ def test_several_workers_agree_to_stop_one_step_after_one_was_asked(tmp_path: Pa
         run(tmp_path, worker=others)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can arrive from it late")
+def test_the_answer_of_a_gpu_comes_one_step_later_too():
+    """Read from where it was copied to, not from the device."""
+    stop = loop._Stop(Worker(count=2, device=torch.device("cuda"), stopping=iter([False, True, False]).__next__))
+    assert [stop.agreed() for _ in range(3)] == [False, False, True]
+
+
 def test_sums_since_the_last_log_are_taken_up_by_fewer_and_by_more_workers():
     """Nothing is lost and nothing is counted twice, whatever the number of workers before and after."""
     for before in (1, 2, 4):

@@ -1,0 +1,233 @@
+"""Let every fault come once, in real runs, and write what came of it into the table of docs/reliability.md.
+
+    python benchmarks/faults.py
+
+Each row begins with a copy of a finished run of the smallest pipeline, in which one stage has to run again. The fault
+comes, the same command is given again if it has ended, and what the stage makes in the end is held against an unbroken
+run's. Fails if one byte differs, or if a process outlives its command by ten seconds. Needs Linux and root, for private
+namespaces.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "system"))  # the copies and namespaces of the tests
+
+from projects import ROOT, SMOKE, Job, Namespace, Project, namespaces_refused, until
+
+DOCUMENT = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- written by benchmarks/faults.py -->\n", "<!-- to here -->\n"
+HEAD = "| fault | stage | what happened | steps lost | s | the plain stack |\n|---|---|---|---|---|---|\n"
+PATIENCE = 300.0  # seconds
+STEPS, CHECKPOINT_EVERY, FALL = 40, 5, 13
+EVERY = {"steps": STEPS, "log_every": CHECKPOINT_EVERY, "checkpoint_every": CHECKPOINT_EVERY, "evaluate_every": STEPS}
+SETTINGS = {  # by which a stage has to run again
+    "shard": ("dataset.images_per_shard=16",),
+    "vqvae": tuple(f"train_vqvae.{key}={value}" for key, value in EVERY.items()),
+    "codes": ("codes.copies=2",),
+    "prior_top": tuple(f"priors.top.train.{key}={value}" for key, value in EVERY.items()),
+    "sample": ("sample.temperature=0.9", "sample.images_per_part=4"),
+}
+MADE = {"shard": "shards", "vqvae": "vqvae", "codes": "codes", "prior_top": "priors/top", "sample": "samples"}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A fault that is asked for by VQVAE2_FAULT, and perhaps a signal at that moment."""
+
+    what: str
+    stage: str
+    kind: str  # of the fault
+    step: int = FALL
+    signal: Signals | None = None
+    to: str = ""  # the process that gets the signal
+    environment: dict[str, str] = field(default_factory=dict)
+    plain: str = ""  # what Ray Train, DVC and MLflow do by themselves, where it has been measured
+
+
+KILLED = "goes back from 13 to 5 after 18.6 s"
+SCENARIOS = (
+    Scenario("`kill -9` of a worker", "vqvae", "kill", plain=KILLED),
+    Scenario("`kill -9` of a worker", "prior_top", "kill", plain=KILLED),
+    Scenario("a worker exits", "vqvae", "exit"),
+    Scenario("a worker raises", "vqvae", "raise"),
+    Scenario(
+        "a worker hangs, for which Ray Train waits 10 s",
+        "vqvae",
+        "stop",
+        environment={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"},
+        plain="goes back from 13 to 5 after 55.8 s",
+    ),
+    Scenario("the loss is no number", "vqvae", "nan"),
+    Scenario(
+        "the disk is full", "vqvae", "full", plain="not retried; half a checkpoint stays under a whole one's name"
+    ),
+    Scenario("SIGTERM to the command", "vqvae", "slow", signal=SIGTERM, to="run", plain="goes back from 18 to 10"),
+    Scenario("`kill -9` of the command", "vqvae", "slow", signal=SIGKILL, to="run", plain="goes back from 13 to 10"),
+    Scenario(
+        "`kill -9` of DVC",
+        "vqvae",
+        "slow",
+        signal=SIGKILL,
+        to="dvc",
+        plain="training goes on alone; the next run deletes its output and starts a second",
+    ),
+    Scenario("`kill -9` of the stage", "vqvae", "slow", signal=SIGKILL, to="stage"),
+    Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, to="cluster"),
+    *(Scenario("`kill -9` of a worker", stage, "kill", step=1) for stage in ("shard", "codes", "sample")),
+)
+FLIPS = (
+    ("a checkpoint", "stages/runtime/test_checkpoint_damage.py::test_a_thousand_bit_flips_are_all_found", "0 of 100"),
+    ("a shard", "stages/formats/test_shards.py::test_a_thousand_bit_flips_are_all_found", "18 of 20 images vanish"),
+    ("codes", "stages/test_training_stages.py::test_every_flipped_bit_in_a_codes_file_is_caught", "4 of 180"),
+)
+
+
+class Bench:
+    """Copies of a finished run, to break."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.finished = Project.of_working_tree(folder / "finished" / "project")
+        self.finished.environment["DVC_SITE_CACHE_DIR"] = str(folder / "finished" / "dvc")
+        self.finished.run(*SMOKE)
+        self.unbroken = cache(self._unbroken)
+
+    def copy(self, name: str, **environment: str) -> Project:
+        folder = self.folder / re.sub(r"\W+", "-", name)
+        folder.mkdir()
+        return self.finished.copy(folder / "project", DVC_SITE_CACHE_DIR=str(folder / "dvc"), **environment)
+
+    def _unbroken(self, stage: str) -> tuple[dict[str, str], float]:
+        """What a stage makes when it is left alone, and in how many seconds."""
+        project, began = self.copy(f"unbroken {stage}"), time.time()
+        project.call(*command(stage))
+        return project.digests(MADE[stage]), time.time() - began
+
+    def fall(self, number: int, scenario: Scenario) -> str:
+        """Let a fault come, and see the run to its end."""
+        fault = f"{scenario.kind}@{scenario.stage}:0:{scenario.step}"
+        project = self.copy(f"{number} {scenario.kind}", VQVAE2_FAULT=fault, **scenario.environment)
+        with Namespace() as namespace:
+            job = namespace.start(project, *command(scenario.stage), log="first")
+            until(lambda: fell(project) or job.ended, PATIENCE, lambda: job.output)
+            if not fell(project):
+                raise SystemExit(f"{fault} did not come:\n{job.output}")
+            if scenario.signal:
+                job.send(scenario.signal, scenario.to)
+            until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
+            seconds, happened = time.time() - fell(project), "goes on by itself"
+            if job.ended and job.wait().status:
+                happened = f"{ending(job)} after {seconds:.1f} s; {alone(namespace)}; goes on when run again"
+                again = time.time()
+                job = namespace.start(project, *command(scenario.stage), log="second")
+                until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
+                seconds += time.time() - again
+            if (done := job.wait()).status:
+                raise SystemExit(f"{fault} cannot be got over:\n{done.output}")
+            lost = str(max(0, scenario.step - int(step))) if (step := resumed_at(job)) else "-"
+        if project.digests(MADE[scenario.stage]) != self.unbroken(scenario.stage)[0]:
+            raise SystemExit(f"{fault} leaves other bytes in {project.folder}")
+        return row(scenario.what, scenario.stage, happened, lost, f"{seconds:.1f}", scenario.plain)
+
+    def missing_gpu(self) -> str:
+        """Ask for what is not there."""
+        with Namespace() as namespace:
+            began = time.time()
+            asked = command("vqvae", "-S", "cluster.gpus_per_worker=1")
+            job = namespace.start(self.copy("gpu"), *asked, log="gpu")
+            if job.wait().status != 3:
+                raise SystemExit(job.output)
+            return row(
+                "no GPU where one is asked for", "vqvae", ending(job), "-", f"{time.time() - began:.1f}", "never ends"
+            )
+
+    def silent_server(self) -> str:
+        """Track to a server that accepts and never answers."""
+        project = self.copy("silent", MLFLOW_TRACKING_URI="http://127.0.0.1:5000")
+        listen = "import socket, time; s = socket.create_server(('127.0.0.1', 5000), backlog=99); time.sleep(9999)"
+        with Namespace() as namespace:
+            namespace.start(project, "python", "-c", listen, log="server")
+            began = time.time()
+            job = namespace.start(project, *command("vqvae"), log="silent")
+            if job.wait().status or project.digests("vqvae") != self.unbroken("vqvae")[0]:
+                raise SystemExit(job.output)
+            later = max(0.0, time.time() - began - self.unbroken("vqvae")[1])
+        happened = f"trains on; ends {later:.1f} s later than with a server that answers"
+        return row("a silent MLflow server", "vqvae", happened, "0", "0.0", "waits 246 s at each call")
+
+
+def command(stage: str, *words: str) -> tuple[str, ...]:
+    """The command that runs one stage again, longer than it has run before."""
+    changes = chain.from_iterable(("-S", setting) for setting in SETTINGS[stage])
+    return ("vqvae2", "run", *SMOKE, *changes, "--only", "--stage", stage, *words)
+
+
+def fell(project: Project) -> float:
+    """When the fault came; 0 while it has not."""
+    markers = (project.folder / "runs").rglob("fault-*")
+    return max((path.stat().st_mtime for path in markers), default=0.0)
+
+
+def resumed_at(job: Job) -> str:
+    """The step from which training goes on; "" while it does not."""
+    return (re.findall(r"Resuming at step (\d+)", job.output) or [""])[-1]
+
+
+def ending(job: Job) -> str:
+    """How a command ended: its status, and its own word for it."""
+    done = job.wait()
+    said = re.search(r"^(error: .*|Stopped by .*?\.)", done.output, re.MULTILINE)
+    return f"status {done.status}" + (f" (`{said[1]}`)" if said else "")
+
+
+def alone(namespace: Namespace) -> str:
+    """Wait until nothing is left of a command; fail after ten seconds."""
+    began = time.time()
+    until(lambda: not namespace.processes(), 10, lambda: f"left: {namespace.processes()}")
+    return f"no process left {time.time() - began:.1f} s later"
+
+
+def flips() -> Iterator[str]:
+    """Have the tests flip a thousand bits of each kind of file."""
+    for what, test, plain in FLIPS:
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", f"tests/{test}"], cwd=ROOT, check=True, capture_output=True
+        )
+        yield row(f"1,000 flips of one bit in {what}", "-", "1,000 of 1,000 found", "-", "-", plain)
+
+
+def row(*cells: str) -> str:
+    line = f"| {' | '.join(cells)} |"
+    print(line, flush=True)
+    return f"{line}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=SETTINGS, help="only the faults of this stage; leaves the document alone")
+    given = parser.parse_args()
+    if reason := namespaces_refused():
+        raise SystemExit(f"private namespaces cannot be had here: {reason}")
+    bench = Bench(Path(tempfile.mkdtemp(prefix="vqvae2-faults-")))
+    print(HEAD, end="")
+    rows = [bench.fall(*each) for each in enumerate(SCENARIOS) if given.stage in (None, each[1].stage)]
+    if given.stage is None:
+        rows += [bench.missing_gpu(), bench.silent_server(), *flips()]
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{HEAD}{''.join(rows)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
