@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.priors import Grid, Prior
-from models.sampling import draw
+from models.sampling import Sampler
 from models.vqvae import VQVAE
 from stages.config import SampleConfig
 from stages.errors import UserError
@@ -78,6 +78,7 @@ class Models:
         self.classes: tuple[str, ...] = tuple(meta["classes"])
         self.label_counts: list[int] = meta["label_counts"]
         self.grids = {level: Grid(prior.entries, prior.height, prior.width) for level, prior in priors.items()}
+        self._samplers: dict[tuple[str, SampleConfig], Sampler] = {}  # each keeps its caches from draw to draw
 
     @classmethod
     def load(cls, vqvae: Path, priors: Path) -> "Models":
@@ -123,19 +124,26 @@ class Models:
         for place, (level, prior) in enumerate(self.priors.items()):
             if level in codes:
                 continue
-            codes[level] = draw(
-                prior,
+            sampler = self._samplers.setdefault((level, config), _sampler(prior, config))
+            codes[level] = sampler.draw(
+                seed=seed + place,
+                numbers=torch.tensor(numbers),
                 coarser=dict(codes),
                 labels=torch.tensor(labels, device=device) if self.classes else None,
-                numbers=torch.tensor(numbers),
-                seed=seed + place,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                method=config.method,
             )
         images = to_bytes(self.vqvae.decode(codes).float().cpu().numpy())
         return {level: grid.cpu().numpy().astype(np.uint16) for level, grid in codes.items()}, images
+
+
+def _sampler(prior: Prior, config: SampleConfig) -> Sampler:
+    return Sampler(
+        prior,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        method=config.method,
+        batch_size=config.batch_size,
+    )
 
 
 def choose_labels(models: Models, config: SampleConfig) -> np.ndarray:
