@@ -134,6 +134,7 @@ class Checkpoints:
         """Bring the newest checkpoint here from the storage, or put it there, wherever it is."""
         if self.storage is None:
             return
+        self.storage.check()
         there, here = self.fetch(), self.latest()
         if here is not None and here.step > there:
             self.storage.upload(self._folder(here.step), self._folder(here.step).name)

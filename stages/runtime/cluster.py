@@ -26,7 +26,8 @@ if not os.environ.get("RAY_ADDRESS"):
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-FORWARDED = ("AWS_", "MLFLOW_", "OMP_", "MALLOC_", "RAY_TRAIN_")  # environment a worker elsewhere needs as well
+# Environment a worker elsewhere needs as well.
+FORWARDED = ("AWS_", "FSSPEC_", "GLOO_", "MALLOC_", "MLFLOW_", "NCCL_", "OMP_", "RAY_TRAIN_", "VQVAE2_FAULT")
 
 
 @contextmanager
@@ -62,6 +63,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             "py_modules": [str(PACKAGES / package) for package in ("stages", "models")],
             "excludes": ["__pycache__"],
             "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)},
+            "worker_process_setup_hook": f"{__name__}.{name_interface.__name__}",
         }
     try:
         _reach(address)
@@ -82,6 +84,20 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def name_interface() -> None:
+    """Tell gloo which interface leads to the other nodes, in a worker that has just started.
+
+    Left alone it takes what the host's name resolves to, which is loopback on many systems.
+    """
+    import psutil
+    import ray.util
+
+    here = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if here in (address.address for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _reach(address: str) -> None:

@@ -1,16 +1,17 @@
 """Train on many machines: copies of one torch loop, started and watched by Ray Train.
 
-The workers report through a queue to the process that started them, which alone talks to the terminal and to MLflow.
+The workers report to the process that started them, which alone talks to the terminal and to MLflow. Where nodes share
+no disk, the inputs and the checkpoints go through the storage, and each worker has a folder on its own node.
 """
 
-import json
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import cluster
 from stages.runtime.checkpoint import Checkpoints
+from stages.runtime.desk import DeskReporter, forwarding, hears_stop, open_desk, refused_once
 from stages.runtime.loop import Stopped, Worker, under
-from stages.runtime.run import Reporter, Run
+from stages.runtime.run import Run
+from stages.runtime.storage import Storage, Stored, node_folder
 
-STOP = "stop"  # a file of this name in the work folder asks the workers to save and end
-REFUSAL = "refusal.json"  # and one of this name says why one of them gave up for good
-POLL_SECONDS = 0.5
 GRACE_SECONDS = 15.0  # a machine that is taken away gives 30 seconds, or 20
+ARRIVAL = timedelta(hours=12)  # how long workers wait for one that is still fetching its inputs
 
 
 Learn = Callable[..., None]  # what each worker does, given worker, run and its arguments by name: it calls loop.train
@@ -42,18 +43,20 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Queue
 
     config = run.cluster
-    name = f"attempt-{time.time_ns()}"  # a name Ray has seen before would count as finished
-    for old in (STOP, REFUSAL):
-        (run.work / old).unlink(missing_ok=True)
-    with cluster.connected(config):
-        queue = Queue(actor_options={"num_cpus": 0})
-        remote = Run(run.stage, run.fingerprint, run.work, config, QueueReporter(queue))
+    if config.storage:
+        storage = Storage(config.storage)
+        arguments = {
+            name: Stored.upload(value, storage) if isinstance(value, Path) else value
+            for name, value in arguments.items()
+        }
+    with cluster.connected(config), _ray_folder(run) as ray_place:
+        desk = open_desk()
+        remote = replace(run, reporter=DeskReporter(desk))
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"learn": learn, "arguments": dict(arguments), "run": remote},
+            train_loop_config={"learn": learn, "arguments": dict(arguments), "run": remote, "desk": desk},
             scaling_config=ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpus_per_worker > 0,
@@ -61,8 +64,8 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             ),
             torch_config=TorchConfig(timeout_s=300),
             run_config=RunConfig(
-                name=name,
-                storage_path=str(run.work / "ray"),
+                name=f"attempt-{time.time_ns()}",  # a name Ray has seen before would count as finished
+                **ray_place,
                 failure_config=FailureConfig(  # a controller that fails is retried without end unless told otherwise
                     max_failures=config.max_failures,
                     controller_failure_limit=3,  # type: ignore[call-arg]
@@ -70,8 +73,8 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             ),
         )
         try:
-            with _forwarding(queue, run.reporter):
-                _wait(_in_background(trainer.fit), run.work / STOP)
+            with forwarding(desk, run.reporter):
+                _wait(_in_background(trainer.fit), desk)
         except ray.train.WorkerGroupError as error:
             raise _root_cause(error.worker_failures.values()) from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:  # the latter: its node is gone
@@ -81,20 +84,18 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                 fix="Run the same command again; it goes on from the newest checkpoint.",
                 code=3,
             ) from error
-        finally:
-            shutil.rmtree(run.work / "ray", ignore_errors=True)
-    if (run.work / STOP).exists():
-        raise Stopped("training was asked to stop; its state is saved")
 
 
 def trained(
     learn: Learn, arguments: Mapping[str, Any], config: TrainConfig, *, run: Run
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Train to the last step, or find that done; return the weights to keep, averaged if so asked, and the curves."""
-    checkpoints = Checkpoints(run.work, run.fingerprint, config.keep_checkpoints, run.reporter.note)
+    checkpoints = Checkpoints.of(run, config.keep_checkpoints)
+    checkpoints.exchange()
     state = checkpoints.latest()
     if state is None or state.step < config.steps:
         fit(learn, arguments, run=run)
+        checkpoints.exchange()
         state = checkpoints.latest()
     if state is None or state.step < config.steps:
         raise UserError(
@@ -106,52 +107,24 @@ def trained(
     return dict(under(prefix, state.tensors)), state.history
 
 
-class QueueReporter(Reporter):
-    """Hands what a worker reports to the process that started the workers."""
-
-    def __init__(self, queue: Any):
-        self.queue = queue
-
-    def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
-        self.queue.put(("progress", (done, total, unit, dict(numbers))))
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.queue.put(("metrics", (dict(values), step)))
-
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        self.queue.put(("picture", (name, png, step)))
-
-    def note(self, text: str) -> None:
-        self.queue.put(("note", (text,)))
-
-
 @contextmanager
-def _forwarding(queue: Any, reporter: Reporter) -> Iterator[None]:
-    """Hand on what the workers report, until the block ends and the queue is empty."""
-    from ray.exceptions import RayError
+def _ray_folder(run: Run) -> Iterator[dict[str, Any]]:
+    """Give Ray Train a place that all nodes reach for what it notes down, for the length of the block."""
+    if run.storage is None:
+        folder = run.work / "ray"
+        try:
+            yield {"storage_path": str(folder)}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    ended = threading.Event()
-
-    def forward() -> None:
-        while True:
-            last = ended.is_set()
-            try:
-                reports = queue.get_nowait_batch(queue.qsize())
-            except RayError:  # the cluster is gone; training itself says so
-                return
-            for method, arguments in reports:
-                getattr(reporter, method)(*arguments)
-            if last:
-                return
-            ended.wait(POLL_SECONDS)
-
-    thread = threading.Thread(target=forward, name="reports", daemon=True)
-    thread.start()
+    files, path = run.storage.under("ray").opened()
     try:
-        yield
+        yield {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(files))}
     finally:
-        ended.set()
-        thread.join(GRACE_SECONDS)  # a cluster that is gone may never answer
+        with suppress(Exception):  # a store that is away keeps a few hundred bytes too many
+            files.rm(path, recursive=True)
 
 
 def _in_background(call: Callable[[], Any]) -> Future[Any]:
@@ -168,13 +141,13 @@ def _in_background(call: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _wait(training: Future[Any], stop: Path) -> None:
+def _wait(training: Future[Any], desk: Any) -> None:
     """Wait for training; when a signal interrupts, give the workers time to save, then let it through."""
     try:
         training.result()
     except BaseException:
         if not training.done():
-            stop.touch()
+            desk.stop.remote()
             wait([training], GRACE_SECONDS)
         raise
 
@@ -187,6 +160,7 @@ def _work(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     run: Run = config["run"]
+    arguments: dict[str, Any] = config["arguments"]
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
     several = context.get_world_size() > 1
     worker = Worker(
@@ -195,27 +169,34 @@ def _work(config: dict[str, Any]) -> None:
         device=ray.train.torch.get_device(),
         reduce=torch.distributed.all_reduce if several else lambda tensor: None,
         wrap=_distributed if several else lambda module: module,
-        stopping=(run.work / STOP).exists,
+        stopping=hears_stop(config["desk"]),
     )
     if worker.rank > 0:
         run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough
-    with suppress(Stopped), _refused_once(run.work / REFUSAL):  # to Ray a failure is a reason to begin again
-        config["learn"](worker=worker, run=run, **config["arguments"])
+    with suppress(Stopped), refused_once(config["desk"]):  # to Ray a failure is a reason to begin again
+        if run.storage:
+            run = replace(run, work=node_folder("runs", run.stage, run.fingerprint[:16], str(worker.rank)))
+            arguments = {
+                name: value.fetch() if isinstance(value, Stored) else value for name, value in arguments.items()
+            }
+            _begin_together(Checkpoints.of(run, keep=1), worker)
+        config["learn"](worker=worker, run=run, **arguments)
+    if run.storage:
+        shutil.rmtree(run.work)
 
 
-@contextmanager
-def _refused_once(refusal: Path) -> Iterator[None]:
-    """Keep what only the user can mend, and raise it at once when Ray Train, which cannot tell, tries again."""
-    if refusal.exists():
-        what, where, fix, code = json.loads(refusal.read_text(encoding="utf-8"))
-        raise UserError(what, where=where, fix=fix, code=code)
-    try:
-        yield
-    except UserError as error:
-        whole = refusal.with_suffix(f".{os.getpid()}")
-        whole.write_text(json.dumps(error.args), encoding="utf-8")
-        whole.replace(refusal)
-        raise
+def _begin_together(checkpoints: Checkpoints, worker: Worker) -> None:
+    """Let all workers go on from the checkpoint that the first one chooses, since another may be arriving."""
+    import torch.distributed
+
+    step = torch.tensor([checkpoints.fetch() if worker.rank == 0 else 0])
+    if worker.count > 1:
+        patient = torch.distributed.new_group(backend="gloo", timeout=ARRIVAL)
+        torch.distributed.broadcast(step, 0, group=patient)
+        if worker.rank > 0 and step:
+            checkpoints.fetch_step(int(step))
+        torch.distributed.barrier(group=patient)
+    checkpoints.forget_all_but(int(step))
 
 
 def _distributed(module: torch.nn.Module) -> torch.nn.Module:

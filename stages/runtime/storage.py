@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST, Artifact
@@ -52,8 +50,11 @@ class Storage:
 
     def opened(self) -> tuple[Any, str]:
         """Return fsspec's file system, and this folder's path in it."""
+        import fsspec
+
+        disk = {"auto_mkdir": True} if self.url.startswith("file:") else {}  # buckets have no folders to make
         try:
-            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, auto_mkdir=True)
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **disk)
         except (ImportError, ValueError) as error:
             raise Unreachable(
                 f"There is no way to reach this storage: {error}.",
@@ -67,6 +68,7 @@ class Storage:
         files, root = self.opened()
         try:
             self._patiently(lambda: files.pipe_file(f"{root}/.probe", b"?"), tries=1)
+            self._patiently(lambda: files.rm_file(f"{root}/.probe"), tries=1)
         except FileNotFoundError as error:
             raise _trouble(self.url, "there is no such place") from error
 
@@ -75,6 +77,11 @@ class Storage:
         files, root = self.opened()
         found = self._patiently(lambda: files.glob(f"{root}/*/{MANIFEST}"))
         return sorted(path.split("/")[-2] for path in found)
+
+    def holds(self, name: str) -> bool:
+        """Say whether a whole folder of this name lies here."""
+        files, root = self.opened()
+        return bool(self._patiently(lambda: files.exists(f"{root}/{name}/{MANIFEST}")))
 
     def upload(self, folder: Path, name: str) -> None:
         """Put an artifact folder here under a name, in place of what had it; return once all has been read back."""
@@ -159,7 +166,7 @@ class Stored:
         """Put an artifact into the storage, unless it is there."""
         manifest = (folder / MANIFEST).read_bytes()
         digest, inputs = hashlib.sha256(manifest).hexdigest(), storage.under("inputs")
-        if digest not in inputs.names():
+        if not inputs.holds(digest):
             inputs.upload(folder, digest)
         return cls(inputs, digest, json.loads(manifest)["kind"])
 

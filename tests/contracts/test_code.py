@@ -40,6 +40,7 @@ NO_REASON = {
     "stages/formats/curves.py": "the same, for curves",
     "stages/runtime/checkpoint.py": "resuming ends in the same bytes",
     "stages/runtime/cluster.py": "where, not what",
+    "stages/runtime/desk.py": "who hears of it, not what it is",
     "stages/runtime/faults.py": "what breaks a run, not what it makes",
     "stages/runtime/fit.py": "where, not what",
     "stages/runtime/parts.py": "where, not what",

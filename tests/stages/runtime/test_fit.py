@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -12,19 +13,21 @@ from stages import vqvae
 from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.runtime.cluster import connected
-from stages.runtime.fit import STOP, fit, trained
-from stages.runtime.loop import Stopped, Worker
-from stages.runtime.run import Run
+from stages.runtime.fit import fit, trained
+from stages.runtime.loop import Worker
+from stages.runtime.run import Reporter, Run
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     """One cluster for all of these tests: starting one costs seconds."""
     config = ClusterConfig(workers=2, cpus_per_worker=1)
-    with connected(config):
-        yield config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("node")))  # of the nodes, which begin here
+        with connected(config):
+            yield config
 
 
 def run_in(folder: Path, cluster: ClusterConfig) -> Run:
@@ -95,14 +98,41 @@ def test_more_than_the_cluster_has_is_refused_at_once(cluster, tmp_path: Path):
         fit(vqvae.learn, {}, run=run_in(tmp_path, ClusterConfig(workers=2, cpus_per_worker=1, gpus_per_worker=1)))
 
 
-def test_a_stop_file_makes_every_worker_save_and_end(cluster, arguments, tmp_path: Path):
-    """This is how a signal to the command reaches workers on other machines."""
+class Interrupts(Reporter):
+    """Press Ctrl-C, as it were, when the first numbers arrive."""
 
-    with pytest.raises(Stopped):
-        fit(stops, arguments, run=run_in(tmp_path, cluster))
+    def metrics(self, values, step: int) -> None:
+        if not hasattr(self, "step"):
+            self.step = step
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_to_the_command_makes_every_worker_save_and_end(cluster, arguments, project, tmp_path: Path):
+    """It reaches workers wherever they are, and lets through what interrupted the command."""
+    long = {**arguments, "train_vqvae": replace(project.train, steps=100_000, evaluate_every=100_000)}
+    with pytest.raises(KeyboardInterrupt):
+        fit(vqvae.learn, long, run=replace(run_in(tmp_path, cluster), reporter=Interrupts()))
     assert list(tmp_path.glob("step-*[0-9]"))
 
 
-def stops(*, worker: Worker, run: Run, **arguments: object) -> None:
-    (run.work / STOP).touch()
-    vqvae.learn(worker=worker, run=run, **arguments)
+def test_workers_without_a_shared_disk_make_the_same_bytes_and_go_on_after_a_kill(
+    cluster, arguments, project, tmp_path: Path
+):
+    """Inputs and checkpoints pass through the storage alone: each worker reads and writes a folder of its own."""
+    apart = replace(cluster, storage=f"file://{tmp_path}/store")
+    found = {}
+    for name, config, learn in (("shared", cluster, vqvae.learn), ("apart", apart, dies_once_apart)):
+        (tmp_path / name).mkdir()
+        found[name] = trained(learn, arguments, project.train, run=run_in(tmp_path / name, config))
+    (weights, history), (expected, curves) = found["apart"], found["shared"]
+    assert history == curves
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    stored = sorted(path.name for path in (tmp_path / "store" / "runs" / "vqvae" / "f").glob("step-*"))
+    assert stored == ["step-000000008", "step-000000012"]
+    assert len(list((tmp_path / "store" / "inputs").iterdir())) == 1
+
+
+def dies_once_apart(*, worker: Worker, run: Run, shards: Path, **arguments: object) -> None:
+    """As above, in folders of the node that the test's process knows nothing of."""
+    assert run.work.name == str(worker.rank) and "vqvae2" in run.work.parts and "inputs" in shards.parts
+    dies_once(worker=worker, run=run, shards=shards, **arguments)

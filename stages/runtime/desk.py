@@ -1,0 +1,135 @@
+"""Where workers and the process that started them leave word for one another, whatever disks they share.
+
+It is an actor of Ray on the node of that process: no other node's end takes it away.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from stages.errors import UserError
+from stages.runtime.run import Reporter
+
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 15.0  # with a cluster that may be gone
+
+
+class Desk:
+    """The actor. Each method is one message; `open_desk` starts one."""
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[str, tuple[Any, ...]]] = []
+        self._stop = asyncio.Event()
+        self._refusal: UserError | None = None
+
+    async def report(self, method: str, *arguments: Any) -> None:
+        """Leave a call of a `Reporter`'s method."""
+        self._reports.append((method, arguments))
+
+    async def take_reports(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """Take what was reported since the last time."""
+        taken, self._reports = self._reports, []
+        return taken
+
+    async def stop(self) -> None:
+        """Ask the workers to save and end."""
+        self._stop.set()
+
+    async def stopping(self) -> None:
+        """Answer only once somebody asks the workers to stop."""
+        await self._stop.wait()
+
+    async def refuse(self, error: UserError) -> None:
+        """Say why trying again is of no use."""
+        self._refusal = self._refusal or error
+
+    async def refusal(self) -> UserError | None:
+        """Tell what was refused."""
+        return self._refusal
+
+
+class DeskReporter(Reporter):
+    """Hands what a worker reports to the process that started the workers."""
+
+    def __init__(self, desk: Any):
+        self.desk = desk
+
+    def _report(self, *report: Any) -> None:
+        import ray
+
+        ray.get(self.desk.report.remote(*report))
+
+    def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
+        self._report("progress", done, total, unit, dict(numbers))
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._report("metrics", dict(values), step)
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        self._report("picture", name, png, step)
+
+    def note(self, text: str) -> None:
+        self._report("note", text)
+
+
+def open_desk() -> Any:
+    """Start a desk on this node; return its handle, which may travel to any other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def hears_stop(desk: Any) -> Callable[[], bool]:
+    """Ask once, and look at each step whether the answer has come: that takes no time and no message."""
+    import ray
+
+    answer = desk.stopping.remote()
+    return lambda: bool(ray.wait([answer], timeout=0)[0])
+
+
+@contextmanager
+def forwarding(desk: Any, reporter: Reporter) -> Iterator[None]:
+    """Hand on what the workers report, until the block ends and the desk is empty."""
+    import ray
+
+    ended = threading.Event()
+
+    def forward() -> None:
+        while True:
+            last = ended.is_set()
+            try:
+                reports = ray.get(desk.take_reports.remote())
+            except ray.exceptions.RayError:  # the cluster is gone; training itself says so
+                return
+            for method, arguments in reports:
+                getattr(reporter, method)(*arguments)
+            if last:
+                return
+            ended.wait(POLL_SECONDS)
+
+    thread = threading.Thread(target=forward, name="reports", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(PATIENCE_SECONDS)
+
+
+@contextmanager
+def refused_once(desk: Any) -> Iterator[None]:
+    """Keep what only the user can mend, and raise it at once when Ray Train, which cannot tell, tries again."""
+    import ray
+
+    if refusal := ray.get(desk.refusal.remote()):
+        raise refusal
+    try:
+        yield
+    except UserError as error:
+        with suppress(ray.exceptions.RayError):
+            ray.get(desk.refuse.remote(error.with_traceback(None)))
+        raise

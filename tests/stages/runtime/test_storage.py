@@ -1,0 +1,289 @@
+"""A store is not believed: what it damages, loses or refuses is noticed, on the way in and on the way out."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import fsspec
+import pytest
+import torch
+
+from stages.errors import UserError
+from stages.formats import artifact
+from stages.formats.artifact import MANIFEST
+from stages.runtime import storage as storage_module
+from stages.runtime.checkpoint import Checkpoints, State
+from stages.runtime.storage import Damaged, Storage, Stored, Unreachable
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Tests do not wait for a store to get better."""
+    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.0)
+
+
+@pytest.fixture(params=["file", "memory"])
+def storage(request, tmp_path: Path) -> Iterator[Storage]:
+    """An empty storage, on a disk or in memory."""
+    yield Storage(f"file://{tmp_path}/store" if request.param == "file" else "memory://store")
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An artifact of three files, one of them within a folder."""
+    with artifact.writing(tmp_path / "made", "thing", {"step": 3}) as made:
+        (made / "a.bin").write_bytes(bytes(range(256)) * 40)
+        (made / "b").mkdir()
+        (made / "b" / "c.txt").write_text("c")
+        (made / "empty").touch()
+    return tmp_path / "made"
+
+
+def damage(storage: Storage, name: str, place: int = 5) -> None:
+    """Flip a bit of a file in the store."""
+    files, root = storage.opened()
+    data = bytearray(files.cat_file(f"{root}/{name}"))
+    data[place % len(data)] ^= 1
+    files.pipe_file(f"{root}/{name}", bytes(data))
+
+
+def test_a_folder_comes_back_as_it_went(storage: Storage, folder: Path, tmp_path: Path):
+    """Every byte, and the digest with them."""
+    storage.upload(folder, "x")
+    assert storage.names() == ["x"] and storage.holds("x") and not storage.holds("y")
+    found = storage.fetch("x", tmp_path / "back", "thing")
+    assert found.digest == artifact.read(folder, "thing").digest
+    assert (tmp_path / "back" / "b" / "c.txt").read_text() == "c"
+
+
+def test_a_folder_without_a_manifest_is_not_there(storage: Storage, folder: Path):
+    """The manifest goes up last, and is taken away first."""
+    storage.upload(folder, "x")
+    files, root = storage.opened()
+    files.rm_file(f"{root}/x/{MANIFEST}")
+    assert storage.names() == []
+    storage.upload(folder, "x")
+    storage.discard("x")
+    assert storage.names() == [] and not files.exists(f"{root}/x/a.bin")
+
+
+@pytest.mark.parametrize("name", ["a.bin", "b/c.txt", MANIFEST])
+def test_what_the_store_damages_is_never_taken(storage: Storage, folder: Path, tmp_path: Path, name: str):
+    """Nothing stands where the folder was to be, not even a part of it."""
+    storage.upload(folder, "x")
+    for place in range(0, 120, 13):
+        damage(storage, f"x/{name}", place)
+        if name == MANIFEST:  # it has no hash of its own here; what it says of the files and itself has to hold
+            with pytest.raises((Damaged, AssertionError)):
+                assert storage.fetch("x", tmp_path / "back", "thing").digest == artifact.read(folder, "thing").digest
+        else:
+            with pytest.raises(Damaged, match=r"damaged|holds"):
+                storage.fetch("x", tmp_path / "back", "thing")
+            assert not (tmp_path / "back").exists()
+        damage(storage, f"x/{name}", place)
+
+
+def test_a_missing_file_is_named(storage: Storage, folder: Path, tmp_path: Path):
+    """As damaged as a file with other contents."""
+    storage.upload(folder, "x")
+    files, root = storage.opened()
+    files.rm_file(f"{root}/x/a.bin")
+    with pytest.raises(Damaged, match=r"a\.bin is missing"):
+        storage.fetch("x", tmp_path / "back", "thing")
+
+
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(storage: Storage, folder: Path, tmp_path: Path):
+    """Nothing is written beside the folder that was asked for."""
+    text = (folder / MANIFEST).read_text().replace('"a.bin"', '"../../a.bin"')
+    storage.upload(folder, "x")
+    files, root = storage.opened()
+    files.pipe_file(f"{root}/x/{MANIFEST}", text.encode())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(Damaged, match="manifest cannot be read"):
+        storage.fetch("x", tmp_path / "deep" / "back", "thing")
+    assert sorted(tmp_path.iterdir()) in (before, sorted([*before, tmp_path / "deep"]))
+
+
+def test_a_store_that_says_success_and_keeps_garbage_is_found_out(storage: Storage, folder: Path, monkeypatch):
+    """A write counts once it has been read back; here it never can."""
+    files, _ = storage.opened()
+    put = files.put_file
+
+    def garbles(source: str, target: str, **options: object) -> None:
+        put(source, target, **options)
+        files.pipe_file(target, files.cat_file(target)[:-1] + b"?")
+
+    monkeypatch.setattr(files, "put_file", garbles)
+    with pytest.raises(Unreachable, match="keeps something else"):
+        storage.upload(folder, "x")
+    assert storage.names() == []
+
+
+def test_bad_moments_pass(storage: Storage, folder: Path, monkeypatch):
+    """A store that fails now and then is asked again."""
+    files, _ = storage.opened()
+    put, calls = files.put_file, []
+
+    def fails_first(source: str, target: str, **options: object) -> None:
+        calls.append(target)
+        if len(calls) % 3:
+            raise ConnectionError("reset by peer")
+        put(source, target, **options)
+
+    monkeypatch.setattr(files, "put_file", fails_first)
+    storage.upload(folder, "x")
+    assert storage.names() == ["x"]
+
+
+def test_a_storage_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
+    """Before hours of work, with the place and the fix."""
+    (tmp_path / "file").touch()
+    for url in (f"file://{tmp_path}/file/within", "nosuch://bucket"):
+        with pytest.raises(Unreachable) as error:
+            Storage(url).check()
+        assert url in error.value.where and error.value.fix and error.value.code == 3
+
+
+def test_an_input_goes_up_once_and_comes_down_once(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
+    """It lies under its digest, for every run and every worker of a node."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first, second = Stored.upload(folder, storage), Stored.upload(folder, storage)
+    assert first == second and first.digest == artifact.read(folder, "thing").digest
+    assert (first.fetch() / "a.bin").read_bytes() == (folder / "a.bin").read_bytes()
+    storage.under("inputs").discard(first.digest)
+    assert artifact.read(first.fetch(), "thing").digest == first.digest
+
+
+def state(step: int) -> State:
+    return State(step, {"weight": torch.full((4,), float(step))}, [])
+
+
+@pytest.fixture
+def kept(storage: Storage, tmp_path: Path) -> Checkpoints:
+    """Three checkpoints saved on one node, of which two are kept."""
+    checkpoints = Checkpoints(tmp_path / "one", "print", keep=2, storage=storage)
+    for step in (5, 10, 15):
+        checkpoints.save(state(step))
+    checkpoints.wait()
+    return checkpoints
+
+
+def elsewhere(kept: Checkpoints, tmp_path: Path, notes: list[str]) -> Checkpoints:
+    return Checkpoints(tmp_path / "two", "print", keep=2, note=notes.append, storage=kept.storage)
+
+
+def test_another_node_goes_on_from_the_newest_checkpoint(kept: Checkpoints, storage: Storage, tmp_path: Path):
+    """Which it finds by looking; older ones have gone from the store, too."""
+    other = elsewhere(kept, tmp_path, [])
+    assert storage.names() == ["step-000000010", "step-000000015"]
+    assert other.fetch() == 15
+    found = other.latest()
+    assert found is not None and found.step == 15 and torch.equal(found.tensors["weight"], torch.full((4,), 15.0))
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "state.safetensors", "history.json"])
+def test_a_checkpoint_damaged_in_the_store_falls_back_to_the_one_before(
+    kept: Checkpoints, storage: Storage, tmp_path: Path, file: str
+):
+    """The loss is told, and what is damaged no longer counts among those that are kept."""
+    notes: list[str] = []
+    damage(storage, f"step-000000015/{file}", 2)
+    assert elsewhere(kept, tmp_path, notes).fetch() == 10
+    assert "damaged in the storage" in notes[0] and "5 steps are lost" in notes[1]
+    assert storage.names() == ["step-000000010"]
+
+
+def test_a_checkpoint_that_never_arrived_whole_is_not_there(kept: Checkpoints, storage: Storage, tmp_path: Path):
+    """The one before it is the newest; a worker forgets what only its own node has."""
+    files, root = storage.opened()
+    files.rm_file(f"{root}/step-000000015/{MANIFEST}")
+    assert kept.fetch() == 10
+    kept.forget_all_but(10)
+    found = kept.latest()
+    assert found is not None and found.step == 10
+
+
+def test_a_run_begun_without_a_storage_goes_on_with_one(storage: Storage, tmp_path: Path):
+    """The newest checkpoint is brought to wherever it is not."""
+    alone = Checkpoints(tmp_path / "alone", "print", keep=2)
+    alone.save(state(5))
+    alone.wait()
+    Checkpoints(tmp_path / "alone", "print", keep=2, storage=storage).exchange()
+    assert storage.names() == ["step-000000005"]
+    Checkpoints(tmp_path / "other", "print", keep=2, storage=storage).exchange()
+    found = Checkpoints(tmp_path / "other", "print", keep=2).latest()
+    assert found is not None and found.step == 5
+
+
+def test_a_store_that_is_away_stops_the_run_and_keeps_its_checkpoints(kept: Checkpoints, tmp_path: Path, monkeypatch):
+    """No checkpoint is taken for damaged because a store does not answer."""
+    assert kept.storage is not None
+    files, _ = kept.storage.opened()
+
+    def away(*arguments: object, **options: object) -> None:
+        raise ConnectionError("no route to host")
+
+    with monkeypatch.context() as patch:
+        for method in ("put_file", "get_file"):
+            patch.setattr(type(files), method, away)  # each thread has an instance of its own
+        kept.save(state(20))
+        with pytest.raises(UserError, match="no route to host") as error:
+            kept.wait()
+        assert error.value.code == 3 and kept.storage.url in error.value.where
+        with pytest.raises(Unreachable):
+            elsewhere(kept, tmp_path, []).fetch()
+    assert elsewhere(kept, tmp_path, []).fetch() == 15
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory) -> Iterator[Storage]:
+    """A bucket of a server on this machine."""
+    pytest.importorskip("s3fs")
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=output, stderr=output
+        )
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            address = _address(log)
+            for name, value in {**keys, "AWS_ENDPOINT_URL": address}.items():
+                patch.setenv(name, value)
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield Storage("s3://bucket/prefix")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _address(log: Path) -> str:
+    for _ in range(600):
+        words = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1")]
+        if words:
+            urlopen(words[0] + "/moto-api/").close()
+            return words[0]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+def test_an_s3_bucket_keeps_checkpoints_and_gives_them_back(s3: Storage, tmp_path: Path):
+    """Endpoint and keys come from the usual variables; a bucket that is not there is refused with the fix."""
+    s3.check()
+    notes: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "one", "print", keep=2, storage=s3)
+    for step in (5, 10, 15):
+        checkpoints.save(state(step))
+    checkpoints.wait()
+    damage(s3, "step-000000015/state.safetensors")
+    other = Checkpoints(tmp_path / "two", "print", keep=2, note=notes.append, storage=s3)
+    assert other.fetch() == 10 and "5 steps are lost" in notes[-1]
+    found = other.latest()
+    assert found is not None and torch.equal(found.tensors["weight"], torch.full((4,), 10.0))
+    with pytest.raises(Unreachable, match="does not work") as error:
+        Storage("s3://elsewhere/prefix").check()
+    assert "s3://elsewhere" in error.value.where
