@@ -43,12 +43,11 @@ MADE = {"shard": "shards", "vqvae": "vqvae", "codes": "codes", "prior_top": "pri
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault that is asked for by VQVAE2_FAULT, and perhaps a signal at that moment."""
+    """A fault that is asked for by VQVAE2_FAULT, or a signal, or a signal at the moment of the fault."""
 
     what: str
     stage: str
-    kind: str  # of the fault
-    step: int = FALL
+    kind: str = ""  # of the fault
     signal: Signals | None = None
     to: str = ""  # the process that gets the signal
     environment: dict[str, str] = field(default_factory=dict)
@@ -84,7 +83,7 @@ SCENARIOS = (
     ),
     Scenario("`kill -9` of the stage", "vqvae", "slow", signal=SIGKILL, to="stage"),
     Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, to="cluster"),
-    *(Scenario("`kill -9` of a worker", stage, "kill", step=1) for stage in ("shard", "codes", "sample")),
+    *(Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker") for stage in ("shard", "codes", "sample")),
 )
 FLIPS = (
     ("a checkpoint", "stages/runtime/test_checkpoint_damage.py::test_a_thousand_bit_flips_are_all_found", "0 of 100"),
@@ -116,17 +115,20 @@ class Bench:
 
     def fall(self, number: int, scenario: Scenario) -> str:
         """Let a fault come, and see the run to its end."""
-        fault = f"{scenario.kind}@{scenario.stage}:0:{scenario.step}"
-        project = self.copy(f"{number} {scenario.kind}", VQVAE2_FAULT=fault, **scenario.environment)
+        fault = f"{scenario.kind}@{scenario.stage}:0:{FALL}"
+        asked = {"VQVAE2_FAULT": fault} if scenario.kind else {}
+        project = self.copy(f"{number} {scenario.kind}", **asked, **scenario.environment)
         with Namespace() as namespace:
             job = namespace.start(project, *command(scenario.stage), log="first")
-            until(lambda: fell(project) or job.ended, PATIENCE, lambda: job.output)
-            if not fell(project):
+            due = (lambda: fell(project)) if scenario.kind else (lambda: namespace.find(scenario.to))
+            until(lambda: due() or job.ended, PATIENCE, lambda: job.output)
+            if scenario.kind and not fell(project):
                 raise SystemExit(f"{fault} did not come:\n{job.output}")
             if scenario.signal:
                 job.send(scenario.signal, scenario.to)
+            began = time.time() if scenario.signal else fell(project)
             until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
-            seconds, happened = time.time() - fell(project), "goes on by itself"
+            seconds, happened = time.time() - began, "goes on by itself"
             if job.ended and job.wait().status:
                 happened = f"{ending(job)} after {seconds:.1f} s; {alone(namespace)}; goes on when run again"
                 again = time.time()
@@ -134,10 +136,10 @@ class Bench:
                 until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
                 seconds += time.time() - again
             if (done := job.wait()).status:
-                raise SystemExit(f"{fault} cannot be got over:\n{done.output}")
-            lost = str(max(0, scenario.step - int(step))) if (step := resumed_at(job)) else "-"
+                raise SystemExit(f"{scenario} cannot be got over:\n{done.output}")
+            lost = str(max(0, FALL - int(step))) if (step := resumed_at(job)) else "-"
         if project.digests(MADE[scenario.stage]) != self.unbroken(scenario.stage)[0]:
-            raise SystemExit(f"{fault} leaves other bytes in {project.folder}")
+            raise SystemExit(f"{scenario} leaves other bytes in {project.folder}")
         return row(scenario.what, scenario.stage, happened, lost, f"{seconds:.1f}", scenario.plain)
 
     def missing_gpu(self) -> str:
