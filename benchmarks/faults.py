@@ -189,8 +189,11 @@ def resumed_at(job: Job) -> str:
 def ending(job: Job) -> str:
     """How a command ended: its status, and its own word for it."""
     done = job.wait()
-    said = re.search(r"^(error: .*|Stopped by .*?\.)", done.output, re.MULTILINE)
-    return f"status {done.status}" + (f" (`{said[1]}`)" if said else "")
+    # The first error is the root of the others; the last to stop is the command itself.
+    said = re.findall(r"^error: .*", done.output, re.MULTILINE)[:1] or re.findall(
+        r"^Stopped by \w+", done.output, re.MULTILINE
+    )
+    return f"status {done.status}" + (f" (`{said[-1]}`)" if said else "")
 
 
 def alone(namespace: Namespace) -> str:
