@@ -16,7 +16,6 @@ from stages.errors import UserError
 
 CONF = Path("conf")
 OVERRIDES = "# Overrides: "  # the line of the header, if there were any
-SHOWN = 3  # settings
 
 
 def kept() -> list[str]:
@@ -48,7 +47,7 @@ def drift() -> str:
     found = list(params.changes(params.flat(params.read()), params.flat(composed)))
     if not found:
         return ""
-    return f"{params.FILE} is not what conf/ composes to by now: {_few(found)}"
+    return f"{params.FILE} is not what conf/ composes to by now: {few(found)}"
 
 
 def note_drift() -> None:
@@ -65,7 +64,7 @@ def remedy() -> str:
 def note_lost(overrides: Sequence[str], composed: Mapping[str, Any]) -> None:
     """Say on the screen which settings of params.yaml go back to conf/ when `composed` takes its place."""
     if found := list(_lost(overrides, composed)):
-        print(f"note: back to conf/: {_few(found)}", file=sys.stderr)
+        print(f"note: back to conf/: {few(found)}", file=sys.stderr)
 
 
 def _lost(overrides: Sequence[str], composed: Mapping[str, Any]) -> Iterator[str]:
@@ -91,6 +90,7 @@ def _key(override: str) -> str:
     return re.sub(r"^[+~]+", "", override).partition("=")[0]
 
 
-def _few(found: Sequence[str]) -> str:
-    more = len(found) - SHOWN
-    return ", ".join(found[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+def few(found: Sequence[str], shown: int = 3) -> str:
+    """List the first, and say how many more there are."""
+    more = len(found) - shown
+    return ", ".join(found[:shown]) + (f" and {more} more" if more > 0 else "")

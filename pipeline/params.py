@@ -158,12 +158,9 @@ def within(key: str) -> list[str]:
 
 def nearest(key: str) -> str:
     """Name the setting whose name is closest to an unknown one; "" if none is close."""
-    known = list(_keys(Params, ""))
     parent, _, leaf = key.rpartition(".")
-    for candidates, alike in (
-        (within(parent), 0.6),
-        (known, 0.8),
-    ):  # far from where it was looked for, only a slip counts
+    # Far from where it was looked for, only a slip of the pen counts.
+    for candidates, alike in ((within(parent), 0.6), (list(_keys(Params, "")), 0.8)):
         by_leaf = {name.rpartition(".")[2]: name for name in reversed(candidates)}
         if close := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=alike):
             return by_leaf[close[0]]

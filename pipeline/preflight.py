@@ -46,7 +46,7 @@ def check(settings: Params, will_run: Collection[str], where: str) -> None:
             raise UserError(
                 f"The images have no class {unknown[0]!r}." if classes else "The images have no classes to draw.",
                 where=f"{where}: sample.classes",
-                fix=f"Use any of: {', '.join(classes)}" if classes else "Leave sample.classes empty.",
+                fix=f"Use any of: {origin.few(classes, 20)}" if classes else "Leave sample.classes empty.",
                 code=2,
             )
 
@@ -58,7 +58,6 @@ def _classes(dataset: DatasetConfig, *, made: bool) -> Sequence[str] | None:
     if made:
         shards = Path("artifacts/shards")
         return artifact.read(shards, "shards", "shard").meta["classes"] if shards.is_dir() else None
-
     found = listing.find(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
     return found.classes
 

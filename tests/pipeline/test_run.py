@@ -55,6 +55,10 @@ def test_classes_to_sample_are_those_of_the_images(project, monkeypatch):
     preflight.check(settings, STAGES[:2], "params.yaml")  # nothing is sampled
     with pytest.raises(UserError, match=r"no class 'flags'[\s\S]*params.yaml: sample.classes\n  fix: .*cat, dog"):
         preflight.check(settings, later, "params.yaml")
+    with artifact.writing(Path("artifacts/shards"), "shards", {"classes": [f"n{number}" for number in range(1000)]}):
+        pass
+    with pytest.raises(UserError, match=r"fix: Use any of: n0, n1, .*, n19 and 980 more"):
+        preflight.check(settings, later, "params.yaml")
     unlabelled = replace(settings, dataset=replace(settings.dataset, labels="none"))
     with pytest.raises(UserError, match=r"no classes to draw[\s\S]*fix: Leave sample.classes empty"):
         preflight.check(unlabelled, everything, "params.yaml")
