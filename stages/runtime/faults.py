@@ -37,24 +37,19 @@ class Fault(NamedTuple):
 
 
 def at(stage: str, rank: int, step: int, work: Path) -> bool:
-    """Let come what is due before a step; say whether the step's numbers are to be spoilt, which the caller does.
-
-    Raises UserError when the variable cannot be read.
-    """
-    text = os.environ.get(VARIABLE)
-    if not text:
-        return False
+    """Let come what is due before a step; say whether the step's numbers are to be spoilt, which the caller does."""
     spoilt = False
-    for fault in parsed(text):
+    for fault in asked_for():
         if (fault.stage, fault.rank, fault.step) == (stage.replace("@", "_"), rank, step) and _first(work, fault):
             spoilt |= fault.kind == NAN
             KINDS[fault.kind]()
     return spoilt
 
 
-def parsed(text: str) -> list[Fault]:
-    """Read the variable's value."""
-    return [_parsed(entry.strip()) for entry in text.split(",")]
+def asked_for() -> list[Fault]:
+    """Read the variable; raise UserError if that cannot be done."""
+    text = os.environ.get(VARIABLE)
+    return [_parsed(entry.strip()) for entry in text.split(",")] if text else []
 
 
 def _parsed(entry: str) -> Fault:

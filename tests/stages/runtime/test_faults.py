@@ -11,7 +11,7 @@ import pytest
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime import faults
-from stages.runtime.faults import VARIABLE, Fault, at, parsed
+from stages.runtime.faults import VARIABLE, Fault, asked_for, at
 
 
 @pytest.fixture
@@ -26,9 +26,10 @@ def test_nothing_happens_unless_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(tmp_path.iterdir())
 
 
-def test_several_faults_are_read_in_order():
+def test_several_faults_are_read_in_order(asked):
     """A stage may be spelled as on the command line or as in DVC."""
-    assert parsed("kill@vqvae:0:13, nan@prior_top:1:2,full@prior@top:0:20") == [
+    asked("kill@vqvae:0:13, nan@prior_top:1:2,full@prior@top:0:20")
+    assert asked_for() == [
         Fault("kill", "vqvae", 0, 13),
         Fault("nan", "prior_top", 1, 2),
         Fault("full", "prior_top", 0, 20),
