@@ -150,7 +150,9 @@ class PriorConfig:
                 "attention follows every layers / attention_layers blocks"
             )
         if self.attention_layers and self.channels % self.heads:
-            raise ValueError(f"channels is {self.channels}, which heads {self.heads} does not divide")
+            raise ValueError(
+                f"channels is {self.channels}, which heads {self.heads} does not divide; use a multiple of {self.heads}"
+            )
         if self.kernel < 3 or self.kernel % 2 == 0:
             raise ValueError(f"kernel is {self.kernel}; use an odd side of 3 or more (the paper: 5)")
         if not 0 <= self.dropout < 1:
