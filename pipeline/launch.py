@@ -70,7 +70,7 @@ def _run(module: str, level: str, folder: Path) -> None:
     work = folder / fingerprint[:16]
     with owned(folder):
         if os.environ.get(FRESH):
-            _forget(work)
+            _forget(Run(stage.name, fingerprint, work, settings.cluster))
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
         os.environ.update(shared.cluster_environment())
@@ -174,8 +174,10 @@ def _plain(section: Any) -> Any:
     return section
 
 
-def _forget(work: Path) -> None:
-    for path in work.glob("*"):
+def _forget(run: Run) -> None:
+    if run.storage:
+        run.storage.clear()
+    for path in run.work.glob("*"):
         if path.name != "tracked":  # what MLflow may still have to receive
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

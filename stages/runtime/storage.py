@@ -140,6 +140,16 @@ class Storage:
 
         self._patiently(remove)
 
+    def clear(self) -> None:
+        """Take away all that lies here."""
+        files, root = self.opened()
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                files.rm(root, recursive=True)
+
+        self._patiently(remove)
+
     def _patiently(self, call: Callable[[], Any], tries: int = TRIES) -> Any:
         """Try again after a failure, since stores have bad moments; a file that is not there is an answer."""
         for attempt in range(tries):

@@ -69,6 +69,10 @@ def test_a_folder_without_a_manifest_is_not_there(storage: Storage, folder: Path
     storage.upload(folder, "x")
     storage.discard("x")
     assert storage.names() == [] and not files.exists(f"{root}/x/a.bin")
+    storage.upload(folder, "x")
+    for _ in range(2):
+        storage.clear()
+        assert storage.names() == []
 
 
 @pytest.mark.parametrize("name", ["a.bin", "b/c.txt", MANIFEST])
