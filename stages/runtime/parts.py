@@ -1,7 +1,8 @@
 """Do one thing to many parts side by side: a Ray Data map in which each worker keeps what it has built.
 
 A part is a small dict of plain values (a shard's path, a range of samples). Workers write their own files, under
-names that the part decides; so a rerun makes the same bytes, and finds finished parts finished.
+names that the part decides; so a rerun makes the same bytes, and finds finished parts finished. Where nodes share no
+disk, elsewhere.py carries inputs to the workers and files back.
 """
 
 import io
@@ -9,17 +10,21 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from stages.errors import UserError
-from stages.runtime import cluster
-from stages.runtime.run import Run
+from stages.runtime import cluster, faults
+from stages.runtime.elsewhere import Journey, Node, digest
+from stages.runtime.run import Reporter, Run
+from stages.runtime.storage import node_folder
 
 Part = dict[str, Any]
 Worker = Callable[..., Callable[[Part], "Result"]]  # a class: built from arguments, called with a part
 Result = dict[str, Any]  # arrays, and what JSON holds
+AGAIN = "Run the same command again; it is made anew."
 
 
 def map_parts(
@@ -49,10 +54,20 @@ def map_parts(
 
     with cluster.connected(run.cluster):
         run.reporter.progress(0, sum(weights), unit, {})
+        journey = None
+        if run.storage:
+            run.storage.check()
+            journey = Journey.planned(run, arguments, list(parts))
+        if journey:
+            finished = journey.finished()
+            for number, part in enumerate(parts):
+                if digest(part) in finished and (kept := journey.fetch(digest(part), run.work)):
+                    collect(number, unpacked(kept))
         for failures in range(run.cluster.max_failures + 1):
             missing = {number: part for number, part in enumerate(parts) if number not in results}
             try:
-                _map(worker, arguments, missing, run, collect)
+                if missing:
+                    _map(worker, arguments, missing, run, journey, collect)
                 break
             except ray.exceptions.RayActorError:
                 if failures == run.cluster.max_failures:
@@ -62,7 +77,12 @@ def map_parts(
 
 
 def _map(
-    worker: Worker, arguments: tuple[Any, ...], parts: dict[int, Part], run: Run, collect: Callable[[int, Result], None]
+    worker: Worker,
+    arguments: tuple[Any, ...],
+    parts: dict[int, Part],
+    run: Run,
+    journey: Journey | None,
+    collect: Callable[[int, Result], None],
 ) -> None:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -78,32 +98,55 @@ def _map(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
-            fn_constructor_args=(worker, arguments, max(1, int(run.cluster.cpus_per_worker))),
+            fn_constructor_args=(worker, arguments, replace(run, reporter=Reporter()), journey),
             compute=ActorPoolStrategy(min_size=1, max_size=min(run.cluster.workers, len(rows))),
-            num_cpus=run.cluster.cpus_per_worker,
-            num_gpus=run.cluster.gpus_per_worker or None,
             max_restarts=0,
             max_task_retries=0,
+            **_place(run, journey),
         )
     for row in mapped.iter_rows():
         result = unpacked(row["result"])
         if error := result.get("user_error"):
             raise UserError(**error)
+        if journey:
+            kept = journey.fetch(digest(parts[row["number"]]), run.work)
+            if kept is None:
+                raise UserError("What a part has made is damaged.", where=journey.storage.url, fix=AGAIN, code=5)
+            result = unpacked(kept)
         collect(row["number"], result)
+
+
+def _place(run: Run, journey: Journey | None) -> dict[str, Any]:
+    """Say what each process needs; this node itself, where there is something that it alone has."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if run.storage and journey is None:
+        node = ray.get_runtime_context().get_node_id()
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    return {"num_cpus": run.cluster.cpus_per_worker, "num_gpus": run.cluster.gpus_per_worker or None}
 
 
 class _Call:
     """One process of the pool: a worker of its own, and its share of the CPUs."""
 
-    def __init__(self, worker: Worker, arguments: tuple[Any, ...], threads: int):
+    def __init__(self, worker: Worker, arguments: tuple[Any, ...], run: Run, journey: Journey | None):
         import torch
 
-        torch.set_num_threads(threads)
-        self.worker = worker(*arguments)
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        self.stage, self.node = run.stage, Node(journey) if journey else None
+        self.work = node_folder("runs", run.stage, run.fingerprint[:16]) if journey else run.work
+        self.worker = worker(*(self.node.here(arguments) if self.node else arguments))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part = json.loads(row["part"])
+        faults.at(self.stage, 0, int(row["number"]), self.work)
         try:
-            result = self.worker(json.loads(row["part"]))
+            if self.node:
+                self.node.keep(digest(part), packed(self.worker(self.node.here(part))))
+                result: Result = {}  # lies in the storage
+            else:
+                result = self.worker(part)
         except UserError as error:  # an answer, not a failure: Ray would bury it in tracebacks
             result = {"user_error": vars(error)}
         return {"number": row["number"], "result": packed(result)}

@@ -41,6 +41,7 @@ NO_REASON = {
     "stages/runtime/checkpoint.py": "resuming ends in the same bytes",
     "stages/runtime/cluster.py": "where, not what",
     "stages/runtime/desk.py": "who hears of it, not what it is",
+    "stages/runtime/elsewhere.py": "where, not what",
     "stages/runtime/faults.py": "what breaks a run, not what it makes",
     "stages/runtime/fit.py": "where, not what",
     "stages/runtime/parts.py": "where, not what",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from stages.config import ClusterConfig
 from stages.errors import UserError
+from stages.formats import artifact
 from stages.runtime.cluster import connected
+from stages.runtime.elsewhere import Journey, Node
 from stages.runtime.parts import map_parts, packed, unpacked
 from stages.runtime.run import Run
 
@@ -44,8 +47,10 @@ class Square:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = ClusterConfig(workers=2, cpus_per_worker=1)
-    with connected(config):
-        yield Run("codes", "f", tmp_path_factory.mktemp("work"), config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("node")))  # of the nodes, which begin here
+        with connected(config):
+            yield Run("codes", "f", tmp_path_factory.mktemp("work"), config)
 
 
 @pytest.mark.ray
@@ -63,3 +68,82 @@ def test_a_users_error_in_a_worker_is_shown_as_it_is(run: Run, tmp_path: Path):
     with pytest.raises(UserError, match=r"Shard 3 is damaged") as caught:
         map_parts(Square, (tmp_path,), [{"number": 0, "wrong": True}], run=run, unit="part")
     assert caught.value.code == 4 and caught.value.fix == "Mend it."
+
+
+class Copy:
+    """Write what an input says into a file of the part's own; tell where, and that it was done."""
+
+    def __init__(self, model: Path, calls: str, work: Path):
+        self.model, self.calls, self.work = model, calls, work
+
+    def __call__(self, part: dict) -> dict:
+        Path(self.calls.removeprefix("of "), f"{part['number']}-{os.getpid()}").touch()
+        if part["number"] == 2 and not (mark := self.model.parent / "died").exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        text = (self.model / "weights").read_text() + Path(part["model"], "weights").read_text()
+        (self.work / f"{part['number']}.txt").write_text(text)
+        return {"file": f"{part['number']}.txt", "seen": str(self.model), "array": np.full(3, part["number"])}
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.ray
+def test_without_a_shared_disk_files_and_results_come_home_and_are_made_once(run: Run, tmp_path: Path):
+    """A killed worker's part is done again; a rerun finds all parts finished, although this node has lost them."""
+    apart = replace(run, work=tmp_path / "work", cluster=replace(run.cluster, storage=f"file://{tmp_path}/store"))
+    work = apart.work / "parts"
+    work.mkdir(parents=True)
+    (tmp_path / "calls").mkdir()
+    with artifact.writing(tmp_path / "model", "model", {}) as folder:
+        (folder / "weights").write_text("w")
+    parts = [{"number": number, "model": str(tmp_path / "model")} for number in range(4)]
+    arguments = (tmp_path / "model", f"of {tmp_path / 'calls'}", work)  # what is no path is left alone
+    results = map_parts(Copy, arguments, parts, run=apart, unit="part")
+    assert [result["file"] for result in results] == [f"{number}.txt" for number in range(4)]
+    assert [result["array"].tolist() for result in results] == [[number] * 3 for number in range(4)]
+    assert all(not Path(result["seen"]).is_relative_to(tmp_path) for result in results)
+    expected = {f"{number}.txt": "ww" for number in range(4)}
+    assert files_of(work) == expected
+
+    calls = len(list((tmp_path / "calls").iterdir()))
+    for path in work.iterdir():
+        path.unlink()
+    again = map_parts(Copy, arguments, parts, run=apart, unit="part")
+    assert len(list((tmp_path / "calls").iterdir())) == calls
+    assert files_of(work) == expected and [result["seen"] for result in again] == [r["seen"] for r in results]
+
+
+@pytest.mark.ray
+def test_what_is_no_artifact_stays_on_its_node(run: Run, tmp_path: Path):
+    """Raw images are where they are: their shards are made there, storage or not."""
+    apart = replace(run, cluster=replace(run.cluster, storage=f"file://{tmp_path}/store"))
+    results = map_parts(Square, (tmp_path,), [{"number": 3}], run=apart, unit="part")
+    assert results[0]["square"] == 9 and list(tmp_path.glob("built-*"))
+
+
+def test_a_part_whose_keeping_is_damaged_is_done_again(tmp_path: Path, monkeypatch):
+    """Inputs in folders of artifacts find their way, too; what the store spoils counts as not done."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "node"))
+    config = ClusterConfig(storage=f"file://{tmp_path}/store")
+    run = Run("sample", "f", tmp_path / "work", config)
+    (run.work / "parts").mkdir(parents=True)
+    for level in ("top", "bottom"):
+        with artifact.writing(tmp_path / "priors" / level, "prior", {}) as folder:
+            (folder / "weights").write_text(level)
+    journey = Journey.planned(run, (tmp_path / "priors", run.work / "parts"), [{"number": 0}])
+    assert journey is not None
+    node = Node(journey)
+    priors, work = node.here((tmp_path / "priors", run.work / "parts"))
+    assert [(priors / level / "weights").read_text() for level in ("top", "bottom")] == ["top", "bottom"]
+    for _ in range(2):
+        (work / "a").write_text("a")
+        node.keep("x", b"result")
+        assert not list(work.iterdir())
+        assert journey.finished() == {"x"} and journey.fetch("x", run.work) == b"result"
+        assert (run.work / "parts" / "a").read_text() == "a"
+        (tmp_path / "store/runs/sample/f/parts/x/a").write_text("b")
+        assert journey.fetch("x", run.work) is None
+        assert journey.finished() == set()
