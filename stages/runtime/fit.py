@@ -175,7 +175,7 @@ def _work(config: dict[str, Any]) -> None:
         run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough
     with suppress(Stopped), refused_once(config["desk"]):  # to Ray a failure is a reason to begin again
         if run.storage:
-            run = replace(run, work=node_folder("runs", run.stage, run.fingerprint[:16], str(worker.rank)))
+            run = replace(run, work=node_folder(f"rank-{worker.rank}", run.stage, run.fingerprint[:16]))
             arguments = {
                 name: value.fetch() if isinstance(value, Stored) else value for name, value in arguments.items()
             }

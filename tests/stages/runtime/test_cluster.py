@@ -1,8 +1,10 @@
 """Joining a cluster, or being told at once that there is none."""
 
+import os
 import socket
 import time
 
+import psutil
 import pytest
 
 from stages.config import ClusterConfig
@@ -24,3 +26,21 @@ def test_an_address_where_nobody_listens_is_refused_in_seconds(monkeypatch, ours
     assert time.monotonic() - start < 10
     assert error.value.where == f"RAY_ADDRESS={address}"
     assert ("same command again" if ours else "unset RAY_ADDRESS") in error.value.fix
+
+
+def test_a_worker_finds_the_interface_of_its_nodes_address(monkeypatch):
+    """A host's own name often leads to loopback; what the user has chosen stands."""
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    cluster.name_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    cluster.name_interface()
+    found = os.environ.pop("GLOO_SOCKET_IFNAME")
+    assert "127.0.0.1" in (address.address for address in psutil.net_if_addrs()[found])
+
+
+def test_a_storage_that_is_no_url_is_refused():
+    """With what to write in its place."""
+    with pytest.raises(ValueError, match=r"storage is 'bucket/prefix'; use a URL such as s3://bucket/prefix"):
+        ClusterConfig(storage="bucket/prefix")

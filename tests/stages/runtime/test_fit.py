@@ -134,5 +134,5 @@ def test_workers_without_a_shared_disk_make_the_same_bytes_and_go_on_after_a_kil
 
 def dies_once_apart(*, worker: Worker, run: Run, shards: Path, **arguments: object) -> None:
     """As above, in folders of the node that the test's process knows nothing of."""
-    assert run.work.name == str(worker.rank) and "vqvae2" in run.work.parts and "inputs" in shards.parts
+    assert f"rank-{worker.rank}" in run.work.parts and "inputs" in shards.parts
     dies_once(worker=worker, run=run, shards=shards, **arguments)
