@@ -4,6 +4,7 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
 from projects import SMOKE, Job, Namespace, Project, until
 
 STEPS, CHECKPOINT_EVERY = 100, 10
@@ -50,6 +51,19 @@ def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
     done = _resumed(project, namespace, at_least=seen, log="fourth").wait()
     assert done.status == 0
     assert project.digests("vqvae") == unbroken.digests("vqvae")
+
+
+@pytest.mark.slow
+def test_a_worker_killed_on_demand_costs_the_steps_since_the_newest_checkpoint(
+    project: Project, tmp_path: Path, namespace: Namespace
+):
+    """Asked for at step 13, with checkpoints every 5: the same command goes on from 10 to its end, by itself."""
+    settings = ("steps=30", "checkpoint_every=5", "log_every=5", "evaluate_every=30")
+    words = [word for setting in settings for word in ("-S", f"train_vqvae.{setting}")]
+    falling = Project(project.folder, {**project.environment, "VQVAE2_FAULT": "kill@vqvae:0:13"})
+    done = namespace.start(falling, "vqvae2", "run", *SMOKE, *words, "--stage", "vqvae", log="falling").wait()
+    assert done.status == 0
+    assert "Resuming at step 10 of 30." in done.output
 
 
 def _second_is_refused(project: Project, namespace: Namespace) -> None:
