@@ -45,13 +45,13 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = run.cluster
-    if config.storage:
-        storage = Storage(config.storage)
-        arguments = {
-            name: Stored.upload(value, storage) if isinstance(value, Path) else value
-            for name, value in arguments.items()
-        }
     with cluster.connected(config), _ray_folder(run) as ray_place:
+        if config.storage:
+            storage = Storage(config.storage)
+            arguments = {
+                name: Stored.upload(value, storage) if isinstance(value, Path) else value
+                for name, value in arguments.items()
+            }
         desk = open_desk()
         remote = replace(run, reporter=DeskReporter(desk))
         trainer = TorchTrainer(
