@@ -1,11 +1,12 @@
 """Promises of every prior in the table: what a position may see, what it does see, and what it costs."""
 
 import math
+import shutil
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from models.config import PriorConfig
@@ -161,6 +162,84 @@ def test_logits_keep_full_precision_under_autocast(name: str):
         logits = prior(codes)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, prior(codes), atol=0.05, rtol=0)
+
+
+def learnt_from(forward: Any, prior: Prior, device: str = "cpu") -> tuple[float, Tensor]:
+    """The loss of one step, and the gradient of the embedding, which every layer shapes."""
+    torch.manual_seed(1)
+    codes, labels = codes_of((8, 12)).to(device), torch.tensor([0, 2], device=device)
+    coarser = {name: each.to(device) for name, each in coarser_of().items()}
+    prior.zero_grad()
+    loss = nll(forward(codes, coarser, labels), codes).mean()
+    loss.backward()
+    gradient = prior.embedding.weight.grad
+    assert gradient is not None
+    return loss.item(), gradient.clone()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_step_under_bf16_autocast_learns_what_one_in_full_precision_does(name: str):
+    """Conditions and labels included: the same loss to a percent, a gradient of the same direction, all in float32."""
+    prior = conditioned(name).float()
+    loss, gradient = learnt_from(prior, prior)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough_loss, rough_gradient = learnt_from(prior, prior)
+    assert rough_loss == pytest.approx(loss, rel=0.01)
+    assert F.cosine_similarity(gradient.flatten(), rough_gradient.flatten(), dim=0) > 0.99
+    assert {each.grad.dtype for each in prior.parameters() if each.grad is not None} == {torch.float32}
+
+
+def compile_and_compare(rank: int, name: str, backend: str, **settings: int) -> None:
+    """Take a step of a prior compiled and not."""
+    torch.manual_seed(0)
+    prior = build(config(name, **settings), entries=ENTRIES, grid=(8, 12), coarser=COARSER, classes=CLASSES).eval()
+    compiled = torch.compile(prior, fullgraph=True, backend=backend)
+    loss, gradient = learnt_from(prior, prior)
+    fast_loss, fast_gradient = learnt_from(compiled, prior)
+    assert fast_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(fast_gradient, gradient, rtol=1e-3, atol=1e-5)
+    if backend == "aot_eager":
+        with torch.autocast("cpu", torch.bfloat16):
+            rough_loss, rough_gradient = learnt_from(compiled, prior)
+        assert rough_loss == pytest.approx(loss, rel=0.01)
+        assert F.cosine_similarity(gradient.flatten(), rough_gradient.flatten(), dim=0) > 0.99
+
+
+def compile_to_kernels(rank: int) -> None:
+    """One block and one attention hold every kind of layer, and take no longer to compile than a test may."""
+    compile_and_compare(rank, "pixelsnail", "inductor", layers=1, attention_layers=1, condition_layers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_is_one_graph_that_learns_the_same(name: str):
+    """Nothing breaks the graph, and as a graph it gives the same loss and gradient, under bf16 autocast too."""
+    # A process in which shapes are not checked: dynamo cannot follow the checks.
+    multiprocessing.spawn(compile_and_compare, (name, "aot_eager"), nprocs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: torch.compile cannot build for this CPU")
+def test_a_compiled_prior_learns_the_same():
+    """The kernels made of the graph give the same loss and gradient."""
+    multiprocessing.spawn(compile_to_kernels, nprocs=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its kernels cannot be run here")
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_gpu_learns_what_the_cpu_does(name: str):
+    """Plain, compiled, and under bf16 autocast."""
+    prior = conditioned(name).float()
+    loss, gradient = learnt_from(prior, prior)
+    prior.cuda()
+    for forward in (prior, torch.compile(prior)):
+        gpu_loss, gpu_gradient = learnt_from(forward, prior, "cuda")
+        assert gpu_loss == pytest.approx(loss, rel=1e-4)
+        torch.testing.assert_close(gpu_gradient.cpu(), gradient, rtol=1e-2, atol=1e-3)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert learnt_from(forward, prior, "cuda")[0] == pytest.approx(loss, rel=0.01)
 
 
 @pytest.mark.parametrize(

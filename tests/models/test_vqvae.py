@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -183,6 +184,7 @@ def compile_and_compare(rank: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: torch.compile cannot build for this CPU")
 def test_a_compiled_model_does_the_same_and_is_compiled_for_all_steps():
     """No graph break, the same codes and candidates, and no new compilation for a new step."""
     multiprocessing.spawn(compile_and_compare, nprocs=1)  # a process in which shapes are not checked: dynamo cannot
