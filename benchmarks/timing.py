@@ -23,7 +23,7 @@ class Seconds(NamedTuple):
 def arguments(description: str) -> argparse.ArgumentParser:
     """Start a command line that knows --threads and --rounds."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, default=1, help="threads torch may use")
+    parser.add_argument("--threads", type=int, default=1, choices=(1, 2), help="threads torch may use")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each contender; the median counts")
     return parser
 
