@@ -1,0 +1,80 @@
+"""Two processes train the VQ-VAE as one does, through the stage's own objective and loop."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, multiprocessing
+
+from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
+from models.vqvae import VQVAE
+from stages.config import TrainConfig
+from stages.runtime.checkpoint import Checkpoints
+from stages.runtime.fit import _distributed
+from stages.runtime.loop import Data, Worker, train
+from stages.runtime.order import Batches, Order
+from stages.runtime.run import Reporter
+from stages.vqvae import Reconstruct
+
+IMAGES = torch.randint(0, 256, (11, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+HELD_OUT = IMAGES[:5]  # three for one worker, two for the other, and the last batch smaller
+SHOWN = IMAGES[:2].numpy()
+MODEL = VQVAEConfig(
+    {name: LevelConfig(stride, 8, 4, 1, entries=16, dim=4) for name, stride in (("top", 8), ("bottom", 4))},
+    QuantizerConfig(decay=0.9, revive_every=3, revive_below=0.5),
+)
+CONFIG = TrainConfig(steps=7, batch_size=4, learning_rate=1e-4, log_every=1, evaluate_every=2, checkpoint_every=7)
+
+
+def learn(folder: Path, worker: Worker, model: VQVAEConfig = MODEL) -> dict[str, Tensor]:
+    """Train to the end; return the weights and codebooks, and what was measured on the way as one more tensor."""
+
+    def steps(start: int) -> Iterator[Tensor]:
+        batches = Batches(Order(len(IMAGES), 0), 4, start=start, stop=7, rank=worker.rank, workers=worker.count)
+        for picks in batches:
+            yield IMAGES[[pick.image for pick in picks]]
+
+    torch.manual_seed(3)
+    objective = Reconstruct(VQVAE(model), SHOWN, CONFIG.batch_size, seed=3)
+    data = Data(steps, {"validation": lambda: iter(HELD_OUT[worker.rank :: worker.count].split(2))})
+    checkpoints = Checkpoints(folder / str(worker.rank), "print", keep=1)
+    measured: list[float] = []
+
+    class Listener(Reporter):
+        def metrics(self, values, step):
+            measured.extend(value for name, value in values.items() if "/" in name)
+
+    train(objective, data, CONFIG, seed=3, worker=worker, checkpoints=checkpoints, reporter=Listener())
+    state = {name: tensor.contiguous() for name, tensor in objective.network.state_dict().items()}
+    return state | {"measured": torch.tensor(measured)}
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """Be one of two; worker 0 alone draws previews."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    worker = Worker(rank, 2, reduce=distributed.all_reduce, wrap=_distributed)
+    save_file(learn(folder, worker), folder / f"{rank}.safetensors")
+    distributed.destroy_process_group()
+
+
+def test_two_workers_train_the_vqvae_as_one_does(tmp_path: Path):
+    """Codebooks equal to the bit between them, and to 1e-6 those of one: previews, revivals, uneven last batches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    left, right = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    alone = learn(tmp_path / "alone", Worker())
+    quiet = learn(tmp_path / "quiet", Worker(), replace(MODEL, quantizer=replace(MODEL.quantizer, revive_every=0)))
+
+    codebooks = [name for name in alone if "quantizer" in name]
+    assert len(codebooks) == 2 * 5
+    assert not torch.equal(alone["levels.top.quantizer.codebook"], quiet["levels.top.quantizer.codebook"])  # revived
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for name in codebooks:
+        torch.testing.assert_close(left[name], alone[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(left["measured"], alone["measured"], rtol=1e-4, atol=1e-6)
