@@ -1,9 +1,10 @@
-"""A VQ-VAE's training step and encoding: images per second, and the share of this machine's matrix-product peak.
+"""A VQ-VAE's training step and encoding: images per second of ours, of the usual quantizer, and the share of peak.
 
     python benchmarks/vqvae.py --threads 1
     python benchmarks/vqvae.py --sizes 64 --compile
 
-The paper's two-level model at its widths. Rates are per second of processor time, the threads' added up; operations are
+The paper's two-level model at its widths; the alternative has the one-hot quantizer of `quantizer.py` in its place.
+The floor is the arithmetic at peak. Rates are per second of processor time, the threads' added up; operations are
 counted on the meta device (a training step is three forwards). The peak is measured in the same precision, so the
 share says how much of what the machine can do goes into the model.
 """
@@ -11,15 +12,35 @@ share says how much of what the machine can do goes into the model.
 import itertools
 
 import torch
+from quantizer import OneHotQuantizer
 from timing import arguments, matmul_peak, measure
+from torch import Tensor, nn
 
 from models.config import LevelConfig, VQVAEConfig
 from models.cost import forward_flops
-from models.quantizer import Share
+from models.quantizer import CodebookSums, Quantized, Share
 from models.vqvae import VQVAE
 
 CONFIG = VQVAEConfig({"top": LevelConfig(stride=8), "bottom": LevelConfig(stride=4)})
-BATCH = {64: 32, 128: 16, 256: 4}
+BATCH = {64: 16, 128: 4, 256: 1}
+
+
+class Usual(nn.Module):
+    """The usual quantizer in ours' place: it learns as it looks."""
+
+    def __init__(self, entries: int, dim: int) -> None:
+        super().__init__()
+        self.inner = OneHotQuantizer(entries, dim)
+
+    def forward(self, latents: Tensor, share: Share | None = None) -> Quantized:
+        """Quantize and, at once, learn."""
+        with torch.autocast("cpu", enabled=False):
+            quantized, commitment, codes = self.inner(latents.float())
+        nothing = torch.zeros(())
+        return Quantized(quantized, codes, commitment, nothing, CodebookSums(nothing, nothing, nothing))
+
+    def absorb(self, sums: CodebookSums) -> None:
+        """Do nothing more."""
 
 
 def forward_cost(size: int) -> dict[str, int]:
@@ -29,10 +50,14 @@ def forward_cost(size: int) -> dict[str, int]:
     return {"train": 3 * forward_flops(lambda: vqvae(image)), "encode": forward_flops(lambda: vqvae.encode(image))}
 
 
-def contenders(size: int, dtype: torch.dtype, layout: torch.memory_format, compiled: bool) -> dict:
+def contenders(size: int, dtype: torch.dtype, layout: torch.memory_format, compiled: bool, usual: bool) -> dict:
     """Build the two calls to be timed."""
     torch.manual_seed(0)
-    vqvae = VQVAE(CONFIG).to(memory_format=layout)  # type: ignore[call-overload]
+    vqvae = VQVAE(CONFIG)
+    if usual:
+        for name, level in CONFIG.levels.items():
+            vqvae.levels[name].quantizer = Usual(level.entries, level.dim)
+    vqvae = vqvae.to(memory_format=layout)  # type: ignore[call-overload]
     images = (torch.rand(BATCH[size], 3, size, size) * 2 - 1).to(memory_format=layout)
     optimizer = torch.optim.Adam(vqvae.parameters(), lr=3e-4)
     forward = torch.compile(vqvae) if compiled else vqvae
@@ -58,23 +83,29 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(BATCH), choices=list(BATCH))
     parser.add_argument("--compile", action="store_true", help="compile the training step's forward")
+    parser.set_defaults(rounds=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     print(f"{options.threads} threads, torch {torch.__version__}, compiled: {options.compile}")
     print(
-        f"{'pixels':>6} {'batch':>5} {'numbers':8} {'layout':17} {'call':6} {'images/s':>9} {'GFLOP/s peak':>13} share"
+        f"{'pixels':>6} {'batch':>5} {'numbers':8} {'layout':17} {'call':6}  images/s: {'ours':>8} {'usual':>8}", end=""
     )
+    print(f" {'ratio':>6} {'floor':>8} share")
     for dtype in (torch.float32, torch.bfloat16):
         peak = matmul_peak(dtype)
         for size in options.sizes:
             cost = forward_cost(size)
             for layout in (torch.contiguous_format, torch.channels_last):
-                for name, seconds in measure(contenders(size, dtype, layout, options.compile), options.rounds).items():
-                    rate = BATCH[size] / seconds.processor
+                ours = contenders(size, dtype, layout, options.compile, usual=False)
+                usual = contenders(size, dtype, layout, options.compile, usual=True)
+                for name in ours:
+                    seconds = measure({"ours": ours[name], "usual": usual[name]}, options.rounds)
+                    rate, other = (BATCH[size] / seconds[each].processor for each in ("ours", "usual"))
                     print(
-                        f"{size:6} {BATCH[size]:5} {str(dtype)[6:]:8} {str(layout)[6:]:17} {name:6} {rate:9.1f}"
-                        f" {peak / 1e9:13.0f} {rate * cost[name] / peak:6.0%}",
+                        f"{size:6} {BATCH[size]:5} {str(dtype)[6:]:8} {str(layout)[6:]:17} {name:6}            "
+                        f"{rate:8.1f} {other:8.1f} {rate / other:6.2f} {peak / cost[name]:8.1f} "
+                        f"{rate * cost[name] / peak:5.0%}",
                         flush=True,
                     )
 
