@@ -60,7 +60,7 @@ class VQVAE(nn.Module):
         """Reconstruct images, and say what they tell the codebooks, which stay as they are until `absorb`."""
         quantized, lifted = self._quantize(images, share)
         if self.training and self.config.level_dropout:
-            lifted = self._lift(self._drop_levels({name: level.latents for name, level in quantized.items()}))
+            lifted = self._lift(self._drop_levels({name: level.latents for name, level in quantized.items()}, share))
         return Output(self.decoder(torch.cat(lifted, 1)), quantized)
 
     def objective(self, output: Output, images: Float[Tensor, "B 3 H W"]) -> Loss:
@@ -114,15 +114,19 @@ class VQVAE(nn.Module):
             lifted = level.lift([*lifted, latents[name]])
         return lifted
 
-    def _drop_levels(self, latents: dict[str, Float[Tensor, "B _ _ _"]]) -> dict[str, Float[Tensor, "B _ _ _"]]:
+    def _drop_levels(
+        self, latents: dict[str, Float[Tensor, "B _ _ _"]], share: Share | None
+    ) -> dict[str, Float[Tensor, "B _ _ _"]]:
         """Leave some images a random coarse prefix of their levels, so that coarse codes learn to stand alone.
 
-        The others become zeros, as `decode` fills them by default.
+        The others become zeros, as `decode` fills them by default. Drawn for the whole global batch: a worker takes
+        what falls to its images, whichever worker it is.
         """
         first = next(iter(latents.values()))
-        prefix = torch.randint(1, max(2, len(latents)), (len(first),), device=first.device)
-        dropped = torch.rand(len(first), device=first.device) < self.config.level_dropout
-        kept = torch.where(dropped, prefix, len(latents))[:, None, None, None]
+        start, total = (share.start, share.total) if share else (0, len(first))
+        prefix = torch.randint(1, max(2, len(latents)), (total,), device=first.device)
+        dropped = torch.rand(total, device=first.device) < self.config.level_dropout
+        kept = torch.where(dropped, prefix, len(latents))[start : start + len(first), None, None, None]
         return {name: torch.where(kept > place, grid, 0) for place, (name, grid) in enumerate(latents.items())}
 
     def _quantize(

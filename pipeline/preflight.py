@@ -17,6 +17,7 @@ from pathlib import Path
 from pipeline import environment, origin, params, ui
 from stages.config import DatasetConfig, Params
 from stages.errors import UserError
+from stages.runtime import faults
 
 GIB = 2**30
 PACKAGES = ("vqvae2", "torch", "ray", "mlflow", "dvc", "hydra-core", "webdataset", "pyarrow", "typer", "torchmetrics")
@@ -27,6 +28,7 @@ def check(settings: Params, will_run: Collection[str], where: str) -> None:
 
     `where` says what the settings were made from.
     """
+    faults.asked_for()
     if "shard" in will_run:
         from stages.formats.listing import check_source
 

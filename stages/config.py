@@ -84,11 +84,6 @@ class TrainConfig:
         _positive(self, "steps", "batch_size", "keep_checkpoints")
         _positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
         _fraction(self, "averaging")
-        if self.checkpoint_every % self.log_every:
-            # Otherwise a resumed run would average the numbers it logs over other steps than an unbroken one.
-            raise ValueError(
-                f"checkpoint_every is {self.checkpoint_every}; use a multiple of log_every, which is {self.log_every}"
-            )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; use a positive number such as 3e-4")
         if not 0 <= self.warmup_steps <= self.steps:

@@ -99,6 +99,7 @@ class Reconstruct(Objective):
     """Reconstruct images, and let the codebooks follow the encoder."""
 
     network: VQVAE
+    draws_alike = True  # which images lose levels
 
     def __init__(self, network: VQVAE, shown: np.ndarray, batch_size: int, seed: int):
         super().__init__()

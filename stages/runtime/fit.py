@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stages.config import TrainConfig
 from stages.errors import UserError
-from stages.runtime import cluster
+from stages.runtime import cluster, faults
 from stages.runtime.checkpoint import Checkpoints
 from stages.runtime.desk import DeskReporter, forwarding, hears_stop, open_desk, refused_once
 from stages.runtime.loop import Stopped, Worker, under
@@ -170,6 +170,7 @@ def _work(config: dict[str, Any]) -> None:
         reduce=torch.distributed.all_reduce if several else lambda tensor: None,
         wrap=_distributed if several else lambda module: module,
         stopping=hears_stop(config["desk"]),
+        fault=lambda step: faults.at(run.stage, worker.rank, step, run.work),
     )
     if worker.rank > 0:
         run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough

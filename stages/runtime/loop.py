@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stages.config import TrainConfig
 from stages.errors import UserError
-from stages.runtime import faults
 from stages.runtime.checkpoint import Checkpoints, State
 from stages.runtime.run import Reporter
 
@@ -42,6 +41,7 @@ class Worker:
     reduce: Callable[[Tensor], None] = lambda tensor: None  # adds up over workers, in place
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # averages gradients over workers
     stopping: Callable[[], bool] = lambda: False
+    fault: Callable[[int], bool] = lambda step: False  # lets come what was asked for; says if the step is to be spoilt
 
 
 class Step(NamedTuple):
@@ -128,10 +128,9 @@ def train(
     wrapped = worker.wrap(objective)
     if config.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-    stage = checkpoints.folder.parent.name  # runs/STAGE/FINGERPRINT
     stop, clock, logged = _Stop(worker), time.monotonic(), start
     for step, batch in enumerate(data.training(start), start):
-        spoilt = faults.at(stage, worker.rank, step, checkpoints.folder)
+        spoilt = worker.fault(step)
         objective.train()
         torch.manual_seed(_mix(seed, step, 0 if objective.draws_alike else worker.rank))
         for group in optimizer.param_groups:

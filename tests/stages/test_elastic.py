@@ -64,12 +64,12 @@ def trained(folder: Path, stage: str, arguments: dict[str, Any], workers: int, s
 
 @pytest.fixture(scope="module")
 def arguments(project) -> dict[str, dict[str, Any]]:
-    """What each stage learns from and how, without dropout."""
+    """What each stage learns from and how; dropout alone is missing, which each worker draws for itself."""
     network = dataclasses.replace(project.priors["top"], dropout=0.0)
     return {
         "vqvae": {
             "shards": project.path("shards"),
-            "vqvae": project.network,
+            "vqvae": dataclasses.replace(project.network, level_dropout=0.5),
             "augment": project.augment,
             "train_vqvae": project.train,
             "seed": 0,

@@ -210,14 +210,13 @@ def test_a_fault_that_was_asked_for_comes_once_and_leaves_no_trace(
 ):
     """The same command then goes on from the newest checkpoint, and ends in the same bits."""
     monkeypatch.setenv(faults.VARIABLE, f"{fault}@toy:0:9")
-    folder = tmp_path / "toy" / "fingerprint"
-    folder.mkdir(parents=True)
+    falling = Worker(fault=lambda step: faults.at("toy", 0, step, tmp_path))
     with pytest.raises(error):
-        run(folder)
-    newest = Checkpoints(folder, "print", keep=3).latest()
+        run(tmp_path, worker=falling)
+    newest = Checkpoints(tmp_path, "print", keep=3).latest()
     # A disk may be full while the checkpoint of step 8 is still being written.
     assert newest is not None and newest.step in ((4, 8) if fault == "full" else (8,))
-    assert_equal(run(folder), unbroken)
+    assert_equal(run(tmp_path, worker=falling), unbroken)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp_path: Path):
