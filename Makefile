@@ -25,9 +25,10 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	    $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# What an earlier -S has left in params.yaml is not the demo's. Which settings go back is said.
+# What an earlier -S, or dvc exp run, has left in params.yaml is not the demo's. Which settings go back is said.
 demo: setup          ## Run every stage on the embedded data; ends with the path of the report.
-	@if grep -q '^# Overrides: ' params.yaml; then vqvae2 config --write; fi
+	@if ! grep -q '^# Composed from conf/' params.yaml || grep -q '^# Overrides: ' params.yaml; then \
+	    vqvae2 config --write; fi
 	vqvae2 run
 
 test: setup          ## Every test that fits into fifteen minutes on two cores.

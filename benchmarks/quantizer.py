@@ -25,21 +25,24 @@ class OneHotQuantizer(torch.nn.Module):
         self.counts, self.vectors = torch.ones(entries), self.codebook.clone()
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize and, at once, learn."""
+        """Quantize and, while it trains, learn at once."""
         rows = latents.permute(0, 2, 3, 1)
         flat = rows.reshape(-1, rows.shape[-1])
         distances = flat.square().sum(1, keepdim=True) - 2 * flat @ self.codebook.T + self.codebook.square().sum(1)
         codes = distances.argmin(1)
         chosen = F.embedding(codes, self.codebook).view(rows.shape)
-        with torch.no_grad():
-            one_hot = F.one_hot(codes, self.entries).to(flat.dtype)
-            self.counts.lerp_(one_hot.sum(0), 1 - self.decay)
-            self.vectors.lerp_(one_hot.T @ flat, 1 - self.decay)
-            total = self.counts.sum()
-            smoothed = (self.counts + self.epsilon) / (total + self.entries * self.epsilon) * total
-            self.codebook = self.vectors / smoothed[:, None]
+        if not torch.is_inference_mode_enabled():
+            self._learn(flat.detach(), codes)
         commitment = F.mse_loss(rows, chosen.detach())
         return (rows + (chosen - rows).detach()).permute(0, 3, 1, 2), commitment, codes.view(rows.shape[:-1])
+
+    def _learn(self, flat: Tensor, codes: Tensor) -> None:
+        one_hot = F.one_hot(codes, self.entries).to(flat.dtype)
+        self.counts.lerp_(one_hot.sum(0), 1 - self.decay)
+        self.vectors.lerp_(one_hot.T @ flat, 1 - self.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + self.epsilon) / (total + self.entries * self.epsilon) * total
+        self.codebook = self.vectors / smoothed[:, None]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
     python benchmarks/vqvae.py --sizes 64 --compile
 
 The paper's two-level model at its widths; the alternative has the one-hot quantizer of `quantizer.py` in its place.
-The floor is the arithmetic at peak. Rates are per second of processor time, the threads' added up; operations are
+The bound is the arithmetic at peak. Rates are per second of processor time, the threads' added up; operations are
 counted on the meta device (a training step is three forwards). The peak is measured in the same precision, so the
 share says how much of what the machine can do goes into the model.
 """
@@ -33,7 +33,7 @@ class Usual(nn.Module):
         self.inner = OneHotQuantizer(entries, dim)
 
     def forward(self, latents: Tensor, share: Share | None = None) -> Quantized:
-        """Quantize and, at once, learn."""
+        """Quantize and, while it trains, learn at once."""
         with torch.autocast("cpu", enabled=False):
             quantized, commitment, codes = self.inner(latents.float())
         nothing = torch.zeros(())
@@ -91,7 +91,7 @@ def main() -> None:
     print(
         f"{'pixels':>6} {'batch':>5} {'numbers':8} {'layout':17} {'call':6}  images/s: {'ours':>8} {'usual':>8}", end=""
     )
-    print(f" {'ratio':>6} {'floor':>8} share")
+    print(f" {'ratio':>6} {'bound':>8} share")
     for dtype in (torch.float32, torch.bfloat16):
         peak = matmul_peak(dtype)
         for size in options.sizes:

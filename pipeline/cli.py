@@ -51,7 +51,7 @@ class _Run(_Commands):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         word = args[0]
         hints = [f"vqvae2 {word}"] if word in self.commands else []
-        if not hints or Path("stages", f"{word}.py").is_file():  # sample is both
+        if not hints or word == "sample":  # which is a command and a stage
             hints.append(_meant(word))
         return ctx.fail(f"run takes options alone, not {word}. Did you mean: {', or '.join(hints)}")
 
@@ -211,12 +211,17 @@ def sample(
         from pipeline import params
 
         said: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        config = dataclasses.replace(
-            params.load().sample,
-            count=count,
-            classes=tuple(classes or ()),
-            **{name: value for name, value in said.items() if value is not None},
-        )
+        settings = params.load().sample
+        try:
+            config = dataclasses.replace(
+                settings,
+                count=count,
+                classes=tuple(classes or ()),
+                **{name: value for name, value in said.items() if value is not None},
+            )
+        except ValueError as error:
+            what, fix = params.split(str(error))
+            raise UserError(what, fix=fix, code=2) from None
         from stages import tools
 
         tools.sample(out, config, seed=seed)

@@ -28,7 +28,7 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> 
     """Compose conf/ with overrides as plain data, not yet checked."""
     where = f"{conf}/, with {' '.join(overrides)}" if overrides else f"{conf}/"
     for override in overrides:
-        if not override.isprintable():  # it would break out of its line in params.yaml
+        if len(override.splitlines()) > 1 or not _is_text(override):  # it could not stand in a line of params.yaml
             raise UserError(f"{override!r} is no override.", where=f"{conf}/", fix="Write it in one line.", code=2)
     if not (conf / "config.yaml").is_file():
         raise UserError("There is no conf/config.yaml here.", where=Path.cwd(), fix="Run in the project.", code=2)
@@ -49,6 +49,15 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> 
         ) from None
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def _is_text(override: str) -> bool:
+    """Say whether UTF-8 can hold it: what a shell passes on may be any bytes."""
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _letter(error: Exception, overrides: Sequence[str], where: str) -> UserError:

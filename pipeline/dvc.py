@@ -11,12 +11,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline import dag, params
-from pipeline.environment import die_with_parent
+from pipeline.environment import die_with_parent, heard
 from stages.errors import UserError
 
 LOCK = Path("dvc.lock")
@@ -104,7 +103,7 @@ def reproduce(
         text=True,
         env={**environment, "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))},
         process_group=0,  # a terminal's Ctrl-C comes to us alone, and is passed on once
-        preexec_fn=partial(die_with_parent, signal.SIGTERM),
+        preexec_fn=_in_child,
     )
     outcome = Outcome()
     with _forwarded(process, outcome):
@@ -112,6 +111,11 @@ def reproduce(
             _tell(line, outcome, stages, why)
         outcome.status = process.wait()
     return outcome
+
+
+def _in_child() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a script starts in the background would ignore it for ever
+    die_with_parent(signal.SIGTERM)
 
 
 def _tell(line: str, outcome: Outcome, stages: Mapping[str, dag.Stage], why: Mapping[str, Sequence[str]]) -> None:
@@ -162,7 +166,7 @@ class _forwarded:
         self.process, self.outcome = process, outcome
 
     def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+        self.before = {number: signal.signal(number, self._stop) for number in heard(*self.SIGNALS)}
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from stages.errors import UserError
@@ -50,6 +51,11 @@ def _use_code_here() -> None:
             [sys.executable, *sys.orig_argv[1:]],
             {**os.environ, "PYTHONPATH": path, "VQVAE2_CODE": str(here)},
         )
+
+
+def heard(*numbers: signal.Signals) -> Iterator[signal.Signals]:
+    """Name the signals that are not to be ignored by the will of whoever started us, as SIGHUP is under `nohup`."""
+    return (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def die_with_parent(number: signal.Signals) -> None:

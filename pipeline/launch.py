@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, params, shared
-from pipeline.environment import die_with_parent, require_project
+from pipeline.environment import die_with_parent, heard, require_project
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
@@ -45,7 +45,7 @@ class Stopped(BaseException):
 
 def run_stage(module: str, level: str = "") -> int:
     """Run one stage here on the inputs in place; return the exit status."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, *heard(signal.SIGHUP)):
         signal.signal(number, _stop)
     die_with_parent(signal.SIGINT)  # which Ray answers in good order, and SIGTERM with a stack trace
     folder = RUNS / (f"{module}_{level}" if level else module)

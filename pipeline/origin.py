@@ -30,35 +30,37 @@ def kept() -> list[str]:
     return found
 
 
-def drift() -> str:
-    """Say how params.yaml differs from what conf/ composes to since it was edited; "" where it does not."""
+def drift() -> tuple[str, str]:
+    """Say how params.yaml differs from what conf/ composes to since it was edited, and the remedy; "" for neither."""
     files = [CONF, *CONF.rglob("*")] if CONF.is_dir() else []
-    if max((path.stat().st_mtime_ns for path in files), default=0) <= params.FILE.stat().st_mtime_ns:
-        return ""  # as nearly always, and Hydra takes its time
+    if max(map(_edited, files), default=0) <= params.FILE.stat().st_mtime_ns:
+        return "", ""  # as nearly always, and Hydra takes its time
     from pipeline.compose import compose_params
 
     overrides = kept()
     try:
         composed = compose_params(overrides)
     except UserError as error:
-        return (
-            f"conf/ has changed since {params.FILE} was composed, and cannot be composed now: {error.what.rstrip('.')}"
-        )
+        what = error.what.rstrip(".")
+        return f"conf/ has changed since {params.FILE} was composed, and cannot be composed now: {what}", error.fix
     found = list(params.changes(params.flat(params.read()), params.flat(composed)))
     if not found:
-        return ""
-    return f"{params.FILE} is not what conf/ composes to by now: {few(found)}"
+        return "", ""
+    anew = shlex.join(["vqvae2", "config", *overrides, "--write"])
+    return f"{params.FILE} is not what conf/ composes to by now: {few(found)}", f"Take it over: {anew}"
+
+
+def _edited(path: Path) -> int:
+    with suppress(OSError):  # an editor's lock is a link to nothing, and its copies come and go
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def note_drift() -> None:
     """Say it on the screen, with what to do."""
-    if text := drift():
-        print(f"note: {text}. Take it over: {remedy()}", file=sys.stderr)
-
-
-def remedy() -> str:
-    """Write the command that composes params.yaml anew, with the overrides it has kept."""
-    return shlex.join(["vqvae2", "config", *kept(), "--write"])
+    text, remedy = drift()
+    if text:
+        print(f"note: {text}. {remedy}", file=sys.stderr)
 
 
 def note_lost(overrides: Sequence[str], composed: Mapping[str, Any]) -> None:

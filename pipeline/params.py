@@ -108,7 +108,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _word(value: Any) -> str:
-    return "(none)" if value is None else json.dumps(value, ensure_ascii=False)
+    return "(none)" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _together(letters: Sequence[tuple[str, str, str]], path: Path | str) -> UserError:

@@ -164,8 +164,9 @@ def _settings() -> Finding:
         params.load()
     except UserError as error:
         return Finding("settings", "error", f"{error.where}: {error.what}", error.fix)
-    if changed := origin.drift():
-        return Finding("settings", "warning", changed, f"Take it over: {origin.remedy()}")
+    changed, remedy = origin.drift()
+    if changed:
+        return Finding("settings", "warning", changed, remedy)
     return Finding("settings", "ok", f"{params.FILE} is valid")
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, dvc, launch, origin, params, preflight, shared
+from pipeline.environment import heard
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(
@@ -30,14 +33,12 @@ def run(
     """
     if only and not wanted:
         raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in heard(*SIGNALS):
         signal.signal(number, _stop)
     with _alone() if overrides or not dry_run else nullcontext():
         with _settings(overrides, keep=not dry_run) as settings:
             stages = dag.stages(params.read())
             targets = [dag.find(name, stages).name for name in wanted]
-            if not dry_run:
-                _remove_leftovers(settings)
             why = dvc.reasons(stages, targets, only=only)
             if force:
                 forced = targets if only else dvc.needed(stages, targets or list(stages))
@@ -48,11 +49,14 @@ def run(
                 preflight.check(settings, why, _where(overrides))
         if dry_run or not why:
             return 0
+        _remove_leftovers(settings)
         return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
 
 
 def _stop(number: int, frame: object) -> None:
-    raise SystemExit(launch.stopped(number))  # on its way out it takes back what is not to be kept
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # nothing may cut short what takes the settings back
+    raise SystemExit(launch.stopped(number))
 
 
 @contextmanager
@@ -109,8 +113,8 @@ def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
     origin.note_lost(overrides, data)
     before = params.FILE.read_bytes() if params.FILE.is_file() else None
     time = params.FILE.stat().st_mtime_ns if before is not None else 0
-    params.write(to_yaml(data, overrides).encode())
     try:
+        params.write(to_yaml(data, overrides).encode())
         yield settings
         kept = keep
     except BaseException:

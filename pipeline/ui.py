@@ -7,7 +7,17 @@ import sys
 from stages.errors import UserError
 
 HOST = "127.0.0.1"
-STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file")  # of MLflow, by the scheme of their URI
+STORES = (
+    "http",
+    "https",
+    "sqlite",
+    "postgresql",
+    "mysql",
+    "mssql",
+    "file",
+    "databricks",
+    "databricks-uc",
+)  # of MLflow, by the scheme of their URI
 
 
 def serve(port: int) -> int:
@@ -16,7 +26,7 @@ def serve(port: int) -> int:
 
     uri = tracking.store_uri()
     require_store(uri)
-    if uri.startswith(("http://", "https://")):
+    if uri.startswith(("http://", "https://", "databricks")):
         raise UserError(
             "MLFLOW_TRACKING_URI names a server, which has pages of its own.",
             where=uri.rpartition("@")[2],

@@ -4,6 +4,7 @@ Batch sizes and steps are global: they do not change with the number of workers.
 stage runs and never what it computes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -128,7 +129,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "count", "batch_size", "images_per_part")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; use a positive number")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What every test shares: one thread per process, and programs that neither phone home nor find a user's servers."""
 
 import os
+import signal
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -11,3 +12,5 @@ os.environ |= {
 }
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VQVAE2_RUN", "VQVAE2_FRESH", "VQVAE2_PARENT_RUN"):
     os.environ.pop(name, None)
+# A script starts what is in its background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)

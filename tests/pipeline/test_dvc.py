@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,11 +115,7 @@ def test_a_signal_ends_the_stage_in_good_order(here, number):
     code = "import os; from pipeline import dag, dvc, params\n"
     code += "o = dvc.reproduce([], stages=dag.stages(params.read()), why={}, environment=os.environ); print(o.stopped)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # A shell keeps ignoring what it was started to ignore, as everything in the background of a script is.
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=listening
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
     while not Path("pid").exists() or not Path("pid").read_text():
         assert time.monotonic() < deadline

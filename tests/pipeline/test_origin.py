@@ -88,9 +88,9 @@ def test_a_run_at_work_keeps_its_settings(here):
 def test_a_change_in_conf_is_noticed(here, capsys):
     """By run, status and doctor, in one line each, with the command that takes it over and keeps the overrides."""
     run.config(["cluster=single"], write=True)
-    assert origin.drift() == ""
+    assert origin.drift() == ("", "")
     edit_conf("seed: 0", "seed: 0  # a comment changes nothing")
-    assert origin.drift() == ""
+    assert origin.drift() == ("", "")
     edit_conf("seed: 0", "seed: 4")
     line = "params.yaml is not what conf/ composes to by now: seed 0 -> 4"
     remedy = "vqvae2 config cluster=single --write"
@@ -99,17 +99,24 @@ def test_a_change_in_conf_is_noticed(here, capsys):
     doctor = here.command("doctor").stdout
     assert f"warning  settings       {line}\n" in doctor and f"fix: Take it over: {remedy}\n" in doctor
     assert here.command(*remedy.split()[1:]).returncode == 0
-    assert origin.drift() == "" and params.load().seed == 4
+    assert origin.drift() == ("", "") and params.load().seed == 4
 
 
 def test_a_dry_run_hides_no_change_in_conf(here):
     """It puts params.yaml back as it was, its time included."""
     edit_conf("seed: 0", "seed: 4")
     here.command("run", "--dry-run", "-S", "cluster=single")
-    assert "seed 0 -> 4" in origin.drift()
+    assert "seed 0 -> 4" in origin.drift()[0]
 
 
 def test_a_conf_that_does_not_compose_stops_nobody(here):
     """params.yaml is valid by itself: the note says what is wrong with conf/."""
     edit_conf("seed: 0", "seed: [")
-    assert "cannot be composed now: The file is not valid YAML" in origin.drift()
+    what, remedy = origin.drift()
+    assert "cannot be composed now: The file is not valid YAML" in what and remedy == "Mend that line."
+
+
+def test_what_editors_leave_in_conf_stops_nobody(here):
+    """Emacs marks a file being edited by a link to nowhere."""
+    Path("conf/.#config.yaml").symlink_to("somebody@somewhere.1234:1")
+    assert origin.drift() == ("", "")

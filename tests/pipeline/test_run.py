@@ -1,6 +1,7 @@
 """`vqvae2 run` and its neighbours, as a person calls them."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -127,15 +128,56 @@ def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
     assert done.stdout == "the code of the copy\n", done.stderr
 
 
-def test_settings_of_a_run_stopped_before_it_begins_are_taken_back(project):
-    """SIGTERM while DVC is asked what is out of date: params.yaml is as it was."""
+SLOW = "import time\ntime.sleep(60)\n"
+SLOW_DVC = "from pipeline import cli, dvc; dvc.COMMAND[1:] = ['slow.py']; cli.main()"
+
+
+@pytest.fixture
+def waiting(project):
+    """Start a run with another seed, and yield it while it asks DVC what is out of date."""
     before = (project.folder / "params.yaml").read_bytes()
-    (project.folder / "slow.py").write_text("import time\ntime.sleep(60)\n")
-    program = [sys.executable, "-c", "from pipeline import cli, dvc; dvc.COMMAND[1:] = ['slow.py']; cli.main()"]
-    process = subprocess.Popen([*program, "run", "-S", "seed=7"], cwd=project.folder, stderr=subprocess.PIPE, text=True)
-    while (project.folder / "params.yaml").read_bytes() == before:
-        time.sleep(0.05)
+    (project.folder / "slow.py").write_text(SLOW)
+
+    def start(ignored=()):
+        def prepare():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+        program = [sys.executable, "-c", SLOW_DVC, "run", "-S", "seed=7"]
+        process = subprocess.Popen(program, cwd=project.folder, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+        while (project.folder / "params.yaml").read_bytes() == before:
+            time.sleep(0.05)
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_settings_of_a_run_stopped_before_it_begins_are_taken_back(project, waiting, number):
+    """A signal while DVC is asked what is out of date, and more of them: params.yaml is as it was."""
+    before = (project.folder / "params.yaml").read_bytes()
+    process = waiting()
+    for each in (number, signal.SIGHUP, signal.SIGINT):
+        process.send_signal(each)
+        time.sleep(0.01)
+    process.communicate(timeout=20)
+    assert process.returncode in {128 + each for each in (number, signal.SIGHUP, signal.SIGINT)}
+    assert (project.folder / "params.yaml").read_bytes() == before
+
+
+def test_a_run_that_is_stopped_says_so_in_one_line(waiting):
+    """And ends with the signal's number."""
+    process = waiting()
     process.terminate()
     assert process.communicate(timeout=20)[1] == "Stopped by SIGTERM. The same command resumes.\n"
     assert process.returncode == 143
-    assert (project.folder / "params.yaml").read_bytes() == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal(waiting):
+    """What was started to ignore SIGHUP goes on ignoring it."""
+    process = waiting(ignored=[signal.SIGHUP])
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.wait(20) == 143

@@ -95,6 +95,7 @@ CASES = {
     "no_power_of_two": (_nothing, ["run", "-S", "vqvae.levels.top.stride=5"], 2),
     "no_share": (_nothing, ["run", "-S", "priors.top.network.dropout=1.5"], 2),
     "more_than_there_are": (_nothing, ["run", "-S", "sample.top_k=999"], 2),
+    "no_temperature": (_nothing, ["sample", "drawn", "--temperature", "inf"], 2),
     "wrong_twice": (_nothing, ["run", "-S", "seed=abc", "-S", "cluster.workers=0"], 2),
     "section_as_number": (_section_as_number, RUN, 2),
     "wrong_type": (_set("train_vqvae", steps="many"), RUN, 2),
