@@ -22,7 +22,7 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.run import Run
-from stages.runtime.storage import Storage, Unreachable
+from stages.runtime.storage import Storage, Unreachable, Unwritable
 
 KIND = "checkpoint"
 STATE, HISTORY = "state.safetensors", "history.json"
@@ -107,12 +107,12 @@ class Checkpoints:
             try:
                 self.fetch_step(step)
                 self._read(self._folder(step))
-            except Unreachable:
+            except (Unreachable, Unwritable):
                 raise
             except UserError as error:
                 assert self.storage
-                self.storage.discard(self._folder(step).name)  # or it would count among those that are kept
-                self.note(f"Checkpoint of step {step} is damaged in the storage and not used: {error.what}")
+                self.storage.set_aside(self._folder(step).name)  # or it would count among those that are kept
+                self.note(f"Checkpoint of step {step} is damaged in the storage and set aside there: {error.what}")
                 continue
             if step < steps[0]:
                 self.note(f"Going on from step {step}; {steps[0] - step} steps are lost.")
@@ -134,10 +134,16 @@ class Checkpoints:
         """Bring the newest checkpoint here from the storage, or put it there, wherever it is."""
         if self.storage is None:
             return
-        self.storage.check()
         there, here = self.fetch(), self.latest()
         if here is not None and here.step > there:
             self.storage.upload(self._folder(here.step), self._folder(here.step).name)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove all but the newest of the checkpoints that are here."""
+        kept = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
+        for old in kept[self.keep :]:
+            shutil.rmtree(old)
 
     def _stored(self) -> list[int]:
         """The steps of the checkpoints in the storage, newest first."""
@@ -180,9 +186,7 @@ class Checkpoints:
         with artifact.writing(self._folder(state.step), KIND, meta) as folder:
             save_file(dict(state.tensors), folder / STATE)
             (folder / HISTORY).write_text(json.dumps(state.history), encoding="utf-8")
-        kept = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
-        for old in kept[self.keep :]:
-            shutil.rmtree(old)
+        self._prune()
         if self.storage:
             self.storage.upload(self._folder(state.step), self._folder(state.step).name)
             for step in self._stored()[self.keep :]:

@@ -70,7 +70,9 @@ class Node:
 
     def __init__(self, journey: Journey):
         self.journey = journey
-        self._scratch = tempfile.TemporaryDirectory(dir=node_folder("parts"))  # goes with the process
+        self._scratch = tempfile.TemporaryDirectory(
+            dir=node_folder("parts")
+        )  # goes with the process, unless that is killed
         self.folder = Path(self._scratch.name)
         self.work = self.folder / "work"
         self.work.mkdir()

@@ -79,7 +79,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             raise _root_cause(error.worker_failures.values()) from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:  # the latter: its node is gone
             raise UserError(
-                f"Training could not go on: {_last_line(error)}",
+                f"Training could not go on: {_in_a_sentence(error)}",
                 where=run.work,
                 fix="Run the same command again; it goes on from the newest checkpoint.",
                 code=3,
@@ -90,6 +90,8 @@ def trained(
     learn: Learn, arguments: Mapping[str, Any], config: TrainConfig, *, run: Run
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Train to the last step, or find that done; return the weights to keep, averaged if so asked, and the curves."""
+    if run.storage:
+        run.storage.check()
     checkpoints = Checkpoints.of(run, config.keep_checkpoints)
     checkpoints.exchange()
     state = checkpoints.latest()
@@ -163,6 +165,7 @@ def _work(config: dict[str, Any]) -> None:
     arguments: dict[str, Any] = config["arguments"]
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
     several = context.get_world_size() > 1
+    marks = run.work  # where a fault that has come leaves a marker
     worker = Worker(
         rank=context.get_world_rank(),
         count=context.get_world_size(),
@@ -170,20 +173,22 @@ def _work(config: dict[str, Any]) -> None:
         reduce=torch.distributed.all_reduce if several else lambda tensor: None,
         wrap=_distributed if several else lambda module: module,
         stopping=hears_stop(config["desk"]),
-        fault=lambda step: faults.at(run.stage, worker.rank, step, run.work),
+        fault=lambda step: faults.at(run.stage, worker.rank, step, marks),
     )
     if worker.rank > 0:
         run = Run(run.stage, run.fingerprint, run.work, run.cluster)  # one voice is enough
     with suppress(Stopped), refused_once(config["desk"]):  # to Ray a failure is a reason to begin again
         if run.storage:
-            run = replace(run, work=node_folder(f"rank-{worker.rank}", run.stage, run.fingerprint[:16]))
+            job = ray.get_runtime_context().get_job_id()  # another checkout may be making the same here
+            run = replace(run, work=node_folder(f"rank-{worker.rank}", run.stage, run.fingerprint[:16], job))
+            marks = run.work.parent
             arguments = {
                 name: value.fetch() if isinstance(value, Stored) else value for name, value in arguments.items()
             }
             _begin_together(Checkpoints.of(run, keep=1), worker)
         config["learn"](worker=worker, run=run, **arguments)
     if run.storage:
-        shutil.rmtree(run.work)
+        shutil.rmtree(marks, ignore_errors=True)  # with what killed jobs have left
 
 
 def _begin_together(checkpoints: Checkpoints, worker: Worker) -> None:
@@ -224,5 +229,10 @@ def _unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+def _in_a_sentence(error: BaseException) -> str:
+    import ray
+
+    cause = getattr(error, "controller_failure", error)
+    if isinstance(cause, ray.exceptions.RayActorError):  # it quotes what its own protocol says
+        return "the Ray cluster ended, or the node that led training did."
+    return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__

@@ -10,14 +10,16 @@ believed: what is written is read back and hashed before it counts, and hashed o
 URL is what fsspec understands, such as s3://bucket/prefix; endpoints and keys come from the environment.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,8 @@ from stages.formats.artifact import MANIFEST, Artifact
 
 TRIES = 7
 FIRST_PAUSE_SECONDS = 1.0  # between tries; each is twice the one before: a store may be away for a minute
+PATTERNS = "*?["  # to fsspec these stand for other names, of which it would read and remove all that fit
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # what only the disk that is written to can mean
 
 
 class Damaged(UserError):
@@ -37,6 +41,10 @@ class Damaged(UserError):
 
 class Unreachable(UserError):
     """The store does not answer, or refuses."""
+
+
+class Unwritable(UserError):
+    """This node's own disk does not take what comes from the store."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,13 @@ class Storage:
         """Return fsspec's file system, and this folder's path in it."""
         import fsspec
 
+        if set(PATTERNS) & set(self.url):
+            raise Unreachable(
+                f"The storage's URL holds one of {' '.join(PATTERNS)}, which stores take for patterns.",
+                where=f"cluster.storage: {self.url}",
+                fix="Use a URL without them.",
+                code=2,
+            )
         disk = {"auto_mkdir": True} if self.url.startswith("file:") else {}  # buckets have no folders to make
         try:
             return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **disk)
@@ -86,18 +101,25 @@ class Storage:
     def upload(self, folder: Path, name: str) -> None:
         """Put an artifact folder here under a name, in place of what had it; return once all has been read back."""
         files, root = self.opened()
-        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        made = artifact.read(folder, json.loads((folder / MANIFEST).read_bytes())["kind"])
+        made.verify()  # or what has rotted here would be put there, or be the store's fault
+        hashes = {file: str(entry["sha256"]) for file, entry in made.files.items()}
         self.discard(name)
-        for file in (*names, MANIFEST):
-            self._patiently(partial(_put, files, folder / file, f"{root}/{name}/{file}"))
+        for file, sha256 in (*hashes.items(), (MANIFEST, made.digest)):
+            self._patiently(partial(_put, files, folder / file, f"{root}/{name}/{file}", sha256))
 
     def fetch(self, name: str, folder: Path, kind: str) -> Artifact:
         """Bring a folder here from the store, unless it is here already; return it verified.
 
-        Raises Damaged where the store keeps something else than what was put there.
+        One process at a time may do so. Raises Damaged where the store keeps something else than what was put there,
+        and Unwritable where this node cannot keep it.
         """
+        with _disk_of(folder):
+            return self._fetch(name, folder, kind)
+
+    def _fetch(self, name: str, folder: Path, kind: str) -> Artifact:
         files, root = self.opened()
-        temporary = folder.with_name(f".{folder.name}.fetching-{os.getpid()}")
+        temporary = folder.with_name(f".{folder.name}.fetching")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             manifest = self._patiently(lambda: files.cat_file(f"{root}/{name}/{MANIFEST}"))
@@ -109,7 +131,7 @@ class Storage:
                 target = temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 for _ in range(2):  # the way here may have done the damage
-                    self._patiently(partial(files.get_file, f"{root}/{name}/{file}", str(target)))
+                    self._patiently(partial(_get, files, f"{root}/{name}/{file}", target))
                     if intact := artifact.sha256(target) == sha256:
                         break
                 if not intact:
@@ -117,7 +139,7 @@ class Storage:
             artifact.read(temporary, kind)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except Unreachable:
+        except (Unreachable, Unwritable):
             raise
         except (UserError, FileNotFoundError) as error:
             what = error.what if isinstance(error, UserError) else f"{error.args[-1]} is missing."
@@ -140,6 +162,18 @@ class Storage:
 
         self._patiently(remove)
 
+    def set_aside(self, name: str) -> None:
+        """Let a folder count no longer, and leave it where it is: the fault may be its reader's."""
+        files, root = self.opened()
+        manifest = f"{root}/{name}/{MANIFEST}"
+
+        def rename() -> None:
+            with suppress(FileNotFoundError):  # another worker has done it
+                files.pipe_file(f"{manifest}.damaged", files.cat_file(manifest))
+                files.rm_file(manifest)
+
+        self._patiently(rename)
+
     def clear(self) -> None:
         """Take away all that lies here."""
         files, root = self.opened()
@@ -155,7 +189,7 @@ class Storage:
         for attempt in range(tries):
             try:
                 return call()
-            except FileNotFoundError:
+            except (FileNotFoundError, UserError):
                 raise
             except Exception as error:  # every store raises its own
                 if attempt == tries - 1 or isinstance(error, PermissionError):
@@ -183,7 +217,7 @@ class Stored:
     def fetch(self) -> Path:
         """Bring it to this node, once for all processes here."""
         folder = node_folder("inputs") / self.digest
-        with folder.with_suffix(".lock").open("w") as lock:
+        with _disk_of(folder), folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():  # what is there was verified on its way
                 self.storage.fetch(self.digest, folder, self.kind)
@@ -197,8 +231,23 @@ def node_folder(*names: str) -> Path:
     """Make a folder on this node for what the storage holds anyway; it may be deleted between runs."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(caches, "vqvae2", *names)
-    folder.mkdir(parents=True, exist_ok=True)
+    with _disk_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def _disk_of(folder: Path) -> Iterator[None]:
+    """Name the node and the folder where its disk refuses; what the store refuses has become a UserError before."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(
+            f"What comes from the storage cannot be kept on this node: {error.strerror or error}.",
+            where=f"{folder} on {platform.node()}",
+            fix="Free some space or mend the permissions there, then run the same command again.",
+            code=3,
+        ) from error
 
 
 def _trouble(url: str, reason: str) -> Unreachable:
@@ -210,12 +259,27 @@ def _trouble(url: str, reason: str) -> Unreachable:
     )
 
 
-def _put(files: Any, source: Path, target: str) -> None:
+def _put(files: Any, source: Path, target: str, sha256: str) -> None:
     """Write one file, and believe it only once it has been read back."""
-    files.put_file(str(source), target)
-    with files.open(target, "rb") as back:
-        if hashlib.file_digest(back, "sha256").hexdigest() != artifact.sha256(source):
-            raise OSError(f"it keeps something else than what was written to {target}")
+    try:
+        files.put_file(str(source), target)
+        with files.open(target, "rb") as back:
+            kept = hashlib.file_digest(back, "sha256").hexdigest()
+    except FileNotFoundError as error:  # a bad moment, here, and no answer
+        raise OSError(f"it does not have {target}, which was written just now") from error
+    if kept != sha256:
+        raise OSError(f"it keeps something else than what was written to {target}")
+
+
+def _get(files: Any, source: str, target: Path) -> None:
+    """Read one file; an error of the disk here is not the store's, and does not pass by waiting."""
+    try:
+        files.get_file(source, str(target))
+    except OSError as error:
+        if error.errno in NO_ROOM or error.filename == str(target):
+            with _disk_of(target.parent):
+                raise
+        raise
 
 
 def _listed(manifest: bytes, folder: Path) -> dict[str, str]:

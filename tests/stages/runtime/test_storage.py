@@ -1,5 +1,7 @@
 """A store is not believed: what it damages, loses or refuses is noticed, on the way in and on the way out."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -11,12 +13,15 @@ import fsspec
 import pytest
 import torch
 
+from stages.config import ClusterConfig, TrainConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST
+from stages.runtime import fit
 from stages.runtime import storage as storage_module
 from stages.runtime.checkpoint import Checkpoints, State
-from stages.runtime.storage import Damaged, Storage, Stored, Unreachable
+from stages.runtime.run import Run
+from stages.runtime.storage import Damaged, Storage, Stored, Unreachable, Unwritable
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +132,71 @@ def test_a_store_that_says_success_and_keeps_garbage_is_found_out(storage: Stora
     assert storage.names() == []
 
 
+def test_a_store_that_says_success_and_keeps_nothing_is_asked_again(storage: Storage, folder: Path, monkeypatch):
+    """A file that is not there when it is read back is a bad moment, and in the end the store's fault."""
+    files, _ = storage.opened()
+    put, calls = files.put_file, []
+
+    def loses_first(source: str, target: str, **options: object) -> None:
+        calls.append(target)
+        if len(calls) > 1:
+            put(source, target, **options)
+
+    monkeypatch.setattr(files, "put_file", loses_first)
+    storage.upload(folder, "x")
+    assert storage.names() == ["x"] and calls[0] == calls[1]
+    monkeypatch.setattr(files, "put_file", lambda source, target, **options: None)
+    with pytest.raises(Unreachable, match=r"does not have .*x/a\.bin, which was written just now"):
+        storage.upload(folder, "x")
+
+
+def test_what_has_rotted_here_is_not_put_there(storage: Storage, folder: Path):
+    """The folder here is named, not the store, which keeps what it had."""
+    storage.upload(folder, "x")
+    (folder / "b" / "c.txt").write_text("d")
+    with pytest.raises(UserError, match=r"b/c\.txt is damaged") as error:
+        storage.upload(folder, "x")
+    assert error.value.where == str(folder) and error.value.code == 5
+    assert storage.names() == ["x"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_here_that_takes_nothing_is_named_at_once(
+    storage: Storage, folder: Path, tmp_path: Path, monkeypatch, number: int
+):
+    """Waiting for the store would not help, and what lies there is not damaged."""
+    storage.upload(folder, "x")
+    files, _ = storage.opened()
+    calls = []
+
+    def refuses(source: str, target: str, **options: object) -> None:
+        calls.append(target)
+        raise OSError(number, os.strerror(number), target if number == errno.EACCES else None)
+
+    monkeypatch.setattr(files, "get_file", refuses)
+    with pytest.raises(Unwritable, match="cannot be kept on this node") as error:
+        storage.fetch("x", tmp_path / "back", "thing")
+    assert str(tmp_path) in error.value.where and error.value.code == 3 and len(calls) == 1
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
+    """Before anything is fetched."""
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(Unwritable, match="cannot be kept on this node") as error:
+        Stored.upload(folder, storage).fetch()
+    assert str(tmp_path / "cache") in error.value.where
+
+
+@pytest.mark.parametrize("url", ["memory://store[1]", "file:///tmp/a*", "s3://bucket/what?"])
+def test_a_url_that_is_a_pattern_is_refused(url: str):
+    """It would find nothing of its own, and remove what is another's."""
+    for act in (Storage.check, Storage.names, Storage.clear):
+        with pytest.raises(Unreachable, match="take for patterns") as error:
+            act(Storage(url))
+        assert error.value.code == 2
+
+
 def test_bad_moments_pass(storage: Storage, folder: Path, monkeypatch):
     """A store that fails now and then is asked again."""
     files, _ = storage.opened()
@@ -201,6 +271,24 @@ def test_a_checkpoint_damaged_in_the_store_falls_back_to_the_one_before(
     assert storage.names() == ["step-000000010"]
 
 
+def test_a_reader_who_takes_all_for_damaged_destroys_nothing(
+    kept: Checkpoints, storage: Storage, tmp_path: Path, monkeypatch
+):
+    """The fault may be in its memory or on its way: every byte is still there for another."""
+    files, root = storage.opened()
+    before = {path: files.cat_file(path) for path in files.find(root)}
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "sha256", lambda path: "0" * 64)
+        assert elsewhere(kept, tmp_path, []).fetch() == 0
+    assert storage.names() == []
+    renamed = {path.removesuffix(".damaged"): files.cat_file(path) for path in files.find(root)}
+    assert renamed == before
+    for path in files.find(root):
+        if path.endswith(".damaged"):
+            files.pipe_file(path.removesuffix(".damaged"), files.cat_file(path))
+    assert elsewhere(kept, tmp_path, []).fetch() == 15
+
+
 def test_a_checkpoint_that_never_arrived_whole_is_not_there(kept: Checkpoints, storage: Storage, tmp_path: Path):
     """The one before it is the newest; a worker forgets what only its own node has."""
     files, root = storage.opened()
@@ -221,6 +309,32 @@ def test_a_run_begun_without_a_storage_goes_on_with_one(storage: Storage, tmp_pa
     Checkpoints(tmp_path / "other", "print", keep=2, storage=storage).exchange()
     found = Checkpoints(tmp_path / "other", "print", keep=2).latest()
     assert found is not None and found.step == 5
+
+
+def test_what_comes_home_is_no_more_than_is_kept(kept: Checkpoints, storage: Storage, tmp_path: Path):
+    """Old checkpoints here go when a newer one arrives."""
+    home = Checkpoints(tmp_path / "home", "print", keep=1)
+    home.save(state(5))
+    home.wait()
+    Checkpoints(tmp_path / "home", "print", keep=1, storage=storage).exchange()
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["step-000000015"]
+
+
+def test_a_bad_moment_after_training_costs_no_result(storage: Storage, tmp_path: Path, monkeypatch):
+    """The store is tried out once, at the beginning: later a failure is waited out, as everywhere."""
+    run = Run("vqvae", "print", tmp_path / "work", ClusterConfig(storage=storage.url))
+    probes: list[Storage] = []
+    monkeypatch.setattr(Storage, "check", lambda self: probes.append(self))
+
+    def trains(learn: object, arguments: object, *, run: Run) -> None:
+        assert len(probes) == 1
+        worker = Checkpoints(tmp_path / "node", "print", keep=1, storage=run.storage)
+        worker.save(State(4, {"network.weight": torch.ones(2)}, []))
+        worker.wait()
+
+    monkeypatch.setattr(fit, "fit", trains)
+    weights, _ = fit.trained(lambda: None, {}, TrainConfig(steps=4, batch_size=1), run=run)
+    assert torch.equal(weights["weight"], torch.ones(2)) and len(probes) == 1
 
 
 def test_a_store_that_is_away_stops_the_run_and_keeps_its_checkpoints(kept: Checkpoints, tmp_path: Path, monkeypatch):
