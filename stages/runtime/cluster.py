@@ -27,7 +27,8 @@ if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # Environment a worker elsewhere needs as well.
-FORWARDED = ("AWS_", "FSSPEC_", "GLOO_", "MALLOC_", "MLFLOW_", "NCCL_", "OMP_", "RAY_TRAIN_", "VQVAE2_FAULT")
+STORES = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_")
+FORWARDED = (*STORES, "GLOO_", "MALLOC_", "MLFLOW_", "NCCL_", "OMP_", "RAY_TRAIN_", "VQVAE2_FAULT")
 
 
 @contextmanager

@@ -69,9 +69,15 @@ def map_parts(
                 if missing:
                     _map(worker, arguments, missing, run, journey, collect)
                 break
-            except ray.exceptions.RayActorError:
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                 if failures == run.cluster.max_failures:
-                    raise
+                    raise UserError(
+                        f"Workers were lost {failures + 1} times; cluster.max_failures is {failures}.",
+                        where=run.work,
+                        fix="See that nodes stay up and have memory enough, then run the same command again; "
+                        "what is finished stays finished.",
+                        code=3,
+                    ) from error
                 run.reporter.note("A worker was lost; what it had not finished is done again.")
     return [results[number] for number in range(len(parts))]
 
@@ -134,14 +140,21 @@ class _Call:
         import torch
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-        self.stage, self.node = run.stage, Node(journey) if journey else None
-        self.work = node_folder("runs", run.stage, run.fingerprint[:16]) if journey else run.work
-        self.worker = worker(*(self.node.here(arguments) if self.node else arguments))
+        self.stage = run.stage
+        self.refusal: UserError | None = None
+        try:
+            self.node = Node(journey) if journey else None
+            self.work = node_folder("runs", run.stage, run.fingerprint[:16]) if journey else run.work
+            self.worker = worker(*(self.node.here(arguments) if self.node else arguments))
+        except UserError as error:  # raised here, it would be a lost worker to Ray
+            self.refusal = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = json.loads(row["part"])
-        faults.at(self.stage, 0, int(row["number"]), self.work)
         try:
+            if self.refusal:
+                raise self.refusal
+            faults.at(self.stage, 0, int(row["number"]), self.work)
             if self.node:
                 self.node.keep(digest(part), packed(self.worker(self.node.here(part))))
                 result: Result = {}  # lies in the storage

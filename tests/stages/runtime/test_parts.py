@@ -2,15 +2,18 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray.exceptions
 
 from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.runtime import parts as parts_module
 from stages.runtime.cluster import connected
 from stages.runtime.elsewhere import Journey, Node
 from stages.runtime.parts import map_parts, packed, unpacked
@@ -68,6 +71,40 @@ def test_a_users_error_in_a_worker_is_shown_as_it_is(run: Run, tmp_path: Path):
     with pytest.raises(UserError, match=r"Shard 3 is damaged") as caught:
         map_parts(Square, (tmp_path,), [{"number": 0, "wrong": True}], run=run, unit="part")
     assert caught.value.code == 4 and caught.value.fix == "Mend it."
+
+
+class Refuses(Square):
+    """Refuse as soon as it is built, and count how often that is."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        raise UserError("The input is damaged in the store.", where=folder, fix="Delete it there.", code=5)
+
+
+@pytest.mark.ray
+def test_a_refusal_while_a_worker_is_built_is_shown_as_it_is(run: Run, tmp_path: Path):
+    """To Ray it would be a lost worker, and be tried again."""
+    with pytest.raises(UserError, match=r"The input is damaged") as caught:
+        map_parts(Refuses, (tmp_path,), [{"number": 0}], run=run, unit="part")
+    assert caught.value.code == 5 and caught.value.fix == "Delete it there."
+    assert len(list(tmp_path.glob("built-*"))) == 1
+
+
+@pytest.mark.parametrize("error", [ray.exceptions.ActorDiedError(), ray.exceptions.ObjectLostError("0", None, "")])
+def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, monkeypatch, error: Exception):
+    """After as many tries as the settings allow, with the fix."""
+    tries: list[int] = []
+
+    def lost(*arguments: object) -> None:
+        tries.append(0)
+        raise error
+
+    monkeypatch.setattr(parts_module, "_map", lost)
+    monkeypatch.setattr(parts_module.cluster, "connected", lambda config: nullcontext())
+    alone = Run("codes", "f", tmp_path, ClusterConfig(max_failures=2))
+    with pytest.raises(UserError, match="Workers were lost 3 times") as caught:
+        map_parts(Square, (tmp_path,), [{"number": 0}], run=alone, unit="part")
+    assert caught.value.code == 3 and caught.value.fix and len(tries) == 3
 
 
 class Copy:
