@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import environment, origin, params, ui
+from pipeline import dag, environment, origin, params, ui
 from stages.config import DatasetConfig, Params
 from stages.errors import UserError
 from stages.runtime import faults
@@ -28,7 +28,7 @@ def check(settings: Params, will_run: Collection[str], where: str) -> None:
 
     `where` says what the settings were made from.
     """
-    faults.asked_for()
+    faults.asked_for([stage.option for stage in dag.stages(params.read()).values()])
     if "shard" in will_run:
         from stages.formats.listing import check_source
 

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +46,18 @@ def at(stage: str, rank: int, step: int, work: Path) -> bool:
     return spoilt
 
 
-def asked_for() -> list[Fault]:
-    """Read the variable; raise UserError if that cannot be done."""
+def asked_for(stages: Collection[str] = ()) -> list[Fault]:
+    """Read the variable; raise UserError if it cannot be read, or names none of the stages, where these are given."""
     text = os.environ.get(VARIABLE)
-    return [_parsed(entry.strip()) for entry in text.split(",")] if text else []
+    found = [_parsed(entry.strip()) for entry in text.split(",")] if text else []
+    for fault in found:
+        if stages and fault.stage not in stages:
+            raise UserError(
+                f"{VARIABLE} names the stage {fault.stage!r}, which is none of {', '.join(stages)}.",
+                fix=f"Write it as in {VARIABLE}=kill@vqvae:0:13, or unset it.",
+                code=2,
+            )
+    return found
 
 
 def _parsed(entry: str) -> Fault:

@@ -36,6 +36,15 @@ def test_several_faults_are_read_in_order(asked):
     ]
 
 
+def test_a_stage_that_is_not_there_is_refused_where_the_stages_are_known(asked):
+    """Its fault would never come, and its absence would look like a proof."""
+    asked("kill@vqvea:0:13")
+    assert asked_for() == [Fault("kill", "vqvea", 0, 13)]
+    with pytest.raises(UserError, match="names the stage 'vqvea', which is none of shard, vqvae") as refused:
+        asked_for(["shard", "vqvae"])
+    assert refused.value.code == 2 and refused.value.fix
+
+
 @pytest.mark.parametrize(
     "text", ["melt@vqvae:0:1", "kill", "kill@vqvae:0", "kill@vqvae:0:-1", "kill@:0:1", "kill@a:0:1,"]
 )
