@@ -289,7 +289,7 @@ class Delivery:
         milliseconds = round(1000 * entry["time"])
         for name in entry["outputs"]:
             self._client.log_artifact(self._run, str(self._folder / "outputs" / name))
-        self._pairs(self._run, {}, entry["tags"])
+        self._pairs(self._run, {}, entry.get("tags", {}))
         if entry["error"]:
             self._client.set_tag(self._run, "error", entry["error"][:LONGEST_TAG])
         if self._parent:
