@@ -4,8 +4,8 @@
 
 Each row begins with a copy of a finished run of the smallest pipeline, in which one stage has to run again. The fault
 comes, the same command is given again if it has ended, and what the stage makes in the end is held against an unbroken
-run's. Fails if one byte differs, or if a process outlives its command by ten seconds. Needs Linux and root, for private
-namespaces.
+run's. Fails if one byte differs, if a process of ours outlives its command by ten seconds, or one of Ray's own by a
+hundred. Needs Linux and root, for private namespaces.
 """
 
 import argparse
