@@ -7,13 +7,15 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import ray.exceptions
+import ray.train
 import torch
 
 from stages import vqvae
 from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.runtime.cluster import connected
-from stages.runtime.fit import fit, trained
+from stages.runtime.fit import _in_a_sentence, fit, trained
 from stages.runtime.loop import Worker
 from stages.runtime.run import Reporter, Run
 
@@ -96,6 +98,15 @@ def test_more_than_the_cluster_has_is_refused_at_once(cluster, tmp_path: Path):
     """Ray alone would wait for a GPU without end."""
     with pytest.raises(UserError, match=r"2 workers need 2 GPUs; the cluster has 0"):
         fit(vqvae.learn, {}, run=run_in(tmp_path, ClusterConfig(workers=2, cpus_per_worker=1, gpus_per_worker=1)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_cluster_that_ends_is_told_in_a_sentence(wrapped: bool):
+    """Not in the words of Ray's protocol; what the controller says itself is kept."""
+    lost = ray.exceptions.ActorUnavailableError("RpcError: RPC error: Socket closed rpc_code: 14", None)
+    told = _in_a_sentence(ray.train.ControllerError(lost) if wrapped else lost)
+    assert told == "the Ray cluster ended, or the node that led training did."
+    assert _in_a_sentence(ray.train.ControllerError(OSError("a\nno space"))) == "no space"
 
 
 class Interrupts(Reporter):
