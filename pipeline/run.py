@@ -169,7 +169,10 @@ def _reproduce(
                     where=Path.cwd(),
                     fix="Run the same command again; it goes on from what is saved.",
                 ) from None
-            return meeting.status() or 1
+            if told := meeting.status():
+                return told
+            print("DVC did not get to the end. The same command goes on from what is saved.", file=sys.stderr)
+            return 1
     report = Path("artifacts/report/report.html")
     if report.is_file() and (not targets or "evaluate" in targets):
         print(f"report        {report}")
