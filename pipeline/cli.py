@@ -7,6 +7,9 @@ typer pipeline run --stage prior_bottom    the same by Typer's own program, whos
 import dataclasses
 import difflib
 import importlib.metadata
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +319,7 @@ def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
         if not anywhere:
             environment.require_project()
         code = action()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except UserError as error:
@@ -324,5 +328,15 @@ def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
     except Exception as error:
         from pipeline.launch import RUNS, report
 
-        code = report(error, RUNS)
+        code = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) and _unread() else report(error, RUNS)
     raise typer.Exit(code)
+
+
+def _unread() -> bool:
+    """Say whether nobody reads what is printed any more, as behind `| head`; if so, print no more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

@@ -1,6 +1,7 @@
 """`vqvae2 run` and its neighbours, as a person calls them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -86,6 +87,16 @@ def test_status_is_readable_by_programs(project):
     rows = json.loads(project.command("status", "--json").stdout)
     assert [row["stage"] for row in rows] == STAGES
     assert all(row["state"] == "out of date" and row["reasons"] == ["it has not run yet"] for row in rows)
+
+
+def test_who_reads_the_first_line_only_sees_no_error(project):
+    """`vqvae2 config | head -1`, as it were: the reader is gone before anything is printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-c", "from pipeline.cli import main; main()", "config"]
+    done = subprocess.run(program, cwd=project.folder, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_config_writes_what_it_prints(project):
