@@ -21,7 +21,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._reports: list[tuple[str, tuple[Any, ...]]] = []
-        self._stop = asyncio.Event()
+        self._stop, self._saved = asyncio.Event(), asyncio.Event()
         self._refusal: UserError | None = None
 
     async def report(self, method: str, *arguments: Any) -> None:
@@ -40,6 +40,14 @@ class Desk:
     async def stopping(self) -> None:
         """Answer only once somebody asks the workers to stop."""
         await self._stop.wait()
+
+    async def saved(self) -> None:
+        """Say that what was asked to stop has saved its state."""
+        self._saved.set()
+
+    async def saving(self) -> None:
+        """Answer only once that is so."""
+        await self._saved.wait()
 
     async def refuse(self, error: UserError) -> None:
         """Say why trying again is of no use."""

@@ -150,8 +150,18 @@ def _wait(training: Future[Any], desk: Any) -> None:
     except BaseException:
         if not training.done():
             desk.stop.remote()
-            wait([training], GRACE_SECONDS)
+            _until_saved(training, desk)
         raise
+
+
+def _until_saved(training: Future[Any], desk: Any) -> None:
+    """Wait no longer than the workers need: Ray Train takes many seconds more to find that they have ended."""
+    import ray
+
+    saved, end = desk.saving.remote(), time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < end and not ray.wait([saved], timeout=0)[0]:
+        if wait([training], 0.1).done:
+            return
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -186,7 +196,12 @@ def _work(config: dict[str, Any]) -> None:
                 name: value.fetch() if isinstance(value, Stored) else value for name, value in arguments.items()
             }
             _begin_together(Checkpoints.of(run, keep=1), worker)
-        config["learn"](worker=worker, run=run, **arguments)
+        try:
+            config["learn"](worker=worker, run=run, **arguments)
+        except Stopped:
+            if worker.rank == 0:  # which saves
+                ray.get(config["desk"].saved.remote())
+            raise
     if run.storage:
         shutil.rmtree(marks, ignore_errors=True)  # with what killed jobs have left
 
