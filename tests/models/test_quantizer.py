@@ -1,16 +1,16 @@
 """Promises of the quantizer: exact codes, sums that add up over workers, a codebook that stays alive."""
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from models.config import QuantizerConfig
 from models.quantizer import CodebookSums, Quantizer, Share, perplexity
+from tests.gloo import together
 
 
 @pytest.fixture(autouse=True)
@@ -333,10 +333,8 @@ def global_batch(step: int) -> Tensor:
     return torch.randn(IMAGES if step < STEPS - 1 else 3, 4, 6, 5, generator=generator)
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank: int, folder: Path) -> None:
     """Train a codebook on this worker's unequal part, with a preview that only worker 0 draws."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     torch.manual_seed(3)
     quantizer = Quantizer(QuantizerConfig(revive_every=5, revive_below=0.5, decay=0.9), entries=16, dim=4)
     for step in range(STEPS):
@@ -349,15 +347,11 @@ def work(rank: int, port: int, folder: Path) -> None:
         if rank == 0:
             quantizer(batch)
     save_file(quantizer.state_dict(), folder / f"{rank}.safetensors")
-    distributed.destroy_process_group()
 
 
 def test_two_processes_learn_one_codebook(tmp_path: Path):
     """Two gloo workers with uneven parts, previews and revivals agree to the bit, and with one worker to 1e-6."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    together(work, tmp_path, count=2)
     left, right = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
 
     torch.manual_seed(3)

@@ -1,9 +1,7 @@
 """One, two or four workers learn the same: gloo processes stand for machines, and nothing stands for Ray."""
 
 import dataclasses
-import multiprocessing
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,15 @@ from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.checkpoint import Checkpoints, State
 from stages.runtime.loop import Stopped, Worker
 from stages.runtime.run import Run
+from tests.gloo import together
 
 BOUND = 1e-6  # on weights, codebooks, moments and curves after 12 steps: a few roundings of float32
 LEARN = {"vqvae": vqvae.learn, "top": prior.learn}
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "stages.prior", "stages.vqvae", "torch._dynamo"])
 
 
-def work(rank: int, count: int, port: int, folder: Path, stage: str, arguments: dict[str, Any], stop_at: int) -> None:
+def work(rank: int, count: int, folder: Path, stage: str, arguments: dict[str, Any], stop_at: int) -> None:
     """Be one of `count` workers; be asked to stop after a step, unless that is 0."""
-    torch.set_num_threads(1)
     answers = iter([False] * (stop_at - 1) + [True] * 99) if stop_at else iter([False] * 99)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=count, rank=rank)
     worker = Worker(
         rank,
         count,
@@ -39,24 +34,12 @@ def work(rank: int, count: int, port: int, folder: Path, stage: str, arguments: 
         LEARN[stage](worker=worker, run=Run(stage, "print", folder, ClusterConfig()), **arguments)
     except Stopped:
         assert stop_at
-    distributed.destroy_process_group()
 
 
 def trained(folder: Path, stage: str, arguments: dict[str, Any], workers: int, stop_at: int = 0) -> State:
     """Train, or go on, with some workers; return the state they leave."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [
-        processes.Process(target=work, args=(rank, workers, port, folder, stage, arguments, stop_at))
-        for rank in range(workers)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        assert process.exitcode == 0
+    together(work, workers, folder, stage, arguments, stop_at, count=workers)
     state = Checkpoints(folder, "print", keep=9).latest()
     assert state is not None
     return state

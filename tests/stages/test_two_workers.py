@@ -1,13 +1,12 @@
 """Two processes train the VQ-VAE as one does, through the stage's own objective and loop."""
 
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
 from models.vqvae import VQVAE
@@ -18,6 +17,7 @@ from stages.runtime.loop import Data, Worker, train
 from stages.runtime.order import Batches, Order
 from stages.runtime.run import Reporter
 from stages.vqvae import Reconstruct
+from tests.gloo import together
 
 IMAGES = torch.randint(0, 256, (11, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 HELD_OUT = IMAGES[:5]  # three for one worker, two for the other, and the last batch smaller
@@ -52,21 +52,15 @@ def learn(folder: Path, worker: Worker, model: VQVAEConfig = MODEL) -> dict[str,
     return state | {"measured": torch.tensor(measured)}
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank: int, folder: Path) -> None:
     """Be one of two; worker 0 alone draws previews."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     worker = Worker(rank, 2, reduce=distributed.all_reduce, wrap=_distributed)
     save_file(learn(folder, worker), folder / f"{rank}.safetensors")
-    distributed.destroy_process_group()
 
 
 def test_two_workers_train_the_vqvae_as_one_does(tmp_path: Path):
     """Codebooks equal to the bit between them, and to 1e-6 those of one: previews, revivals, uneven last batches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    together(work, tmp_path, count=2)
     left, right = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     alone = learn(tmp_path / "alone", Worker())
     quiet = learn(tmp_path / "quiet", Worker(), replace(MODEL, quantizer=replace(MODEL.quantizer, revive_every=0)))
