@@ -60,6 +60,16 @@ class Choice(NamedTuple):
         return torch.empty_like(scores).scatter_(-1, order, ordered)
 
 
+class _Grids(NamedTuple):
+    """A batch of grids to be drawn, and what they are drawn under."""
+
+    codes: Int64[Tensor, "B H W"]  # filled in place, below the given rows
+    coarser: Mapping[str, Int64[Tensor, "B _ _"]]
+    labels: Int64[Tensor, " B"] | None
+    noise: "Noise"
+    given_rows: int
+
+
 class Sampler:
     """Draws grids of codes from a prior, and keeps its caches, and on CUDA its captured step, from draw to draw.
 
@@ -117,32 +127,26 @@ class Sampler:
                 for first in range(0, len(numbers), self.batch_size):
                     part = slice(first, first + self.batch_size)
                     self._fill(
-                        codes[part],
-                        {name: grids[part] for name, grids in (coarser or {}).items()},
-                        None if labels is None else labels[part],
-                        Noise(seed, numbers[part].to(device), prior),
-                        given_rows,
+                        _Grids(
+                            codes[part],
+                            {name: grids[part] for name, grids in (coarser or {}).items()},
+                            None if labels is None else labels[part],
+                            Noise(seed, numbers[part].to(device), prior),
+                            given_rows,
+                        )
                     )
         finally:
             prior.train(training)
         return codes
 
-    def _fill(
-        self,
-        codes: Tensor,
-        coarser: Mapping[str, Tensor],
-        labels: Tensor | None,
-        noise: "Noise",
-        given_rows: int,
-    ) -> None:
-        """Draw what is below the given rows into `codes`."""
+    def _fill(self, grids: _Grids) -> None:
         if self.method == "naive":
-            _fill_naive(self.prior, codes, coarser, labels, noise, self.choice, given_rows)
+            _fill_naive(self.prior, self.choice, grids)
             return
-        if self._cached is None or self._cached.cache.batch != len(codes):
+        if self._cached is None or self._cached.cache.batch != len(grids.codes):
             self._cached = None  # its memory serves the next one
-            self._cached = _Cached(self.prior, len(codes), self.choice)
-        self._cached.fill(codes, coarser, labels, noise, given_rows)
+            self._cached = _Cached(self.prior, len(grids.codes), self.choice)
+        self._cached.fill(grids)
 
 
 def draw(
@@ -205,49 +209,35 @@ class _Cached:
         self.targets, self.sources = self.current.unbind(1), self.noises.unbind(1)
         self.replay: Callable[[int], None] | None = None
 
-    def fill(
-        self,
-        codes: Tensor,
-        coarser: Mapping[str, Tensor],
-        labels: Tensor | None,
-        noise: "Noise",
-        given_rows: int,
-    ) -> None:
-        self.cache.begin(coarser, labels)
+    def fill(self, grids: _Grids) -> None:
+        self.cache.begin(grids.coarser, grids.labels)
         for row in range(self.height):
             self.cache.start_row(row)
-            if row < given_rows:
-                self.current.copy_(codes[:, row])
+            if row < grids.given_rows:
+                self.current.copy_(grids.codes[:, row])
                 for column in range(self.width):
                     self.cache.step(column)
                     self.cache.absorb(self.targets[column], column)
             else:
-                self.noises.copy_(noise.row(row))
+                self.noises.copy_(grids.noise.row(row))
                 for column in range(self.width):
                     (self.replay or self.step)(column)
                 # The first row drawn ran uncaptured, which warms the libraries up; capturing changes no buffer.
                 if self.captured and self.replay is None:
                     self.replay = _capture(self.step, self.width)
-                codes[:, row] = self.current
+                grids.codes[:, row] = self.current
 
     def step(self, column: int) -> None:
         self.targets[column].copy_(self.choice(self.cache.step(column), self.sources[column]))
         self.cache.absorb(self.targets[column], column)
 
 
-def _fill_naive(
-    prior: Prior,
-    codes: Tensor,
-    coarser: Mapping[str, Tensor],
-    labels: Tensor | None,
-    noise: Noise,
-    choice: Choice,
-    given_rows: int,
-) -> None:
-    for row in range(given_rows, prior.height):
-        noises = noise.row(row)
+def _fill_naive(prior: Prior, choice: Choice, grids: _Grids) -> None:
+    codes = grids.codes
+    for row in range(grids.given_rows, prior.height):
+        noises = grids.noise.row(row)
         for column in range(prior.width):
-            logits = prior(codes, coarser, labels)[:, :, row, column]
+            logits = prior(codes, grids.coarser, grids.labels)[:, :, row, column]
             codes[:, row, column] = choice(logits, noises[:, column])
 
 

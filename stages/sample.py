@@ -124,8 +124,9 @@ class Models:
         for place, (level, prior) in enumerate(self.priors.items()):
             if level in codes:
                 continue
-            sampler = self._samplers.setdefault((level, config), _sampler(prior, config))
-            codes[level] = sampler.draw(
+            if (level, config) not in self._samplers:
+                self._samplers[level, config] = _sampler(prior, config)
+            codes[level] = self._samplers[level, config].draw(
                 seed=seed + place,
                 numbers=torch.tensor(numbers),
                 coarser=dict(codes),
