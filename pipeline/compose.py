@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 from yaml import MarkedYAMLError
 
-from pipeline.origin import OVERRIDES
+from pipeline.origin import OVERRIDES, described
 from pipeline.params import nearest, within
 from stages.errors import UserError
 
@@ -26,7 +26,7 @@ HEADER = """\
 
 def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> dict[str, Any]:
     """Compose conf/ with overrides as plain data, not yet checked."""
-    where = f"{conf}/, with {' '.join(overrides)}" if overrides else f"{conf}/"
+    where = described(overrides, conf)
     for override in overrides:
         if len(override.splitlines()) > 1 or not _is_text(override):  # it could not stand in a line of params.yaml
             raise UserError(f"{override!r} is no override.", where=f"{conf}/", fix="Write it in one line.", code=2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, params
-from pipeline.environment import die_with_parent, heard
+from pipeline.environment import ENDING, die_with_parent, heard
 from stages.errors import UserError
 
 LOCK = Path("dvc.lock")
@@ -160,13 +160,12 @@ class _forwarded:
     """Pass SIGTERM and SIGINT to DVC's process group as SIGINT, wait, and insist."""
 
     # DVC ends in good order on SIGINT only: on SIGTERM it leaves its stage running.
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, process: subprocess.Popen[str], outcome: Outcome):
         self.process, self.outcome = process, outcome
 
     def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self._stop) for number in heard(*self.SIGNALS)}
+        self.before = {number: signal.signal(number, self._stop) for number in heard(*ENDING)}
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():

@@ -53,6 +53,10 @@ def _use_code_here() -> None:
         )
 
 
+# What asks a process to end: a service manager, a terminal's Ctrl-C, a terminal that goes away.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 def heard(*numbers: signal.Signals) -> Iterator[signal.Signals]:
     """Name the signals that are not to be ignored by the will of whoever started us, as SIGHUP is under `nohup`."""
     return (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)

@@ -18,6 +18,11 @@ CONF = Path("conf")
 OVERRIDES = "# Overrides: "  # the line of the header, if there were any
 
 
+def described(overrides: Sequence[str], conf: Path = CONF) -> str:
+    """Name what settings are composed from, where a mistake in them is to be looked for."""
+    return f"{conf}/, with {' '.join(overrides)}" if overrides else f"{conf}/"
+
+
 def kept() -> list[str]:
     """List the overrides that params.yaml was composed with, as its header has them."""
     found: list[str] = []

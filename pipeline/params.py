@@ -19,6 +19,7 @@ from ruamel.yaml.error import YAMLError
 from stages.checked import adapter
 from stages.config import Params
 from stages.errors import UserError
+from stages.formats import artifact
 
 FILE = Path("params.yaml")
 MAX_BYTES = 1_000_000
@@ -67,9 +68,8 @@ def _maker(path: Path) -> str:
 
 def write(text: bytes, path: Path = FILE) -> None:
     """Put text in the file, whole or not at all."""
-    whole = path.with_name(f".{path.name}.new")
-    whole.write_bytes(text)
-    whole.replace(path)
+    with artifact.replacing(path) as whole:
+        whole.write_bytes(text)
 
 
 def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:

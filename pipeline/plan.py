@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -13,10 +12,10 @@ from models import cost
 from models.priors import Grid, build
 from models.vqvae import VQVAE
 from pipeline import params
+from pipeline.preflight import classes_of
 from pipeline.run import compose
 from stages.config import DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
-from stages.formats import listing
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,9 @@ def classes(dataset: DatasetConfig) -> int | None:
     if dataset.labels == "none":
         return 0
     try:
-        found = listing.find(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
+        return len(classes_of(dataset))
     except UserError:
         return None
-    return len(found.classes)
 
 
 def count(settings: Params, classes: int) -> Iterator[Training]:

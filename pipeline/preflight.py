@@ -55,11 +55,18 @@ def check(settings: Params, will_run: Collection[str], where: str) -> None:
 
 def _classes(dataset: DatasetConfig, *, made: bool) -> Sequence[str] | None:
     """Name the classes of the shards if they are made, or else of the source, by its names alone; None: not known."""
-    from stages.formats import artifact, listing
+    from stages.formats import artifact
 
     if made:
         shards = Path("artifacts/shards")
         return artifact.read(shards, "shards", "shard").meta["classes"] if shards.is_dir() else None
+    return classes_of(dataset)
+
+
+def classes_of(dataset: DatasetConfig) -> Sequence[str]:
+    """Name the classes of a data set by the names in its source alone; refuse a source that cannot be read."""
+    from stages.formats import listing
+
     found = listing.find(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
     return found.classes
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, dvc, launch, origin, params, preflight, shared
-from pipeline.environment import heard
+from pipeline.environment import ENDING, heard
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(
@@ -33,7 +31,7 @@ def run(
     """
     if only and not wanted:
         raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
-    for number in heard(*SIGNALS):
+    for number in heard(*ENDING):
         signal.signal(number, _stop)
     with _alone() if overrides or not dry_run else nullcontext():
         with _settings(overrides, keep=not dry_run) as settings:
@@ -46,7 +44,7 @@ def run(
             if dry_run or not why:
                 _print_plan(why, stages)
             if why:
-                preflight.check(settings, why, _where(overrides))
+                preflight.check(settings, why, origin.described(overrides) if overrides else str(params.FILE))
         if dry_run or not why:
             return 0
         _remove_leftovers(settings)
@@ -54,7 +52,7 @@ def run(
 
 
 def _stop(number: int, frame: object) -> None:
-    for each in SIGNALS:
+    for each in ENDING:
         signal.signal(each, signal.SIG_IGN)  # nothing may cut short what takes the settings back
     raise SystemExit(launch.stopped(number))
 
@@ -74,7 +72,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], Params]:
     from pipeline.compose import compose_params
 
     data = compose_params(overrides)
-    return data, params.check(data, _where(overrides, "conf/"))
+    return data, params.check(data, origin.described(overrides))
 
 
 def config(overrides: Sequence[str], *, write: bool) -> int:
@@ -89,11 +87,6 @@ def config(overrides: Sequence[str], *, write: bool) -> int:
         origin.note_lost(overrides, data)
         params.write(to_yaml(data, overrides).encode())
     return 0
-
-
-def _where(overrides: Sequence[str], otherwise: object = params.FILE) -> str:
-    """Name what the settings were made from."""
-    return f"conf/, with {' '.join(overrides)}" if overrides else str(otherwise)
 
 
 @contextmanager

@@ -7,17 +7,8 @@ import sys
 from stages.errors import UserError
 
 HOST = "127.0.0.1"
-STORES = (
-    "http",
-    "https",
-    "sqlite",
-    "postgresql",
-    "mysql",
-    "mssql",
-    "file",
-    "databricks",
-    "databricks-uc",
-)  # of MLflow, by the scheme of their URI
+# What MLflow opens, by the scheme of the URI.
+STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks", "databricks-uc")
 
 
 def serve(port: int) -> int:
