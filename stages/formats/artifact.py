@@ -141,10 +141,7 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
         manifest = json.loads(raw)
         kind_found, version = manifest["kind"], manifest["format"]
         meta = _Meta(dict(manifest["meta"].items()), path, fix)
-        files = {
-            _inside(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-            for name, entry in manifest["files"].items()
-        }
+        files = listed(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("The manifest cannot be read.", where=path, fix=fix, code=4) from error
     if version != FORMAT or kind_found != kind:
@@ -161,9 +158,16 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
     return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
 
 
+def listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read the length and the hash of every file from a manifest; refuse a name that leads out of the folder."""
+    return {
+        _inside(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+        for name, entry in manifest["files"].items()
+    }
+
+
 def _inside(name: str) -> str:
-    """Refuse a name that leads out of its folder."""
-    if name.startswith("/") or ".." in name.split("/"):
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise ValueError(f"{name} leads out of the folder")
     return name
 

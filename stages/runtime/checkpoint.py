@@ -136,8 +136,14 @@ class Checkpoints:
             return
         there, here = self.fetch(), self.latest()
         if here is not None and here.step > there:
-            self.storage.upload(self._folder(here.step), self._folder(here.step).name)
+            self._store(here.step)
         self._prune()
+
+    def _store(self, step: int) -> None:
+        """Put the checkpoint of a step into the storage."""
+        assert self.storage
+        folder = self._folder(step)
+        self.storage.upload(folder, folder.name)
 
     def _prune(self) -> None:
         """Remove all but the newest of the checkpoints that are here."""
@@ -188,7 +194,7 @@ class Checkpoints:
             (folder / HISTORY).write_text(json.dumps(state.history), encoding="utf-8")
         self._prune()
         if self.storage:
-            self.storage.upload(self._folder(state.step), self._folder(state.step).name)
+            self._store(state.step)
             for step in self._stored()[self.keep :]:
                 self.storage.discard(self._folder(step).name)
 

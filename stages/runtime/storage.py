@@ -127,7 +127,7 @@ class Storage:
                 return artifact.read(folder, kind)
             temporary.mkdir(parents=True)
             (temporary / MANIFEST).write_bytes(manifest)
-            for file, sha256 in _listed(manifest, temporary).items():
+            for file, sha256 in _listed(manifest).items():
                 target = temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 for _ in range(2):  # the way here may have done the damage
@@ -282,16 +282,12 @@ def _get(files: Any, source: str, target: Path) -> None:
         raise
 
 
-def _listed(manifest: bytes, folder: Path) -> dict[str, str]:
-    """Read the hash of every file from a manifest; refuse one that cannot be read, or that leads out of its folder."""
+def _listed(manifest: bytes) -> dict[str, str]:
+    """Read the hash of every file from a manifest; refuse one that cannot be read."""
     try:
-        hashes = {str(name): str(entry["sha256"]) for name, entry in json.loads(manifest)["files"].items()}
-        inside = all((folder / name).resolve().is_relative_to(folder.resolve()) for name in hashes)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        inside = False
-    if not inside:
-        raise UserError("The manifest cannot be read.", code=5)
-    return hashes
+        return {name: entry["sha256"] for name, entry in artifact.listed(json.loads(manifest)).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError("The manifest cannot be read.", code=5) from error
 
 
 def _is_here(folder: Path, kind: str, manifest: bytes) -> bool:

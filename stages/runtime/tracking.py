@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+from stages.formats import artifact
 from stages.runtime.delivery import PIPELINE, UNOWNED, Delivery, Machine, connect, prepare, store_uri
 from stages.runtime.journal import JOURNAL, Journal, ending, latest, locked, without_secrets
 from stages.runtime.progress import Progress, Several
@@ -280,7 +281,7 @@ def _origin() -> dict[str, str]:
 def _lock() -> dict[str, str]:
     """A tag that tells which results DVC knows: of a stage before it ran, of the pipeline after."""
     lock = Path("dvc.lock")
-    return {"dvc.lock": hashlib.sha256(lock.read_bytes()).hexdigest()} if lock.is_file() else {}
+    return {"dvc.lock": artifact.sha256(lock)} if lock.is_file() else {}
 
 
 def _git(*arguments: str) -> str:
