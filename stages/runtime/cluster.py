@@ -48,13 +48,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        _check(config)
+        check(config)
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         with _started(config):
-            _check(config)
+            check(config)
             yield
         return
     runtime_env = {}
@@ -81,7 +81,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             code=3,
         ) from error
     try:
-        _check(config)
+        check(config)
         yield
     finally:
         ray.shutdown()
@@ -139,7 +139,7 @@ def _our_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _check(config: ClusterConfig) -> None:
+def check(config: ClusterConfig) -> None:
     """Refuse in seconds what Ray would wait for without end."""
     import ray
 

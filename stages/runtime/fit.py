@@ -24,7 +24,7 @@ from stages.runtime import cluster, faults
 from stages.runtime.checkpoint import Checkpoints
 from stages.runtime.desk import DeskReporter, forwarding, hears_stop, open_desk, refused_once
 from stages.runtime.loop import Stopped, Worker, under
-from stages.runtime.run import Run
+from stages.runtime.run import Reporter, Run
 from stages.runtime.storage import Storage, Stored, node_folder
 
 GRACE_SECONDS = 15.0  # a machine that is taken away gives 30 seconds, or 20
@@ -66,6 +66,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             run_config=RunConfig(
                 name=f"attempt-{time.time_ns()}",  # a name Ray has seen before would count as finished
                 **ray_place,
+                callbacks=[_telling(remote.reporter)],
                 failure_config=FailureConfig(  # a controller that fails is retried without end unless told otherwise
                     max_failures=config.max_failures,
                     controller_failure_limit=3,  # type: ignore[call-arg]
@@ -76,8 +77,20 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
             with forwarding(desk, run.reporter):
                 _wait(_in_background(trainer.fit), desk)
         except ray.train.WorkerGroupError as error:
-            raise _root_cause(error.worker_failures.values()) from error
+            rank, cause = _root_cause(error.worker_failures)
+            if told := _lost(rank, cause):
+                times = config.max_failures
+                raise UserError(
+                    f"Workers failed {times + 1} times; cluster.max_failures is {times}. {told}",
+                    where=run.work,
+                    fix="See that nodes stay up and have memory enough, then run the same command again; it goes on "
+                    "from the newest checkpoint.",
+                    code=3,
+                ) from error
+            raise cause from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:  # the latter: its node is gone
+            if "startup timed out" in str(error):
+                cluster.check(config)  # a node may have left
             raise UserError(
                 f"Training could not go on: {_in_a_sentence(error)}",
                 where=run.work,
@@ -232,14 +245,53 @@ def _resources(run: Run) -> dict[str, float]:
     return resources
 
 
-def _root_cause(failures: Any) -> BaseException:
-    """Pick the error that is the user's to mend, or else the first: the others fell with it."""
-    unwrapped = [_unwrapped(failure) for failure in failures]
-    return next((failure for failure in unwrapped if isinstance(failure, UserError)), unwrapped[0])
+def _telling(reporter: Reporter) -> Any:
+    """Have Ray Train say why workers begin again."""
+    from ray.train import UserCallback
+
+    class Telling(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+            rank, cause = _root_cause(worker_exceptions)
+            if not isinstance(cause, UserError):  # which ends training
+                reporter.note(
+                    _lost(rank, cause) or f"Worker {rank} raised {type(cause).__name__}: {_in_a_sentence(cause)}"
+                )
+
+    return Telling()
+
+
+def _root_cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """Pick the worker that failed first, and its error: what is the user's to mend, or else what ended the worker.
+
+    The others fell with it: their sums found nobody there.
+    """
+
+    def followed(failure: tuple[int, BaseException]) -> int:
+        rank, error = failure
+        if isinstance(error, UserError):
+            return 0
+        if _lost(rank, error):
+            return 1
+        return 3 if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) else 2
+
+    return min(((rank, _unwrapped(failures[rank])) for rank in sorted(failures)), key=followed)
+
+
+def _lost(rank: int, error: BaseException) -> str:
+    """Say how a worker was lost; "" if it raised an error of its own."""
+    if not type(error).__module__.startswith("ray."):
+        return ""
+    name = type(error).__name__
+    if "OutOfMemory" in name:
+        reason = "its node had no memory left"
+    else:
+        reason = "it no longer answered" if "Timeout" in name else "its process or its node ended"
+    return f"Worker {rank} was lost: {reason}."
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    while (cause := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
+    inside = ("cause", "_base_exc", "health_check_failure")
+    while (cause := next(filter(None, (getattr(error, name, None) for name in inside)), None)) is not None:
         error = cause
     return error
 

@@ -10,12 +10,17 @@ import pytest
 import ray.exceptions
 import ray.train
 import torch
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 from stages import vqvae
 from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.runtime.cluster import connected
-from stages.runtime.fit import _in_a_sentence, fit, trained
+from stages.runtime.fit import _in_a_sentence, _lost, _root_cause, fit, trained
 from stages.runtime.loop import Worker
 from stages.runtime.run import Reporter, Run
 
@@ -92,6 +97,56 @@ def test_the_first_cause_is_what_the_user_sees(cluster, tmp_path: Path):
     with pytest.raises(UserError, match=r"Image 7 is damaged"):
         fit(raises, {}, run=run_in(tmp_path, cluster))
     assert (tmp_path / "tries").read_text() == "x"
+
+
+def dies(*, worker: Worker, run: Run) -> None:
+    """End one worker each time; the other waits for it in a sum."""
+    if worker.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    worker.reduce(torch.zeros(1))
+
+
+class Notes(Reporter):
+    """Keep what a user would read."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.read.append(text)
+
+
+def test_a_worker_that_is_lost_too_often_is_told_in_a_sentence(cluster, tmp_path: Path):
+    """Each loss when it happens, and at last what to do; not what the worker that waited for it met."""
+    run = replace(run_in(tmp_path, replace(cluster, max_failures=1)), reporter=Notes())
+    with pytest.raises(UserError) as told:
+        fit(dies, {}, run=run)
+    lost = "Worker 1 was lost: its process or its node ended."
+    assert run.reporter.read == [lost, lost]
+    assert told.value.what == f"Workers failed 2 times; cluster.max_failures is 1. {lost}"
+    assert (told.value.where, told.value.code) == (str(tmp_path), 3)
+    assert "memory enough, then run the same command again" in told.value.fix
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        (UserError("Image 7 is damaged."), ""),
+        (
+            ray.exceptions.OutOfMemoryError("Memory on the node was 23GB used / 24GB limit"),
+            "its node had no memory left",
+        ),
+        (ray.exceptions.ActorDiedError(), "its process or its node ended"),
+        (WorkerHealthCheckTimeoutError("Worker 1 hangs"), "it no longer answered"),
+        (ValueError("a program's mistake"), ""),
+    ],
+)
+def test_the_root_of_several_failures_is_the_one_that_the_others_followed(first: Exception, told: str):
+    """A worker whose partner is gone fails in a sum, often as the first to be heard of."""
+    followed = UserExceptionWithTraceback(RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed"), "")
+    seen = WorkerHealthCheckFailedError("A worker health check failed.", first)
+    assert _root_cause({0: followed, 1: seen}) == (1, first)
+    assert _lost(1, first) == (f"Worker 1 was lost: {told}." if told else "")
 
 
 def test_more_than_the_cluster_has_is_refused_at_once(cluster, tmp_path: Path):
