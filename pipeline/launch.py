@@ -1,7 +1,6 @@
 """From a stage's name to a call: paths from dvc.yaml, settings from params.yaml, both held against its signature."""
 
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import importlib
@@ -24,7 +23,7 @@ from typing import Any
 from pipeline import dag, params, shared
 from pipeline.environment import die_with_parent, heard, require_project
 from stages.config import Params
-from stages.errors import UserError
+from stages.errors import UserError, of_a_file
 from stages.formats import artifact
 from stages.runtime import tracking
 from stages.runtime.run import Run
@@ -218,7 +217,7 @@ def owner(folder: Path) -> str:
 
 def report(error: BaseException, folder: Path) -> int:
     """Print an error as its reader needs it; return the exit status."""
-    mistake = _user_error(error) or _trouble_with_a_file(error)
+    mistake = _user_error(error) or of_a_file(error)
     if mistake is not None:
         print(f"error: {mistake}", file=sys.stderr)
         return mistake.code
@@ -242,20 +241,6 @@ def _user_error(error: BaseException | None, depth: int = 0) -> UserError | None
     for each in inside:
         if isinstance(each, BaseException) and (found := _user_error(each, depth + 1)):
             return found
-    return None
-
-
-def _trouble_with_a_file(error: BaseException) -> UserError | None:
-    """Word what the system says of a path: it is taken, may not be written, or the disk is full."""
-    fixes = {
-        errno.EEXIST: "Choose another name, or remove what stands there.",
-        errno.ENOTDIR: "Choose another name, or remove what stands there.",
-        errno.EACCES: "Choose another place, or mend its permissions.",
-        errno.EROFS: "Choose another place: this one is mounted read-only.",
-        errno.ENOSPC: "Free some space, then run the same command again.",
-    }
-    if isinstance(error, OSError) and error.filename and error.errno in fixes:
-        return UserError(f"{error.strerror}.", where=error.filename, fix=fixes[error.errno], code=3)
     return None
 
 

@@ -9,15 +9,19 @@ The digest of an artifact is the SHA-256 of its manifest, which names the hash o
 digest are the same bytes.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from stages.errors import UserError
 
@@ -78,9 +82,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield another name to write a file under; the file becomes `path` once it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        fsync(temporary)  # else it could turn out empty after a power cut
-        temporary.replace(path)
+        with _naming(path):
+            yield temporary
+            fsync(temporary)  # else it could turn out empty after a power cut
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -95,10 +100,27 @@ def writing(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        commit(temporary, folder, kind, meta)
+        with _naming(folder):
+            yield temporary
+            commit(temporary, folder, kind, meta)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have a full disk tell what was written to it: the system names only what cannot be opened."""
+    try:
+        yield
+    except SafetensorError as error:  # quotes the system
+        if not (quoted := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        number = int(quoted[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.errors import UserError
+from stages.errors import UserError, of_a_file
 from stages.runtime import cluster, faults
 from stages.runtime.elsewhere import Journey, Node, digest
 from stages.runtime.run import Reporter, Run
@@ -160,8 +160,11 @@ class _Call:
                 result: Result = {}  # lies in the storage
             else:
                 result = self.worker(part)
-        except UserError as error:  # an answer, not a failure: Ray would bury it in tracebacks
-            result = {"user_error": vars(error)}
+        except (UserError, OSError) as error:
+            told = error if isinstance(error, UserError) else of_a_file(error, self.work)
+            if told is None:
+                raise
+            result = {"user_error": vars(told)}  # an answer, not a failure: Ray would bury it in tracebacks
         return {"number": row["number"], "result": packed(result)}
 
 

@@ -77,7 +77,7 @@ def test_a_stage_is_owned_by_one_process(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("number", [errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
 def test_a_path_that_cannot_be_written_is_named(number, tmp_path, capsys):
     """What the system says of a path is said as a letter, with what to do."""
     assert launch.report(OSError(number, os.strerror(number), "drawn/000000.png"), tmp_path) == 3

@@ -1,10 +1,13 @@
 """A folder is whole or absent, and its manifest leads nowhere else."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from stages.errors import UserError
 from stages.formats import artifact
@@ -31,6 +34,24 @@ def test_a_block_that_fails_leaves_what_stood_there(folder: Path):
         raise RuntimeError
     assert artifact.read(folder, "thing").meta == {"count": 1}
     assert [path.name for path in folder.parent.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("way", [lambda path: artifact.writing(path, "thing", {}), artifact.replacing])
+def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path: Path, error: Exception, way):
+    """With what was to be written, whoever met it: neither the system nor any library names that."""
+    number = getattr(error, "errno", errno.ENOSPC)
+    with pytest.raises(OSError, match=os.strerror(number)) as told, way(tmp_path / "made"):
+        raise error
+    assert (told.value.errno, told.value.filename) == (number, str(tmp_path / "made"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_newer_result_replaces_an_older_one_whole(folder: Path):

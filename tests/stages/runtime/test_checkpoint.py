@@ -1,5 +1,8 @@
 """Checkpoints are whole, intact and this run's own, or they are not used."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,33 @@ def test_weights_that_are_not_finite_are_never_kept(checkpoints: Checkpoints):
         checkpoints.save(State(15, {"weight": torch.tensor([1.0, float("nan")])}, []))
     found = checkpoints.latest()
     assert found is not None and found.step == 10
+
+
+FILLING = """
+import sys
+from pathlib import Path
+import torch
+from stages.errors import UserError
+from stages.runtime.checkpoint import Checkpoints, State
+checkpoints = Checkpoints(Path(sys.argv[1]), "print", keep=2)
+try:
+    for step, numbers in ((5, 10), (10, 300_000)):
+        checkpoints.save(State(step, {"weight": torch.zeros(numbers)}, []))
+        checkpoints.wait()
+except UserError as error:
+    print(error.code, error.where, checkpoints.latest().step, *(path.name for path in Path(sys.argv[1]).iterdir()))
+"""
+
+
+@pytest.mark.parametrize("limit", ["size=1m", "nr_inodes=7"])
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path, limit: str):
+    """On a disk that is full indeed, of bytes or of files: told in a letter, and nothing half written stays."""
+    mounted = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {limit} none $0 && exec "$@"', str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a small disk needs Linux and root")
+    filling = [sys.executable, "-c", FILLING, str(tmp_path)]
+    told = subprocess.run([*mounted, *filling], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["3", str(tmp_path), "5", "step-000000005"]
 
 
 def test_tensors_are_kept_as_they_were_when_saved(tmp_path: Path):

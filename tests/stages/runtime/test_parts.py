@@ -1,5 +1,7 @@
 """Parts done side by side by Ray Data: in order, by workers built once, and again when a worker is lost."""
 
+import errno
+import json
 import os
 import signal
 from contextlib import nullcontext
@@ -71,6 +73,19 @@ def test_a_users_error_in_a_worker_is_shown_as_it_is(run: Run, tmp_path: Path):
     with pytest.raises(UserError, match=r"Shard 3 is damaged") as caught:
         map_parts(Square, (tmp_path,), [{"number": 0, "wrong": True}], run=run, unit="part")
     assert caught.value.code == 4 and caught.value.fix == "Mend it."
+
+
+def test_a_disk_that_takes_nothing_is_an_answer_too(tmp_path: Path):
+    """It names the work folder where the system names nothing; other errors are for Ray to raise."""
+
+    def full(part: dict) -> dict:
+        raise OSError(part["number"], os.strerror(part["number"]))
+
+    call = parts_module._Call(lambda: full, (), Run("codes", "f", tmp_path, ClusterConfig()), None)
+    answer = unpacked(call({"number": 0, "part": json.dumps({"number": errno.ENOSPC})})["result"])["user_error"]
+    assert answer["what"] == "No space left on device." and answer["where"] == str(tmp_path) and answer["code"] == 3
+    with pytest.raises(OSError, match="Input/output error"):
+        call({"number": 0, "part": json.dumps({"number": errno.EIO})})
 
 
 class Refuses(Square):
