@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stages.config import ClusterConfig
 from stages.errors import UserError
@@ -68,8 +69,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         }
     try:
         _reach(address)
-        with _our_signals():
-            ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
+        _init(address=address, runtime_env=runtime_env)
     except Exception as error:  # Ray raises many kinds here, none of them meant for users
         raise UserError(
             f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
@@ -112,20 +112,27 @@ def _reach(address: str) -> None:
 def _started(config: ClusterConfig) -> Iterator[str]:
     import ray
 
-    with _our_signals():
-        ray.init(
-            address="local",
-            # One CPU more than the workers take: the processes that only coordinate must never wait for one.
-            num_cpus=int(config.workers * config.cpus_per_worker) + 1,
-            include_dashboard=False,
-            object_store_memory=500 * 2**20,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+    _init(
+        address="local",
+        # One CPU more than the workers take: the processes that only coordinate must never wait for one.
+        num_cpus=int(config.workers * config.cpus_per_worker) + 1,
+        include_dashboard=False,
+        object_store_memory=500 * 2**20,
+    )
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    """Join or start a cluster; nothing of what its processes say reaches the terminal."""
+    import ray
+
+    # Pages about a node that has died, in yellow: what comes of it for a stage, the stage says in a line.
+    ray._private.worker._worker_logs_enabled = False
+    with _our_signals():
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
 
 
 @contextmanager

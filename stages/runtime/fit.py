@@ -4,6 +4,7 @@ The workers report to the process that started them, which alone talks to the te
 no disk, the inputs and the checkpoints go through the storage, and each worker has a folder on its own node.
 """
 
+import re
 import shutil
 import threading
 import time
@@ -78,10 +79,10 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                 _wait(_in_background(trainer.fit), desk)
         except ray.train.WorkerGroupError as error:
             rank, cause = _root_cause(error.worker_failures)
-            if told := _lost(rank, cause):
-                times = config.max_failures
+            if told := _lost(cause):
+                times, place = config.max_failures, _place(error.worker_failures[rank])
                 raise UserError(
-                    f"Workers failed {times + 1} times; cluster.max_failures is {times}. {told}",
+                    f"Workers failed {times + 1} times; cluster.max_failures is {times}. Worker {rank}{place} {told}",
                     where=run.work,
                     fix="See that nodes stay up and have memory enough, then run the same command again; it goes on "
                     "from the newest checkpoint.",
@@ -253,9 +254,8 @@ def _telling(reporter: Reporter) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
             rank, cause = _root_cause(worker_exceptions)
             if not isinstance(cause, UserError):  # which ends training
-                reporter.note(
-                    _lost(rank, cause) or f"Worker {rank} raised {type(cause).__name__}: {_in_a_sentence(cause)}"
-                )
+                told = _lost(cause) or f"raised {type(cause).__name__}: {_in_a_sentence(cause)}"
+                reporter.note(f"Worker {rank}{_place(worker_exceptions[rank])} {told}")
 
     return Telling()
 
@@ -267,26 +267,35 @@ def _root_cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseExcepti
     """
 
     def followed(failure: tuple[int, BaseException]) -> int:
-        rank, error = failure
+        error = failure[1]
         if isinstance(error, UserError):
             return 0
-        if _lost(rank, error):
-            return 1
-        return 3 if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) else 2
+        return 3 if _cut_off(error) else 1 if _lost(error) else 2
 
     return min(((rank, _unwrapped(failures[rank])) for rank in sorted(failures)), key=followed)
 
 
-def _lost(rank: int, error: BaseException) -> str:
-    """Say how a worker was lost; "" if it raised an error of its own."""
+def _lost(error: BaseException) -> str:
+    """Say in what way a worker was lost; "" if it raised an error of its own."""
+    name = type(error).__name__
+    if _cut_off(error):
+        return "lost touch with another."
     if not type(error).__module__.startswith("ray."):
         return ""
-    name = type(error).__name__
     if "OutOfMemory" in name:
-        reason = "its node had no memory left"
-    else:
-        reason = "it no longer answered" if "Timeout" in name else "its process or its node ended"
-    return f"Worker {rank} was lost: {reason}."
+        return "was lost: its node had no memory left."
+    return "was lost: " + ("it no longer answered." if "Timeout" in name else "its process or its node ended.")
+
+
+def _cut_off(error: BaseException) -> bool:
+    """Say whether a sum found somebody missing."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _place(failure: BaseException) -> str:
+    """Name the node of a worker, where Ray Train's own account of its end does."""
+    found = re.search(r"node_ip='([^']+)'", str(failure))
+    return f" on {found[1]}" if found else ""
 
 
 def _unwrapped(error: BaseException) -> BaseException:
