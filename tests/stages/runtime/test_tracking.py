@@ -387,8 +387,8 @@ class Server:
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_the_middle_loses_no_point(tmp_path, monkeypatch):
-    """Metrics reported before, during and after an outage are all there afterwards, each once."""
+def test_a_server_killed_in_the_middle_loses_no_point(tmp_path, monkeypatch, capfd):
+    """Metrics reported before, during and after an outage are all there afterwards, each once; nothing is chatted."""
     folder = tmp_path / "server"
     folder.mkdir()
     server = Server(folder)
@@ -420,6 +420,7 @@ def test_a_server_killed_in_the_middle_loses_no_point(tmp_path, monkeypatch):
         assert steps(run, "loss", server.uri) == steps(run, "mse", server.uri) == list(range(60))
         assert len(tracked(server.uri).list_artifacts(run.info.run_id, "images")) == 6  # three, and their thumbnails
         assert sync().points == 0
+        assert capfd.readouterr().out == ""
     finally:
         server.kill()
 
