@@ -38,6 +38,16 @@ SETTINGS = tuple(
         ("log_every", LOG_EVERY),
     )
 )
+# These networks' steps take milliseconds: a stop at some of them makes room for kills between steps and between parts.
+SLOW = ",".join(
+    f"slow@{stage}:0:{step}"
+    for stages, steps in (
+        (("vqvae", "prior_top", "prior_bottom"), range(7, STEPS, 16)),
+        (("shard", "codes", "sample", "evaluate"), range(1)),
+    )
+    for stage in stages
+    for step in steps
+)
 AT_WORK = r"^[\w@]+: \d+/|^report "  # a stage tells of its progress, or the end is reached
 NEVER = r"(?!)"
 LONGEST_SECONDS = 900.0  # of a run that is left alone
@@ -68,9 +78,8 @@ class Chaos:
 
     def whole_run(self, number: int) -> Project:
         """Run to the end from nothing, killing on the way while kills are left."""
-        project = self.fresh.copy(
-            self.folder / f"broken-{number}", DVC_SITE_CACHE_DIR=str(self.folder / f"dvc-{number}")
-        )
+        environment = {"DVC_SITE_CACHE_DIR": str(self.folder / f"dvc-{number}"), "VQVAE2_FAULT": SLOW}
+        project = self.fresh.copy(self.folder / f"broken-{number}", **environment)
         job = self._start(project)
         while True:
             kills_left = len(self.done) < self.kills

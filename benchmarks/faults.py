@@ -10,11 +10,12 @@ hundred. Needs Linux and root, for private namespaces.
 
 import argparse
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -23,7 +24,10 @@ from signal import SIGKILL, SIGTERM, Signals
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "system"))  # the copies and namespaces of the tests
 
+from nodes import Nodes, wait_for
 from projects import ROOT, SMOKE, Job, Namespace, Project, kind_of, namespaces_refused, until
+
+from stages.formats import curves
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by benchmarks/faults.py -->\n", "<!-- to here -->\n"
@@ -36,9 +40,30 @@ SETTINGS = {  # by which a stage has to run again
     "vqvae": tuple(f"train_vqvae.{key}={value}" for key, value in EVERY.items()),
     "codes": ("codes.copies=2",),
     "prior_top": tuple(f"priors.top.train.{key}={value}" for key, value in EVERY.items()),
+    "prior_bottom": tuple(f"priors.bottom.train.{key}={value}" for key, value in EVERY.items()),
     "sample": ("sample.temperature=0.9", "sample.images_per_part=4"),
+    "evaluate": ("evaluate.max_images=40",),
 }
-MADE = {"shard": "shards", "vqvae": "vqvae", "codes": "codes", "prior_top": "priors/top", "sample": "samples"}
+MADE = {
+    "shard": "shards",
+    "vqvae": "vqvae",
+    "codes": "codes",
+    "prior_top": "priors/top",
+    "prior_bottom": "priors/bottom",
+    "sample": "samples",
+    "evaluate": "report",
+}
+ON_NODES = (
+    *(*SMOKE, "-S", "cluster=local", "-S", "cluster.max_failures=8", "-S", "train_vqvae.evaluate_every=60"),
+    *("-S", "train_vqvae.steps=60", "-S", "train_vqvae.checkpoint_every=10", "-S", "train_vqvae.log_every=1"),
+    *("--only", "--stage", "vqvae"),
+)
+LOSSES = {  # on several nodes: the newest checkpoint, what is lost, and what comes of it with Ray Train alone
+    10: ("`kill -9` of a worker", "goes back from 13 to 5 after 18.6 s"),
+    20: ("`kill -9` of a raylet, a node to spare", "goes back from 13 to 10 after 29.6 s"),
+    30: ("a cut cable, a node to spare", "goes back from 13 to 5 after 73.6 s"),
+    40: ("`kill -9` of a raylet, no node to spare", "tries again without end"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,7 @@ class Scenario:
 KILLED = "goes back from 13 to 5 after 18.6 s"
 SCENARIOS = (
     Scenario("`kill -9` of a worker", "vqvae", "kill", plain=KILLED),
-    Scenario("`kill -9` of a worker", "prior_top", "kill", plain=KILLED),
+    *(Scenario("`kill -9` of a worker", stage, "kill", plain=KILLED) for stage in ("prior_top", "prior_bottom")),
     Scenario("a worker exits", "vqvae", "exit"),
     Scenario("a worker raises", "vqvae", "raise"),
     Scenario(
@@ -90,7 +115,10 @@ SCENARIOS = (
     ),
     Scenario("`kill -9` of the stage", "vqvae", "slow", signal=SIGKILL, to="stage"),
     Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, to="cluster"),
-    *(Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker") for stage in ("shard", "codes", "sample")),
+    *(
+        Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker")
+        for stage in ("shard", "codes", "sample", "evaluate")
+    ),
 )
 FLIPS = (
     ("a checkpoint", "stages/runtime/test_checkpoint_damage.py::test_a_thousand_bit_flips_are_all_found", "0 of 100"),
@@ -176,6 +204,75 @@ class Bench:
         happened = f"trains on; ends {later:.1f} s later than with a server that answers"
         return row("a silent MLflow server", "vqvae", happened, "-", "-", "waits 246 s at each call")
 
+    def dead_server(self) -> str:
+        """Track to a server that is killed in the middle, and comes back when training is over."""
+        uri = "http://127.0.0.1:5000"
+        project = self.copy("dead", MLFLOW_TRACKING_URI=uri, VQVAE2_FAULT=f"slow@vqvae:0:{FALL}")
+        points = project.folder.parent / "points.db"
+        server = ("mlflow", "server", "--workers", "1", "--port", "5000", "--backend-store-uri", f"sqlite:///{points}")
+        with Namespace() as namespace:
+            started = namespace.start(project, *server, log="server")
+            wait_for(started, "startup complete")
+            job = namespace.start(project, *command("vqvae"), log="dead")
+            until(lambda: fell(project) or job.ended, PATIENCE, lambda: job.output)
+            for process in namespace.processes():
+                if "mlflow" in " ".join(process.cmdline()):
+                    process.kill()
+            if job.wait().status or project.digests("vqvae") != self.unbroken("vqvae")[0]:
+                raise SystemExit(job.output)
+            wait_for(namespace.start(project, *server, log="server-again"), "startup complete")
+            sync = namespace.start(project, "vqvae2", "sync-metrics", log="sync").wait()
+        rows = curves.read(project.folder / "artifacts" / "vqvae" / curves.FILE)
+        with sqlite3.connect(points) as store:
+            kept = set(store.execute("select step, key from metrics"))
+        missing = sum((step, name) not in kept for step, name, _ in rows)
+        (told,) = re.findall(r"\d+ points are not in MLflow yet", job.output)
+        sent = sync.output.splitlines()[-1]
+        happened = f"trains on (`{told}`); `vqvae2 sync-metrics` (`{sent}`); {missing} of {len(rows)} points of the curves missing"
+        return row("`kill -9` of the MLflow server", "vqvae", happened, "-", "-", "loses them")
+
+    def lost_nodes(self) -> Iterator[str]:
+        """Lose a worker, a node, a link and the last node to spare, in one run over nodes that share a bucket."""
+        alone, project = self.copy("alone"), self.copy("nodes")
+        alone.run(*ON_NODES)
+        with Namespace() as namespace:
+            nodes = Nodes(namespace, project, 4)
+            # A step that lasts leaves time for the checkpoint before it to arrive, and for what is to be lost.
+            slow = ",".join(f"slow@vqvae:0:{step + 3}" for step in LOSSES)
+
+            def lose(step: int, way: Callable[[int], None]) -> tuple[int, float]:
+                until(lambda: job.ended or last_reported(project) > step + 2, PATIENCE, lambda: job.output)
+                nodes.wait_for_checkpoint(step)
+                made = last_reported(project)
+                way(next(iter(nodes.workers())))
+                return made, time.time()
+
+            job = nodes.run(*ON_NODES, log="nodes", VQVAE2_FAULT=slow)
+            ways = (
+                lambda number: nodes.workers()[number].kill(),
+                lambda number: nodes.raylet(number).kill(),
+                nodes.cut,
+            )
+            for (step, (what, plain)), way in zip(LOSSES.items(), ways, strict=False):
+                made, began = lose(step, way)
+                wait_for(job, f"Resuming at step {step} of")
+                seconds = f"{time.time() - began:.1f}"
+                yield row(f"{what}, nodes apart", "vqvae", "goes on by itself", str(made - step), seconds, plain)
+            step, (what, plain) = LOSSES.popitem()
+            made, began = lose(step, ways[1])
+            happened, seconds = ending(job, 600), time.time() - began
+            if not job.wait().status:
+                raise SystemExit(job.output)
+            nodes.add(5)
+            began = time.time()
+            job = nodes.run(*ON_NODES, log="nodes-again")
+            wait_for(job, f"Resuming at step {step} of")
+            happened += f" after {seconds:.1f} s; goes on when run again, with another node"
+            seconds += time.time() - began
+            if (done := job.wait()).status or project.digests("vqvae") != alone.digests("vqvae"):
+                raise SystemExit(done.output)
+            yield row(f"{what}, nodes apart", "vqvae", happened, str(made - step), f"{seconds:.1f}", plain)
+
 
 def command(stage: str, *words: str) -> tuple[str, ...]:
     """The command that runs one stage again, longer than it has run before."""
@@ -189,14 +286,21 @@ def fell(project: Project) -> float:
     return max((path.stat().st_mtime for path in markers), default=0.0)
 
 
+def last_reported(project: Project) -> int:
+    """The last step of training that a journal knows; 0 where there is none."""
+    journals = (project.folder / "runs" / "vqvae").rglob("journal.jsonl")
+    found = (re.findall(r'"step": (\d+), "values": {"train/', path.read_text()) for path in journals)
+    return max((int(steps[-1]) for steps in found if steps), default=0)
+
+
 def resumed_at(job: Job) -> str:
     """The step from which training goes on; "" while it does not."""
     return (re.findall(r"Resuming at step (\d+)", job.output) or [""])[-1]
 
 
-def ending(job: Job) -> str:
+def ending(job: Job, seconds: float = PATIENCE) -> str:
     """How a command ended: its status, and its own word for it."""
-    done = job.wait()
+    done = job.wait(seconds)
     # The first error is the root of the others; the last to stop is the command itself.
     said = re.findall(r"^error: .*", done.output, re.MULTILINE)[:1] or re.findall(
         r"^Stopped by \w+", done.output, re.MULTILINE
@@ -239,7 +343,7 @@ def main() -> None:
     print(HEAD, end="")
     rows = [bench.fall(*each) for each in enumerate(SCENARIOS) if given.stage in (None, each[1].stage)]
     if given.stage is None:
-        rows += [bench.missing_gpu(), bench.silent_server(), *flips()]
+        rows += [*bench.lost_nodes(), bench.missing_gpu(), bench.silent_server(), bench.dead_server(), *flips()]
         before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
         DOCUMENT.write_text(f"{before}{BEGIN}\n{HEAD}{''.join(rows)}\n{END}{after}", encoding="utf-8")

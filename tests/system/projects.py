@@ -133,7 +133,7 @@ class Namespace:
             text=True,
         )
         # Job control: without it, what a shell starts in the background ignores Ctrl-C for ever.
-        self._say("set -m; ip link set lo up")
+        self.say("set -m; ip link set lo up")
 
     def __enter__(self) -> "Namespace":
         return self
@@ -154,7 +154,7 @@ class Namespace:
             f"echo $? > {_quoted(f'{job.status_file}.new')}\nmv {_quoted(f'{job.status_file}.new')} "
             f"{_quoted(str(job.status_file))}\n"
         )
-        self._say(f"bash {_quoted(str(script))} > {_quoted(str(job.log))} 2>&1 &")
+        self.say(f"bash {_quoted(str(script))} > {_quoted(str(job.log))} 2>&1 &")
         return job
 
     def processes(self) -> list[psutil.Process]:
@@ -172,7 +172,8 @@ class Namespace:
         """List the processes of one kind: run, dvc, stage, cluster, worker."""
         return [process for process in self.processes() if kind_of(process) == kind]
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Have the shell run a line."""
         assert self.shell.stdin
         self.shell.stdin.write(f"{line}\n")
         self.shell.stdin.flush()
