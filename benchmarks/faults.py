@@ -228,7 +228,10 @@ class Bench:
         missing = sum((step, name) not in kept for step, name, _ in rows)
         (told,) = re.findall(r"\d+ points are not in MLflow yet", job.output)
         sent = sync.output.splitlines()[-1]
-        happened = f"trains on (`{told}`); `vqvae2 sync-metrics` (`{sent}`); {missing} of {len(rows)} points of the curves missing"
+        happened = (
+            f"trains on (`{told}`); then `vqvae2 sync-metrics` (`{sent}`): "
+            f"{missing} of {len(rows)} points of the curves missing"
+        )
         return row("`kill -9` of the MLflow server", "vqvae", happened, "-", "-", "loses them")
 
     def lost_nodes(self) -> Iterator[str]:
