@@ -14,7 +14,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import Node
 
 from stages.checked import adapter
 from stages.config import Params
@@ -26,13 +29,24 @@ MAX_BYTES = 1_000_000
 MAX_ERRORS = 5
 
 
+class _NoAliases(Composer):
+    """Refuses what stands for another value: a few lines of it can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Node | None:
+        if self.parser.check_event(AliasEvent):
+            raise ComposerError(problem="aliases are not read", problem_mark=self.parser.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def load(path: Path = FILE) -> Params:
     """Read and check params.yaml."""
     return check(read(path), path)
 
 
 def read(path: Path = FILE) -> dict[str, Any]:
-    """Read a YAML mapping as DVC reads it. Duplicate keys are refused."""
+    """Read a YAML mapping as DVC reads it. Duplicate keys and aliases are refused."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _NoAliases
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(
@@ -41,14 +55,14 @@ def read(path: Path = FILE) -> dict[str, Any]:
                 fix=f"Settings fit in {MAX_BYTES} bytes; is this the right file?",
                 code=2,
             )
-        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             "The file is missing.", where=path.absolute(), fix=f"Make the file anew: {_maker(path)}", code=2
         ) from None
     except UnicodeDecodeError:
         raise UserError("The file is not UTF-8 text.", where=path, fix="Save it as UTF-8.", code=2) from None
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # the last two: !!int x, and 2,000 brackets
         mark = getattr(error, "problem_mark", None)
         problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
         raise UserError(
@@ -79,7 +93,16 @@ def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
     """
     try:
         # As JSON, so that strict means "no text for a number" and not "no mapping for a dataclass".
-        params = adapter(Params).validate_json(json.dumps(data, default=str), strict=True)
+        text = json.dumps(data, default=str, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:  # a list for a key, a number of 5,000 digits, half a character
+        raise UserError(
+            f"The settings hold what JSON cannot: {error}.",
+            where=path,
+            fix="Use names for keys, and text, numbers and lists for values.",
+            code=2,
+        ) from None
+    try:
+        params = adapter(Params).validate_json(text, strict=True)
     except ValidationError as error:
         raise _together([_letter(dict(found)) for found in error.errors()[:MAX_ERRORS]], path) from None
     for what, where, fix in _contradictions(params):

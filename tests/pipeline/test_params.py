@@ -91,8 +91,14 @@ def test_priors_come_coarse_to_fine_whatever_the_order_in_the_file():
         (b"", "holds no settings"),
         (b"- 1\n", "holds no settings"),
         (b"x: " + b"y" * params.MAX_BYTES, "bytes"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\n", "aliases are not read"),
+        (b"a: &a [*a]\n", "aliases are not read"),
+        (b"a: " + b"{a: " * 2000, "not valid YAML"),
+        (b"a: !!int x\n", "not valid YAML"),
+        (b"a: 2026-13-01\n", "not valid YAML"),
+        (b"a: !!python/object/apply:os.abort []\n", "could not determine a constructor"),
     ],
-    ids=["duplicate", "tab", "merge", "utf16", "empty", "list", "huge"],
+    ids=["duplicate", "tab", "merge", "utf16", "empty", "list", "huge", "bomb", "loop", "deep", "int", "date", "code"],
 )
 def test_a_file_that_is_no_settings_is_refused(tmp_path, text, says):
     """What cannot be read as settings is said to be so, with the line where there is one."""
@@ -101,6 +107,16 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as error:
         params.read(path)
     assert error.value.code == 2 and str(path) in error.value.where
+
+
+@pytest.mark.parametrize(
+    "odd", [{("a", "b"): 1}, {"seed": 10**5000}, {"seed": "\ud800"}], ids=["key", "digits", "half"]
+)
+def test_settings_that_are_no_plain_data_are_refused(odd):
+    """YAML knows keys, numbers and characters that settings cannot have."""
+    with pytest.raises(UserError, match="hold what JSON cannot") as error:
+        params.check({**DATA, **odd})
+    assert error.value.code == 2
 
 
 def test_flat_names_every_setting_in_full():
