@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import dag, params, shared
+from pipeline import dag, origin, params, shared
 from pipeline.environment import die_with_parent, heard, require_project
 from stages.config import Params
 from stages.errors import UserError, of_a_file
@@ -61,8 +61,9 @@ def run_stage(module: str, level: str = "") -> int:
 
 def _run(module: str, level: str, folder: Path) -> None:
     require_project()
-    settings = params.load()
-    stage = dag.find(f"{module}_{level}" if level else module, dag.stages(params.read()))
+    data = params.read()
+    settings = params.check(data)
+    stage = dag.find(f"{module}_{level}" if level else module, dag.stages(data))
     inputs = digests(stage, settings)
     fingerprint = fingerprint_of(stage, settings, inputs)
     function = importlib.import_module(f"stages.{stage.module}").run
@@ -84,6 +85,27 @@ def _run(module: str, level: str, folder: Path) -> None:
         ) as reporter:
             run = Run(stage.name, fingerprint, work.absolute(), settings.cluster, reporter)
             function(*positionals(function, stage, settings), **keywords(function, stage, settings), run=run)
+            _refuse_edits(stage, data)
+
+
+def _refuse_edits(stage: dag.Stage, began_with: Mapping[str, Any]) -> None:
+    """Refuse to have finished under settings that params.yaml no longer holds.
+
+    DVC looks there once a stage has ended: it would take the new values for those that the result was made with.
+    """
+    watched = tuple(f"{key}." for key in stage.params)
+    then, now = (
+        {key: value for key, value in params.flat(data).items() if f"{key}.".startswith(watched)}
+        for data in (began_with, params.read())
+    )
+    edited = list(params.changes(then, now))
+    if edited:
+        raise UserError(
+            f"Settings were edited while {stage.option} ran: {origin.few(edited)}.",
+            where=params.FILE,
+            fix="Run the same command again, for the new values; for the old ones, put them back before.",
+            code=2,
+        )
 
 
 def sections_of(stage: dag.Stage, settings: Params) -> dict[str, Any]:

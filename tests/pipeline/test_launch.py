@@ -1,17 +1,21 @@
 """From a stage's name to a call."""
 
 import errno
+import inspect
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from pipeline import dag, launch, params
+from stages import shard
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.runtime.run import Reporter
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = params.load(ROOT / "params.yaml")
@@ -64,6 +68,24 @@ def test_other_inputs_have_another_fingerprint(here):
     with artifact.writing(Path("artifacts/shards"), "shards", {}) as folder:
         (folder / "train-00000.tar").write_bytes(b"imagez")
     assert fingerprint() != before
+
+
+def test_settings_edited_while_a_stage_runs_are_not_taken_for_its_own(here, monkeypatch):
+    """DVC would note them as what the result was made with; those of other stages are no matter."""
+    edits = [("sample", {"count": 3}), ("dataset", {"image_size": 64, "fit": "pad"})]
+    settled = (params.load().dataset.image_size, params.load().dataset.fit)
+
+    def edited(*_, dataset, run):
+        assert (dataset.image_size, dataset.fit) == settled
+        section, values = edits.pop(0)
+        here.edit(lambda data: data[section].update(values))
+
+    edited.__signature__ = inspect.signature(shard.run)
+    monkeypatch.setattr(shard, "run", edited)
+    monkeypatch.setattr(launch.tracking, "open_run", lambda *_, **__: nullcontext(Reporter()))
+    launch._run("shard", "", Path("runs/shard"))
+    with pytest.raises(UserError, match=r'dataset.image_size \d+ -> 64, dataset.fit "crop" -> "pad"\.'):
+        launch._run("shard", "", Path("runs/shard"))
 
 
 def test_a_stage_is_owned_by_one_process(tmp_path):
