@@ -11,6 +11,7 @@ import lzma
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, Self
@@ -132,11 +133,16 @@ class ZipSource:
     def __init__(self, path: Path):
         try:
             self._zip = zipfile.ZipFile(path)
+            self._infos = self._zip.infolist()
+            with path.open("rb") as file:
+                stated = zipfile._EndRecData(file)[zipfile._ECD_ENTRIES_TOTAL]  # type: ignore[attr-defined]
+            # Where a length in the list is wrong, an entry swallows those behind it. Some programs count to 2**16 only.
+            if (len(self._infos) - stated) % 65_536:
+                raise zipfile.BadZipFile(f"it lists {len(self._infos)} files, not {stated}")
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"The zip cannot be read: {error}.", where=path, fix="Make or copy it anew.", code=4
             ) from None
-        self._infos = self._zip.infolist()
 
     def members(self) -> Iterator[Member]:
         for location, info in enumerate(self._infos):
@@ -193,7 +199,9 @@ class TarSource:
                     if not info.isreg() or info.issparse():
                         problem = "a link or a device"
                     yield Member(name, info.offset_data, info.size, problem)
-        except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError) as error:
+                while self._file.read(1 << 20):  # a compressed file is held against its checksum where it ends
+                    pass
+        except (tarfile.TarError, ValueError, *_UNREADABLE) as error:
             if not end:
                 raise _not_an_archive(self.path) from None
             raise UserError(
@@ -204,7 +212,7 @@ class TarSource:
         try:
             self._file.seek(member.location)
             data = self._file.read(member.size)
-        except (EOFError, OSError, lzma.LZMAError) as error:
+        except _UNREADABLE as error:
             raise UnreadableFile(f"cannot be read from the tar: {error}") from None
         if len(data) != member.size:
             raise UnreadableFile("the tar ends before it")
@@ -212,6 +220,7 @@ class TarSource:
 
 
 _COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 _EXTENSIONS = (

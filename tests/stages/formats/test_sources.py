@@ -8,6 +8,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.errors import UserError
@@ -225,6 +226,40 @@ def test_a_cut_or_flipped_tar_never_loses_images_quietly(tmp_path):
     path.write_bytes(path.read_bytes()[:7000])
     with pytest.raises(UserError, match="damaged or cut short"):
         list(open_source(path).members())
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_every_flipped_bit_in_a_compressed_tar_is_caught(tmp_path, mode):
+    """Also one that looks like its end, or that leaves an image readable, with other pixels."""
+    generator = np.random.default_rng(0)
+    words = [b"".join(b"word%d " % word for word in generator.integers(0, 99, 3000)) for _ in range(4)]
+    whole = tar(tmp_path / "a.tar", {f"{number}.bmp": data for number, data in enumerate(words)}, mode).read_bytes()
+    body = range(10, len(whole))  # before it, gzip notes the time, which may be any
+    for position, bit in zip(generator.choice(body, 60), generator.integers(0, 8, 60), strict=True):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(bit)
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged or cut short|no zip or tar"):
+            list(open_source(tmp_path / "a.tar").members())
+
+
+def test_a_gzip_that_breaks_while_it_is_read_costs_the_image_alone(tmp_path):
+    """Workers list nothing: what has rotted since is met by whoever reads it."""
+    path = tar(tmp_path / "a.tgz", {"a.png": b"some words " * 5000, "b.png": b"others " * 5000}, "w:gz")
+    member = list(open_source(path).members())[1]
+    path.write_bytes(path.read_bytes()[:30] + b"\xff" * 300)
+    with pytest.raises(UnreadableFile, match="cannot be read from the tar"):
+        open_source(path).read(member)
+
+
+def test_a_zip_whose_list_swallows_files_is_refused(tmp_path):
+    """One flipped bit makes an entry's comment longer than all entries behind it, which zipfile takes for the end."""
+    path = zip_(tmp_path / "a.zip", {f"{number}.png": b"image" for number in range(9)})
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"PK\1\2") + 33] ^= 0x80  # the comment's length
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="it lists 1 files, not 9"):
+        open_source(path)
 
 
 def test_what_is_no_source_is_named(tmp_path):
