@@ -61,7 +61,7 @@ class Inputs:
         return model_file.load_prior(self.priors_folder / level, level)[0]
 
     def check(self) -> None:
-        """Refuse codes, priors and samples of another VQ-VAE: its codes mean nothing to this one."""
+        """Refuse damaged samples, and what another VQ-VAE made: its codes mean nothing to this one."""
         here = artifact.read(self.vqvae_folder, "vqvae", "vqvae").digest
         made = {"codes": (self.codes.vqvae, self.codes_folder), "sample": (self.samples.vqvae, self.samples_folder)}
         for level in self.codes.levels:
@@ -75,6 +75,7 @@ class Inputs:
                     fix=f"Run: vqvae2 run --stage {stage}",
                     code=5,
                 )
+        self.samples.found.verify()  # the others are checked where they are read
 
     def images(self, split: str) -> ImageSet:
         return self.shards.split(split)

@@ -296,6 +296,19 @@ def test_what_another_vqvae_made_is_refused(root, tmp_path, folder: str, stage: 
         measuring.Inputs(*{**inputs, folder: tmp_path / folder}.values()).check()
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_damaged_samples_are_named_before_anything_is_measured(root, tmp_path, kind: str):
+    """A flipped bit in the header of a tar could hide images, or have them looked for without end."""
+    shutil.copytree(root / "samples", tmp_path / "samples")
+    path = sorted((tmp_path / "samples").glob(f"*.{kind}"))[0]
+    data = bytearray(path.read_bytes())
+    data[130] ^= 1
+    path.write_bytes(data)
+    others = [root / name for name in ("shards", "vqvae", "codes", "priors")]
+    with pytest.raises(UserError, match=rf"{path.name} is damaged[\s\S]*Delete {tmp_path}"):
+        measuring.Inputs(*others, tmp_path / "samples").check()
+
+
 def test_the_first_codes_are_read_from_the_files_that_hold_them(root):
     """A million images' codes are not read to measure some."""
     inputs = measuring.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples")))
