@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -88,7 +89,7 @@ def _with_weights(network: Network, found: Artifact) -> Network:
     found.verify(WEIGHTS)
     try:
         network.load_state_dict(load_file(found.path(WEIGHTS)))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise UserError(
             "The weights do not fit this version's network.",
             where=found.path(WEIGHTS),

@@ -1,0 +1,77 @@
+"""Models that somebody else has made: nothing in them is run, and what is not understood is named."""
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.config import LevelConfig, VQVAEConfig
+from models.vqvae import VQVAE
+from stages.errors import UserError
+from stages.formats import artifact, model_file
+
+CONFIG = VQVAEConfig({"top": LevelConfig(4, channels=8, residual_channels=8, residual_blocks=1, entries=8, dim=4)})
+
+
+def make(folder: Path, change: Callable[[dict[str, Any]], object] = lambda network: None) -> Path:
+    """Write a model whose settings were changed, with a manifest that agrees."""
+    network = model_file.network_meta(CONFIG)
+    change(network)
+    model_file.write(folder, "vqvae", VQVAE(CONFIG).state_dict(), {"network": network}, history=[], pictures={})
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        model_file.load_vqvae(folder)
+    assert caught.value.code == 5 and caught.value.fix
+    return str(caught.value)
+
+
+def test_what_was_written_is_read_back(tmp_path: Path):
+    """The same network, by its settings and weights alone."""
+    network, _ = model_file.load_vqvae(make(tmp_path / "vqvae"))
+    assert network.config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda network: network.update(_target_="os.system"), "_target_"),
+        (lambda network: network["levels"]["top"].update(_target_="os.system"), "levels.top._target_"),
+        (lambda network: network["levels"]["top"].update(stride=5), "levels.top"),
+        (lambda network: network.update(levels=[]), "levels"),
+    ],
+)
+def test_settings_that_are_none_are_refused_by_name(tmp_path: Path, change, key: str):
+    """No name in a file becomes code."""
+    assert f"The network's setting {key} is not understood" in refusal(make(tmp_path / "vqvae", change))
+
+
+class _Runs:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def _saved(value: object) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, _saved, lambda _: b"<html>404</html>", lambda _: b""])
+def test_weights_that_are_none_are_refused_and_not_run(tmp_path: Path, dump: Callable[[object], bytes]):
+    """A pickle, a page, nothing at all: in place of safetensors, with the right hash."""
+    with artifact.writing(tmp_path / "vqvae", "vqvae", {"network": model_file.network_meta(CONFIG)}) as folder:
+        (folder / model_file.WEIGHTS).write_bytes(dump(_Runs(tmp_path / "ran")))
+    assert model_file.WEIGHTS in refusal(tmp_path / "vqvae")
+    assert not (tmp_path / "ran").exists()
