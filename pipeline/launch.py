@@ -26,6 +26,7 @@ from stages.config import Params
 from stages.errors import UserError, of_a_file
 from stages.formats import artifact
 from stages.runtime import tracking
+from stages.runtime.journal import without_secrets
 from stages.runtime.run import Run
 
 RUNS = Path("runs")
@@ -241,16 +242,17 @@ def report(error: BaseException, folder: Path) -> int:
     """Print an error as its reader needs it; return the exit status."""
     mistake = _user_error(error) or of_a_file(error)
     if mistake is not None:
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {without_secrets(str(mistake))}", file=sys.stderr)
         return mistake.code
     log = folder / "error.log"
+    trace = without_secrets("".join(traceback.format_exception(error))).encode(errors="backslashreplace")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        log.write_bytes(trace)
     except OSError:  # what fails on a full or a read-only disk is told there too
         log = Path(tempfile.gettempdir()) / "vqvae2-error.log"
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    first = (str(error).strip() or "no message").splitlines()[0]
+        log.write_bytes(trace)
+    first = (without_secrets(str(error)).strip() or "no message").splitlines()[0]
     print(f"error: {type(error).__name__}: {first}\n  traceback: {log}", file=sys.stderr)
     return 1
 

@@ -232,7 +232,7 @@ def without_secrets(value: Any) -> Any:
     return _CREDENTIALS.sub("://***@", value) if isinstance(value, str) else value
 
 
-_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+_CREDENTIALS = re.compile(r"://([^/@\s]+|[^/:@\s]+:(?!\d+/)\S+)@")  # behind a colon any sign; but not behind a port
 _SECRET_NAME = re.compile(r"password|secret|token|credential|api_?key", re.IGNORECASE)
 
 

@@ -127,6 +127,14 @@ def test_an_unexpected_error_is_one_line_and_a_file(tmp_path, capsys):
     assert "Traceback" in (tmp_path / "error.log").read_text()
 
 
+@pytest.mark.parametrize("kind", [UserError, ValueError])
+def test_no_error_shows_a_password(kind, tmp_path, capsys):
+    """Whoever put the address with it into words, in whatever bytes, and also in the file."""
+    launch.report(kind("Nothing answers at s3://me:hunter2@bucket/runs\udcff."), tmp_path)
+    shown = capsys.readouterr().err + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "s3://***@bucket/runs" in shown and "hunter2" not in shown
+
+
 def test_a_stage_asked_to_stop_ends_even_if_the_request_gets_lost():
     """A library that swallows the exception cannot keep the process."""
     script = "import os, signal, time; from pipeline import launch; launch.PATIENCE_SECONDS = 0.2\n"

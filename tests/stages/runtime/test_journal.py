@@ -120,7 +120,9 @@ def test_secrets_do_not_reach_the_journal(tmp_path):
 
     assert "hunter2" not in journal.path.read_text()
     assert entries(journal)[0]["params"] == {"source": "https://***@host/images", "api_key": "***"}
-    assert without_secrets("https://host/a@b") == "https://host/a@b"
+    assert without_secrets("s3://me:hunt/er@2@bucket/a, then more") == "s3://***@bucket/a, then more"
+    for harmless in ("https://host/a@b", "https://host:8080/a@b"):
+        assert without_secrets(harmless) == harmless
 
 
 def test_final_numbers_are_those_the_stage_wrote_or_the_last_of_each_curve(tmp_path):
