@@ -129,8 +129,10 @@ def test_an_unexpected_error_is_one_line_and_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [UserError, ValueError])
 def test_no_error_shows_a_password(kind, tmp_path, capsys):
-    """Whoever put the address with it into words, in whatever bytes, and also in the file."""
-    launch.report(kind("Nothing answers at s3://me:hunter2@bucket/runs\udcff."), tmp_path)
+    """Whoever put the address with it into words, and also in the file, which may name what is no UTF-8."""
+    error = kind("Nothing answers at s3://me:hunter2@bucket/runs.")
+    error.__cause__ = OSError("\udcff.png")
+    launch.report(error, tmp_path)
     shown = capsys.readouterr().err + "".join(path.read_text() for path in tmp_path.iterdir())
     assert "s3://***@bucket/runs" in shown and "hunter2" not in shown
 
