@@ -1,7 +1,10 @@
 """Joining a cluster, or being told at once that there is none."""
 
+import ast
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import psutil
@@ -44,3 +47,19 @@ def test_a_storage_that_is_no_url_is_refused():
     """With what to write in its place."""
     with pytest.raises(ValueError, match=r"storage is 'bucket/prefix'; use a URL such as s3://bucket/prefix"):
         ClusterConfig(storage="bucket/prefix")
+
+
+@pytest.mark.parametrize("set_before", [{}, {"RAY_AUTH_TOKEN_PATH": "/token"}, {"RAY_ADDRESS": "host:6379"}])
+def test_a_cluster_of_ours_asks_for_a_token(set_before):
+    """One that nobody can guess, unless the user has one; a cluster of the user's is left as it is."""
+    code = "import os, stages.runtime.cluster; print([os.environ.get(f'RAY_AUTH_{n}') for n in ('MODE', 'TOKEN')])"
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
+    said = [
+        ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True, env=others | set_before))
+        for _ in range(2)
+    ]
+    assert [mode for mode, _ in said] == [None if "RAY_ADDRESS" in set_before else "token"] * 2
+    if set_before:
+        assert [token for _, token in said] == [None, None]
+    else:
+        assert said[0][1] != said[1][1] and len(said[0][1]) == 64
