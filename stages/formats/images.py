@@ -107,8 +107,11 @@ def _flatten(image: Image.Image, background: str, notes: list[str]) -> Image.Ima
         raise RejectedImage(f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit")
     if image.mode.startswith("I;16"):
         notes.append("16-bit grey: scaled to 8 bit")
+        values, clear = np.asarray(image), image.info.get("transparency")
         # convert() would clip at 255. 65535 / 257 is 255.
-        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
+        image = Image.fromarray(np.rint(values.astype(np.float64) / 257).astype(np.uint8))
+        if clear is not None:  # one of the 65,536 values
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         notes.append("transparency: laid on the background")
         below = Image.new("RGBA", image.size, ImageColor.getrgb(background))

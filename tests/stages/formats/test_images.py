@@ -147,7 +147,7 @@ def test_pixels_without_a_fixed_range_are_rejected():
 
 @pytest.mark.parametrize("background", ["#ffffff", "#102030"])
 def test_transparent_pixels_show_the_background_only(background):
-    """Colours hidden under alpha 0 do not come through; half alpha mixes; so for RGBA, LA and a palette."""
+    """Colours hidden under alpha 0 do not come through; half alpha mixes; in RGBA, LA, a palette, 16-bit grey."""
     below = np.array([int(background[index : index + 2], 16) for index in (1, 3, 5)])
     hidden = np.dstack([picture(), np.zeros((SIZE, SIZE), "u1")])
     decoded = decode(file(Image.fromarray(hidden)), config(background=background))
@@ -158,6 +158,11 @@ def test_transparent_pixels_show_the_background_only(background):
     palette = Image.new("P", (SIZE, SIZE), 0)
     palette.putpalette([9, 9, 9])
     assert (decode(file(palette, transparency=0), config(background=background)).pixels == below).all()
+    grey = np.full((SIZE, SIZE), 300, np.uint16)
+    grey[0] = 301  # the same once there are 8 bits
+    data = file(Image.fromarray(grey), transparency=300)
+    pixels = decode(data, config(background=background)).pixels
+    assert (pixels[1:] == below).all() and (pixels[0] == 1).all()
 
 
 def test_other_colour_modes_become_rgb():
