@@ -27,6 +27,7 @@ from stages.formats import artifact
 from stages.formats.artifact import Artifact
 
 KIND = "codes"
+_BESIDE = {"key": pa.string(), "copy": pa.uint16(), "label": pa.int32()}  # the levels
 ROWS_PER_GROUP = 16_384  # large enough that each group's own dictionary of entries weighs little
 
 
@@ -131,9 +132,8 @@ def write_part(
 ) -> None:
     """Write one file of codes, whole or not at all. `meta` is kept in the file's own schema."""
     columns: dict[str, pa.Array] = {
-        "key": pa.array(keys, pa.string()),
-        "copy": pa.array(copies, pa.uint16()),
-        "label": pa.array(labels, pa.int32()),
+        name: pa.array(values, kind)
+        for (name, kind), values in zip(_BESIDE.items(), (keys, copies, labels), strict=True)
     }
     for level, shape in levels.items():
         grids = np.ascontiguousarray(codes[level], dtype=np.uint16).reshape(-1, shape.height, shape.width)
@@ -158,18 +158,25 @@ class _Opened:
     def read(self, levels: Mapping[str, Grid]) -> CodeSet:
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                table = file.read(["key", "copy", "label", *levels])
+                table = file.read([*_BESIDE, *levels])
         except (OSError, pa.ArrowException) as error:
             raise self._wrong(f"The codes cannot be read: {error}") from error
+        for name, kind in _BESIDE.items():
+            self._check(table, name, kind)
         codes = {level: self._checked(table, level, shape) for level, shape in levels.items()}
         labels, copies = table["label"].to_numpy().astype(np.int64), table["copy"].to_numpy()
         return CodeSet(codes, labels, copies, table["key"].to_pylist())
 
+    def _check(self, table: pa.Table, name: str, kind: pa.DataType) -> None:
+        times = table.schema.names.count(name)
+        found = table.schema.field(name).type if times == 1 else "too much" if times else "nothing"
+        if found == kind and table[name].null_count:
+            found = "gaps"
+        if found != kind:
+            raise self._wrong(f"Column {name} holds {found}, not {kind}.")
+
     def _checked(self, table: pa.Table, level: str, shape: Grid) -> np.ndarray:
-        expected = pa.fixed_shape_tensor(pa.uint16(), (shape.height, shape.width))
-        found = table.schema.field(level).type if level in table.schema.names else "nothing"
-        if found != expected:
-            raise self._wrong(f"Column {level} holds {found}, not {expected}.")
+        self._check(table, level, pa.fixed_shape_tensor(pa.uint16(), (shape.height, shape.width)))
         grids = _grids(table, level, shape)
         if grids.size and grids.max() >= shape.entries:
             raise self._wrong(f"Column {level} holds code {grids.max()}, but its codebook has {shape.entries} entries.")

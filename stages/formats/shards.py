@@ -256,7 +256,10 @@ def read_part(part: Part) -> ImageSet:
 
 def _read_index(folder: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
     try:
-        return pq.read_table(folder / INDEX, schema=SCHEMA, filters=filters, page_checksum_verification=True)
+        table = pq.read_table(folder / INDEX, schema=SCHEMA, filters=filters, page_checksum_verification=True)
+        if gaps := [name for name in SCHEMA.names if table[name].null_count]:  # so is a column that is not there
+            raise pa.ArrowInvalid(f"it lacks values of {', '.join(gaps)}")
+        return table
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{INDEX} cannot be read: {error}",

@@ -38,6 +38,10 @@ def _top(column: pa.Array) -> Callable[[Path], None]:
     return _rewritten(lambda table: table.set_column(table.schema.get_field_index("top"), "top", column))
 
 
+def _label(column: pa.Array) -> Callable[[Path], None]:
+    return _rewritten(lambda table: table.set_column(table.schema.get_field_index("label"), "label", column))
+
+
 def _cut(part: float) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
 
@@ -77,8 +81,11 @@ def test_what_was_written_is_read_back(tmp_path: Path):
         (_top(_grids(1, height=3)), r"Column top holds .*\[3,2\]"),
         (_top(pa.ExtensionArray.from_storage(_Foreign(), pa.array(range(5), pa.int32()))), "Column top holds int32"),
         (_top(_grids(9)), "Column top holds code 9, but its codebook has 8 entries"),
+        (_rewritten(lambda table: table.drop(["label"])), "Column label holds nothing"),
+        (_rewritten(lambda table: table.append_column("key", table["key"])), "Column key holds too much"),
+        (_label(pa.array(["cat"] * 5)), "Column label holds string, not int32"),
+        (_label(pa.nulls(5, pa.int32())), "Column label holds gaps"),
     ],
-    ids=["empty", "half", "cut", "page", "no column", "numbers", "wide", "tall", "extension", "range"],
 )
 def test_what_are_no_codes_is_refused_by_file(tmp_path: Path, change: Callable[[Path], object], says: str):
     """Also where the manifest agrees; with the command that makes them anew."""

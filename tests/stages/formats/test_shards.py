@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -219,6 +220,21 @@ def test_a_damaged_index_is_refused(folder):
         assert shards.INDEX in refusal(lambda: open_shards(folder))
     index.unlink()
     assert shards.INDEX in refusal(lambda: open_shards(folder))
+
+
+@pytest.mark.parametrize("column", ["label", "offset", "shard", "sha256"])
+@pytest.mark.parametrize("way", ["gone", "empty", "text"])
+def test_an_index_of_another_shape_is_refused(folder, column, way):
+    """A column that is not there, or holds nothing or something else, in an index that its manifest agrees with."""
+    table, index = pq.read_table(folder / shards.INDEX), folder / shards.INDEX
+    values = {"gone": None, "empty": pa.nulls(9, table[column].type), "text": pa.array([["?"]] * 9)}[way]
+    table = table.drop([column])
+    pq.write_table(table if values is None else table.append_column(column, values), index)
+    manifest = json.loads((folder / artifact.MANIFEST).read_text())
+    manifest["files"][shards.INDEX] = {"bytes": index.stat().st_size, "sha256": artifact.sha256(index)}
+    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
+    message = refusal(lambda: open_shards(folder))
+    assert f"{shards.INDEX} cannot be read" in message and (way == "text" or f"lacks values of {column}" in message)
 
 
 def test_the_index_has_page_checksums(folder):
