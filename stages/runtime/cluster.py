@@ -21,8 +21,10 @@ from stages.errors import UserError
 CONNECT_SECONDS = 5.0
 OURS = "VQVAE2_PRIVATE_CLUSTER"  # set beside RAY_ADDRESS when the cluster was started here
 PACKAGES = Path(__file__).parents[2]  # where pipeline/, stages/ and models/ lie
+LOOPBACK, LOOPBACK_ONLY = "127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens there on any system
 if not os.environ.get("RAY_ADDRESS"):
-    # Here rather than where the cluster is started: Ray reads its token when it is first imported, by whomever.
+    # Here rather than where the cluster is started: Ray reads all this when it is first imported, by whomever.
+    os.environ.setdefault(LOOPBACK_ONLY, "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -38,7 +40,7 @@ def local_cluster(config: ClusterConfig) -> Iterator[dict[str, str]]:
     with _started(config) as address:
         yield {
             "RAY_ADDRESS": address,
-            **{name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")},
+            **{name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH_", LOOPBACK_ONLY))},
             OURS: "1",
         }
 
@@ -92,10 +94,14 @@ def name_interface() -> None:
 
     Left alone it takes what the host's name resolves to, which is loopback on many systems.
     """
-    import psutil
     import ray.util
 
-    here = ray.util.get_node_ip_address()
+    _name_interface(ray.util.get_node_ip_address())
+
+
+def _name_interface(here: str) -> None:
+    import psutil
+
     for name, addresses in psutil.net_if_addrs().items():
         if here in (address.address for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -112,6 +118,8 @@ def _reach(address: str) -> None:
 def _started(config: ClusterConfig) -> Iterator[str]:
     import ray
 
+    if os.environ.get(LOOPBACK_ONLY) == "0":
+        _name_interface(LOOPBACK)
     _init(
         address="local",
         # One CPU more than the workers take: the processes that only coordinate must never wait for one.
