@@ -58,7 +58,10 @@ class Checkpoints:
         return cls(run.work, run.fingerprint, keep, run.reporter.note, run.storage)
 
     def latest(self) -> State | None:
-        """Read the newest whole and intact checkpoint that is here, if there is one."""
+        """Read the newest whole and intact checkpoint that is here; None if there is none at all.
+
+        Raises UserError if all are damaged: the next call then finds none.
+        """
         steps = sorted((_step(path) for path in self.folder.glob("step-*[0-9]")), reverse=True)
         for step in steps:
             folder = self._folder(step)
@@ -71,6 +74,14 @@ class Checkpoints:
             if state.step < steps[0]:
                 self.note(f"Going on from step {state.step}; {steps[0] - state.step} steps are lost.")
             return state
+        if steps:
+            raise UserError(
+                f"No checkpoint is intact: {steps[0]} steps are lost. The damaged ones are kept, as step-*.damaged.",
+                where=self.folder,
+                fix="Put an intact copy of one in its place, if you have it, and run the same command again: it goes on "
+                "from there, or else begins at step 0.",
+                code=5,
+            )
         return None
 
     def _read(self, folder: Path) -> State:

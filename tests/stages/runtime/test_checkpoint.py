@@ -98,7 +98,24 @@ def test_a_missing_file_falls_back_to_the_checkpoint_before(checkpoints: Checkpo
 
 def test_a_checkpoint_of_other_settings_is_not_used(checkpoints: Checkpoints, tmp_path: Path):
     """The fingerprint decides, not the folder."""
-    assert Checkpoints(tmp_path, "another", keep=2).latest() is None
+    with pytest.raises(UserError, match="No checkpoint is intact"):
+        Checkpoints(tmp_path, "another", keep=2).latest()
+
+
+def test_where_no_checkpoint_is_intact_training_does_not_begin_anew_unasked(checkpoints: Checkpoints, tmp_path: Path):
+    """It says what is lost and waits to be asked again; what was put in place meanwhile is used."""
+    intact = (tmp_path / "step-000000005" / "state.safetensors").read_bytes()
+    for path in tmp_path.glob("step-*/state.safetensors"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError) as told:
+        checkpoints.latest()
+    assert told.value.what.startswith("No checkpoint is intact: 10 steps are lost.")
+    assert (told.value.where, told.value.code) == (str(tmp_path), 5)
+    assert checkpoints.latest() is None
+    folder = (tmp_path / "step-000000005.damaged").rename(tmp_path / "step-000000005")
+    (folder / "state.safetensors").write_bytes(intact)
+    found = checkpoints.latest()
+    assert found is not None and found.step == 5
 
 
 def test_weights_that_are_not_finite_are_never_kept(checkpoints: Checkpoints):
