@@ -20,8 +20,10 @@ DEFAULTS = {
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    # Ray Train: notice the end of a job sooner, print once, and do not ask a cloud about preemption.
+    # Ray Train: notice the end of a job sooner, and a worker that does not answer after a minute instead of ten; print
+    # once, and do not ask a cloud about preemption.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
