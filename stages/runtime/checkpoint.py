@@ -78,8 +78,8 @@ class Checkpoints:
             raise UserError(
                 f"No checkpoint is intact: {steps[0]} steps are lost. The damaged ones are kept, as step-*.damaged.",
                 where=self.folder,
-                fix="Put an intact copy of one in its place, if you have it, and run the same command again: it goes on "
-                "from there, or else begins at step 0.",
+                fix="Put an intact copy of one in its place, if you have it, and run the same command again: it goes "
+                "on from there, or else begins at step 0.",
                 code=5,
             )
         return None
