@@ -27,7 +27,7 @@ from stages.errors import UserError, of_a_file
 from stages.formats import artifact
 from stages.runtime import tracking
 from stages.runtime.journal import without_secrets
-from stages.runtime.run import Run
+from stages.runtime.run import Reporter, Run
 
 RUNS = Path("runs")
 WAIT = "Wait for it or stop it, then run the same command again."
@@ -66,7 +66,7 @@ def _run(module: str, level: str, folder: Path) -> None:
     settings = params.check(data)
     stage = dag.find(f"{module}_{level}" if level else module, dag.stages(data))
     inputs = digests(stage, settings)
-    fingerprint = fingerprint_of(stage, settings, inputs)
+    fingerprint, code = fingerprint_of(stage, settings, inputs), _code(stage)
     function = importlib.import_module(f"stages.{stage.module}").run
     work = folder / fingerprint[:16]
     with owned(folder):
@@ -87,6 +87,7 @@ def _run(module: str, level: str, folder: Path) -> None:
             run = Run(stage.name, fingerprint, work.absolute(), settings.cluster, reporter)
             function(*positionals(function, stage, settings), **keywords(function, stage, settings), run=run)
             _refuse_edits(stage, data)
+            _tell_edits(stage, code, reporter)
 
 
 def _refuse_edits(stage: dag.Stage, began_with: Mapping[str, Any]) -> None:
@@ -106,6 +107,20 @@ def _refuse_edits(stage: dag.Stage, began_with: Mapping[str, Any]) -> None:
             where=params.FILE,
             fix="Run the same command again, for the new values; for the old ones, put them back before.",
             code=2,
+        )
+
+
+def _tell_edits(stage: dag.Stage, began_with: Mapping[str, str], reporter: Reporter) -> None:
+    """Say which code is not the one that the stage began with: DVC notes down what it finds, as with settings.
+
+    What days of training have made is not refused for a comment that was mended meanwhile.
+    """
+    now = _code(stage)
+    edited = sorted(path for path in began_with.keys() | now.keys() if began_with.get(path) != now.get(path))
+    if edited:
+        reporter.note(
+            f"Edited while {stage.option} ran: {origin.few(edited)}. What it made is the earlier code's, and DVC "
+            f"takes it for that of the code as it is now. If this matters: vqvae2 run --force --stage {stage.option}"
         )
 
 
@@ -181,13 +196,18 @@ def _source_digest(source: Path) -> str:
 
 def fingerprint_of(stage: dag.Stage, settings: Params, inputs: Mapping[str, str]) -> str:
     """Name what a stage will make: a hash of its settings, its inputs and its code."""
+    settled = [(key, _plain(section)) for key, section in sections_of(stage, settings).items()]
+    whole = {"stage": stage.name, "settings": settled, "inputs": dict(inputs), "code": _code(stage)}
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _code(stage: dag.Stage) -> dict[str, str]:
+    """Digest the files that decide what a stage makes."""
     code: dict[str, str] = {}
     for entry in map(Path, stage.code):
         files = sorted(path for path in entry.rglob("*") if path.suffix == ".py") if entry.is_dir() else [entry]
         code |= {path.as_posix(): artifact.sha256(path) for path in files if path.is_file()}
-    settled = [(key, _plain(section)) for key, section in sections_of(stage, settings).items()]
-    whole = {"stage": stage.name, "settings": settled, "inputs": dict(inputs), "code": code}
-    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+    return code
 
 
 def _plain(section: Any) -> Any:

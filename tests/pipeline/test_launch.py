@@ -88,6 +88,29 @@ def test_settings_edited_while_a_stage_runs_are_not_taken_for_its_own(here, monk
         launch._run("shard", "", Path("runs/shard"))
 
 
+def test_code_edited_while_a_stage_runs_is_named(here, monkeypatch):
+    """What training has made is kept; that DVC takes it for the edited code's is said, with what to do."""
+    code, notes = Path("stages/shard.py"), []
+    code.parent.unlink()  # a link to the code itself
+    code.parent.mkdir()
+    code.write_text("# as it was\n")
+
+    def edited(*_, dataset, run):
+        code.write_text("# as it is\n")
+
+    edited.__signature__ = inspect.signature(shard.run)
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "note", notes.append)
+    monkeypatch.setattr(shard, "run", edited)
+    monkeypatch.setattr(launch.tracking, "open_run", lambda *_, **__: nullcontext(reporter))
+    launch._run("shard", "", Path("runs/shard"))
+    (told,) = notes
+    assert told.startswith("Edited while shard ran: stages/shard.py. ")
+    assert told.endswith("vqvae2 run --force --stage shard")
+    launch._run("shard", "", Path("runs/shard"))
+    assert notes == [told]
+
+
 def test_a_stage_is_owned_by_one_process(tmp_path):
     """The second owner is refused and told who the first is; afterwards the way is free."""
     with launch.owned(tmp_path / "vqvae"):
