@@ -4,6 +4,7 @@ import ipaddress
 import os
 import re
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -75,6 +76,15 @@ def arguments(project):
         "train_vqvae": project.train,
         "seed": 0,
     }
+
+
+def test_a_cluster_of_ours_listens_on_this_machine_alone(cluster):
+    """Ray's default is every interface; a token that travels in the clear is all that would stand before it."""
+    open_at = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            open_at |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert open_at and all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in open_at)
 
 
 def test_two_workers_learn_what_one_does_and_a_killed_one_is_replaced(cluster, arguments, project, tmp_path: Path):
@@ -154,15 +164,6 @@ def test_the_root_of_several_failures_is_the_one_that_the_others_followed(first:
     assert _root_cause({0: followed}) == (0, broken)
     assert _lost(first) == told
     assert _lost(broken) == "lost touch with another."
-
-
-def test_a_cluster_of_ours_listens_on_this_machine_alone(cluster):
-    """Ray's default is every interface; a token that travels in the clear is all that would stand before it."""
-    processes = psutil.Process().children(recursive=True)
-    open_at = {
-        each.laddr.ip for one in processes for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN
-    }
-    assert open_at and all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in open_at)
 
 
 def test_more_than_the_cluster_has_is_refused_at_once(cluster, tmp_path: Path):
