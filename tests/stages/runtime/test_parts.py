@@ -75,12 +75,13 @@ def test_a_users_error_in_a_worker_is_shown_as_it_is(run: Run, tmp_path: Path):
     assert caught.value.code == 4 and caught.value.fix == "Mend it."
 
 
-def test_a_disk_that_takes_nothing_is_an_answer_too(tmp_path: Path):
+def test_a_disk_that_takes_nothing_is_an_answer_too(tmp_path: Path, monkeypatch):
     """It names the work folder where the system names nothing; other errors are for Ray to raise."""
 
     def full(part: dict) -> dict:
         raise OSError(part["number"], os.strerror(part["number"]))
 
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # it would hold for all tests that follow
     call = parts_module._Call(lambda: full, (), Run("codes", "f", tmp_path, ClusterConfig()), None)
     answer = unpacked(call({"number": 0, "part": json.dumps({"number": errno.ENOSPC})})["result"])["user_error"]
     assert answer["what"] == "No space left on device." and answer["where"] == str(tmp_path) and answer["code"] == 3
