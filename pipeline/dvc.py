@@ -157,9 +157,10 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 class _forwarded:
-    """Pass SIGTERM and SIGINT to DVC's process group as SIGINT, wait, and insist."""
+    """Pass what asks us to end to DVC's process group as SIGINT, wait, and insist.
 
-    # DVC ends in good order on SIGINT only: on SIGTERM it leaves its stage running.
+    DVC ends in good order on SIGINT only: on SIGTERM it leaves its stage running.
+    """
 
     def __init__(self, process: subprocess.Popen[str], outcome: Outcome):
         self.process, self.outcome = process, outcome

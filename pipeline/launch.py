@@ -66,7 +66,8 @@ def _run(module: str, level: str, folder: Path) -> None:
     settings = params.check(data)
     stage = dag.find(f"{module}_{level}" if level else module, dag.stages(data))
     inputs = digests(stage, settings)
-    fingerprint, code = fingerprint_of(stage, settings, inputs), _code(stage)
+    code = code_of(stage)
+    fingerprint = fingerprint_of(stage, settings, inputs, code)
     function = importlib.import_module(f"stages.{stage.module}").run
     work = folder / fingerprint[:16]
     with owned(folder):
@@ -115,7 +116,7 @@ def _tell_edits(stage: dag.Stage, began_with: Mapping[str, str], reporter: Repor
 
     What days of training have made is not refused for a comment that was mended meanwhile.
     """
-    now = _code(stage)
+    now = code_of(stage)
     edited = sorted(path for path in began_with.keys() | now.keys() if began_with.get(path) != now.get(path))
     if edited:
         reporter.note(
@@ -194,14 +195,14 @@ def _source_digest(source: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(stage: dag.Stage, settings: Params, inputs: Mapping[str, str]) -> str:
+def fingerprint_of(stage: dag.Stage, settings: Params, inputs: Mapping[str, str], code: Mapping[str, str]) -> str:
     """Name what a stage will make: a hash of its settings, its inputs and its code."""
     settled = [(key, _plain(section)) for key, section in sections_of(stage, settings).items()]
-    whole = {"stage": stage.name, "settings": settled, "inputs": dict(inputs), "code": _code(stage)}
+    whole = {"stage": stage.name, "settings": settled, "inputs": dict(inputs), "code": dict(code)}
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
-def _code(stage: dag.Stage) -> dict[str, str]:
+def code_of(stage: dag.Stage) -> dict[str, str]:
     """Digest the files that decide what a stage makes."""
     code: dict[str, str] = {}
     for entry in map(Path, stage.code):

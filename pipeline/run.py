@@ -189,7 +189,7 @@ def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage
     for stage in (stages[name] for name in (*outcome.kept, *outcome.restored) if name in stages):
         with suppress(UserError):  # an input is gone, so nobody can say which run made the output
             inputs = launch.digests(stage, settings)
-            fingerprint = launch.fingerprint_of(stage, settings, inputs)
+            fingerprint = launch.fingerprint_of(stage, settings, inputs, launch.code_of(stage))
             tracking.link_cached(
                 parent[tracking.PARENT],
                 stage.name,

@@ -34,7 +34,7 @@ def here(project, monkeypatch):
 def fingerprint() -> str:
     settings = params.load()
     stage = dag.stages(params.read())["vqvae"]
-    return launch.fingerprint_of(stage, settings, launch.digests(stage, settings))
+    return launch.fingerprint_of(stage, settings, launch.digests(stage, settings), launch.code_of(stage))
 
 
 def test_a_stage_is_found_by_either_name():
