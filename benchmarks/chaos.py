@@ -9,14 +9,12 @@ Needs Linux and root, for private namespaces.
 """
 
 import argparse
-import json
 import random
 import re
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +112,7 @@ class Chaos:
     def _kill(self, project: Project, job: Job, kind: str, process: psutil.Process) -> Job:
         number = self.random.choice((signal.SIGKILL, signal.SIGTERM))
         stage, before = at_work(job), len(job.output)
-        step = steps_done(project, stage)
+        step = project.reported_step(stage)
         kill = Kill(len(self.done) + 1, f"{number.name} {kind}", f"{stage} {step}".removesuffix(" 0"))
         self.done.append(kill)
         self.excused = True
@@ -161,19 +159,6 @@ class Chaos:
 def at_work(job: Job) -> str:
     """Name the stage that runs."""
     return (re.findall(r"^(\w+) +runs:", job.output, re.MULTILINE) or ["-"])[-1]
-
-
-def steps_done(project: Project, stage: str) -> int:
-    """The last step a stage has reported; 0 for one that does not count steps."""
-
-    def steps() -> Iterator[int]:
-        for path in (project.folder / "runs" / stage).rglob("journal.jsonl"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                if entry["kind"] == "metrics" and any(name.startswith("train/") for name in entry["values"]):
-                    yield entry["step"]
-
-    return max(steps(), default=0)
 
 
 def row(kill: Kill) -> str:

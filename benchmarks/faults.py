@@ -211,8 +211,7 @@ class Bench:
         points = project.folder.parent / "points.db"
         server = ("mlflow", "server", "--workers", "1", "--port", "5000", "--backend-store-uri", f"sqlite:///{points}")
         with Namespace() as namespace:
-            started = namespace.start(project, *server, log="server")
-            wait_for(started, "startup complete")
+            wait_for(namespace.start(project, *server, log="server"), "startup complete")
             job = namespace.start(project, *command("vqvae"), log="dead")
             until(lambda: fell(project) or job.ended, PATIENCE, lambda: job.output)
             for process in namespace.processes():
@@ -244,9 +243,9 @@ class Bench:
             slow = ",".join(f"slow@vqvae:0:{step + 3}" for step in LOSSES)
 
             def lose(step: int, way: Callable[[int], None]) -> tuple[int, float]:
-                until(lambda: job.ended or last_reported(project) > step + 2, PATIENCE, lambda: job.output)
+                until(lambda: job.ended or project.reported_step("vqvae") > step + 2, PATIENCE, lambda: job.output)
                 nodes.wait_for_checkpoint(step)
-                made = last_reported(project)
+                made = project.reported_step("vqvae")
                 way(next(iter(nodes.workers())))
                 return made, time.time()
 
@@ -256,25 +255,25 @@ class Bench:
                 lambda number: nodes.raylet(number).kill(),
                 nodes.cut,
             )
-            for (step, (what, plain)), way in zip(LOSSES.items(), ways, strict=False):
+            *spared, (last, (what_last, plain_last)) = LOSSES.items()
+            for (step, (what, plain)), way in zip(spared, ways, strict=True):
                 made, began = lose(step, way)
                 wait_for(job, f"Resuming at step {step} of")
                 seconds = f"{time.time() - began:.1f}"
                 yield row(f"{what}, nodes apart", "vqvae", "goes on by itself", str(made - step), seconds, plain)
-            step, (what, plain) = LOSSES.popitem()
-            made, began = lose(step, ways[1])
+            made, began = lose(last, ways[1])
             happened, seconds = ending(job, 600), time.time() - began
             if not job.wait().status:
                 raise SystemExit(job.output)
             nodes.add(5)
             began = time.time()
             job = nodes.run(*ON_NODES, log="nodes-again")
-            wait_for(job, f"Resuming at step {step} of")
+            wait_for(job, f"Resuming at step {last} of")
             happened += f" after {seconds:.1f} s; goes on when run again, with another node"
             seconds += time.time() - began
             if (done := job.wait()).status or project.digests("vqvae") != alone.digests("vqvae"):
                 raise SystemExit(done.output)
-            yield row(f"{what}, nodes apart", "vqvae", happened, str(made - step), f"{seconds:.1f}", plain)
+            yield row(f"{what_last}, nodes apart", "vqvae", happened, str(made - last), f"{seconds:.1f}", plain_last)
 
 
 def command(stage: str, *words: str) -> tuple[str, ...]:
@@ -287,13 +286,6 @@ def fell(project: Project) -> float:
     """When the fault came; 0 while it has not."""
     markers = (project.folder / "runs").rglob(f"fault-*-{FALL}")
     return max((path.stat().st_mtime for path in markers), default=0.0)
-
-
-def last_reported(project: Project) -> int:
-    """The last step of training that a journal knows; 0 where there is none."""
-    journals = (project.folder / "runs" / "vqvae").rglob("journal.jsonl")
-    found = (re.findall(r'"step": (\d+), "values": {"train/', path.read_text()) for path in journals)
-    return max((int(steps[-1]) for steps in found if steps), default=0)
 
 
 def resumed_at(job: Job) -> str:

@@ -3,6 +3,7 @@
 Used by the tests beside it and by benchmarks/chaos.py.
 """
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from stages.formats import artifact
+from stages.runtime.journal import JOURNAL
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ("-S", "experiment=smoke")
@@ -121,6 +123,18 @@ class Project:
         """The step of the newest checkpoint of a stage; 0 where there is none."""
         steps = (self.folder / "runs" / stage).glob("*/step-*[0-9]")
         return max((int(path.name.removeprefix("step-")) for path in steps), default=0)
+
+    def reported_step(self, stage: str) -> int:
+        """The last step a stage has reported; 0 for one that does not count steps."""
+
+        def steps() -> Iterator[int]:
+            for path in (self.folder / "runs" / stage).rglob(JOURNAL):
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    entry = json.loads(line)
+                    if entry["kind"] == "metrics" and any(name.startswith("train/") for name in entry["values"]):
+                        yield entry["step"]
+
+        return max(steps(), default=0)
 
 
 class Namespace:
