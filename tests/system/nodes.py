@@ -9,7 +9,6 @@ import secrets
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 from projects import ROOT, Job, Namespace, Project, until
@@ -38,7 +37,8 @@ class Nodes:
                 "AWS_ACCESS_KEY_ID": "test",
                 "AWS_SECRET_ACCESS_KEY": "test",
                 "AWS_DEFAULT_REGION": "us-east-1",
-                "XDG_CACHE_HOME": str(Path(tempfile.gettempdir(), "cache-of-node")),
+                # Of its own: the markers of faults lie there, and those of another run would keep faults away.
+                "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="cache-of-node-"),
             },
         )
         namespace.say("mount -t tmpfs none /run; mkdir /run/netns")  # where `ip` keeps the names of networks
