@@ -27,6 +27,7 @@ class Nodes:
 
     def __init__(self, namespace: Namespace, project: Project, count: int):
         self.namespace = namespace
+        self.alone: set[int] = set()  # nodes without a cable: what runs there may live on for a while
         self.project = replace(
             project,
             environment={
@@ -69,6 +70,7 @@ class Nodes:
 
     def cut(self, number: int) -> None:
         """Pull a node's cable."""
+        self.alone.add(number)
         self.namespace.say(f"ip link set veth{number} down")
 
     def wait_for_checkpoint(self, step: int) -> None:
@@ -76,9 +78,9 @@ class Nodes:
         wait_for(self.store, f"GET [^ ]*/step-{step:09d}/manifest.json")
 
     def workers(self) -> dict[int, psutil.Process]:
-        """Find the training workers on other nodes than the head, by the number of their node."""
+        """Find the training workers on other nodes than the head that can be reached, by the number of their node."""
         found = {_node(process.parent()): process for process in self.namespace.find("worker")}
-        return {number: process for number, process in sorted(found.items()) if number != HEAD}
+        return {number: process for number, process in sorted(found.items()) if number not in {HEAD, *self.alone}}
 
     def raylet(self, number: int) -> psutil.Process:
         """Find the process that makes a node one of the cluster's."""
