@@ -73,7 +73,7 @@ def run(
     }
     with artifact.writing(out, KIND, meta) as folder:
         for result in written:
-            (work / result["file"]).rename(folder / result["file"])
+            artifact.link_or_copy(work / result["file"], folder / result["file"])
     rows, size = sum(result["rows"] for result in written), sum(result["bytes"] for result in written)
     per_row = sum(level.height * level.width for level in levels.values())
     bits = [level.height * level.width * math.log2(level.entries) for level in levels.values()]
@@ -112,7 +112,7 @@ class Encode:
         images = read_part(shard)
         path = self.out / Path(shard.shard).with_suffix(".parquet").name
         count, copies = len(images), part["copies"]
-        if not path.exists():
+        if not artifact.is_sealed(path):
             grids = [self._encode(images, range(count), copy) for copy in range(copies)]
             write_part(
                 path,
@@ -123,6 +123,7 @@ class Encode:
                 [str(key) for key in images.keys] * copies,
                 {"levels": {name: level._asdict() for name, level in self.levels.items()}, "vqvae": self.fingerprint},
             )
+            artifact.seal(path)
         return {"file": path.name, "rows": count * copies, "bytes": path.stat().st_size}
 
     @torch.inference_mode()

@@ -130,7 +130,7 @@ class Measurer:
     def __call__(self, part: Part) -> Result:
         measure, of, start, stop = part["measure"], part["of"], part["start"], part["stop"]
         kept = self.work / f"{measure}-{of}-{start}-{stop}.npz"
-        if not kept.exists():
+        if not artifact.is_sealed(kept):
             measures: dict[str, Callable[[str, int, int], dict[str, Any]]] = {
                 "distortion": self.distortion,
                 "likelihood": self.likelihood,
@@ -140,6 +140,7 @@ class Measurer:
             }
             with artifact.replacing(kept) as temporary:
                 temporary.write_bytes(packed(measures[measure](of, start, stop)))
+            artifact.seal(kept)
         return unpacked(kept.read_bytes())
 
     def distortion(self, split: str, start: int, stop: int) -> dict[str, Any]:

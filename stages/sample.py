@@ -60,7 +60,7 @@ def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int
     with artifact.writing(out, KIND, meta) as folder:
         for result in written:
             for name in result["files"]:
-                (work / name).rename(folder / name)
+                artifact.link_or_copy(work / name, folder / name)
         first = written[: math.ceil(SHOWN / sample.images_per_part)]
         found = places(folder / name for result in first for name in result["files"] if name.endswith(".tar"))
         shown = np.stack([read_image(found[number]) for number in range(min(SHOWN, sample.count))])
@@ -181,8 +181,11 @@ class Draw:
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         files = [f"samples-{part['number']:05d}.{extension}" for extension in ("parquet", "tar")]
-        if not all((self.out / name).exists() for name in files):
-            self._write(part["start"], part["labels"], *(self.out / name for name in files))
+        paths = [self.out / name for name in files]
+        if not all(map(artifact.is_sealed, paths)):
+            self._write(part["start"], part["labels"], *paths)
+            for path in paths:
+                artifact.seal(path)
         return {"files": files}
 
     def _write(self, start: int, labels: list[int], codes_path: Path, images_path: Path) -> None:

@@ -11,8 +11,6 @@ settings give the same bytes, on however many workers, and a rerun keeps the sha
 import csv
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -65,7 +63,7 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
     meta = {"image_size": dataset.image_size, "classes": listing.classes, "settings": settings, **counts}
     with artifact.writing(out, KIND, meta) as folder:
         for shard in [shard_rows[0].shard for shard_rows in rows if shard_rows]:
-            _link_or_copy(run.work / shard, folder / shard)
+            artifact.link_or_copy(run.work / shard, folder / shard)
         write_index(folder / INDEX, filter(None, rows))
         with (folder / REJECTED).open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
@@ -74,9 +72,6 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
     metrics.parent.mkdir(parents=True, exist_ok=True)
     numbers = {"images": counts["images"], "classes": len(listing.classes)} | {name: counts[name] for name in _NUMBERS}
     metrics.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    for part in parts:  # only now: until the artifact stands, they are what a rerun starts from
-        for path in run.work.glob(f"{part['shard']}*"):
-            path.unlink()
 
 
 class WriteShard:
@@ -95,7 +90,8 @@ class WriteShard:
     def _finished(self, shard: str) -> dict[str, Any] | None:
         try:
             report = json.loads(_report(self.work, shard).read_text("utf-8"))
-            return report if artifact.sha256(self.work / shard) == report["sha256"] else None
+            plan, whole = artifact.sha256(_plan_file(self.work, shard)), artifact.sha256(self.work / shard)
+            return report if (report["plan"], report["sha256"]) == (plan, whole) else None
         except (OSError, ValueError, KeyError):
             return None
 
@@ -132,6 +128,7 @@ class WriteShard:
             for image in kept
         ]
         report = {
+            "plan": artifact.sha256(_plan_file(self.work, shard)),
             "sha256": artifact.sha256(temporary),
             "rows": rows,
             "rejected": sorted(rejected),
@@ -225,10 +222,3 @@ def _report(work: Path, shard: str) -> Path:
 def _write_json(path: Path, value: object) -> None:
     with artifact.replacing(path) as temporary:
         temporary.write_text(json.dumps(value), encoding="utf-8")  # ASCII: names with stray bytes survive
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)

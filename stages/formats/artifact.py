@@ -90,6 +90,32 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def seal(path: Path) -> None:
+    """Note down beside a file what it holds, so that it can be told from what becomes of it."""
+    with replacing(_seal(path)) as temporary:
+        temporary.write_text(sha256(path), encoding="utf-8")
+
+
+def is_sealed(path: Path) -> bool:
+    """Say whether a file is here, and still what it was when it was sealed."""
+    try:
+        return _seal(path).read_text(encoding="utf-8") == sha256(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where it lies on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextmanager
 def writing(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
     """Yield an empty folder to write into; commit it as `folder` when the block ends without an error.

@@ -147,7 +147,16 @@ def test_a_rerun_keeps_finished_shards(tmp_path, monkeypatch):
         *("train-00001.tar", "train-00002.tar", "validation-00000.tar")
     ]
     assert files_of(tmp_path / "broken" / "out") == files_of(tmp_path / "unbroken" / "out")
-    assert not list((tmp_path / "broken" / "work").iterdir())
+
+
+def test_a_finished_shard_is_of_the_images_that_are_there_now(tmp_path):
+    """Images that came or went unnoticed meanwhile move others from shard to shard; none is lost, none twice."""
+    source = make(tmp_path / "images", IMAGES)
+    sharded(source, tmp_path / "before")
+    (source / "cat" / "0.png").unlink()
+    sharded(source, tmp_path / "before")
+    sharded(source, tmp_path / "anew")
+    assert files_of(tmp_path / "before" / "out") == files_of(tmp_path / "anew" / "out")
 
 
 def test_unusable_images_are_listed_and_the_others_kept(tmp_path):

@@ -96,3 +96,44 @@ def test_a_manifest_that_leaves_something_out_is_refused_when_that_is_needed(fol
     found = pickle.loads(pickle.dumps(artifact.read(folder, "thing")))
     with pytest.raises(UserError, match="The manifest does not say 'network'"):
         found.meta["network"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: (folder / artifact.MANIFEST).unlink(), "The thing is not complete."),
+        (lambda folder: folder.rename(folder.with_name("away")), "The thing does not exist."),
+        (lambda folder: _say(folder, kind="other"), "This is 'other' of format 1, not 'thing' of format 1."),
+        (lambda folder: _say(folder, format=2), "This is 'thing' of format 2, not 'thing' of format 1."),
+        (lambda folder: (folder / "inner" / "file").write_bytes(b"cut"), "inner/file holds 3 bytes, not 8."),
+        (lambda folder: (folder / "inner" / "file").unlink(), "inner/file is missing."),
+    ],
+)
+def test_what_is_no_such_artifact_is_told_with_the_stage_that_makes_it(folder: Path, change, says: str):
+    """The folder is named, and the command."""
+    change(folder)
+    with pytest.raises(UserError) as caught:
+        artifact.read(folder, "thing", made_by="make")
+    assert (caught.value.what, caught.value.where, caught.value.code) == (says, str(folder), 4) or (
+        caught.value.what == says and caught.value.where == str(folder / artifact.MANIFEST)
+    )
+    assert caught.value.fix == "Run: vqvae2 run --stage make"
+
+
+def _say(folder: Path, **values: object) -> None:
+    path = folder / artifact.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **values}))
+
+
+def test_a_seal_tells_what_has_become_of_a_file(tmp_path: Path):
+    """Unsealed, changed, cut and gone are all one: not what was sealed."""
+    path = tmp_path / "part"
+    path.write_bytes(b"contents")
+    assert not artifact.is_sealed(path)
+    artifact.seal(path)
+    assert artifact.is_sealed(path)
+    for data in (b"contentz", b"content", b""):
+        path.write_bytes(data)
+        assert not artifact.is_sealed(path)
+    path.unlink()
+    assert not artifact.is_sealed(path)
