@@ -80,25 +80,21 @@ def _problem(size: int) -> str:
 
 
 class FolderSource:
-    """Files under a folder, links followed; each real folder is entered once, so that no loop is endless."""
+    """Files under a folder. Links to files are followed; a link to a folder is refused, as DVC sees nothing in it."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def members(self) -> Iterator[Member]:
-        yield from self._walk("", set())
+        yield from self._walk("")
 
-    def _walk(self, prefix: str, entered: set[tuple[int, int]]) -> Iterator[Member]:
+    def _walk(self, prefix: str) -> Iterator[Member]:
         here = self.path / prefix
         try:
-            identity = here.stat()
             names = sorted(path.name for path in here.iterdir())
         except OSError as error:
             yield Member(prefix, 0, 0, error.strerror or "cannot be read")
             return
-        if (identity.st_dev, identity.st_ino) in entered:
-            return
-        entered.add((identity.st_dev, identity.st_ino))
         folders = []
         for name in (name for name in names if not _hidden(name)):
             path = f"{prefix}{name}"
@@ -108,13 +104,20 @@ class FolderSource:
                 yield Member(path, 0, 0, error.strerror or "cannot be read")
                 continue
             if stat.S_ISDIR(found.st_mode):
+                if (self.path / path).is_symlink():
+                    raise UserError(
+                        "This is a link to a folder: DVC does not see what is in it, and so no change there.",
+                        where=self.path / path,
+                        fix="Put the folder itself in its place, or hard links to its files: cp -rlL.",
+                        code=4,
+                    )
                 folders.append(path)
             elif stat.S_ISREG(found.st_mode):
                 yield Member(path, 0, found.st_size, _problem(found.st_size))
             else:
                 yield Member(path, 0, 0, "not a regular file")
         for path in folders:
-            yield from self._walk(f"{path}/", entered)
+            yield from self._walk(f"{path}/")
 
     def read(self, member: Member) -> bytes:
         try:
