@@ -6,6 +6,7 @@ before it is used. Where a storage is given, each is put there too, and what lie
 """
 
 import json
+import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from stages.runtime.storage import Storage, Unreachable, Unwritable
 
 KIND = "checkpoint"
 STATE, HISTORY = "state.safetensors", "history.json"
+MIB = 2**20
+SET_ASIDE = "None is needed: it is set aside, and the checkpoint before it is used."
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,12 @@ class Checkpoints:
         found.verify()
         # The manifest itself has no hash: what it says is held against what is known.
         if set(found.files) != {STATE, HISTORY} or found.meta.get("step") != _step(folder):
-            raise UserError("Its manifest is not what was written.", where=folder, code=5)
+            raise UserError("Its manifest is not what was written.", where=folder, fix=SET_ASIDE, code=5)
         if found.meta.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"It belongs to another run: {found.meta.get('fingerprint')}, not {self.fingerprint}.",
                 where=folder,
+                fix=SET_ASIDE,
                 code=5,
             )
         history = json.loads(found.path(HISTORY).read_text(encoding="utf-8"))
@@ -167,6 +171,25 @@ class Checkpoints:
         assert self.storage
         names = [name for name in self.storage.names() if re.fullmatch(r"step-\d+", name)]
         return sorted((int(name.removeprefix("step-")) for name in names), reverse=True)
+
+    def require_room(self, tensors: Mapping[str, Tensor], coming: int) -> None:
+        """Refuse a disk too small for the checkpoints that will lie here at a time, of `coming` that are to be written.
+
+        Raises UserError: hours of steps are lost where the disk is full before the first of them is whole.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        # One more than are kept: the oldest goes once the newest is there.
+        more = min(coming, self.keep + 1 - sum(1 for _ in self.folder.glob("step-*[0-9]")))
+        free = shutil.disk_usage(self.folder).free
+        if more * size > free:
+            raise UserError(
+                f"The disk is too small for checkpoints: {more} more, of {size / MIB:,.1f} MiB each, are to come, "
+                f"and {free / MIB:,.1f} MiB are free.",
+                where=f"{self.folder} on {platform.node()}",
+                fix="Free some space, or lower keep_checkpoints, then run the same command again.",
+                code=3,
+            )
 
     def save(self, state: State) -> None:
         """Copy the state and write it in the background; wait only if the one before is still on its way."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ Totals = dict[str, Tensor]  # sums of one or more numbers under a name; they add
 
 class Stopped(Exception):
     """The run was asked to stop; its state is saved."""
+
+
+class Apart(Exception):
+    """The workers would begin at different steps."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +106,17 @@ def train(
 ) -> None:
     """Train to the last step, going on from the newest checkpoint. Rank 0 saves and reports.
 
-    Raises Stopped after saving when the run is asked to stop, and UserError when the loss is no longer finite.
+    Raises Stopped after saving when the run is asked to stop, Apart when workers find different checkpoints, and
+    UserError when the loss is no longer finite.
     """
     objective.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(objective.network.parameters(), lr=config.learning_rate)
     averaged = _averaged(objective.network, config.averaging)
     resumed = checkpoints.latest()
-    history: list[dict[str, Any]] = []
-    start = 0
+    start, history = (resumed.step, resumed.history) if resumed is not None else (0, [])
+    _require_one_start(start, worker)
     since = _Sums(objective, worker)  # the last step that is logged
     if resumed is not None:
-        start, history = resumed.step, resumed.history
         _restore(resumed.tensors, objective.network, optimizer, averaged)
         since.take_up(resumed.tensors["since"])
         reporter.note(f"Resuming at step {start} of {config.steps}.")
@@ -148,11 +153,14 @@ def train(
         if averaged is not None:
             averaged.update_parameters(objective.network)
         since.add(result.totals)
+        if step == start and worker.rank == 0:  # the optimizer has all its tensors now
+            coming = math.ceil((config.steps - start) / config.checkpoint_every)
+            checkpoints.require_room(_tensors(objective.network, optimizer, averaged), coming)
 
         done, stopping = step + 1, stop.agreed()
         if done % config.log_every == 0 or done == config.steps:
             values = since.summary()
-            _check_finite(values, done)
+            _check_finite(values, done, checkpoints.folder)
             rate = config.batch_size * (done - logged) / max(time.monotonic() - clock, 1e-9)
             record(done, {f"train/{name}": value for name, value in values.items()})
             reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, done)
@@ -173,6 +181,18 @@ def train(
             checkpoints.wait()
             raise Stopped(f"stopped at step {done}")
     checkpoints.wait()
+
+
+def _require_one_start(start: int, worker: Worker) -> None:
+    """Begin together or not at all: between workers that are a checkpoint apart, every sum would find its partner.
+
+    A network disk may show one node what another has not heard of yet, and one node's bad moment may cost it a file.
+    """
+    starts = torch.zeros(worker.count, dtype=torch.int64, device=worker.device)
+    starts[worker.rank] = start
+    worker.reduce(starts)
+    if (starts != start).any():
+        raise Apart(f"The workers' newest checkpoints are of steps {', '.join(map(str, starts.tolist()))}.")
 
 
 def evaluate(objective: Objective, network: nn.Module, batches: Iterable[Any], worker: Worker) -> dict[str, float]:
@@ -259,11 +279,12 @@ class _Stop:
         return agreed
 
 
-def _check_finite(values: Mapping[str, float], step: int) -> None:
+def _check_finite(values: Mapping[str, float], step: int, folder: Path) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(
                 f"{name} became {value} by step {step}; the checkpoints before it are kept.",
+                where=folder,
                 fix="Lower learning_rate, or set clip, then run again.",
             )
 

@@ -14,7 +14,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import faults, loop
 from stages.runtime.checkpoint import Checkpoints, State
-from stages.runtime.loop import Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
+from stages.runtime.loop import Apart, Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
 from stages.runtime.order import Batches, Order
 from stages.runtime.run import Reporter
 
@@ -176,6 +176,27 @@ def test_several_workers_agree_to_stop_one_step_after_one_was_asked(tmp_path: Pa
     others = Worker(count=2, stopping=iter([False, False, True, False]).__next__)
     with pytest.raises(Stopped, match="step 4"):
         run(tmp_path, worker=others)
+
+
+def test_workers_that_find_different_checkpoints_do_not_begin(tmp_path: Path):
+    """Their sums would line up, and the result would be nobody's."""
+    with pytest.raises(Killed):
+        run(tmp_path, 10)
+    others = Worker(1, 2, reduce=lambda tensor: tensor[0].fill_(4) if tensor.numel() == 2 else None)
+    with pytest.raises(Apart, match=r"of steps 4, 8\."):
+        run(tmp_path, worker=others)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_after_one_step(tmp_path: Path, monkeypatch):
+    """With what is needed, what is free and where; what fits is let be."""
+    size = sum(tensor.nbytes for tensor in run(tmp_path / "measured").tensors.values())
+    free = SimpleNamespace(free=7 * size // 2)  # three are kept beside the one that is written
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    with pytest.raises(UserError, match=r"too small for checkpoints: 4 more, of 0\.0 MiB each") as caught:
+        run(tmp_path / "run")
+    assert str(tmp_path / "run") in caught.value.where and "keep_checkpoints" in caught.value.fix
+    assert caught.value.code == 3 and not list((tmp_path / "run").iterdir())
+    run(tmp_path / "run", config=dataclasses.replace(CONFIG, checkpoint_every=7))  # three are all that come
 
 
 @pytest.mark.gpu
