@@ -99,14 +99,20 @@ class Storage:
         return bool(self._patiently(lambda: files.exists(f"{root}/{name}/{MANIFEST}")))
 
     def upload(self, folder: Path, name: str) -> None:
-        """Put an artifact folder here under a name, in place of what had it; return once all has been read back."""
+        """Put an artifact folder here under a name, in place of what had it; return once all has been read back.
+
+        Another job may be putting the same folder here: equal files are left alone, and none is taken away.
+        """
         files, root = self.opened()
         made = artifact.read(folder, json.loads((folder / MANIFEST).read_bytes())["kind"])
         made.verify()  # or what has rotted here would be put there, or be the store's fault
         hashes = {file: str(entry["sha256"]) for file, entry in made.files.items()}
-        self.discard(name)
+        place = f"{root}/{name}"
+        if not self._patiently(lambda: _holds(files, f"{place}/{MANIFEST}", folder / MANIFEST, made.digest)):
+            self._patiently(lambda: _remove(files, f"{place}/{MANIFEST}"))  # so that it is never half of each
         for file, sha256 in (*hashes.items(), (MANIFEST, made.digest)):
-            self._patiently(partial(_put, files, folder / file, f"{root}/{name}/{file}", sha256))
+            if not self._patiently(partial(_holds, files, f"{place}/{file}", folder / file, sha256)):
+                self._patiently(partial(_put, files, folder / file, f"{place}/{file}", sha256))
 
     def fetch(self, name: str, folder: Path, kind: str) -> Artifact:
         """Bring a folder here from the store, unless it is here already; return it verified.
@@ -119,15 +125,16 @@ class Storage:
 
     def _fetch(self, name: str, folder: Path, kind: str) -> Artifact:
         files, root = self.opened()
-        temporary = folder.with_name(f".{folder.name}.fetching")
+        place, temporary = f"{self.url}/{name}", folder.with_name(f".{folder.name}.fetching")
         shutil.rmtree(temporary, ignore_errors=True)
+        file = MANIFEST
         try:
             manifest = self._patiently(lambda: files.cat_file(f"{root}/{name}/{MANIFEST}"))
             if _is_here(folder, kind, manifest):
                 return artifact.read(folder, kind)
             temporary.mkdir(parents=True)
             (temporary / MANIFEST).write_bytes(manifest)
-            for file, sha256 in _listed(manifest).items():
+            for file, sha256 in _listed(manifest, place).items():
                 target = temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 for _ in range(2):  # the way here may have done the damage
@@ -135,17 +142,15 @@ class Storage:
                     if intact := artifact.sha256(target) == sha256:
                         break
                 if not intact:
-                    raise UserError(f"{file} is damaged: its contents are not what was written.", code=5)
+                    raise _damaged(f"{file} is damaged: its contents are not what was written.", place)
             artifact.read(temporary, kind)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except (Unreachable, Unwritable):
+        except (Damaged, Unreachable, Unwritable):
             raise
         except (UserError, FileNotFoundError) as error:
-            what = error.what if isinstance(error, UserError) else f"{error.args[-1]} is missing."
-            raise Damaged(
-                what, where=f"{self.url}/{name}", fix="Delete it there, then run the same command again.", code=5
-            ) from error
+            what = error.what if isinstance(error, UserError) else f"{file} is missing."
+            raise _damaged(what, place) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return artifact.read(folder, kind)
@@ -155,8 +160,7 @@ class Storage:
         files, root = self.opened()
 
         def remove() -> None:
-            with suppress(FileNotFoundError):
-                files.rm_file(f"{root}/{name}/{MANIFEST}")
+            _remove(files, f"{root}/{name}/{MANIFEST}")
             with suppress(FileNotFoundError):
                 files.rm(f"{root}/{name}", recursive=True)
 
@@ -219,12 +223,20 @@ class Stored:
         folder = node_folder("inputs") / self.digest
         with _disk_of(folder), folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():  # what is there was verified on its way
-                self.storage.fetch(self.digest, folder, self.kind)
-        found = artifact.read(folder, self.kind)
-        if found.digest != self.digest:
-            raise UserError(f"This is not {self.kind} {self.digest[:12]}.", where=folder, fix="Delete it.", code=4)
+            if not self._is_in(folder):  # contents were verified on their way
+                shutil.rmtree(folder, ignore_errors=True)
+                found = self.storage.fetch(self.digest, folder, self.kind)
+                if found.digest != self.digest:
+                    what = f"This is {self.kind} {found.digest[:12]}, not {self.digest[:12]}."
+                    raise _damaged(what, f"{self.storage.url}/{self.digest}")
         return folder
+
+    def _is_in(self, folder: Path) -> bool:
+        """Say whether it lies here, no file missing or cut: caches are tidied, and power fails."""
+        try:
+            return artifact.read(folder, self.kind).digest == self.digest
+        except UserError:
+            return False
 
 
 def node_folder(*names: str) -> Path:
@@ -250,6 +262,10 @@ def _disk_of(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _damaged(what: str, place: str) -> Damaged:
+    return Damaged(what, where=place, fix="Delete it there, then run the same command again.", code=5)
+
+
 def _trouble(url: str, reason: str) -> Unreachable:
     return Unreachable(
         f"The storage does not work: {reason}.",
@@ -271,6 +287,22 @@ def _put(files: Any, source: Path, target: str, sha256: str) -> None:
         raise OSError(f"it keeps something else than what was written to {target}")
 
 
+def _holds(files: Any, target: str, source: Path, sha256: str) -> bool:
+    """Say whether a file is there already, as it is here."""
+    try:
+        if files.size(target) != source.stat().st_size:
+            return False
+        with files.open(target, "rb") as there:
+            return bool(hashlib.file_digest(there, "sha256").hexdigest() == sha256)
+    except FileNotFoundError:
+        return False
+
+
+def _remove(files: Any, target: str) -> None:
+    with suppress(FileNotFoundError):
+        files.rm_file(target)
+
+
 def _get(files: Any, source: str, target: Path) -> None:
     """Read one file; an error of the disk here is not the store's, and does not pass by waiting."""
     try:
@@ -282,12 +314,12 @@ def _get(files: Any, source: str, target: Path) -> None:
         raise
 
 
-def _listed(manifest: bytes) -> dict[str, str]:
+def _listed(manifest: bytes, place: str) -> dict[str, str]:
     """Read the hash of every file from a manifest; refuse one that cannot be read."""
     try:
         return {name: entry["sha256"] for name, entry in artifact.listed(json.loads(manifest)).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("The manifest cannot be read.", code=5) from error
+        raise _damaged("The manifest cannot be read.", place) from error
 
 
 def _is_here(folder: Path, kind: str, manifest: bytes) -> bool:

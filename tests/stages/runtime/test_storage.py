@@ -146,8 +146,8 @@ def test_a_store_that_says_success_and_keeps_nothing_is_asked_again(storage: Sto
     storage.upload(folder, "x")
     assert storage.names() == ["x"] and calls[0] == calls[1]
     monkeypatch.setattr(files, "put_file", lambda source, target, **options: None)
-    with pytest.raises(Unreachable, match=r"does not have .*x/a\.bin, which was written just now"):
-        storage.upload(folder, "x")
+    with pytest.raises(Unreachable, match=r"does not have .*y/a\.bin, which was written just now"):
+        storage.upload(folder, "y")
 
 
 def test_what_has_rotted_here_is_not_put_there(storage: Storage, folder: Path):
@@ -230,6 +230,63 @@ def test_an_input_goes_up_once_and_comes_down_once(storage: Storage, folder: Pat
     assert (first.fetch() / "a.bin").read_bytes() == (folder / "a.bin").read_bytes()
     storage.under("inputs").discard(first.digest)
     assert artifact.read(first.fetch(), "thing").digest == first.digest
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"cut")])
+def test_an_input_that_was_tidied_away_is_fetched_again(
+    storage: Storage, folder: Path, tmp_path: Path, monkeypatch, change
+):
+    """Caches are cleared by age, and power fails: what is not whole here costs another way from the store."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stored = Stored.upload(folder, storage)
+    change(stored.fetch() / "a.bin")
+    assert (stored.fetch() / "a.bin").read_bytes() == (folder / "a.bin").read_bytes()
+
+
+def test_an_input_that_is_another_in_the_store_is_refused(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
+    """Its digest is its name; the letter says where it lies."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stored = Stored.upload(folder, storage)
+    with artifact.writing(tmp_path / "other", "thing", {}) as made:
+        (made / "a.bin").touch()
+    storage.under("inputs").upload(tmp_path / "other", stored.digest)
+    with pytest.raises(Damaged, match=rf"This is thing \w+, not {stored.digest[:12]}\.") as caught:
+        stored.fetch()
+    assert caught.value.where == f"{storage.url}/inputs/{stored.digest}" and "Delete it there" in caught.value.fix
+
+
+def test_two_jobs_may_bring_the_same_input_at_a_time(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
+    """Neither takes away what the other has put there, at any file of the other's upload."""
+    put, files_put = storage_module._put, []
+
+    def interrupted(files, source, target, sha256):
+        files_put.append(target)
+        put(files, source, target, sha256)
+        monkeypatch.setattr(storage_module, "_put", put)
+        storage.upload(folder, "x")  # the other job, from its beginning to its end
+        assert storage.fetch("x", tmp_path / "theirs", "thing")
+        monkeypatch.setattr(storage_module, "_put", interrupted)
+
+    monkeypatch.setattr(storage_module, "_put", interrupted)
+    storage.upload(folder, "x")
+    assert len(files_put) == 1  # the other has put the rest
+    assert storage.fetch("x", tmp_path / "ours", "thing").digest == artifact.read(folder, "thing").digest
+
+
+def test_another_folder_under_the_same_name_is_never_half_of_each(
+    storage: Storage, folder: Path, tmp_path: Path, monkeypatch
+):
+    """Its manifest goes before its files come."""
+    storage.upload(folder, "x")
+    with artifact.writing(tmp_path / "other", "thing", {}) as made:
+        (made / "a.bin").write_bytes(b"other")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_module, "_put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            storage.upload(tmp_path / "other", "x")
+    assert not storage.holds("x")
+    storage.upload(tmp_path / "other", "x")
+    assert storage.fetch("x", tmp_path / "back", "thing").digest == artifact.read(tmp_path / "other", "thing").digest
 
 
 def state(step: int) -> State:
