@@ -5,12 +5,13 @@ RAY_ADDRESS. Every cluster started here asks for a token and listens on this mac
 """
 
 import logging
+import math
 import os
 import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _our_signals() -> Iterator[None]:
 
 
 def check(config: ClusterConfig) -> None:
-    """Refuse in seconds what Ray would wait for without end."""
+    """Refuse in seconds what Ray would wait for without end: what all nodes together lack, or what fits on none."""
     import ray
 
     has = ray.cluster_resources()
@@ -164,9 +165,26 @@ def check(config: ClusterConfig) -> None:
         ("GPU", config.workers * config.gpus_per_worker),
     ):
         if has.get(what, 0) < needed:
+            fewer = "cluster.workers=1" if config.workers > 1 else "cluster.cpus_per_worker=1"
+            less = "cluster=local" if what == "GPU" else fewer
             raise UserError(
                 f"{config.workers} workers need {needed:g} {what}s; the cluster has {has.get(what, 0):g}.",
                 where="params.yaml: cluster",
-                fix=f"Ask for less, such as -S cluster{'=local' if what == 'GPU' else '.workers=1'}, or add nodes.",
+                fix=f"Ask for less, such as -S {less}, or add nodes.",
                 code=3,
             )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if (fit := sum(_room(node, config) for node in nodes)) < config.workers:
+        gpus = f" and {config.gpus_per_worker:g} GPUs" if config.gpus_per_worker else ""
+        raise UserError(
+            f"{config.workers} workers of {config.cpus_per_worker:g} CPUs{gpus} are to run; nodes have room for {fit}.",
+            where="params.yaml: cluster",
+            fix="Ask for fewer workers or smaller ones: cluster.workers, cluster.cpus_per_worker.",
+            code=3,
+        )
+
+
+def _room(node: Mapping[str, float], config: ClusterConfig) -> int:
+    """Count the workers that fit on a node."""
+    needs = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    return min(math.floor(node.get(what, 0) / needed + 1e-6) for what, needed in needs.items() if needed)

@@ -24,11 +24,12 @@ from stages.errors import UserError
 from stages.runtime import cluster, faults
 from stages.runtime.checkpoint import Checkpoints
 from stages.runtime.desk import DeskReporter, forwarding, hears_stop, open_desk, refused_once
-from stages.runtime.loop import Stopped, Worker, under
+from stages.runtime.loop import Apart, Stopped, Worker, under
 from stages.runtime.run import Reporter, Run
 from stages.runtime.storage import Storage, Stored, node_folder
 
 GRACE_SECONDS = 15.0  # a machine that is taken away gives 30 seconds, or 20
+SUM_SECONDS = 3600  # workers wait in a sum while the first brings a checkpoint to a slow store; Ray finds the dead
 ARRIVAL = timedelta(hours=12)  # how long workers wait for one that is still fetching its inputs
 
 
@@ -63,7 +64,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                 use_gpu=config.gpus_per_worker > 0,
                 resources_per_worker=_resources(run),
             ),
-            torch_config=TorchConfig(timeout_s=300),
+            torch_config=TorchConfig(timeout_s=SUM_SECONDS),
             run_config=RunConfig(
                 name=f"attempt-{time.time_ns()}",  # a name Ray has seen before would count as finished
                 **ray_place,
@@ -86,6 +87,13 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                     where=run.work,
                     fix="See that nodes stay up and have memory enough, then run the same command again; it goes on "
                     "from the newest checkpoint.",
+                    code=3,
+                ) from error
+            if isinstance(cause, Apart):
+                raise UserError(
+                    str(cause),
+                    where=run.work,
+                    fix="Run the same command again. If the nodes share no disk, set cluster.storage first.",
                     code=3,
                 ) from error
             raise cause from error

@@ -41,8 +41,6 @@ def map_parts(
     values; paths in either are absolute, since workers run in other folders and on other machines. A part with a key
     "weight" counts for that many of `unit` in the progress.
     """
-    import ray
-
     if not parts:
         return []
     results: dict[int, Result] = {}
@@ -69,7 +67,7 @@ def map_parts(
                 if missing:
                     _map(worker, arguments, missing, run, journey, collect)
                 break
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            except _lost() as error:
                 if failures == run.cluster.max_failures:
                     raise UserError(
                         f"Workers were lost {failures + 1} times; cluster.max_failures is {failures}.",
@@ -79,7 +77,21 @@ def map_parts(
                         code=3,
                     ) from error
                 run.reporter.note("A worker was lost; what it had not finished is done again.")
+                cluster.check(replace(run.cluster, workers=1))  # its node may have been the only one of its kind
     return [results[number] for number in range(len(parts))]
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """Name what Ray raises where a worker or its node has ended."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+    )
 
 
 def _map(
@@ -117,7 +129,8 @@ def _map(
         if journey:
             kept = journey.fetch(digest(parts[row["number"]]), run.work)
             if kept is None:
-                raise UserError("What a part has made is damaged.", where=journey.storage.url, fix=AGAIN, code=5)
+                made = f"What part {row['number']} has made is damaged."
+                raise UserError(made, where=journey.storage.url, fix=AGAIN, code=5)
             result = unpacked(kept)
         collect(row["number"], result)
 

@@ -63,3 +63,47 @@ def test_a_cluster_of_ours_asks_for_a_token(set_before):
         assert [token for _, token in said] == [None, None]
     else:
         assert said[0][1] != said[1][1] and len(said[0][1]) == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "told", "fix"),
+    [
+        (
+            ClusterConfig(workers=9, cpus_per_worker=2),
+            r"9 workers need 18 CPUs; the cluster has 16\.",
+            "cluster.workers=1",
+        ),
+        (
+            ClusterConfig(cpus_per_worker=32),
+            r"1 workers need 32 CPUs; the cluster has 16\.",
+            "cluster.cpus_per_worker=1",
+        ),
+        (ClusterConfig(1, 2, 3), r"1 workers need 3 GPUs; the cluster has 2\.", "cluster=local"),
+        (
+            ClusterConfig(workers=2, cpus_per_worker=8),
+            "2 workers of 8 CPUs are to run; nodes have room for 0",
+            "smaller",
+        ),
+        (ClusterConfig(2, 2, 1), "2 workers of 2 CPUs and 1 GPUs are to run; nodes have room for 1", "fewer"),
+        (ClusterConfig(7, 2), "", ""),
+        (
+            ClusterConfig(workers=53, cpus_per_worker=0.3),
+            r"53 workers of 0\.3 CPUs are to run; nodes have room for 52",
+            "",
+        ),
+        (ClusterConfig(52, 0.3), "", ""),
+    ],
+)
+def test_workers_that_no_node_has_room_for_are_refused(monkeypatch, config: ClusterConfig, told: str, fix: str):
+    """Ray would wait for a node without end: what counts is what fits on each, and a dead node does not."""
+    resources = [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 3.9, "GPU": 1.0}, {"CPU": 0.1, "GPU": 1.0}]
+    nodes = [{"Alive": True, "Resources": each} for each in resources]
+    nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
+    if not told:
+        return cluster.check(config)
+    with pytest.raises(UserError, match=told) as caught:
+        cluster.check(config)
+    assert caught.value.where == "params.yaml: cluster" and fix in caught.value.fix and caught.value.code == 3
+    return None

@@ -4,10 +4,11 @@ import ipaddress
 import os
 import re
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,8 +24,9 @@ from ray.train.v2._internal.exceptions import (
 from stages import vqvae
 from stages.config import ClusterConfig
 from stages.errors import UserError
+from stages.runtime import fit as fit_module
 from stages.runtime.cluster import connected
-from stages.runtime.fit import _in_a_sentence, _lost, _root_cause, fit, trained
+from stages.runtime.fit import _in_a_sentence, _lost, _root_cause, _telling, fit, trained
 from stages.runtime.loop import Worker
 from stages.runtime.run import Reporter, Run
 
@@ -145,7 +147,7 @@ def test_a_worker_that_is_lost_too_often_is_told_in_a_sentence(cluster, tmp_path
 @pytest.mark.parametrize(
     ("first", "told"),
     [
-        (UserError("Image 7 is damaged."), ""),
+        (UserError("Image 7 is damaged.", where="a shard", fix="Mend it."), ""),
         (
             ray.exceptions.OutOfMemoryError("Memory was 23GB used / 24GB limit"),
             "was lost: its node had no memory left.",
@@ -219,3 +221,40 @@ def dies_once_apart(*, worker: Worker, run: Run, shards: Path, **arguments: obje
     """As above, in folders of the node that the test's process knows nothing of."""
     assert f"rank-{worker.rank}" in run.work.parts and "inputs" in shards.parts
     dies_once(worker=worker, run=run, shards=shards, **arguments)
+
+
+@pytest.mark.parametrize("startup", [False, True])
+def test_training_that_cannot_go_on_is_a_letter(tmp_path: Path, monkeypatch, startup: bool):
+    """In the controller's own words; where workers found no room, in those of the check that says what is missing."""
+    words = "Worker group startup timed out" if startup else "the store is full"
+
+    def ends(*_: object) -> None:
+        raise ray.train.ControllerError(OSError(words))
+
+    def too_small(config: ClusterConfig) -> None:
+        raise UserError("2 workers need 2 CPUs; the cluster has 1.", where="cluster", fix="Add nodes.", code=3)
+
+    monkeypatch.setattr(fit_module.cluster, "connected", lambda config: nullcontext())
+    monkeypatch.setattr(fit_module.cluster, "check", too_small)
+    for name in ("open_desk", "_in_background"):
+        monkeypatch.setattr(fit_module, name, lambda *_: None)
+    monkeypatch.setattr(fit_module, "forwarding", lambda *_: nullcontext())
+    monkeypatch.setattr(fit_module, "DeskReporter", lambda desk: Reporter())
+    monkeypatch.setattr(fit_module, "_wait", ends)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda *_, **__: SimpleNamespace(fit=None))
+    with pytest.raises(UserError) as caught:
+        fit(vqvae.learn, {}, run=run_in(tmp_path, ClusterConfig(workers=2)))
+    if startup:
+        assert caught.value.what == "2 workers need 2 CPUs; the cluster has 1."
+    else:
+        assert caught.value.what == "Training could not go on: the store is full"
+        assert caught.value.where.startswith(str(tmp_path)) and "Run the same command again" in caught.value.fix
+    assert caught.value.code == 3
+
+
+def test_a_worker_that_raises_is_told_when_it_begins_again(tmp_path: Path):
+    """Its own words, with its number; what the user is to mend ends training, and is told then."""
+    notes = Notes()
+    _telling(notes).after_exception(None, {1: UserExceptionWithTraceback(RuntimeError("a\nno luck"), "a traceback")})
+    _telling(notes).after_exception(None, {0: UserError("Image 7 is damaged.", where="a shard", fix="Mend it.")})
+    assert notes.read == ["Worker 1 raised RuntimeError: no luck"]

@@ -106,7 +106,16 @@ def test_a_refusal_while_a_worker_is_built_is_shown_as_it_is(run: Run, tmp_path:
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
-@pytest.mark.parametrize("error", [ray.exceptions.ActorDiedError(), ray.exceptions.ObjectLostError("0", None, "")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.ActorDiedError(),
+        ray.exceptions.ObjectLostError("0", None, ""),
+        ray.exceptions.OutOfMemoryError("Memory was 23GB used / 24GB limit"),
+        ray.exceptions.NodeDiedError("a node"),
+        ray.exceptions.WorkerCrashedError(),
+    ],
+)
 def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, monkeypatch, error: Exception):
     """After as many tries as the settings allow, with the fix."""
     tries: list[int] = []
@@ -117,10 +126,13 @@ def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, mo
 
     monkeypatch.setattr(parts_module, "_map", lost)
     monkeypatch.setattr(parts_module.cluster, "connected", lambda config: nullcontext())
-    alone = Run("codes", "f", tmp_path, ClusterConfig(max_failures=2))
+    checked: list[int] = []
+    monkeypatch.setattr(parts_module.cluster, "check", lambda config: checked.append(config.workers))
+    alone = Run("codes", "f", tmp_path, ClusterConfig(workers=4, max_failures=2))
     with pytest.raises(UserError, match="Workers were lost 3 times") as caught:
         map_parts(Square, (tmp_path,), [{"number": 0}], run=alone, unit="part")
     assert caught.value.code == 3 and caught.value.fix and len(tries) == 3
+    assert checked == [1, 1]  # before each repetition: is there a node left that one fits on?
 
 
 class Copy:
