@@ -144,7 +144,10 @@ class Journal(Reporter):
         os.fsync(self._file)
 
     def close(self) -> None:
-        self.sync()
+        try:
+            self.sync()
+        except OSError as error:
+            self.failure = self.failure or error
         os.close(self._file)
 
     def _append(self, kind: str, **fields: Any) -> None:

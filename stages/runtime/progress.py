@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -110,7 +111,8 @@ class Progress(Reporter):
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
         before = self._state
@@ -130,7 +132,8 @@ class Progress(Reporter):
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self.console.print(f"{self.stage}: {text}", markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # nobody looks any more, as after a terminal has gone: no reason to stop
+            self.console.print(f"{self.stage}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw one line, however narrow: the bar shrinks, and the least important pieces go first."""

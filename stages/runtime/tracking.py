@@ -13,7 +13,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ SEND_EVERY_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0  # at a run's end, with a server that has answered so far
 IMPATIENCE_SECONDS = 5.0  # with one that has not, or after a failure
 REMEDY = "Send what is missing: vqvae2 sync-metrics"
+SLOW = "it takes long"
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def open_run(
         sender = Sender(journal, screen, Path(parent) if parent else None)
         sender.start()
         with _ending(journal, metrics, outputs, sender.finish):
-            yield Several([screen, journal])
+            yield Several([journal, screen])
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def parent_run(params: Mapping[str, Any], tags: Mapping[str, str], *, runs: Path
             thread.join(patience)
             if sent.trouble or thread.is_alive():
                 with Progress(PIPELINE) as screen:
-                    screen.note(f"MLflow lacks a part of this run ({_reason(sent.trouble)}). {REMEDY}")
+                    screen.note(f"MLflow lacks a part of this run ({sent.trouble or SLOW}). {REMEDY}")
 
         with _ending(journal, None, (), send, tags=_lock):
             yield str(folder.resolve())
@@ -132,7 +133,7 @@ class Sent:
     running: int = 0  # are under way, and send for themselves
     points: int = 0  # were sent just now
     missing: int = 0  # points that MLflow still lacks
-    trouble: Exception | None = None  # why
+    trouble: str = ""  # why something is missing
 
 
 def sync(runs: Path = Path("runs")) -> Sent:
@@ -180,7 +181,8 @@ class Sender(threading.Thread):
     def run(self) -> None:
         while not self._last.is_set():
             self._attempt()
-            self._machine.look()
+            with suppress(Exception):  # how busy the machine is, is not worth the rest
+                self._machine.look()
             self._last.wait(SEND_EVERY_SECONDS)
         self._attempt()
 
@@ -251,7 +253,7 @@ def _send(folders: Sequence[Path], sent: Sent, *, revive: bool = True) -> None:
             delivery.pump()
             sent.runs += 1
         except Exception as error:
-            sent.trouble = error
+            sent.trouble = _reason(error)
         sent.points += delivery.delivered
         sent.missing += delivery.missing()
 
@@ -259,7 +261,7 @@ def _send(folders: Sequence[Path], sent: Sent, *, revive: bool = True) -> None:
 def _reason(error: Exception | None) -> str:
     """Say in a few words why something was not sent."""
     if error is None:
-        return "it takes long"
+        return SLOW
     return without_secrets(str(error)).partition("\n")[0][:160]
 
 

@@ -431,3 +431,38 @@ def test_nothing_is_told_to_anybody_else():
         pass
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) <= 5
+
+
+def test_what_a_server_refuses_is_told_with_what_to_do(monkeypatch, capsys):
+    """Of a stage, of the pipeline's run, and of a later `sync`, whatever it was that was not taken."""
+
+    def refuses(*_):
+        raise OSError("no room left on the server")
+
+    screen = Screen()
+    monkeypatch.setattr(tracking.Delivery, "pump", refuses)
+    monkeypatch.setattr(tracking.Delivery, "missing", lambda *_: 0)
+    with track(screen=screen):
+        pass
+    assert screen.notes[-1].startswith(
+        "The end of this run is not in MLflow yet (no room left on the server); kept in "
+    )
+    with parent_run({}, {}):
+        pass
+    said = "pipeline: MLflow lacks a part of this run (no room left on the server). Send what is missing: vqvae2"
+    assert said in capsys.readouterr().err
+    sent = sync()
+    assert (sent.trouble, sent.missing) == ("no room left on the server", 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_reports_that_are_lost_are_told_at_the_end():
+    """With the file that took no more, and the reason."""
+    screen = Screen()
+    with track(screen=screen) as reporter:
+        journal = next(Path("runs").rglob("journal.jsonl"))
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, reporter.reporters[0]._file)
+        reporter.metrics({"loss": 1.0}, 1)
+    assert any(note.startswith(f"Some reports are lost, since {journal}") for note in screen.notes)
+    assert any("No space left on device" in note for note in screen.notes)
