@@ -224,7 +224,7 @@ def sample(
             )
         except ValueError as error:
             what, fix = params.split(str(error))
-            raise UserError(what, fix=fix, code=2) from None
+            raise UserError(what, where="--temperature, --top-k, --top-p", fix=fix, code=2) from None
         from stages import tools
 
         tools.sample(out, config, seed=seed)
@@ -281,7 +281,13 @@ def sync_metrics() -> None:
         print(
             f"{sent.points} points sent, {sent.missing} missing; {sent.runs} runs whole, {sent.running} still running"
         )
-        return 1 if sent.missing else 0
+        if sent.trouble:
+            raise UserError(
+                f"MLflow did not take all: {sent.trouble}.",
+                where="runs/",
+                fix="Mend what it names, then run: vqvae2 sync-metrics. It sends what is still missing.",
+            )
+        return 0
 
     _guarded(send)
 
@@ -322,9 +328,6 @@ def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.code
     except Exception as error:
         from pipeline.launch import RUNS, report
 

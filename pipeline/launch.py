@@ -16,9 +16,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline import dag, origin, params, shared
 from pipeline.environment import die_with_parent, heard, require_project
@@ -32,7 +32,7 @@ from stages.runtime.run import Reporter, Run
 RUNS = Path("runs")
 WAIT = "Wait for it or stop it, then run the same command again."
 PATIENCE_SECONDS = 18.0  # for a stage to end that was asked to, before it is ended
-FRESH = "VQVAE2_FRESH"  # set: forget what an earlier run of the same fingerprint has done
+FRESH = "VQVAE2_FRESH"  # the name of a run: what runs before it have done at the same fingerprint is to be forgotten
 
 
 class Stopped(BaseException):
@@ -47,7 +47,8 @@ def run_stage(module: str, level: str = "") -> int:
     """Run one stage here on the inputs in place; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, *heard(signal.SIGHUP)):
         signal.signal(number, _stop)
-    die_with_parent(signal.SIGINT)  # which Ray answers in good order, and SIGTERM with a stack trace
+    if "DVC_STAGE" in os.environ:  # by hand, the parent is a shell, which may leave it to itself
+        die_with_parent(signal.SIGINT)  # which Ray answers in good order, and SIGTERM with a stack trace
     folder = RUNS / (f"{module}_{level}" if level else module)
     try:
         _run(module, level, folder)
@@ -71,10 +72,10 @@ def _run(module: str, level: str, folder: Path) -> None:
     function = importlib.import_module(f"stages.{stage.module}").run
     work = folder / fingerprint[:16]
     with owned(folder):
-        if os.environ.get(FRESH):
-            _forget(Run(stage.name, fingerprint, work, settings.cluster))
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
+        if afresh := os.environ.get(FRESH):
+            _forget(Run(stage.name, fingerprint, work, settings.cluster), afresh)
         os.environ.update(shared.cluster_environment())
         with tracking.open_run(
             stage.name,
@@ -217,12 +218,18 @@ def _plain(section: Any) -> Any:
     return section
 
 
-def _forget(run: Run) -> None:
+def _forget(run: Run, afresh: str) -> None:
+    """Forget what others than the run `afresh` have done, which itself goes on when it is started again."""
+    mark = run.work / "afresh"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == afresh:
+        return
     if run.storage:
         run.storage.clear()
     for path in run.work.glob("*"):
         if path.name != "tracked":  # what MLflow may still have to receive
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with artifact.replacing(mark) as temporary:
+        temporary.write_text(afresh, encoding="utf-8")
 
 
 @contextmanager
@@ -231,7 +238,7 @@ def owned(folder: Path, doing: str = "Another process runs this stage") -> Itera
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+            _lock(file)  # the kernel lets go of it however the process ends
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -244,6 +251,14 @@ def owned(folder: Path, doing: str = "Another process runs this stage") -> Itera
         file.write(f"PID {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
+
+
+def _lock(file: TextIO) -> None:
+    for _ in range(5):  # who only asks for the owner holds it for an instant
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.1)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def owner(folder: Path) -> str:
@@ -273,8 +288,9 @@ def report(error: BaseException, folder: Path) -> int:
     except OSError:  # what fails on a full or a read-only disk is told there too
         log = Path(tempfile.gettempdir()) / "vqvae2-error.log"
         log.write_bytes(trace)
-    first = (without_secrets(str(error)).strip() or "no message").splitlines()[0]
-    print(f"error: {type(error).__name__}: {first}\n  traceback: {log}", file=sys.stderr)
+    cause = getattr(error, "cause", None) or error  # what Ray has wrapped begins with lines of Ray's own
+    first = (without_secrets(str(cause)).strip() or "no message").splitlines()[0]
+    print(f"error: {type(cause).__name__}: {first}\n  traceback: {log}", file=sys.stderr)
     return 1
 
 

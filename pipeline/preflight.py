@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import sys
@@ -23,22 +24,24 @@ GIB = 2**30
 PACKAGES = ("vqvae2", "torch", "ray", "mlflow", "dvc", "hydra-core", "webdataset", "pyarrow", "typer", "torchmetrics")
 
 
-def check(settings: Params, will_run: Collection[str], where: str) -> None:
+def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool = False) -> None:
     """Refuse a run that is bound to fail: images, a GPU or a class that is not there.
 
-    `where` says what the settings were made from.
+    `where` says what the settings were made from. A run that may `pull` its results needs neither images nor GPUs.
     """
     faults.asked_for([stage.option for stage in dag.stages(params.read()).values()])
-    if "shard" in will_run:
+    if "shard" in will_run and not pull:
         from stages.formats.listing import check_source
 
         check_source(Path(settings.dataset.source), settings.dataset.labels)
     wanted = settings.cluster.gpus_per_worker * settings.cluster.workers
-    if wanted > gpus() and not os.environ.get("RAY_ADDRESS"):
+    if wanted > gpus() and not os.environ.get("RAY_ADDRESS") and not pull:
+        here = [*(one for one in origin.kept() if not one.startswith("cluster")), "cluster=local"]
         raise UserError(
             f"cluster asks for {wanted:g} GPU{'s' * (wanted != 1)}; this machine has {gpus()}.",
             where=f"{where}: cluster.gpus_per_worker",
-            fix="Use -S cluster=local, or name a Ray cluster that has them in RAY_ADDRESS.",
+            fix=f"Use {' '.join(f'-S {shlex.quote(one)}' for one in here)}, or name a Ray cluster that has them in "
+            "RAY_ADDRESS.",
             code=3,
         )
     if settings.sample.classes and "sample" in will_run:
@@ -195,15 +198,16 @@ def _ray() -> Finding:
         return Finding("ray", "ok", "no RAY_ADDRESS: a private cluster starts with each run")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
-    except (OSError, ValueError) as error:
+        if port.isdecimal():  # "auto" and the like are Ray's to find
+            socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError as error:
         return Finding("ray", "error", f"RAY_ADDRESS={address}: {error}", "Start the cluster, or unset RAY_ADDRESS.")
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         return Finding(
             "ray", "warning", f"{address} answers, but no token is set",
             "Start the cluster with RAY_AUTH_MODE=token: who reaches its port can run code there.",
         )  # fmt: skip
-    return Finding("ray", "ok", f"{address} answers")
+    return Finding("ray", "ok", f"{address} answers" if port.isdecimal() else f"RAY_ADDRESS={address}")
 
 
 def _mlflow() -> Finding:

@@ -30,7 +30,7 @@ def run(
     `force` runs stages that are up to date too, from their first step; `only` leaves alone what the stage needs.
     """
     if only and not wanted:
-        raise UserError("--only needs a stage.", fix="Add one, such as --stage evaluate.", code=2)
+        raise UserError("--only needs a stage.", where="--only", fix="Add one, such as --stage evaluate.", code=2)
     for number in heard(*ENDING):
         signal.signal(number, _stop)
     with _alone() if overrides or not dry_run else nullcontext():
@@ -44,7 +44,8 @@ def run(
             if dry_run or not why:
                 _print_plan(why, stages)
             if why:
-                preflight.check(settings, why, origin.described(overrides) if overrides else str(params.FILE))
+                where = origin.described(overrides) if overrides else str(params.FILE)
+                preflight.check(settings, why, where, pull=pull)
         if dry_run or not why:
             return 0
         _remove_leftovers(settings)
@@ -143,10 +144,8 @@ def _reproduce(
     outcome = dvc.Outcome()
     with shared.Meeting() as meeting:
         try:
-            with _tracked(settings) as parent:
+            with _tracked(settings, afresh=force) as parent:
                 environment = {**os.environ, **parent, shared.FOLDER: str(meeting.folder)}
-                if force:
-                    environment[launch.FRESH] = "1"
                 outcome = dvc.reproduce(
                     targets, stages=stages, why=why, environment=environment, force=force, only=only, pull=pull
                 )
@@ -173,13 +172,16 @@ def _reproduce(
 
 
 @contextmanager
-def _tracked(settings: Params) -> Iterator[dict[str, str]]:
-    """Record this run as the parent of its stages'; yield the environment that tells them so."""
+def _tracked(settings: Params, *, afresh: bool) -> Iterator[dict[str, str]]:
+    """Record this run as the parent of its stages'; yield the environment that tells them so.
+
+    A run that was interrupted is the same run when it goes on, so what it has begun `afresh` is kept.
+    """
     from stages.runtime import tracking
 
     command = " ".join(["vqvae2", *sys.argv[1:]])
     with tracking.parent_run(params.flat(settings), {"command": command, "mlflow.runName": command}) as key:
-        yield {tracking.PARENT: key}
+        yield {tracking.PARENT: key} | ({launch.FRESH: Path(key).name} if afresh else {})
 
 
 def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage], parent: Mapping[str, str]) -> None:

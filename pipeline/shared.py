@@ -27,7 +27,8 @@ class Meeting:
     """The side of the run: answers stages from its own thread until it is closed."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="vqvae2-"))  # mode 0700; short, as a socket's path must be
+        # Private, of mode 0700. A socket's path must be short, which TMPDIR need not be.
+        self.folder = Path(tempfile.mkdtemp(prefix="vqvae2-", dir=None if len(tempfile.gettempdir()) < 80 else "/tmp"))
         self._holder: subprocess.Popen[str] | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self.folder / "cluster"))

@@ -1,21 +1,26 @@
 """From a stage's name to a call."""
 
 import errno
+import fcntl
 import inspect
 import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+import threading
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+import ray.exceptions
 
 from pipeline import dag, launch, params
 from stages import shard
+from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
-from stages.runtime.run import Reporter
+from stages.runtime.run import Reporter, Run
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = params.load(ROOT / "params.yaml")
@@ -122,6 +127,27 @@ def test_a_stage_is_owned_by_one_process(tmp_path):
         pass
 
 
+def test_an_owner_that_has_not_yet_said_who_it_is_holds_the_stage_too(tmp_path):
+    """Between taking the lock and writing into it."""
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert launch.owner(tmp_path) == "it has just started"
+        with pytest.raises(UserError, match="this stage: it has just started") as caught, launch.owned(tmp_path):
+            pass
+        assert caught.value.where == str(tmp_path / "lock") and caught.value.fix == launch.WAIT
+
+
+def test_a_traceback_that_finds_no_room_here_goes_elsewhere(tmp_path, capsys, monkeypatch):
+    """A disk that is full or read-only is no reason to lose it."""
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    assert launch.report(KeyError("middle"), tmp_path / "file") == 1
+    log = tmp_path / "tmp" / "vqvae2-error.log"
+    assert capsys.readouterr().err == f"error: KeyError: 'middle'\n  traceback: {log}\n"
+    assert "KeyError" in log.read_text()
+
+
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
 def test_a_path_that_cannot_be_written_is_named(number, tmp_path, capsys):
     """What the system says of a path is said as a letter, with what to do."""
@@ -132,12 +158,20 @@ def test_a_path_that_cannot_be_written_is_named(number, tmp_path, capsys):
 
 def test_a_mistake_is_found_inside_what_ray_wraps_around_it(tmp_path, capsys):
     """The user sees the letter, not the wrapping."""
-    mistake = UserError("The image is blue.", fix="Paint it.", code=4)
+    mistake = UserError("The image is blue.", where="7.png", fix="Paint it.", code=4)
     wrapped = RuntimeError("worker failed")
     wrapped.worker_failures = {0: ValueError("outer")}
     wrapped.worker_failures[0].__cause__ = mistake
     assert launch.report(wrapped, tmp_path) == 4
-    assert capsys.readouterr().err == "error: The image is blue.\n  fix: Paint it.\n"
+    assert capsys.readouterr().err == "error: The image is blue.\n  in: 7.png\n  fix: Paint it.\n"
+
+
+def test_an_unexpected_error_of_a_worker_is_told_in_its_own_words(tmp_path, capsys):
+    """What Ray makes of it begins with lines about Ray's processes; the file has all."""
+    error = ray.exceptions.RayTaskError("map", "a traceback", ValueError("the middle is missing"), ip="127.0.0.1")
+    assert launch.report(error, tmp_path) == 1
+    assert capsys.readouterr().err.startswith("error: ValueError: the middle is missing\n")
+    assert "a traceback" in (tmp_path / "error.log").read_text()
 
 
 def test_an_unexpected_error_is_one_line_and_a_file(tmp_path, capsys):
@@ -150,7 +184,7 @@ def test_an_unexpected_error_is_one_line_and_a_file(tmp_path, capsys):
     assert "Traceback" in (tmp_path / "error.log").read_text()
 
 
-@pytest.mark.parametrize("kind", [UserError, ValueError])
+@pytest.mark.parametrize("kind", [partial(UserError, where="", fix=""), ValueError])
 def test_no_error_shows_a_password(kind, tmp_path, capsys):
     """Whoever put the address with it into words, and also in the file, which may name what is no UTF-8."""
     error = kind("Nothing answers at s3://me:hunter2@bucket/runs.")
@@ -168,6 +202,49 @@ def test_a_stage_asked_to_stop_ends_even_if_the_request_gets_lost():
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=30)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "Stopped by SIGTERM. The same command resumes.\n"
+
+
+@pytest.mark.parametrize("storage", ["", "memory://store"])
+def test_what_is_made_afresh_is_forgotten_once(tmp_path, storage):
+    """A forced run that was interrupted goes on when it is started again; the next forced run forgets again."""
+    run = Run("vqvae", "f" * 64, tmp_path, ClusterConfig(storage=storage))
+
+    def put():
+        for folder in (tmp_path / "step-000000005", tmp_path / "tracked"):
+            with suppress(FileExistsError), artifact.writing(folder, "checkpoint", {}) as made:
+                (made / "state").touch()
+        (tmp_path / "file").touch()
+        if run.storage:
+            run.storage.upload(tmp_path / "step-000000005", "step-000000005")
+
+    for afresh, kept in (("first", False), ("first", True), ("second", False)):
+        put()
+        launch._forget(run, afresh)
+        assert {(tmp_path / name).exists() for name in ("step-000000005", "file")} == {kept}
+        assert (tmp_path / "tracked").exists()  # what MLflow may still have to receive
+        assert run.storage is None or run.storage.holds("step-000000005") == kept
+
+
+@pytest.mark.parametrize("by_dvc", [True, False])
+def test_only_under_dvc_does_a_stage_die_with_its_parent(monkeypatch, by_dvc):
+    """By hand the parent is a shell, which may end before it, as under nohup."""
+    asked = []
+    monkeypatch.setattr(launch, "die_with_parent", asked.append)
+    monkeypatch.setattr(launch, "_run", lambda *_: None)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("DVC_STAGE", "vqvae") if by_dvc else monkeypatch.delenv("DVC_STAGE", raising=False)
+    assert launch.run_stage("vqvae") == 0 and asked == [signal.SIGINT] * by_dvc
+
+
+def test_who_asks_for_the_owner_keeps_nobody_out(tmp_path):
+    """The lock that asking takes for an instant is waited for."""
+    with launch.owned(tmp_path):
+        pass
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with launch.owned(tmp_path):
+            assert f"PID {os.getpid()}" in launch.owner(tmp_path)
 
 
 def test_a_process_dies_with_its_parent(tmp_path):

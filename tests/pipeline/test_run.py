@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import params, preflight
+from pipeline import dvc, launch, params, preflight, shared, status
+from pipeline import run as run_module
 from pipeline.cli import app
 from stages import tools
 from stages.errors import UserError
@@ -192,3 +195,42 @@ def test_a_run_under_nohup_outlives_its_terminal(waiting):
         process.wait(0.5)
     process.terminate()
     assert process.wait(20) == 143
+
+
+def test_a_run_that_dvc_gives_up_says_so(project, monkeypatch, capsys):
+    """Where no stage has said why."""
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr(run_module.dvc, "reasons", lambda *_, **__: {"shard": ["asked for"]})
+    monkeypatch.setattr(run_module.dvc, "reproduce", lambda *_, **__: dvc.Outcome(status=255))
+    monkeypatch.setattr("stages.runtime.tracking.parent_run", lambda *_: nullcontext("runs/pipeline/key"))
+    assert run_module.run() == 1
+    assert capsys.readouterr().err.endswith(
+        "DVC did not get to the end. The same command goes on from what is saved.\n"
+    )
+
+
+def test_status_tells_what_runs_while_dvc_is_busy(project, monkeypatch, capsys):
+    """DVC answers nothing then; of the stage that runs, its lock tells."""
+
+    def busy(stages):
+        raise UserError(f"{dvc.BUSY}: PID 7.", where=".", fix="Wait.", code=3)
+
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr("pipeline.status.dvc.reasons", busy)
+    with pytest.raises(UserError, match="PID 7"):
+        status.show(as_json=False)
+    with launch.owned(Path("runs/vqvae")):
+        assert status.show(as_json=True) == 0
+    found = {row["stage"]: (row["state"], row["reasons"]) for row in json.loads(capsys.readouterr().out)}
+    assert found["shard"] == ("unknown", ["DVC is busy"])
+    assert found["vqvae"][0] == "running" and f"PID {os.getpid()}" in found["vqvae"][1][0]
+
+
+def test_a_long_name_of_the_folder_for_temporary_files_is_no_matter(tmp_path, monkeypatch):
+    """A socket's path must be short."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with shared.Meeting() as meeting:
+        assert meeting.status() == 0 and meeting.folder.is_dir()
+    assert not meeting.folder.exists()
