@@ -41,7 +41,7 @@ class LevelConfig:
     def __post_init__(self) -> None:
         if self.stride < 2 or self.stride & (self.stride - 1):
             raise ValueError(
-                f"stride is {self.stride}; each level halves the image some times, so use a power of two, 2 or more"
+                f"stride is {self.stride}; use a power of two, 2 or more, since a level halves the image some times"
             )
         for name in ("channels", "residual_channels", "dim"):
             if getattr(self, name) < 1:
@@ -49,7 +49,7 @@ class LevelConfig:
         if self.residual_blocks < 0:
             raise ValueError(f"residual_blocks is {self.residual_blocks}; use 0 or more")
         if self.entries < 2:
-            raise ValueError(f"entries is {self.entries}; a code must choose between 2 or more")
+            raise ValueError(f"entries is {self.entries}; use 2 or more, for a code to choose between")
         if self.entries > 65_536:
             raise ValueError(f"entries is {self.entries}; codes are stored as 16-bit integers, so use at most 65536")
 
@@ -147,7 +147,7 @@ class PriorConfig:
         if self.attention_layers and self.layers % self.attention_layers:
             raise ValueError(
                 f"layers is {self.layers}, which attention_layers {self.attention_layers} does not divide; "
-                "attention follows every layers / attention_layers blocks"
+                f"use a multiple of {self.attention_layers}, as attention follows blocks evenly, or attention_layers 0"
             )
         if self.attention_layers and self.channels % self.heads:
             raise ValueError(

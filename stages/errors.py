@@ -10,7 +10,7 @@ class UserError(Exception):
     Codes: 1 failed, 2 wrong use or setting, 3 environment, 4 data, 5 checkpoint or model file.
     """
 
-    def __init__(self, what: str, *, where: object = "", fix: str = "", code: int = 1):
+    def __init__(self, what: str, *, where: object, fix: str, code: int = 1):
         super().__init__(what, str(where), fix, code)
         self.what, self.where, self.fix, self.code = what, str(where), fix, code
 

@@ -89,7 +89,12 @@ def _plan(inputs: Inputs, config: EvaluateConfig, seed: int) -> Plan:
     reference = "train" if few else "validation"
     compared = min(inputs.samples.count, sizes[reference], config.max_images)
     if not compared:
-        raise UserError("There are no samples or no images to compare.", where=inputs.samples_folder, code=4)
+        raise UserError(
+            f"There is nothing to compare: {inputs.samples.count} samples, {sizes[reference]} {reference} images.",
+            where=inputs.samples_folder,
+            fix="Set sample.count to 1 or more, and give images that can be read: see the report of rejected ones.",
+            code=4,
+        )
     queries = max(1, min(compared, QUERY_BYTES // (3 * inputs.shards.image_size**2)))
     return Plan(reference, compared, queries, min(RECONSTRUCTIONS_SHOWN, sizes[reference]), config, seed)
 

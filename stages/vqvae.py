@@ -50,7 +50,15 @@ def run(
     """Train on the shards' training images; measure on their validation images."""
     images = open_shards(shards)
     images.verify()
-    grids = vqvae.grids(images.image_size)
+    try:
+        grids = vqvae.grids(images.image_size)
+    except ValueError as error:
+        raise UserError(
+            f"These shards are of another image size than vqvae.levels are for: {error}.",
+            where=shards,
+            fix="Run: vqvae2 run --stage shard",
+            code=4,
+        ) from error
     arguments = {
         "shards": shards.absolute(),
         "vqvae": vqvae,

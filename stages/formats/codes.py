@@ -82,7 +82,12 @@ class Codes:
         wanted = {level: self.levels[level] for level in (self.levels if levels is None else levels)}
         files = [_Opened(self.found.path(name)) for name in self.files(f"{split}-")]
         if not files:
-            raise UserError(f"There are no codes of split {split!r}.", where=self.found.folder, code=4)
+            raise UserError(
+                f"There are no codes of split {split!r}.",
+                where=self.found.folder,
+                fix="Run: vqvae2 run --force --stage codes",
+                code=4,
+            )
         rows = sum(file.rows for file in files)
         codes = {level: np.empty((rows, shape.height, shape.width), np.uint16) for level, shape in wanted.items()}
         labels, copies = np.empty(rows, np.int64), np.empty(rows, np.uint16)

@@ -6,12 +6,15 @@ that cannot be shown faithfully is rejected with the reason.
 
 import io
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from stages.config import DatasetConfig
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ADVICE = "use JPEG, PNG, WebP, BMP, GIF or TIFF"
@@ -43,8 +46,7 @@ def decode(data: bytes, config: DatasetConfig) -> Decoded:
     """Decode one file and fit it to image_size; raise RejectedImage if it cannot be shown faithfully."""
     if not data:
         raise RejectedImage("the file is empty")
-    # Pillow warns at its own limit and gives up at twice of it; with ours in its place it is quiet below ours.
-    Image.MAX_IMAGE_PIXELS = config.max_pixels
+    Image.MAX_IMAGE_PIXELS = config.max_pixels  # at twice of which Pillow gives up, and we at once
     notes: list[str] = []
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

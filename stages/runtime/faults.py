@@ -54,6 +54,7 @@ def asked_for(stages: Collection[str] = ()) -> list[Fault]:
         if stages and fault.stage not in stages:
             raise UserError(
                 f"{VARIABLE} names the stage {fault.stage!r}, which is none of {', '.join(stages)}.",
+                where=f"{VARIABLE}={text}",
                 fix=f"Write it as in {VARIABLE}=kill@vqvae:0:13, or unset it.",
                 code=2,
             )
@@ -65,6 +66,7 @@ def _parsed(entry: str) -> Fault:
     if not found or found[1] not in KINDS:
         raise UserError(
             f"{VARIABLE} holds {entry!r}, which is not kind@stage:rank:step with a kind of {', '.join(KINDS)}.",
+            where=VARIABLE,
             fix=f"Write it as in {VARIABLE}=kill@vqvae:0:13, or unset it.",
             code=2,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import dag, dvc, params
+from stages.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DVC_YAML = """
@@ -130,3 +131,30 @@ def test_needed_is_the_way_up(here):
     stages = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
     assert dvc.needed(stages, ["prior@top"]) == {"prior@top", "codes", "vqvae", "shard"}
     assert dvc.needed(stages, ["evaluate"]) == set(stages)
+
+
+@pytest.mark.parametrize(
+    ("said", "what", "fix"),
+    [
+        (
+            "ERROR: Unable to acquire lock: (PID 7) (PID 7) (PID 8)\n",
+            f"{dvc.BUSY}: PID 7, 8.",
+            "Wait for it or stop it",
+        ),
+        (
+            "ERROR: you are not inside of a DVC repository\n",
+            "DVC cannot tell what is out of date: you are",
+            "Run: dvc init",
+        ),
+        ("ERROR: /a is not a git repository\n", "DVC cannot tell what is out of date: /a is", "Run: git init"),
+        ("ERROR: 'x' is odd\n  quoted: 1\n", "DVC cannot tell what is out of date: 'x' is odd", "Mend what it names."),
+        ("", "DVC cannot tell what is out of date: it says nothing", "Mend what it names."),
+    ],
+)
+def test_what_dvc_cannot_do_is_told_in_its_words(monkeypatch, said, what, fix):
+    """With the fix where it is known."""
+    done = subprocess.CompletedProcess([], 255, stdout="", stderr=said)
+    monkeypatch.setattr(dvc.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError) as caught:
+        dvc.reasons({})
+    assert caught.value.what.startswith(what) and caught.value.where == str(Path.cwd()) and fix in caught.value.fix

@@ -67,6 +67,42 @@ def test_a_mistake_is_named_with_its_fix(key, value, says):
     assert says in refused(key, value)
 
 
+NUMBERS = [key for key, value in params.flat(DATA).items() if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")], ids=str)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_may_be_less_than_nothing(key, value):
+    """Each setting that is a number refuses it by its name, its value and what to use."""
+    letter = refused(key, value)
+    assert key.rpartition(".")[2] in letter and str(value) in letter.lower() and "fix: Use " in letter
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("dataset.validation_fraction", 1.5, "Use a fraction from 0 to 1"),
+        ("dataset.quality", 101, "Use 1 to 100"),
+        ("train_vqvae.warmup_steps", 10**6, "Use 0 up to steps"),
+        ("train_vqvae.averaging", 1.0, "averaging below 1"),
+        ("sample.top_p", 1.1, "top_p above 0 up to 1"),
+        ("vqvae.quantizer.decay", 1.0, "up to, but not, 1"),
+        ("vqvae.quantizer.revive_below", 1.0, "a share from 0 up to 1"),
+        ("vqvae.level_dropout", 1.0, "up to, but not, 1"),
+        ("vqvae.levels.top.entries", 1, "Use 2 or more"),
+        ("vqvae.levels.top.entries", 65_537, "use at most 65536"),
+        ("vqvae.levels.top.stride", 2, "List levels coarse to fine"),
+        ("vqvae.levels", {}, "Name at least one, such as top: {stride: 8}"),
+        ("priors.top.network.attention_layers", 7, "Use a multiple of 7"),
+        ("priors.top.network.kernel", 4, "Use an odd side of 3 or more"),
+        ("zzz", 1, "fix: Remove zzz."),
+    ],
+)
+def test_what_is_too_much_is_refused_with_what_may_be(key, value, says):
+    """Each range has an upper end, too."""
+    assert says.lower() in refused(key, value).lower()
+
+
 def test_several_mistakes_come_in_one_letter():
     """All unknown keys are told at once."""
     data = {**copy.deepcopy(DATA), "sed": 1, "dateset": {}}

@@ -105,6 +105,8 @@ CASES = {
     "value_to_quote": (_nothing, ["run", "-S", "dataset.source=photos (1)"], 2),
     "value_or_list": (_nothing, ["run", "-S", "dataset.source=a,b"], 2),
     "group_of_many_places": (_nothing, ["run", "-S", "train=smoke"], 2),
+    "plus_of_a_key": (_nothing, ["run", "-S", "+seed=1"], 2),
+    "no_conf": (_remove("conf/config.yaml"), ["config"], 2),
     "plus_too_many": (_nothing, ["run", "-S", "+experiment=smoke"], 2),
     "plus_too_few": (_nothing, ["run", "-S", "vqvae.levels.middle.stride=4"], 2),
     "command_under_run": (_nothing, ["run", "status"], 2),
@@ -245,3 +247,20 @@ def check(name, project, command, status, **environment):
     assert done.returncode == status, text
     assert "Traceback" not in text and len(shown.splitlines()) <= 12
     assert text == path.read_text(encoding="utf-8")
+
+
+def test_pages_of_another_server_are_its_own(project):
+    """The letter gives its address without the password."""
+    given = {"MLFLOW_TRACKING_URI": "http://me:hunter2@127.0.0.1:5000"}
+    done = project.command("ui", **given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: MLFLOW_TRACKING_URI names a server, which has pages of its own.\n"
+        "  in: 127.0.0.1:5000\n  fix: Open that address in a browser.\n"
+    )
+
+
+def test_no_command_shows_a_password(project):
+    """Also where it stands among the overrides that a letter repeats."""
+    done = project.command("run", "-S", "cluster.storage='s3://me:hunter2@bucket/p'", "-S", "seed=abc")
+    assert done.returncode == 2 and "s3://***@bucket/p" in done.stderr and "hunter2" not in done.stderr

@@ -324,3 +324,19 @@ def test_shuffling_keeps_each_positions_codes_and_leaves_none_with_its_image():
     assert (np.sort(made, axis=0) == grids).all()
     assert (made != grids).all()
     assert len({tuple(row) for row in (made.reshape(7, -1) // 6).tolist()}) == 7
+
+
+def test_nothing_to_compare_is_an_error_that_counts():
+    """Samples or images: whichever there are none of."""
+    inputs = SimpleNamespace(images=lambda split: range(5), samples=SimpleNamespace(count=0), samples_folder="samples")
+    with pytest.raises(UserError, match=r"nothing to compare: 0 samples, 5 \w+ images\.") as caught:
+        evaluate._plan(inputs, CONFIG, seed=0)
+    assert caught.value.where == "samples" and "sample.count" in caught.value.fix and caught.value.code == 4
+
+
+def test_samples_that_are_missing_are_counted(root):
+    """With the first of their numbers, and the command that draws them anew."""
+    samples = measuring.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples"))).samples
+    with pytest.raises(UserError, match=r"2 samples are missing, first number 8\.") as caught:
+        samples.images(7, 10)
+    assert caught.value.where == str(root / "samples") and "--stage sample --force" in caught.value.fix

@@ -8,8 +8,8 @@ from PIL import Image
 
 from models.config import QuantizerConfig, VQVAEConfig
 from models.vqvae import VQVAE
-from stages import tools
-from stages.config import SampleConfig
+from stages import codes, tools
+from stages.config import CodesConfig, SampleConfig
 from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.samples import open_samples
@@ -70,5 +70,12 @@ def test_a_model_without_codes_is_refused(project, tmp_path: Path, monkeypatch: 
     meta = {**found.meta, "network": model_file.network_meta(config)}
     model_file.write(tmp_path / tools.VQVAE, "vqvae", VQVAE(config).state_dict(), meta, history=[], pictures={})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="does not quantize"):
+    with pytest.raises(UserError, match=r"so it has no codes to reconstruct images from\.") as caught:
         tools.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
+    assert caught.value.where == str(tools.VQVAE) and "mode ema or loss" in caught.value.fix
+    with pytest.raises(UserError, match=r"does not quantize, so it has no codes\.") as caught:
+        codes.run(
+            project.path("shards"), tools.VQVAE, tmp_path / "codes", tmp_path / "codes.json",
+            codes=CodesConfig(), augment=project.augment, seed=0, run=project.run("codes", "none"),
+        )  # fmt: skip
+    assert caught.value.where == "params.yaml: vqvae.quantizer.mode" and "ema or loss" in caught.value.fix

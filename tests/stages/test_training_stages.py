@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from models.config import LevelConfig, VQVAEConfig
 from stages import codes, prior, sample, vqvae
+from stages.config import SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
@@ -20,7 +23,7 @@ from stages.formats.shards import open_shards
 from stages.pixels import floats
 from stages.runtime import fit
 from stages.runtime.loop import Stopped, Worker
-from stages.sample import Models
+from stages.sample import Models, choose_labels
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -117,7 +120,38 @@ def test_parts_that_are_finished_are_kept_and_end_in_the_same_bytes(project, mon
         again()
     again()
     assert len(made) == 1 + (7 if stage is codes else 3)  # the stop, and each copy of each part once
-    assert digest(project.path(f"again_{name}")) == digest(project.path("codes" if stage is codes else "samples"))
+    expected = digest(project.path("codes" if stage is codes else "samples"))
+    assert digest(project.path(f"again_{name}")) == expected
+
+    # DVC removes what a stage has made when it is killed before it could tell; a part may have rotted since.
+    shutil.rmtree(project.path(f"again_{name}"))
+    damaged = min((project.folder / "runs" / name / "again" / "parts").glob("*.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    before = len(made)
+    again()
+    assert len(made) == before + (2 if stage is codes else 1)  # that part, of which codes have two copies
+    assert digest(project.path(f"again_{name}")) == expected
+
+
+@pytest.mark.parametrize("stage", [codes, sample], ids=["codes", "sample"])
+def test_an_end_that_fails_costs_no_finished_part(project, monkeypatch, stage):
+    """The disk is full when the parts are put together: the next attempt makes none of them again."""
+    name = stage.__name__.rpartition(".")[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "commit", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            getattr(project, name)(out=f"full_{name}", fingerprint="full")
+    monkeypatch.setattr(codes.Encode, "_encode", lambda *_: pytest.fail("codes were made again"))
+    monkeypatch.setattr(sample.Draw, "_write", lambda *_: pytest.fail("samples were drawn again"))
+    getattr(project, name)(out=f"full_{name}", fingerprint="full")
+    assert digest(project.path(f"full_{name}")) == digest(project.path("codes" if stage is codes else "samples"))
+
+
+def test_parts_on_another_disk_are_copied(project, monkeypatch):
+    """A scratch disk for runs/ gives no second names to files elsewhere."""
+    monkeypatch.setattr(artifact.os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    project.codes(out="copied", fingerprint="copied")
+    assert digest(project.path("copied")) == digest(project.path("codes"))
 
 
 def test_codes_name_the_vqvae_that_made_them(project):
@@ -166,6 +200,33 @@ def test_named_classes_are_drawn_in_turn_and_unknown_ones_refused(project):
     assert (open_samples(project.path("light")).labels == 1).all()
     with pytest.raises(UserError, match=r"'gray' is no class[\s\S]*Use one of: dark, light"):
         project.sample(out="gray", fingerprint="gray", classes=("gray",))
+
+
+def test_no_class_can_be_asked_of_models_without(project):
+    """The letter says what to do instead."""
+    with pytest.raises(UserError, match="These priors were trained without classes") as caught:
+        choose_labels(SimpleNamespace(classes=()), SampleConfig(classes=("light",)))
+    assert caught.value.where == "sample.classes" and "Leave it empty" in caught.value.fix and caught.value.code == 2
+
+
+def test_shards_of_another_size_are_refused_before_training(project, monkeypatch):
+    """As levels need them; the letter names the shards, and the command that makes them anew."""
+    levels = {"top": LevelConfig(32, 8, 4, 1, 16, 4), "bottom": LevelConfig(4, 8, 4, 1, 16, 4)}
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises(UserError, match=r"another image size than vqvae\.levels are for: image_size is 16") as caught:
+        vqvae.run(
+            project.path("shards"), project.path("other"), *project.files("vqvae"), vqvae=VQVAEConfig(levels),
+            augment=project.augment, train_vqvae=project.train, seed=0, run=project.run("vqvae", "other"),
+        )  # fmt: skip
+    assert caught.value.where == str(project.path("shards")) and "--stage shard" in caught.value.fix
+
+
+def test_training_that_ends_early_is_told_with_its_steps(project, monkeypatch):
+    """Whatever the reason: no half-trained model is taken for a whole one."""
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"Training ended at step 0 of 12\.") as caught:
+        project.vqvae(out="early", fingerprint="early")
+    assert "runs/vqvae/early" in caught.value.where and "Run the same command again" in caught.value.fix
 
 
 def test_priors_of_another_vqvae_are_refused(project):

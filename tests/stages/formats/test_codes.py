@@ -99,3 +99,10 @@ def test_a_split_without_rows_is_empty(tmp_path: Path):
     """And of the right shape."""
     read = make(tmp_path / "codes", _rewritten(lambda table: table.slice(0, 0))).split("train")
     assert len(read) == 0 and read.codes["bottom"].shape == (0, 4, 4)
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path: Path):
+    """With the command that makes codes of the shards as they are."""
+    with pytest.raises(UserError, match=r"There are no codes of split 'test'\.") as caught:
+        make(tmp_path / "codes").split("test")
+    assert caught.value.where == str(tmp_path / "codes") and "--stage codes" in caught.value.fix

@@ -101,6 +101,7 @@ def test_a_format_pillow_knows_but_we_do_not_allow_is_refused():
     assert "not a readable picture" in rejected(file(Image.fromarray(picture()), "PPM"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_rejected_by_its_header(tmp_path):
     """20,000 x 20,000 pixels are never decoded: a process of its own grows by less than 20 MB, not by 400."""
     bomb = tmp_path / "bomb.png"
@@ -120,6 +121,9 @@ def test_a_bomb_is_rejected_by_its_header(tmp_path):
     reason, grown = subprocess.check_output([sys.executable, "-c", code, str(bomb)], text=True).splitlines()
     assert "more than max_pixels, which is 100000000" in reason and int(grown) < 20_000
     assert "max_pixels" in rejected(file(Image.fromarray(picture())), max_pixels=100)
+    pixels = SIZE * SIZE
+    said = f"{SIZE} x {SIZE} pixels is more than max_pixels, which is {pixels - 1}"
+    assert said in rejected(file(Image.fromarray(picture())), max_pixels=pixels - 1)  # Pillow allows twice as many
 
 
 def test_sixteen_bit_grey_keeps_its_levels():
@@ -199,10 +203,13 @@ def test_all_eight_exif_orientations_give_the_upright_picture():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_unreadable_exif_does_not_cost_the_picture():
-    """Metadata is no reason to lose an image."""
+def test_unreadable_exif_does_not_cost_the_picture(monkeypatch):
+    """Metadata is no reason to lose an image, whether Pillow passes over it or stumbles."""
     data = file(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode(data, config()).pixels.shape == (SIZE, SIZE, 3)
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda image: (_ for _ in ()).throw(SyntaxError("not a TIFF")))
+    decoded = decode(data, config())
+    assert decoded.pixels.shape == (SIZE, SIZE, 3) and decoded.notes == ("EXIF unreadable: taken as it lies",)
 
 
 def test_oblong_pictures_are_cropped_padded_or_stretched():

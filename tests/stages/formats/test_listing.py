@@ -9,6 +9,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.formats.listing import Listing, check_source, find
+from stages.formats.sources import FolderSource, UnreadableFile
 
 
 def make(path: Path, *names: str) -> Path:
@@ -210,3 +211,16 @@ def test_checking_a_source_needs_no_heavy_library():
     """It runs before anything else does."""
     code = "import sys, stages.formats.listing; print({'torch', 'ray', 'pyarrow', 'numpy', 'PIL'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_labels_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    """A table in an archive, or one that changes while it is read."""
+    make(tmp_path, "a.png")
+    (tmp_path / "labels.csv").write_text("path,label\na.png,cat\n")
+
+    def stumbles(source, member):
+        raise UnreadableFile("changed while the images were read")
+
+    monkeypatch.setattr(FolderSource, "read", stumbles)
+    said = refusal(tmp_path, "labels.csv")
+    assert "The labels: changed while the images were read." in said and str(tmp_path / "labels.csv") in said

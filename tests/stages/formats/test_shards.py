@@ -170,6 +170,14 @@ def test_missing_and_extra_shards_are_named_when_opened(folder):
     assert "validation-00000.tar is missing" in refusal(lambda: open_shards(folder))
 
 
+def test_a_shard_that_goes_while_it_is_read_is_named(folder):
+    """With its folder, and the command that brings it back."""
+    images = open_shards(folder).split("train")
+    (folder / "train-00000.tar").unlink()
+    said = refusal(lambda: images.read(0))
+    assert "train-00000.tar cannot be opened: No such file" in said and "--stage shard" in said and str(folder) in said
+
+
 def test_a_flipped_payload_bit_is_found_when_read(folder):
     """The error names shard, key and fix; the other images stay readable."""
     shard = folder / "train-00001.tar"
