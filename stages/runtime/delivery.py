@@ -98,6 +98,13 @@ def _alone() -> Iterator[None]:
         yield
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())
+
+
 class Delivery:
     """One journal on its way. A failure raises, and the next `pump` goes on from where it came to."""
 
@@ -200,7 +207,7 @@ class Delivery:
         assert self._store is not None
         client, experiment = self._store
         title = f"{PIPELINE} {key}" if name == PIPELINE else name
-        tags = {"vqvae2.key": key, "stage": name, "mlflow.user": getpass.getuser(), "mlflow.source.name": "vqvae2"}
+        tags = {"vqvae2.key": key, "stage": name, "mlflow.user": _user(), "mlflow.source.name": "vqvae2"}
         return client.create_run(experiment, round(1000 * seconds), tags, title)
 
     def _find_parent(self, entry: Entry) -> str:

@@ -466,3 +466,14 @@ def test_reports_that_are_lost_are_told_at_the_end():
         reporter.metrics({"loss": 1.0}, 1)
     assert any(note.startswith(f"Some reports are lost, since {journal}") for note in screen.notes)
     assert any("No space left on device" in note for note in screen.notes)
+
+
+def test_a_user_without_a_name_is_tracked_by_number(monkeypatch):
+    """As in a container that was started with --user."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with track() as reporter:
+        reporter.metrics({"loss": 1.0}, 1)
+    (run,) = runs()
+    assert run.data.tags["mlflow.user"] == str(os.getuid()) and run.info.status == "FINISHED"
