@@ -108,10 +108,10 @@ class Storage:
         made.verify()  # or what has rotted here would be put there, or be the store's fault
         hashes = {file: str(entry["sha256"]) for file, entry in made.files.items()}
         place = f"{root}/{name}"
-        if not self._patiently(lambda: _holds(files, f"{place}/{MANIFEST}", folder / MANIFEST, made.digest)):
+        if self._patiently(lambda: _kept(files, f"{place}/{MANIFEST}")) not in ("", made.digest):
             self._patiently(lambda: _remove(files, f"{place}/{MANIFEST}"))  # so that it is never half of each
         for file, sha256 in (*hashes.items(), (MANIFEST, made.digest)):
-            if not self._patiently(partial(_holds, files, f"{place}/{file}", folder / file, sha256)):
+            if self._patiently(partial(_kept, files, f"{place}/{file}")) != sha256:
                 self._patiently(partial(_put, files, folder / file, f"{place}/{file}", sha256))
 
     def fetch(self, name: str, folder: Path, kind: str) -> Artifact:
@@ -277,25 +277,22 @@ def _trouble(url: str, reason: str) -> Unreachable:
 
 def _put(files: Any, source: Path, target: str, sha256: str) -> None:
     """Write one file, and believe it only once it has been read back."""
-    try:
+    with suppress(FileNotFoundError):  # as where a bucket is not there
         files.put_file(str(source), target)
-        with files.open(target, "rb") as back:
-            kept = hashlib.file_digest(back, "sha256").hexdigest()
-    except FileNotFoundError as error:  # a bad moment, here, and no answer
-        raise OSError(f"it does not have {target}, which was written just now") from error
+    kept = _kept(files, target)
+    if not kept:  # a bad moment, here, and no answer
+        raise OSError(f"it does not have {target}, which was written just now")
     if kept != sha256:
         raise OSError(f"it keeps something else than what was written to {target}")
 
 
-def _holds(files: Any, target: str, source: Path, sha256: str) -> bool:
-    """Say whether a file is there already, as it is here."""
+def _kept(files: Any, target: str) -> str:
+    """Hash a file that is there; "" if it is not."""
     try:
-        if files.size(target) != source.stat().st_size:
-            return False
-        with files.open(target, "rb") as there:
-            return bool(hashlib.file_digest(there, "sha256").hexdigest() == sha256)
+        with files.open(target, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        return False
+        return ""
 
 
 def _remove(files: Any, target: str) -> None:

@@ -75,7 +75,7 @@ class Nodes:
 
     def wait_for_checkpoint(self, step: int) -> None:
         """Return once a checkpoint has arrived in the store, and has been read back."""
-        wait_for(self.store, f"GET [^ ]*/step-{step:09d}/manifest.json")
+        wait_for(self.store, f"GET [^ ?]*/step-{step:09d}/manifest.json")
 
     def workers(self) -> dict[int, psutil.Process]:
         """Find the training workers on other nodes than the head that can be reached, by the number of their node."""
