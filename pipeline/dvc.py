@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,15 @@ def _tell(line: str, outcome: Outcome, stages: Mapping[str, dag.Stage], why: Map
         text = "unchanged"
     else:
         if not NOISE.match(line):
-            print(line, flush=True)
+            _say(line)
         return
     name = stages[match[1]].option if match[1] in stages else match[1]
-    print(f"{name:<13} {text}", flush=True)
+    _say(f"{name:<13} {text}")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a terminal that has gone is no reason to stop
+        print(line, flush=True)
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[str]:

@@ -32,7 +32,8 @@ from stages.runtime.run import Reporter, Run
 RUNS = Path("runs")
 WAIT = "Wait for it or stop it, then run the same command again."
 PATIENCE_SECONDS = 18.0  # for a stage to end that was asked to, before it is ended
-FRESH = "VQVAE2_FRESH"  # the name of a run: what runs before it have done at the same fingerprint is to be forgotten
+FRESH = "VQVAE2_FRESH"  # set: forget what an earlier run of the same fingerprint has done
+AFRESH = "afresh"  # a file in the work folder: what lies there was begun so, and is not to be forgotten once more
 
 
 class Stopped(BaseException):
@@ -74,8 +75,8 @@ def _run(module: str, level: str, folder: Path) -> None:
     with owned(folder):
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
-        if afresh := os.environ.get(FRESH):
-            _forget(Run(stage.name, fingerprint, work, settings.cluster), afresh)
+        if os.environ.get(FRESH):
+            _forget(Run(stage.name, fingerprint, work, settings.cluster))
         os.environ.update(shared.cluster_environment())
         with tracking.open_run(
             stage.name,
@@ -218,23 +219,22 @@ def _plain(section: Any) -> Any:
     return section
 
 
-def _forget(run: Run, afresh: str) -> None:
-    """Forget what others than the run `afresh` have done, which itself goes on when it is started again."""
-    mark = run.work / "afresh"
-    if mark.is_file() and mark.read_text(encoding="utf-8") == afresh:
+def _forget(run: Run) -> None:
+    """Forget what lies here, unless it was begun afresh itself, by a run that did not get to its end."""
+    if (run.work / AFRESH).exists():
+        print(f"note: what --force has begun goes on; to begin once more, delete {run.work}", file=sys.stderr)
         return
     if run.storage:
         run.storage.clear()
     for path in run.work.glob("*"):
         if path.name != "tracked":  # what MLflow may still have to receive
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with artifact.replacing(mark) as temporary:
-        temporary.write_text(afresh, encoding="utf-8")
+    (run.work / AFRESH).touch()
 
 
 @contextmanager
 def owned(folder: Path, doing: str = "Another process runs this stage") -> Iterator[None]:
-    """Hold a folder for this process alone; refuse at once while another holds it, for `doing`."""
+    """Hold a folder for this process alone; refuse within a second while another holds it, for `doing`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+", encoding="utf-8") as file:
         try:

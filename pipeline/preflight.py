@@ -44,7 +44,7 @@ def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool
             "RAY_ADDRESS.",
             code=3,
         )
-    if settings.sample.classes and "sample" in will_run:
+    if settings.sample.classes and "sample" in will_run and not (pull and "shard" in will_run):
         classes = _classes(settings.dataset, made="shard" not in will_run)
         unknown = [name for name in settings.sample.classes if classes is not None and name not in classes]
         if unknown:
@@ -204,7 +204,7 @@ def _ray() -> Finding:
         return Finding("ray", "error", f"RAY_ADDRESS={address}: {error}", "Start the cluster, or unset RAY_ADDRESS.")
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         return Finding(
-            "ray", "warning", f"{address} answers, but no token is set",
+            "ray", "warning", f"RAY_ADDRESS={address}, but no token is set",
             "Start the cluster with RAY_AUTH_MODE=token: who reaches its port can run code there.",
         )  # fmt: skip
     return Finding("ray", "ok", f"{address} answers" if port.isdecimal() else f"RAY_ADDRESS={address}")

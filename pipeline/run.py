@@ -27,7 +27,8 @@ def run(
 ) -> int:
     """Bring the wanted stages and what they need, or all stages, up to date; return the exit status.
 
-    `force` runs stages that are up to date too, from their first step; `only` leaves alone what the stage needs.
+    `force` runs stages that are up to date too, from their first step, or from where such a run was interrupted;
+    `only` leaves alone what the stage needs.
     """
     if only and not wanted:
         raise UserError("--only needs a stage.", where="--only", fix="Add one, such as --stage evaluate.", code=2)
@@ -144,8 +145,10 @@ def _reproduce(
     outcome = dvc.Outcome()
     with shared.Meeting() as meeting:
         try:
-            with _tracked(settings, afresh=force) as parent:
+            with _tracked(settings) as parent:
                 environment = {**os.environ, **parent, shared.FOLDER: str(meeting.folder)}
+                if force:
+                    environment[launch.FRESH] = "1"
                 outcome = dvc.reproduce(
                     targets, stages=stages, why=why, environment=environment, force=force, only=only, pull=pull
                 )
@@ -165,6 +168,7 @@ def _reproduce(
                 return told
             print("DVC did not get to the end. The same command goes on from what is saved.", file=sys.stderr)
             return 1
+    _tidy(outcome, settings, stages)
     report = Path("artifacts/report/report.html")
     if report.is_file() and (not targets or "evaluate" in targets):
         print(f"report        {report}")
@@ -172,16 +176,13 @@ def _reproduce(
 
 
 @contextmanager
-def _tracked(settings: Params, *, afresh: bool) -> Iterator[dict[str, str]]:
-    """Record this run as the parent of its stages'; yield the environment that tells them so.
-
-    A run that was interrupted is the same run when it goes on, so what it has begun `afresh` is kept.
-    """
+def _tracked(settings: Params) -> Iterator[dict[str, str]]:
+    """Record this run as the parent of its stages'; yield the environment that tells them so."""
     from stages.runtime import tracking
 
     command = " ".join(["vqvae2", *sys.argv[1:]])
     with tracking.parent_run(params.flat(settings), {"command": command, "mlflow.runName": command}) as key:
-        yield {tracking.PARENT: key} | ({launch.FRESH: Path(key).name} if afresh else {})
+        yield {tracking.PARENT: key}
 
 
 def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage], parent: Mapping[str, str]) -> None:
@@ -190,8 +191,7 @@ def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage
 
     for stage in (stages[name] for name in (*outcome.kept, *outcome.restored) if name in stages):
         with suppress(UserError):  # an input is gone, so nobody can say which run made the output
-            inputs = launch.digests(stage, settings)
-            fingerprint = launch.fingerprint_of(stage, settings, inputs, launch.code_of(stage))
+            inputs, fingerprint = _made_of(stage, settings)
             tracking.link_cached(
                 parent[tracking.PARENT],
                 stage.name,
@@ -201,6 +201,21 @@ def _link(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage
                 metrics=Path(stage.metrics[0]) if stage.metrics else None,
                 curves=curves.read(Path(stage.outs[0], curves.FILE)),
             )
+
+
+def _tidy(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dag.Stage]) -> None:
+    """Remove what is of no more use once DVC has taken note of the whole: its parts, and that it was begun afresh."""
+    for stage in (stages[name] for name in outcome.ran if name in stages):
+        with suppress(UserError):  # an input is gone already
+            work = launch.RUNS / stage.option / _made_of(stage, settings)[1][:16]
+            shutil.rmtree(work / "parts", ignore_errors=True)
+            (work / launch.AFRESH).unlink(missing_ok=True)
+
+
+def _made_of(stage: dag.Stage, settings: Params) -> tuple[dict[str, str], str]:
+    """Digest the inputs of a stage, and name by its fingerprint what it makes of them."""
+    inputs = launch.digests(stage, settings)
+    return inputs, launch.fingerprint_of(stage, settings, inputs, launch.code_of(stage))
 
 
 def _remove_leftovers(settings: Params) -> None:

@@ -44,10 +44,11 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
     listing = find(source, dataset.labels, validation_fraction=dataset.validation_fraction)
     for note in listing.notes:
         run.reporter.note(note)
-    parts = _plan(listing, dataset, run.work)
-    map_parts(WriteShard, (source.absolute(), run.work.absolute(), dataset), parts, run=run, unit="images")
+    work = run.work / "parts"
+    parts = _plan(listing, dataset, work)
+    map_parts(WriteShard, (source.absolute(), work.absolute(), dataset), parts, run=run, unit="images")
 
-    finished = [json.loads(_report(run.work, part["shard"]).read_text("utf-8")) for part in parts]
+    finished = [json.loads(_report(work, part["shard"]).read_text("utf-8")) for part in parts]
     rejected = [(name, reason) for report in finished for name, reason in report["rejected"]]
     _stop_if_too_many(rejected, len(listing.entries), source, dataset)
     rows = [[Row(*row) for row in report["rows"]] for report in finished]
@@ -63,7 +64,7 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
     meta = {"image_size": dataset.image_size, "classes": listing.classes, "settings": settings, **counts}
     with artifact.writing(out, KIND, meta) as folder:
         for shard in [shard_rows[0].shard for shard_rows in rows if shard_rows]:
-            artifact.link_or_copy(run.work / shard, folder / shard)
+            artifact.link_or_copy(work / shard, folder / shard)
         write_index(folder / INDEX, filter(None, rows))
         with (folder / REJECTED).open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")

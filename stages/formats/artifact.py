@@ -109,7 +109,7 @@ def _seal(path: Path) -> Path:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy where it lies on another disk."""
+    """Give a file a second name, or a copy where its disk allows none, as where it is another."""
     try:
         os.link(source, target)
     except OSError:

@@ -24,12 +24,13 @@ from stages.errors import UserError
 from stages.runtime import cluster, faults
 from stages.runtime.checkpoint import Checkpoints
 from stages.runtime.desk import DeskReporter, forwarding, hears_stop, open_desk, refused_once
-from stages.runtime.loop import Apart, Stopped, Worker, under
+from stages.runtime.loop import CheckpointMismatch, Stopped, Worker, under
 from stages.runtime.run import Reporter, Run
 from stages.runtime.storage import Storage, Stored, node_folder
 
 GRACE_SECONDS = 15.0  # a machine that is taken away gives 30 seconds, or 20
-SUM_SECONDS = 3600  # workers wait in a sum while the first brings a checkpoint to a slow store; Ray finds the dead
+COLLECTIVE_SECONDS = 300  # after which a worker gives up waiting for the others
+UPLOAD_SECONDS = 3600  # the same, where the others may wait for the first to bring a checkpoint to a slow store
 ARRIVAL = timedelta(hours=12)  # how long workers wait for one that is still fetching its inputs
 
 
@@ -64,7 +65,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                 use_gpu=config.gpus_per_worker > 0,
                 resources_per_worker=_resources(run),
             ),
-            torch_config=TorchConfig(timeout_s=SUM_SECONDS),
+            torch_config=TorchConfig(timeout_s=UPLOAD_SECONDS if config.storage else COLLECTIVE_SECONDS),
             run_config=RunConfig(
                 name=f"attempt-{time.time_ns()}",  # a name Ray has seen before would count as finished
                 **ray_place,
@@ -89,7 +90,7 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
                     "from the newest checkpoint.",
                     code=3,
                 ) from error
-            if isinstance(cause, Apart):
+            if isinstance(cause, CheckpointMismatch):
                 raise UserError(
                     str(cause),
                     where=run.work,

@@ -32,7 +32,7 @@ class Stopped(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-class Apart(Exception):
+class CheckpointMismatch(Exception):
     """The workers would begin at different steps."""
 
 
@@ -106,7 +106,7 @@ def train(
 ) -> None:
     """Train to the last step, going on from the newest checkpoint. Rank 0 saves and reports.
 
-    Raises Stopped after saving when the run is asked to stop, Apart when workers find different checkpoints, and
+    Raises Stopped after saving when the run is asked to stop, CheckpointMismatch when workers find different ones, and
     UserError when the loss is no longer finite.
     """
     objective.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -154,7 +154,8 @@ def train(
             averaged.update_parameters(objective.network)
         since.add(result.totals)
         if step == start and worker.rank == 0:  # the optimizer has all its tensors now
-            coming = math.ceil((config.steps - start) / config.checkpoint_every)
+            every = config.checkpoint_every
+            coming = config.steps // every - start // every + (config.steps % every > 0)
             checkpoints.require_room(_tensors(objective.network, optimizer, averaged), coming)
 
         done, stopping = step + 1, stop.agreed()
@@ -184,7 +185,7 @@ def train(
 
 
 def _require_one_start(start: int, worker: Worker) -> None:
-    """Begin together or not at all: between workers that are a checkpoint apart, every sum would find its partner.
+    """Begin together or not at all: workers that are a checkpoint apart would train on, and nobody would notice.
 
     A network disk may show one node what another has not heard of yet, and one node's bad moment may cost it a file.
     """
@@ -192,7 +193,9 @@ def _require_one_start(start: int, worker: Worker) -> None:
     starts[worker.rank] = start
     worker.reduce(starts)
     if (starts != start).any():
-        raise Apart(f"The workers' newest checkpoints are of steps {', '.join(map(str, starts.tolist()))}.")
+        raise CheckpointMismatch(
+            f"The workers' newest checkpoints are of steps {', '.join(map(str, starts.tolist()))}."
+        )
 
 
 def evaluate(objective: Objective, network: nn.Module, batches: Iterable[Any], worker: Worker) -> dict[str, float]:

@@ -91,12 +91,19 @@ class State:
         return pieces + [f"{name} {value:.4g}" for name, value in self.numbers.items()]
 
 
+class _Console(Console):
+    """Falls silent when nobody reads any more; of itself, rich would end the process, or the thread, with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress(Reporter):
     """Show a run's progress on stderr, or on another console. Use as a context manager."""
 
     def __init__(self, stage: str, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.stage = stage
-        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.console = console or _Console(file=sys.stderr, highlight=False)
         self._clock = clock
         self._pace = Pace(clock)
         self._state: State | None = None

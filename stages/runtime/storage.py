@@ -101,7 +101,7 @@ class Storage:
     def upload(self, folder: Path, name: str) -> None:
         """Put an artifact folder here under a name, in place of what had it; return once all has been read back.
 
-        Another job may be putting the same folder here: equal files are left alone, and none is taken away.
+        Two jobs may put the same folder here at a time: what is here already is left alone.
         """
         files, root = self.opened()
         made = artifact.read(folder, json.loads((folder / MANIFEST).read_bytes())["kind"])

@@ -262,7 +262,7 @@ def _reason(error: Exception | None) -> str:
     """Say in a few words why something was not sent."""
     if error is None:
         return SLOW
-    return without_secrets(str(error)).partition("\n")[0][:160]
+    return (without_secrets(str(error)).strip() or type(error).__name__).partition("\n")[0][:160]
 
 
 def _digest() -> str:

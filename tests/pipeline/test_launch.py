@@ -205,8 +205,8 @@ def test_a_stage_asked_to_stop_ends_even_if_the_request_gets_lost():
 
 
 @pytest.mark.parametrize("storage", ["", "memory://store"])
-def test_what_is_made_afresh_is_forgotten_once(tmp_path, storage):
-    """A forced run that was interrupted goes on when it is started again; the next forced run forgets again."""
+def test_what_is_made_afresh_is_forgotten_once(tmp_path, storage, capsys):
+    """A forced run that did not get to its end goes on when it is started again; after one that did, all goes again."""
     run = Run("vqvae", "f" * 64, tmp_path, ClusterConfig(storage=storage))
 
     def put():
@@ -217,12 +217,15 @@ def test_what_is_made_afresh_is_forgotten_once(tmp_path, storage):
         if run.storage:
             run.storage.upload(tmp_path / "step-000000005", "step-000000005")
 
-    for afresh, kept in (("first", False), ("first", True), ("second", False)):
+    for ended, kept in ((True, False), (False, True), (True, False)):
         put()
-        launch._forget(run, afresh)
+        if ended:
+            (tmp_path / launch.AFRESH).unlink(missing_ok=True)
+        launch._forget(run)
         assert {(tmp_path / name).exists() for name in ("step-000000005", "file")} == {kept}
         assert (tmp_path / "tracked").exists()  # what MLflow may still have to receive
         assert run.storage is None or run.storage.holds("step-000000005") == kept
+        assert (f"goes on; to begin once more, delete {tmp_path}" in capsys.readouterr().err) == kept
 
 
 @pytest.mark.parametrize("by_dvc", [True, False])

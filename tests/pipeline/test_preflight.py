@@ -116,7 +116,8 @@ def test_results_can_be_had_where_the_gpus_and_the_images_are_not(here, monkeypa
     monkeypatch.setattr(preflight.origin, "kept", lambda: ["experiment=smoke", "cluster=gpu", "dataset.name=a b"])
     object.__setattr__(settings.cluster, "gpus_per_worker", 1)
     object.__setattr__(settings.dataset, "source", "nowhere")
-    preflight.check(settings, ["shard", "vqvae"], "params.yaml", pull=True)
+    object.__setattr__(settings.sample, "classes", ("flags",))
+    preflight.check(settings, ["shard", "vqvae", "sample"], "params.yaml", pull=True)
     with pytest.raises(UserError, match="The source of images does not exist"):
         preflight.check(settings, ["shard"], "params.yaml", pull=False)
     with pytest.raises(UserError, match=r"cluster asks for 2 GPUs; this machine has 0\.") as caught:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import dvc, launch, params, preflight, shared, status
+from pipeline import dag, dvc, launch, params, preflight, shared, status
 from pipeline import run as run_module
 from pipeline.cli import app
 from stages import tools
@@ -207,6 +207,25 @@ def test_a_run_that_dvc_gives_up_says_so(project, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(
         "DVC did not get to the end. The same command goes on from what is saved.\n"
     )
+
+
+def test_parts_go_once_dvc_has_taken_note_of_the_whole(project, monkeypatch):
+    """Not before, and none of other settings; a forced run that has got to its end is no longer one that goes on."""
+    monkeypatch.chdir(project.folder)
+    stage = dag.stages(params.read())["shard"]
+    work = Path("runs/shard", run_module._made_of(stage, params.load())[1][:16])
+    other = Path("runs/shard/other/parts")
+    other.mkdir(parents=True)
+    monkeypatch.setattr(run_module.dvc, "reasons", lambda *_, **__: {"shard": ["asked for"]})
+    monkeypatch.setattr("stages.runtime.tracking.parent_run", lambda *_: nullcontext("runs/pipeline/key"))
+    for failed in (True, False):
+        (work / "parts").mkdir(parents=True, exist_ok=True)
+        (work / launch.AFRESH).touch()
+        outcome = dvc.Outcome(status=int(failed), ran=["shard"])
+        monkeypatch.setattr(run_module.dvc, "reproduce", lambda *_, outcome=outcome, **__: outcome)
+        assert run_module.run() == failed
+        assert (work / "parts").exists() == (work / launch.AFRESH).exists() == failed
+    assert other.exists()
 
 
 def test_status_tells_what_runs_while_dvc_is_busy(project, monkeypatch, capsys):

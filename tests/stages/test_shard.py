@@ -140,7 +140,7 @@ def test_a_rerun_keeps_finished_shards(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sharded(source, tmp_path / "broken")
     assert not (tmp_path / "broken" / "out").exists()
-    (tmp_path / "broken" / "work" / "train-00001.tar").write_bytes(b"damaged since")
+    (tmp_path / "broken" / "work" / "parts" / "train-00001.tar").write_bytes(b"damaged since")
     monkeypatch.setattr(shard, "write_shard", lambda path, samples: written.append(path.name) or write(path, samples))
     sharded(source, tmp_path / "broken")
     assert [name.removesuffix(".writing") for name in written[2:]] == [

@@ -14,7 +14,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import faults, loop
 from stages.runtime.checkpoint import Checkpoints, State
-from stages.runtime.loop import Apart, Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
+from stages.runtime.loop import CheckpointMismatch, Data, Objective, Step, Stopped, Totals, Worker, learning_rate, train
 from stages.runtime.order import Batches, Order
 from stages.runtime.run import Reporter
 
@@ -183,7 +183,7 @@ def test_workers_that_find_different_checkpoints_do_not_begin(tmp_path: Path):
     with pytest.raises(Killed):
         run(tmp_path, 10)
     others = Worker(1, 2, reduce=lambda tensor: tensor[0].fill_(4) if tensor.numel() == 2 else None)
-    with pytest.raises(Apart, match=r"of steps 4, 8\."):
+    with pytest.raises(CheckpointMismatch, match=r"of steps 4, 8\."):
         run(tmp_path, worker=others)
 
 

@@ -146,13 +146,15 @@ def test_several_reporters_hear_the_same():
     assert len(heard) == 8 and heard[::2] == heard[1::2]
 
 
-def test_a_terminal_that_is_gone_is_no_reason_to_stop():
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe")])
+def test_a_terminal_that_is_gone_is_no_reason_to_stop(monkeypatch, error):
     """Who logs out leaves a run behind; what it says from then on, the journal alone hears."""
 
     class Gone(io.StringIO):
         def write(self, text):
-            raise OSError(5, "Input/output error")
+            raise error
 
-    with Progress("vqvae", Console(file=Gone(), force_terminal=False), Clock()) as progress:
+    monkeypatch.setattr("sys.stderr", Gone())
+    with Progress("vqvae") as progress:
         progress.note("Still here.")
         progress.progress(1, 2, "step", {})

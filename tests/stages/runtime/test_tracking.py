@@ -453,6 +453,7 @@ def test_what_a_server_refuses_is_told_with_what_to_do(monkeypatch, capsys):
     assert said in capsys.readouterr().err
     sent = sync()
     assert (sent.trouble, sent.missing) == ("no room left on the server", 0)
+    assert tracking._reason(TimeoutError()) == "TimeoutError"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
