@@ -97,9 +97,7 @@ def run(
             "--stage", "-s", metavar="STAGE", help="This stage and what it needs, such as prior_top; repeatable."
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Run what is up to date, too, and from the start.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Run what is up to date, too, from the start.")] = False,
     only: Annotated[bool, typer.Option("--only", help="Run the stage alone, on the inputs in place.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why.")] = False,
     pull: Annotated[bool, typer.Option("--pull", help="Fetch what the DVC remote has instead of running it.")] = False,
