@@ -14,3 +14,6 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VQVAE2_RUN", "VQVAE2_FRESH",
     os.environ.pop(name, None)
 # A script starts what is in its background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Ray reads its settings once, when it is first imported: this sets those of a cluster that is started here.
+import stages.runtime.cluster  # noqa: E402, F401
