@@ -101,8 +101,7 @@ class Project:
 
     def variables(self) -> dict[str, str]:
         """Name the environment of commands here: this interpreter's programs first, nothing private of the caller's."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PRIVATE)}
-        return inherited | {
+        return _public() | {
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "COLUMNS": "120",
             "DVC_NO_ANALYTICS": "1",
@@ -145,6 +144,7 @@ class Namespace:
             ["unshare", "--pid", "--net", "--mount", "--fork", "--kill-child", "--mount-proc", "bash"],
             stdin=subprocess.PIPE,
             text=True,
+            env=_public(),
         )
         # Job control: without it, what a shell starts in the background ignores Ctrl-C for ever.
         self.say("set -m; ip link set lo up")
@@ -232,6 +232,10 @@ def kind_of(process: psutil.Process) -> str:
         if sign in line and "python" in words[0]:
             return kind
     return "dvc" if "-m dvc repro" in line else ""
+
+
+def _public() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(PRIVATE)}
 
 
 def until(holds: Callable[[], object], seconds: float, otherwise: Callable[[], str] = lambda: "") -> None:
