@@ -285,7 +285,7 @@ def sync_metrics() -> None:
                 where="runs/",
                 fix="Mend what it names, then run: vqvae2 sync-metrics. It sends what is still missing.",
             )
-        return 0
+        return 1 if sent.missing else 0
 
     _guarded(send)
 

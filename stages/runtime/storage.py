@@ -224,7 +224,6 @@ class Stored:
         with _disk_of(folder), folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self._is_in(folder):  # contents were verified on their way
-                shutil.rmtree(folder, ignore_errors=True)
                 found = self.storage.fetch(self.digest, folder, self.kind)
                 if found.digest != self.digest:
                     what = f"This is {self.kind} {found.digest[:12]}, not {self.digest[:12]}."
