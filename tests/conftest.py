@@ -2,6 +2,9 @@
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -17,3 +20,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray reads its settings once, when it is first imported: this sets those of a cluster that is started here.
 import stages.runtime.cluster  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A test leaves signals to the next as it has found them; what a stranger's handler does shows elsewhere."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
