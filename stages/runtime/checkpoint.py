@@ -67,7 +67,7 @@ class Checkpoints:
         """
         steps = sorted((_step(path) for path in self.folder.glob("step-*[0-9]")), reverse=True)
         for step in steps:
-            folder = self._folder(step)
+            folder = self.place(step)
             try:
                 state = self._read(folder)
             except UserError as error:
@@ -121,12 +121,12 @@ class Checkpoints:
         for step in steps:
             try:
                 self.fetch_step(step)
-                self._read(self._folder(step))
+                self._read(self.place(step))
             except (Unreachable, Unwritable):
                 raise
             except UserError as error:
                 assert self.storage
-                self.storage.set_aside(self._folder(step).name)  # or it would count among those that are kept
+                self.storage.set_aside(self.place(step).name)  # or it would count among those that are kept
                 self.note(f"Checkpoint of step {step} is damaged in the storage and set aside there: {error.what}")
                 continue
             if step < steps[0]:
@@ -137,7 +137,7 @@ class Checkpoints:
     def fetch_step(self, step: int) -> None:
         """Bring the checkpoint of a step here from the storage."""
         assert self.storage
-        self.storage.fetch(self._folder(step).name, self._folder(step), KIND)
+        self.storage.fetch(self.place(step).name, self.place(step), KIND)
 
     def forget_all_but(self, step: int) -> None:
         """Remove the checkpoints that are here, but one: what the storage does not have is no other worker's."""
@@ -157,7 +157,7 @@ class Checkpoints:
     def _store(self, step: int) -> None:
         """Put the checkpoint of a step into the storage."""
         assert self.storage
-        folder = self._folder(step)
+        folder = self.place(step)
         self.storage.upload(folder, folder.name)
 
     def _prune(self) -> None:
@@ -223,16 +223,17 @@ class Checkpoints:
 
     def _write(self, state: State) -> None:
         meta = {"step": state.step, "fingerprint": self.fingerprint}
-        with artifact.writing(self._folder(state.step), KIND, meta) as folder:
+        with artifact.writing(self.place(state.step), KIND, meta) as folder:
             save_file(dict(state.tensors), folder / STATE)
             (folder / HISTORY).write_text(json.dumps(state.history), encoding="utf-8")
         self._prune()
         if self.storage:
             self._store(state.step)
             for step in self._stored()[self.keep :]:
-                self.storage.discard(self._folder(step).name)
+                self.storage.discard(self.place(step).name)
 
-    def _folder(self, step: int) -> Path:
+    def place(self, step: int) -> Path:
+        """Say where the checkpoint of a step lies here."""
         return self.folder / f"step-{step:09d}"
 
 

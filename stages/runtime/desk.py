@@ -5,11 +5,13 @@ It is an actor of Ray on the node of that process: no other node's end takes it 
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from stages.errors import UserError
+from stages.runtime.pulse import Process
 from stages.runtime.run import Reporter
 
 POLL_SECONDS = 0.5
@@ -23,6 +25,7 @@ class Desk:
         self._reports: list[tuple[str, tuple[Any, ...]]] = []
         self._stop, self._saved = asyncio.Event(), asyncio.Event()
         self._refusal: UserError | None = None
+        self._signs: dict[Process, float] = {}
 
     async def report(self, method: str, *arguments: Any) -> None:
         """Leave a call of a `Reporter`'s method."""
@@ -56,6 +59,18 @@ class Desk:
     async def refusal(self) -> UserError | None:
         """Tell what was refused."""
         return self._refusal
+
+    async def sign(self, process: Process) -> None:
+        """Leave a sign of life."""
+        self._signs[process] = time.monotonic()
+
+    async def silent(self, seconds: float) -> list[Process]:
+        """Name who left one, and none for that long since; each once."""
+        now = time.monotonic()
+        found = [process for process, at in self._signs.items() if now - at > seconds]
+        for process in found:
+            del self._signs[process]
+        return found
 
 
 class DeskReporter(Reporter):

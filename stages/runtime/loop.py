@@ -117,6 +117,7 @@ def train(
     _require_one_start(start, worker)
     since = _Sums(objective, worker)  # the last step that is logged
     if resumed is not None:
+        _require_whole(resumed, objective.network, averaged, checkpoints.place(start))
         _restore(resumed.tensors, objective.network, optimizer, averaged)
         since.take_up(resumed.tensors["since"])
         reporter.note(f"Resuming at step {start} of {config.steps}.")
@@ -301,12 +302,35 @@ def _averaged(network: nn.Module, decay: float) -> AveragedModel | None:
 
 
 def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None) -> dict[str, Tensor]:
-    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    if averaged is not None:
-        tensors |= {f"averaged.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    tensors = _weights(network, averaged)
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
     return tensors
+
+
+def _weights(network: nn.Module, averaged: AveragedModel | None) -> dict[str, Tensor]:
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    if averaged is not None:
+        tensors |= {f"averaged.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    return tensors
+
+
+def _require_whole(state: State, network: nn.Module, averaged: AveragedModel | None, place: Path) -> None:
+    """Refuse a checkpoint that lacks something, intact as it may be: Adam would begin anew and not say so."""
+    found = {name: tensor.shape for name, tensor in state.tensors.items()}
+    needed = {name: tensor.shape for name, tensor in _weights(network, averaged).items()}
+    for index, weight in enumerate(network.parameters()):
+        moments = {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+        needed |= {f"optimizer.{index}.{name}": shape for name, shape in moments.items()}
+    needed["since"] = found.get("since", torch.Size())  # a row for each of however many workers there were
+    if wrong := sorted(name for name in needed.keys() | found.keys() if needed.get(name) != found.get(name)):
+        raise UserError(
+            f"The checkpoint of step {state.step} is not of this network: {wrong[0]} is missing, too much, or of "
+            f"another shape; so are {len(wrong) - 1} more.",
+            where=place,
+            fix="Remove it, then run the same command again: it goes on from the checkpoint before.",
+            code=5,
+        )
 
 
 def _restore(

@@ -17,7 +17,9 @@ import numpy as np
 
 from stages.errors import UserError, of_a_file
 from stages.runtime import cluster, faults
+from stages.runtime.desk import open_desk
 from stages.runtime.elsewhere import Journey, Node, digest
+from stages.runtime.pulse import beat, watching
 from stages.runtime.run import Reporter, Run
 from stages.runtime.storage import node_folder
 
@@ -63,9 +65,12 @@ def map_parts(
                     collect(number, unpacked(kept))
         for failures in range(run.cluster.max_failures + 1):
             missing = {number: part for number, part in enumerate(parts) if number not in results}
+            if not missing:
+                break
+            desk = open_desk()
             try:
-                if missing:
-                    _map(worker, arguments, missing, run, journey, collect)
+                with watching(desk) as stood_still:
+                    _map(worker, arguments, missing, run, journey, desk, collect)
                 break
             except _lost() as error:
                 if failures == run.cluster.max_failures:
@@ -76,7 +81,8 @@ def map_parts(
                         "what is finished stays finished.",
                         code=3,
                     ) from error
-                run.reporter.note("A worker was lost; what it had not finished is done again.")
+                how = "did not answer" if stood_still else "was lost"
+                run.reporter.note(f"A worker {how}; what it had not finished is done again.")
                 cluster.check(replace(run.cluster, workers=1))  # its node may have been the only one of its kind
     return [results[number] for number in range(len(parts))]
 
@@ -100,6 +106,7 @@ def _map(
     parts: dict[int, Part],
     run: Run,
     journey: Journey | None,
+    desk: Any,
     collect: Callable[[int, Result], None],
 ) -> None:
     import ray.data
@@ -116,7 +123,7 @@ def _map(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
-            fn_constructor_args=(worker, arguments, replace(run, reporter=Reporter()), journey),
+            fn_constructor_args=(worker, arguments, replace(run, reporter=Reporter()), journey, desk),
             compute=ActorPoolStrategy(min_size=1, max_size=min(run.cluster.workers, len(rows))),
             max_restarts=0,
             max_task_retries=0,
@@ -149,9 +156,10 @@ def _place(run: Run, journey: Journey | None) -> dict[str, Any]:
 class _Call:
     """One process of the pool: a worker of its own, and its share of the CPUs."""
 
-    def __init__(self, worker: Worker, arguments: tuple[Any, ...], run: Run, journey: Journey | None):
+    def __init__(self, worker: Worker, arguments: tuple[Any, ...], run: Run, journey: Journey | None, desk: Any):
         import torch
 
+        beat(desk)
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
         self.stage = run.stage
         self.refusal: UserError | None = None

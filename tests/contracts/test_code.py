@@ -45,6 +45,7 @@ NO_REASON = {
     "stages/runtime/faults.py": "what breaks a run, not what it makes",
     "stages/runtime/fit.py": "where, not what",
     "stages/runtime/parts.py": "where, not what",
+    "stages/runtime/pulse.py": "where, not what",
     "stages/runtime/run.py": "an interface",
     "stages/runtime/storage.py": "where, not what",
     "models/priors/__init__.py": "a table; the network it names is watched",

@@ -146,6 +146,25 @@ def test_every_part_of_the_state_matters(tmp_path: Path, unbroken: State):
         assert different or end.history != unbroken.history, name
 
 
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path):
+    """Each tensor in turn, in its absence and in another shape, and one too many: none is begun anew unsaid."""
+    with pytest.raises(Stopped):
+        run(tmp_path / "origin", worker=stopped_after(5))
+    origin = Checkpoints(tmp_path / "origin", "print", keep=3).latest()
+    assert origin is not None
+    spoilt = [{key: tensor for key, tensor in origin.tensors.items() if key != name} for name in origin.tensors]
+    spoilt += [{**origin.tensors, name: torch.zeros(7, 7, 7)} for name in origin.tensors if name != "since"]
+    for number, tensors in enumerate([*spoilt, {**origin.tensors, "network.more": torch.zeros(1)}]):
+        folder = tmp_path / str(number)
+        checkpoints = Checkpoints(folder, "print", keep=3)
+        checkpoints.save(State(origin.step, tensors, origin.history))
+        checkpoints.wait()
+        with pytest.raises(UserError, match="The checkpoint of step 5 is not of this network: ") as caught:
+            run(folder)
+        assert caught.value.where == str(folder / "step-000000005") and caught.value.code == 5
+        assert "Remove it, then run the same command again" in caught.value.fix
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 8, 19])
 def test_a_run_asked_to_stop_saves_at_that_step_and_goes_on_from_it(tmp_path: Path, unbroken: State, steps: int):
     """No step is lost, also between two that are logged, and the curves show no seam."""

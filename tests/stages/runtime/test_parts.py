@@ -4,11 +4,14 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray.exceptions
 
@@ -16,10 +19,11 @@ from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime import parts as parts_module
+from stages.runtime import pulse
 from stages.runtime.cluster import connected
 from stages.runtime.elsewhere import Journey, Node
 from stages.runtime.parts import map_parts, packed, unpacked
-from stages.runtime.run import Run
+from stages.runtime.run import Reporter, Run
 
 
 def test_results_cross_processes_without_code():
@@ -30,6 +34,16 @@ def test_results_cross_processes_without_code():
     assert found == result
     with pytest.raises(ValueError, match="pickle"):
         packed({"array": np.array([object()])})
+
+
+class Notes(Reporter):
+    """Keep what a user would read."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.read.append(text)
 
 
 class Square:
@@ -62,9 +76,11 @@ def run(tmp_path_factory):
 def test_results_come_in_the_order_of_the_parts_although_a_worker_is_killed(run: Run, tmp_path: Path):
     """What the killed worker had not finished is done again; nothing is lost or doubled."""
     parts = [{"number": number, "dies": number == 3} for number in range(8)]
-    results = map_parts(Square, (tmp_path,), parts, run=run, unit="part")
+    notes = Notes()
+    results = map_parts(Square, (tmp_path,), parts, run=replace(run, reporter=notes), unit="part")
     assert [result["square"] for result in results] == [number**2 for number in range(8)]
     assert (tmp_path / "died-3").exists()
+    assert notes.read == ["A worker was lost; what it had not finished is done again."]
 
 
 @pytest.mark.ray
@@ -82,7 +98,8 @@ def test_a_disk_that_takes_nothing_is_an_answer_too(tmp_path: Path, monkeypatch)
         raise OSError(part["number"], os.strerror(part["number"]))
 
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # it would hold for all tests that follow
-    call = parts_module._Call(lambda: full, (), Run("codes", "f", tmp_path, ClusterConfig()), None)
+    monkeypatch.setattr(parts_module, "beat", lambda desk: None)
+    call = parts_module._Call(lambda: full, (), Run("codes", "f", tmp_path, ClusterConfig()), None, None)
     answer = unpacked(call({"number": 0, "part": json.dumps({"number": errno.ENOSPC})})["result"])["user_error"]
     assert answer["what"] == "No space left on device." and answer["where"] == str(tmp_path) and answer["code"] == 3
     with pytest.raises(OSError, match="Input/output error"):
@@ -106,6 +123,7 @@ def test_a_refusal_while_a_worker_is_built_is_shown_as_it_is(run: Run, tmp_path:
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
+@pytest.mark.parametrize(("hung", "told"), [((), "was lost"), (("one",), "did not answer")])
 @pytest.mark.parametrize(
     "error",
     [
@@ -116,8 +134,10 @@ def test_a_refusal_while_a_worker_is_built_is_shown_as_it_is(run: Run, tmp_path:
         ray.exceptions.WorkerCrashedError(),
     ],
 )
-def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, monkeypatch, error: Exception):
-    """After as many tries as the settings allow, with the fix."""
+def test_workers_that_are_lost_time_and_again_end_in_a_letter(
+    tmp_path: Path, monkeypatch, error: Exception, hung: tuple[str, ...], told: str
+):
+    """After as many tries as the settings allow, with the fix; each loss is told when it happens."""
     tries: list[int] = []
 
     def lost(*arguments: object) -> None:
@@ -126,13 +146,51 @@ def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, mo
 
     monkeypatch.setattr(parts_module, "_map", lost)
     monkeypatch.setattr(parts_module.cluster, "connected", lambda config: nullcontext())
+    monkeypatch.setattr(parts_module, "open_desk", lambda: None)
+    monkeypatch.setattr(parts_module, "watching", lambda desk: nullcontext(hung))
     checked: list[int] = []
     monkeypatch.setattr(parts_module.cluster, "check", lambda config: checked.append(config.workers))
-    alone = Run("codes", "f", tmp_path, ClusterConfig(workers=4, max_failures=2))
+    notes = Notes()
+    alone = Run("codes", "f", tmp_path, ClusterConfig(workers=4, max_failures=2), notes)
     with pytest.raises(UserError, match="Workers were lost 3 times") as caught:
         map_parts(Square, (tmp_path,), [{"number": 0}], run=alone, unit="part")
-    assert caught.value.code == 3 and caught.value.fix and len(tries) == 3
+    assert (caught.value.where, caught.value.code, len(tries)) == (str(tmp_path), 3, 3)
+    assert "memory enough, then run the same command again" in caught.value.fix
+    assert notes.read == [f"A worker {told}; what it had not finished is done again."] * 2
     assert checked == [1, 1]  # before each repetition: is there a node left that one fits on?
+
+
+class Hangs(Square):
+    """Stand still at one part, as a whole process, the first time."""
+
+    def __call__(self, part: dict) -> dict:
+        mark = self.folder / "stood"
+        if part["number"] == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().__call__(part)
+
+
+@pytest.mark.ray
+def test_a_worker_that_stands_still_is_ended_and_its_part_done_again(run: Run, tmp_path: Path, monkeypatch):
+    """Ray alone waits for it without end."""
+    monkeypatch.setattr(pulse, "PATIENCE_SECONDS", 5.0)
+    notes = Notes()
+    results = map_parts(
+        Hangs, (tmp_path,), [{"number": number} for number in range(4)], run=replace(run, reporter=notes), unit="part"
+    )
+    assert [result["square"] for result in results] == [0, 1, 4, 9] and (tmp_path / "stood").exists()
+    assert notes.read == ["A worker did not answer; what it had not finished is done again."]
+
+
+def test_only_the_process_that_was_meant_is_ended():
+    """Not one that has got its number since."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        began = psutil.Process(child.pid).create_time()
+        assert not pulse._kill(pulse.Process("node", child.pid, began - 1)) and child.poll() is None
+        assert pulse._kill(pulse.Process("node", child.pid, began))
+        assert child.wait(10) == -signal.SIGKILL
+    assert not pulse._kill(pulse.Process("node", child.pid, began))  # has ended since
 
 
 class Copy:
