@@ -74,6 +74,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         _reach(address)
         _init(address=address, runtime_env=runtime_env)
     except Exception as error:  # Ray raises many kinds here, none of them meant for users
+        if str(error).startswith("Version mismatch"):
+            raise UserError(
+                " ".join(str(error).split()).rstrip(".") + ".",
+                where=f"RAY_ADDRESS={address}",
+                fix="Install the cluster's versions of Ray and Python here, or these there.",
+                code=3,
+            ) from error
         raise UserError(
             f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
             where=f"RAY_ADDRESS={address}",

@@ -16,12 +16,13 @@ from torch import nn
 from models.config import LevelConfig, PriorConfig, VQVAEConfig
 from models.priors import build
 from models.vqvae import VQVAE
-from stages import codes, evaluate, measuring, sample, shard
+from stages import codes, evaluate, findings, measuring, sample, shard
 from stages.config import AugmentConfig, ClusterConfig, CodesConfig, DatasetConfig, EvaluateConfig, SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
+from stages.metrics import COMPARISONS
 from stages.runtime.run import Reporter, Run
 
 SIDE = 16
@@ -279,8 +280,32 @@ def test_codes_of_other_shards_are_refused(root, tmp_path):
     """An image without codes is named, with the stage that makes them."""
     other = pipeline(tmp_path, {"train": 30, "validation": 9})
     inputs = measuring.Inputs(other / "shards", root / "vqvae", root / "codes", root / "priors", root / "samples")
-    with pytest.raises(UserError, match="The codes hold no image"):
+    with pytest.raises(UserError, match="The codes hold no image") as caught:
         inputs.plain_codes("train", 30)
+    assert (caught.value.where, caught.value.code) == (str(root / "codes"), 4)
+    assert caught.value.fix == "Run: vqvae2 run --stage codes"
+
+
+def test_what_a_reader_must_not_miss_is_said_in_sentences():
+    """And nothing where there is nothing to say."""
+    fine = {"train": np.full(8, 5)}
+    one = {"train": np.array([40, 0, 0, 0, 0, 0, 0, 0])}
+    numbers = {"codebook": findings.codebook({"top": fine}), "reference": "validation", "neighbours": {}}
+    many = max(comparison.fewest(CONFIG) for comparison in COMPARISONS.values())
+    assert findings.notes(numbers, many, CONFIG) == []
+    numbers = {
+        "codebook": findings.codebook({"top": one, "bottom": fine}),
+        "reference": "train",
+        "neighbours": {"pixels": {"samples_copies": 3}},
+    }
+    assert findings.notes(numbers, many, CONFIG) == [
+        "Level top is collapsed: its perplexity is 1.0 of 8 entries, below a quarter, so it leaves its prior little "
+        "to learn.",
+        "There are few validation images, so sets of images are held against training images.",
+        "3 samples are, pixel by pixel, training images.",
+    ]
+    few = findings.notes(numbers, 1, CONFIG)
+    assert len(few) == 3 + len(COMPARISONS) and "KID (kid) needs 2 images of each set; here there are 1." in few
 
 
 @pytest.mark.parametrize(("folder", "stage"), [("codes", "codes"), ("samples", "sample"), ("priors", "prior_top")])

@@ -221,8 +221,10 @@ def test_one_image_without_label_works(tmp_path):
 def test_no_readable_training_image_is_an_error(tmp_path):
     """Even where every rejection is allowed."""
     source = make(tmp_path / "images", {"train/1.png": b"", "val/2.png": png(0)})
-    with pytest.raises(UserError, match="No training image could be read"):
+    with pytest.raises(UserError, match="No training image could be read") as caught:
         sharded(source, tmp_path, max_rejected_fraction=1.0)
+    assert (caught.value.where, caught.value.code) == (str(source), 4)
+    assert caught.value.fix.startswith("Mend the training images; the first one, train/1.png: ")
 
 
 @pytest.mark.ray

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from models.config import LevelConfig, VQVAEConfig
 from stages import codes, prior, sample, vqvae
-from stages.config import SampleConfig
+from stages.config import CodesConfig, SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
@@ -23,6 +24,7 @@ from stages.formats.shards import open_shards
 from stages.pixels import floats
 from stages.runtime import fit
 from stages.runtime.loop import Stopped, Worker
+from stages.runtime.run import Reporter
 from stages.sample import Models, choose_labels
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -89,6 +91,31 @@ def test_codes_are_what_the_vqvae_says_of_each_image(project):
     assert list(found.keys) == list(images.keys) and (found.labels == images.labels).all()
     for level, grid in encoded.items():
         assert (found.codes[level] == grid.numpy()).all()
+
+
+def test_codes_of_images_that_the_vqvae_has_not_learnt_from_are_made_and_told(project, tmp_path: Path):
+    """A model may be given other images, by whoever knows what they do."""
+    notes = Notes()
+    run = replace(project.run("codes", "others"), reporter=notes)
+    rest = {"codes": CodesConfig(), "augment": project.augment, "seed": 0, "run": run}
+    _, found = model_file.load_vqvae(project.path("vqvae"))
+    for name, meta in (("same", found.meta), ("other", {**found.meta, "shards": "0" * 64})):
+        folder = tmp_path / name
+        weights = model_file.load_vqvae(project.path("vqvae"))[0].state_dict()
+        model_file.write(folder, "vqvae", weights, meta, history=[], pictures={})
+        codes.run(project.path("shards"), folder, tmp_path / f"{name}_codes", tmp_path / "codes.json", **rest)
+    assert notes.read == ["These shards are not those the VQ-VAE was trained on."]
+    assert len(open_codes(tmp_path / "other_codes").split("train")) == 12
+
+
+class Notes(Reporter):
+    """Keeps what a user would read."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.read.append(text)
 
 
 def test_copies_are_of_training_images_alone_and_the_first_is_plain(project):
@@ -232,8 +259,10 @@ def test_training_that_ends_early_is_told_with_its_steps(project, monkeypatch):
 def test_priors_of_another_vqvae_are_refused(project):
     """Codes of one VQ-VAE mean nothing to another."""
     project.vqvae(seed=1, out="foreign", fingerprint="foreign")
-    with pytest.raises(UserError, match="The prior of level top learnt codes of VQ-VAE"):
+    with pytest.raises(UserError, match="The prior of level top learnt codes of VQ-VAE") as caught:
         Models.load(project.path("foreign"), project.path("priors"))
+    assert caught.value.where == str(project.path("priors") / "top")
+    assert (caught.value.fix, caught.value.code) == ("Run: vqvae2 run --stage prior_top", 5)
 
 
 def test_a_flipped_bit_in_the_weights_is_refused(project, tmp_path: Path):
@@ -250,7 +279,7 @@ def test_a_flipped_bit_in_the_weights_is_refused(project, tmp_path: Path):
 
 def test_a_level_without_codes_is_refused_before_training(project):
     """The message names the levels there are."""
-    with pytest.raises(UserError, match="no codes of level 'middle', only of top, bottom"):
+    with pytest.raises(UserError, match="no codes of level 'middle', only of top, bottom") as caught:
         prior.run(
             "middle",
             project.path("codes"),
@@ -260,6 +289,8 @@ def test_a_level_without_codes_is_refused_before_training(project):
             seed=0,
             run=project.run("prior@middle"),
         )
+    assert (caught.value.where, caught.value.code) == (str(project.path("codes")), 2)
+    assert caught.value.fix == "Name the prior after a level of vqvae.levels."
 
 
 def test_the_picture_shows_images_above_their_reconstructions(project):
@@ -276,8 +307,9 @@ def test_weights_of_another_network_are_refused_in_one_sentence(project, tmp_pat
     network, found = model_file.load_vqvae(project.path("vqvae"))
     weights = {name: tensor for name, tensor in network.state_dict().items() if "decoder" not in name}
     model_file.write(tmp_path / "vqvae", "vqvae", weights, found.meta, history=[], pictures={})
-    with pytest.raises(UserError, match="The weights do not fit this version's network"):
+    with pytest.raises(UserError, match="The weights do not fit this version's network") as caught:
         model_file.load_vqvae(tmp_path / "vqvae")
+    assert str(tmp_path / "vqvae") in caught.value.where and caught.value.fix and caught.value.code == 5
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])

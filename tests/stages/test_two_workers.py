@@ -1,5 +1,6 @@
 """Two processes train the VQ-VAE as one does, through the stage's own objective and loop."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, distributed
 from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
 from models.vqvae import VQVAE
 from stages.config import TrainConfig
+from stages.errors import UserError
 from stages.runtime.checkpoint import Checkpoints
 from stages.runtime.fit import _distributed
 from stages.runtime.loop import Data, Worker, train
@@ -29,7 +31,7 @@ MODEL = VQVAEConfig(
 CONFIG = TrainConfig(steps=7, batch_size=4, learning_rate=1e-4, log_every=1, evaluate_every=2, checkpoint_every=7)
 
 
-def learn(folder: Path, worker: Worker, model: VQVAEConfig = MODEL) -> dict[str, Tensor]:
+def learn(folder: Path, worker: Worker, model: VQVAEConfig = MODEL, config: TrainConfig = CONFIG) -> dict[str, Tensor]:
     """Train to the end; return the weights and codebooks, and what was measured on the way as one more tensor."""
 
     def steps(start: int) -> Iterator[Tensor]:
@@ -47,7 +49,7 @@ def learn(folder: Path, worker: Worker, model: VQVAEConfig = MODEL) -> dict[str,
         def metrics(self, values, step):
             measured.extend(value for name, value in values.items() if "/" in name)
 
-    train(objective, data, CONFIG, seed=3, worker=worker, checkpoints=checkpoints, reporter=Listener())
+    train(objective, data, config, seed=3, worker=worker, checkpoints=checkpoints, reporter=Listener())
     state = {name: tensor.contiguous() for name, tensor in objective.network.state_dict().items()}
     return state | {"measured": torch.tensor(measured)}
 
@@ -56,6 +58,27 @@ def work(rank: int, folder: Path) -> None:
     """Be one of two; worker 0 alone draws previews."""
     worker = Worker(rank, 2, reduce=distributed.all_reduce, wrap=_distributed)
     save_file(learn(folder, worker), folder / f"{rank}.safetensors")
+
+
+def spoilt(rank: int, folder: Path) -> None:
+    """Be one of two, of which the second computes a loss that is no number; keep what is said of it."""
+    worker = Worker(
+        rank, 2, reduce=distributed.all_reduce, wrap=_distributed, fault=lambda step: rank == 1 and step == 3
+    )
+    try:
+        learn(folder, worker, config=replace(CONFIG, checkpoint_every=3))
+    except UserError as error:
+        (folder / f"{rank}.txt").write_text(f"{error.what}\n{error.where}")
+
+
+def test_a_loss_that_is_no_number_on_one_worker_ends_both_at_one_step(tmp_path: Path):
+    """Neither waits for the other, and the checkpoint before it stands."""
+    together(spoilt, tmp_path, count=2)
+    told = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    what = r"\w+ became nan by step 5; the checkpoints before it are kept\."
+    assert told[0][0] == told[1][0] and re.fullmatch(what, told[0][0])
+    assert told[0][1] == str(tmp_path / "0")
+    assert [path.name for path in (tmp_path / "0").iterdir()] == ["step-000000003"]
 
 
 def test_two_workers_train_the_vqvae_as_one_does(tmp_path: Path):

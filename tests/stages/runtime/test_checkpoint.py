@@ -111,6 +111,7 @@ def test_where_no_checkpoint_is_intact_training_does_not_begin_anew_unasked(chec
         checkpoints.latest()
     assert told.value.what.startswith("No checkpoint is intact: 10 steps are lost.")
     assert (told.value.where, told.value.code) == (str(tmp_path), 5)
+    assert told.value.fix.startswith("Put an intact copy of one in its place")
     assert checkpoints.latest() is None
     folder = (tmp_path / "step-000000005.damaged").rename(tmp_path / "step-000000005")
     (folder / "state.safetensors").write_bytes(intact)
@@ -120,8 +121,9 @@ def test_where_no_checkpoint_is_intact_training_does_not_begin_anew_unasked(chec
 
 def test_weights_that_are_not_finite_are_never_kept(checkpoints: Checkpoints):
     """The state before stays the newest."""
-    with pytest.raises(UserError, match="not finite at step 15"):
+    with pytest.raises(UserError, match="weight holds numbers that are not finite at step 15") as caught:
         checkpoints.save(State(15, {"weight": torch.tensor([1.0, float("nan")])}, []))
+    assert caught.value.where == str(checkpoints.folder) and "Lower learning_rate" in caught.value.fix
     found = checkpoints.latest()
     assert found is not None and found.step == 10
 
@@ -138,7 +140,8 @@ try:
         checkpoints.save(State(step, {"weight": torch.zeros(numbers)}, []))
         checkpoints.wait()
 except UserError as error:
-    print(error.code, error.where, checkpoints.latest().step, *(path.name for path in Path(sys.argv[1]).iterdir()))
+    print(error.what, error.fix, error.code, sep="\\n")
+    print(error.where, checkpoints.latest().step, *(path.name for path in Path(sys.argv[1]).iterdir()))
 """
 
 
@@ -150,7 +153,10 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path, l
         pytest.skip("a small disk needs Linux and root")
     filling = [sys.executable, "-c", FILLING, str(tmp_path)]
     told = subprocess.run([*mounted, *filling], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["3", str(tmp_path), "5", "step-000000005"]
+    what, fix, code, rest = told.stdout.splitlines()
+    assert what == "The checkpoint could not be written: No space left on device." and code == "3"
+    assert fix.startswith("Free some space") and fix.endswith("it goes on from the checkpoint before.")
+    assert rest.split() == [str(tmp_path), "5", "step-000000005"]
 
 
 def test_tensors_are_kept_as_they_were_when_saved(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 import ast
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import time
 
 import psutil
 import pytest
+import ray
+from ray._private.utils import check_version_info
 
 from stages.config import ClusterConfig
 from stages.errors import UserError
@@ -29,6 +33,42 @@ def test_an_address_where_nobody_listens_is_refused_in_seconds(monkeypatch, ours
     assert time.monotonic() - start < 10
     assert error.value.where == f"RAY_ADDRESS={address}"
     assert ("same command again" if ours else "unset RAY_ADDRESS") in error.value.fix
+
+
+def test_a_cluster_of_another_version_is_named_before_anything_is_sent_there(monkeypatch):
+    """Both versions, of Ray and of Python, which Ray spreads over seven lines."""
+    theirs = {"ray_version": "2.49.0", "python_version": "3.12.1"}
+
+    def init(**options: object) -> None:
+        check_version_info(theirs, "10.0.0.5")
+
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.delenv(cluster.OURS, raising=False)
+        monkeypatch.setattr("ray.init", init)
+        with pytest.raises(UserError) as caught, cluster.connected(ClusterConfig()):
+            pass
+    told = (
+        rf"Version mismatch: The cluster was started with: Ray: 2\.49\.0 Python: 3\.12\.1 .* Ray: {ray.__version__} .*"
+    )
+    assert re.fullmatch(told, caught.value.what)
+    assert (caught.value.where, caught.value.code) == (f"RAY_ADDRESS={address}", 3)
+    assert caught.value.fix == "Install the cluster's versions of Ray and Python here, or these there."
+
+
+@pytest.mark.ray
+def test_a_container_with_little_shared_memory_is_room_enough():
+    """64 MB are what Docker gives: Ray then keeps its objects in files."""
+    inside = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a small /dev/shm needs Linux and root")
+    script = "import shutil, ray; from stages.config import ClusterConfig; from stages.runtime import cluster\n"
+    script += "with cluster.connected(ClusterConfig()):\n"
+    script += " data = ray.remote(lambda: bytes(100 * 2**20)); print(len(ray.get(data.remote())))\n"
+    script += " print(shutil.disk_usage('/dev/shm').total)"
+    told = subprocess.run([*inside, sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [str(100 * 2**20), str(64 * 2**20)]
 
 
 def test_a_worker_finds_the_interface_of_its_nodes_address(monkeypatch):

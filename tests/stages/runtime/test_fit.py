@@ -4,6 +4,7 @@ import ipaddress
 import os
 import re
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import count
@@ -27,7 +28,7 @@ from stages.errors import UserError
 from stages.runtime import fit as fit_module
 from stages.runtime.cluster import connected
 from stages.runtime.fit import _in_a_sentence, _lost, _root_cause, _telling, fit, trained
-from stages.runtime.loop import Worker
+from stages.runtime.loop import CheckpointMismatch, Worker
 from stages.runtime.run import Reporter, Run
 
 pytestmark = pytest.mark.ray
@@ -223,33 +224,53 @@ def dies_once_apart(*, worker: Worker, run: Run, shards: Path, **arguments: obje
     dies_once(worker=worker, run=run, shards=shards, **arguments)
 
 
-@pytest.mark.parametrize("startup", [False, True])
-def test_training_that_cannot_go_on_is_a_letter(tmp_path: Path, monkeypatch, startup: bool):
-    """In the controller's own words; where workers found no room, in those of the check that says what is missing."""
-    words = "Worker group startup timed out" if startup else "the store is full"
+@pytest.fixture
+def ends_with(tmp_path: Path, monkeypatch) -> Callable[[Exception], UserError]:
+    """Give what a user is told where Ray Train ends with an error."""
 
-    def ends(*_: object) -> None:
-        raise ray.train.ControllerError(OSError(words))
+    def told(error: Exception) -> UserError:
+        def ends(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(fit_module.cluster, "connected", lambda config: nullcontext())
+        for name in ("open_desk", "_in_background"):
+            monkeypatch.setattr(fit_module, name, lambda *_: None)
+        monkeypatch.setattr(fit_module, "forwarding", lambda *_: nullcontext())
+        monkeypatch.setattr(fit_module, "DeskReporter", lambda desk: Reporter())
+        monkeypatch.setattr(fit_module, "_wait", ends)
+        monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda *_, **__: SimpleNamespace(fit=None))
+        with pytest.raises(UserError) as caught:
+            fit(vqvae.learn, {}, run=run_in(tmp_path, ClusterConfig(workers=2)))
+        assert caught.value.code == 3
+        return caught.value
+
+    return told
+
+
+def test_training_that_cannot_go_on_is_a_letter(ends_with, tmp_path: Path):
+    """In the controller's own words."""
+    told = ends_with(ray.train.ControllerError(OSError("the store is full")))
+    assert told.what == "Training could not go on: the store is full" and told.where == str(tmp_path)
+    assert told.fix == "Run the same command again; it goes on from the newest checkpoint."
+
+
+def test_workers_that_find_no_room_are_told_in_the_words_of_the_check(ends_with, monkeypatch):
+    """It says what is missing; the controller only that time was up."""
 
     def too_small(config: ClusterConfig) -> None:
         raise UserError("2 workers need 2 CPUs; the cluster has 1.", where="cluster", fix="Add nodes.", code=3)
 
-    monkeypatch.setattr(fit_module.cluster, "connected", lambda config: nullcontext())
     monkeypatch.setattr(fit_module.cluster, "check", too_small)
-    for name in ("open_desk", "_in_background"):
-        monkeypatch.setattr(fit_module, name, lambda *_: None)
-    monkeypatch.setattr(fit_module, "forwarding", lambda *_: nullcontext())
-    monkeypatch.setattr(fit_module, "DeskReporter", lambda desk: Reporter())
-    monkeypatch.setattr(fit_module, "_wait", ends)
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda *_, **__: SimpleNamespace(fit=None))
-    with pytest.raises(UserError) as caught:
-        fit(vqvae.learn, {}, run=run_in(tmp_path, ClusterConfig(workers=2)))
-    if startup:
-        assert caught.value.what == "2 workers need 2 CPUs; the cluster has 1."
-    else:
-        assert caught.value.what == "Training could not go on: the store is full"
-        assert caught.value.where.startswith(str(tmp_path)) and "Run the same command again" in caught.value.fix
-    assert caught.value.code == 3
+    told = ends_with(ray.train.ControllerError(OSError("Worker group startup timed out")))
+    assert told.what == "2 workers need 2 CPUs; the cluster has 1."
+
+
+def test_workers_that_find_different_checkpoints_time_and_again_are_a_letter(ends_with, tmp_path: Path):
+    """With the steps, and what to do where no disk is shared."""
+    mismatch = CheckpointMismatch("The workers' newest checkpoints are of steps 4, 8.")
+    told = ends_with(ray.train.WorkerGroupError("failed", {1: UserExceptionWithTraceback(mismatch, "a traceback")}))
+    assert told.what == str(mismatch) and told.where == str(tmp_path)
+    assert told.fix == "Run the same command again. If the nodes share no disk, set cluster.storage first."
 
 
 def test_a_worker_that_raises_is_told_when_it_begins_again(tmp_path: Path):

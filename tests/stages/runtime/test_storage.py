@@ -90,8 +90,10 @@ def test_what_the_store_damages_is_never_taken(storage: Storage, folder: Path, t
             with pytest.raises((Damaged, AssertionError)):
                 assert storage.fetch("x", tmp_path / "back", "thing").digest == artifact.read(folder, "thing").digest
         else:
-            with pytest.raises(Damaged, match=r"damaged|holds"):
+            with pytest.raises(Damaged, match=r"damaged|holds") as caught:
                 storage.fetch("x", tmp_path / "back", "thing")
+            assert (caught.value.where, caught.value.code) == (f"{storage.url}/x", 5)
+            assert caught.value.fix == "Delete it there, then run the same command again."
             assert not (tmp_path / "back").exists()
         damage(storage, f"x/{name}", place)
 
@@ -177,6 +179,7 @@ def test_a_disk_here_that_takes_nothing_is_named_at_once(
     with pytest.raises(Unwritable, match="cannot be kept on this node") as error:
         storage.fetch("x", tmp_path / "back", "thing")
     assert str(tmp_path) in error.value.where and error.value.code == 3 and len(calls) == 1
+    assert "Free some space or mend the permissions there" in error.value.fix
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
@@ -194,7 +197,8 @@ def test_a_url_that_is_a_pattern_is_refused(url: str):
     for act in (Storage.check, Storage.names, Storage.clear):
         with pytest.raises(Unreachable, match="take for patterns") as error:
             act(Storage(url))
-        assert error.value.code == 2
+        assert error.value.where == f"cluster.storage: {url}" and error.value.code == 2
+        assert error.value.fix == "Use a URL without them."
 
 
 def test_bad_moments_pass(storage: Storage, folder: Path, monkeypatch):
@@ -216,10 +220,13 @@ def test_bad_moments_pass(storage: Storage, folder: Path, monkeypatch):
 def test_a_storage_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
     """Before hours of work, with the place and the fix."""
     (tmp_path / "file").touch()
-    for url in (f"file://{tmp_path}/file/within", "nosuch://bucket"):
-        with pytest.raises(Unreachable) as error:
+    for url, what, fix in (
+        (f"file://{tmp_path}/file/within", "The storage does not work: ", "Mend the URL, the store, or the keys"),
+        ("nosuch://bucket", "There is no way to reach this storage: ", "pip install 'vqvae2[s3]'"),
+    ):
+        with pytest.raises(Unreachable, match=what) as error:
             Storage(url).check()
-        assert url in error.value.where and error.value.fix and error.value.code == 3
+        assert error.value.where == f"cluster.storage: {url}" and fix in error.value.fix and error.value.code == 3
 
 
 def test_an_input_goes_up_once_and_comes_down_once(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):

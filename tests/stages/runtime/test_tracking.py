@@ -271,6 +271,8 @@ def test_passwords_of_a_server_are_not_shown(monkeypatch):
     with pytest.raises(UserError) as caught:
         sync()
     assert caught.value.code == 3 and "hunter2" not in str(caught.value)
+    assert caught.value.what.startswith("MLflow does not answer: ") and caught.value.where == "http://***@127.0.0.1:9"
+    assert caught.value.fix.endswith("correct MLFLOW_TRACKING_URI; then run: vqvae2 sync-metrics")
 
 
 def test_a_pipeline_run_has_its_stages_as_children(monkeypatch):
