@@ -204,6 +204,16 @@ def test_a_stage_asked_to_stop_ends_even_if_the_request_gets_lost():
     assert done.stderr == "Stopped by SIGTERM. The same command resumes.\n"
 
 
+def test_a_second_signal_ends_a_stage_at_once():
+    """Whoever insists does not wait for what the first one has begun."""
+    script = "import os, signal, time; from pipeline import launch\n"
+    script += "signal.signal(signal.SIGTERM, launch._stop)\n"
+    script += "try: os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "except launch.Stopped: os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=10)
+    assert done.returncode == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("storage", ["", "memory://store"])
 def test_what_is_made_afresh_is_forgotten_once(tmp_path, storage, capsys):
     """A forced run that did not get to its end goes on when it is started again; after one that did, all goes again."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,21 @@ def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
     program = Path(sys.executable).with_name("vqvae2")
     done = subprocess.run([program, "status"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "the code of the copy\n", done.stderr
+
+
+def test_a_project_that_is_mounted_read_only_is_refused_at_once(project):
+    """Whatever is asked of it: one letter, and no traceback."""
+    mounted = ["unshare", "--mount", "sh", "-c", 'mount --bind . . && mount -o remount,bind,ro . && cd "$PWD" && "$@"']
+    if not shutil.which("unshare") or subprocess.run([*mounted, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("mounting a folder read-only needs Linux and root")
+    program = [*mounted, "sh", sys.executable, "-c", "from pipeline.cli import main; main()"]
+    for arguments in (["run"], ["run", "-S", "experiment=smoke"], ["config", "seed=1", "--write"]):
+        done = subprocess.run([*program, *arguments], cwd=project.folder, capture_output=True, text=True)
+        assert done.returncode == 3 and done.stderr == (
+            "error: Read-only file system.\n  in: runs\n  fix: Choose another place: this one is mounted read-only.\n"
+        )
+    done = subprocess.run([*program, "doctor"], cwd=project.folder, capture_output=True, text=True)
+    assert done.returncode == 3 and "this folder cannot be written" in done.stdout
 
 
 SLOW = "import time\ntime.sleep(60)\n"

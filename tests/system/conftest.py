@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Done]:
     """The project after `vqvae2 run -S experiment=smoke`, and what that printed. To be read only."""
     folder = tmp_path_factory.mktemp("first")
-    project = Project.of_working_tree(folder / "project")
+    project = Project.of_working_tree(folder / "a baker's prøject")  # as folders of people are named
     project.environment["DVC_SITE_CACHE_DIR"] = str(folder / "dvc")
     return project, project.run(*SMOKE)
 

@@ -1,5 +1,6 @@
 """Kill anything, run the same command again, and get the same bytes as if nothing had happened."""
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -13,6 +14,8 @@ LONG = (
     *("-S", f"train_vqvae.steps={STEPS}", "-S", f"train_vqvae.checkpoint_every={CHECKPOINT_EVERY}"),
     *("-S", "train_vqvae.log_every=5", "-S", f"train_vqvae.evaluate_every={STEPS}"),
 )
+# Steps take milliseconds: where a test strikes, one takes long enough to be struck, the first time that it comes.
+SLOW = {"VQVAE2_FAULT": ",".join(f"slow@vqvae:0:{step}" for step in (17, 38, 59))}
 
 
 def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
@@ -22,6 +25,7 @@ def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
     unbroken = project.copy(tmp_path / "unbroken", DVC_SITE_CACHE_DIR=str(tmp_path / "dvc-of-unbroken"))
     assert namespace.start(unbroken, "vqvae2", "run", *LONG, log="unbroken").wait().status == 0
 
+    project = Project(project.folder, project.environment | SLOW)
     job = namespace.start(project, "vqvae2", "run", *LONG, log="first")
     _reach(project, job, CHECKPOINT_EVERY)
     _second_is_refused(project, namespace)
@@ -51,6 +55,23 @@ def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
     done = _resumed(project, namespace, at_least=seen, log="fourth").wait()
     assert done.status == 0
     assert project.digests("vqvae") == unbroken.digests("vqvae")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_is_one_line_and_loses_no_step(project: Project, namespace: Namespace):
+    """It reaches every process of the terminal's foreground group at a time."""
+    project = Project(project.folder, project.environment | SLOW)
+    job = namespace.start(project, "vqvae2", "run", *LONG, log="first")
+    _reach(project, job, CHECKPOINT_EVERY)
+    seen = _last_step(job)
+    (command,) = namespace.find("run")
+    os.killpg(os.getpgid(command.pid), signal.SIGINT)
+    stopped = job.wait(20)
+    assert stopped.status == 128 + signal.SIGINT
+    assert stopped.output.splitlines()[-1] == "Stopped by SIGINT. The same command resumes."
+    assert "Traceback" not in stopped.output and "KeyboardInterrupt" not in stopped.output
+    _nothing_is_left(namespace)
+    _resumed(project, namespace, at_least=seen, log="second")
 
 
 @pytest.mark.slow

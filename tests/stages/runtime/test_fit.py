@@ -111,7 +111,7 @@ def test_two_workers_learn_what_one_does_and_a_killed_one_is_replaced(cluster, a
 def test_the_first_cause_is_what_the_user_sees(cluster, tmp_path: Path):
     """Not the errors of the workers that fell with it, and not Ray's; what only the user can mend is tried once."""
     with pytest.raises(UserError, match=r"Image 7 is damaged"):
-        fit(raises, {}, run=run_in(tmp_path, cluster))
+        fit(raises, {}, run=run_in(tmp_path, replace(cluster, max_failures=1)))
     assert (tmp_path / "tries").read_text() == "x"
 
 
@@ -201,6 +201,7 @@ def test_a_signal_to_the_command_makes_every_worker_save_and_end(cluster, argume
     assert list(tmp_path.glob("step-*[0-9]"))
 
 
+@pytest.mark.slow
 def test_workers_without_a_shared_disk_make_the_same_bytes_and_go_on_after_a_kill(
     cluster, arguments, project, tmp_path: Path
 ):

@@ -116,6 +116,22 @@ def test_a_run_arrives_whole():
     assert Path("mlflow.db").is_file() and list(Path("mlruns").rglob("metrics.json"))
 
 
+def test_a_clock_that_is_set_back_changes_no_order(monkeypatch):
+    """Curves are ordered by steps, and the newest value is that of the last step."""
+    real, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + shift[0])
+    with track() as reporter:
+        for step in range(1, 5):
+            shift[0] = -3600.0 if step > 2 else 0.0
+            reporter.metrics({"loss": 1 / step}, step)
+    (run,) = runs()
+    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1 / 4
+    history = sorted(tracked().get_metric_history(run.info.run_id, "loss"), key=lambda point: point.step)
+    assert [point.value for point in history] == [1 / step for step in range(1, 5)]
+    assert history[2].timestamp < history[1].timestamp  # as the clock had it
+    assert sync().missing == 0
+
+
 def test_stages_of_a_bare_dvc_repro_meet_in_one_parent():
     """Without a command of ours around them, stages with one params.yaml and one commit share a pipeline run."""
     with track("vqvae") as reporter:
