@@ -75,10 +75,12 @@ class Scenario:
     kind: str = ""  # of the fault
     signal: Signals | None = None
     to: str = ""  # the process that gets the signal
+    step: int = FALL  # or part, of the fault
     environment: dict[str, str] = field(default_factory=dict)
     plain: str = ""  # what Ray Train, DVC and MLflow do by themselves, where it has been measured
 
 
+IMPATIENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"}
 KILLED = "goes back from 13 to 5 after 18.6 s"
 SCENARIOS = (
     Scenario("`kill -9` of a worker", "vqvae", "kill", plain=KILLED),
@@ -86,10 +88,10 @@ SCENARIOS = (
     Scenario("a worker exits", "vqvae", "exit"),
     Scenario("a worker raises", "vqvae", "raise"),
     Scenario(
-        "a worker hangs, for which Ray Train waits 10 s",
+        "a worker hangs, which is waited for 10 s",
         "vqvae",
         "stop",
-        environment={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"},
+        environment=IMPATIENT,
         plain="goes back from 13 to 5 after 55.8 s",
     ),
     Scenario("the loss is no number", "vqvae", "nan"),
@@ -117,6 +119,10 @@ SCENARIOS = (
     Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, to="cluster"),
     *(
         Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker")
+        for stage in ("shard", "codes", "sample", "evaluate")
+    ),
+    *(
+        Scenario("a worker hangs, which is waited for 10 s", stage, "stop", step=0, environment=IMPATIENT)
         for stage in ("shard", "codes", "sample", "evaluate")
     ),
 )
@@ -150,19 +156,20 @@ class Bench:
 
     def fall(self, number: int, scenario: Scenario) -> str:
         """Let a fault come, and see the run to its end."""
-        fault = f"{scenario.kind}@{scenario.stage}:0:{FALL}"
+        fault = f"{scenario.kind}@{scenario.stage}:0:{scenario.step}"
         # A step of this pipeline takes milliseconds: the one before is slowed, so that the checkpoint is on disk.
-        asked = {"VQVAE2_FAULT": f"slow@{scenario.stage}:0:{FALL - 1},{fault}"} if scenario.kind else {}
+        slow = f"slow@{scenario.stage}:0:{scenario.step - 1}," if scenario.step else ""
+        asked = {"VQVAE2_FAULT": f"{slow}{fault}"} if scenario.kind else {}
         project = self.copy(f"{number} {scenario.kind}", **asked, **scenario.environment)
         with Namespace() as namespace:
             job = namespace.start(project, *command(scenario.stage), log="first")
-            due = (lambda: fell(project)) if scenario.kind else (lambda: namespace.find(scenario.to))
+            due = (lambda: fell(project, scenario.step)) if scenario.kind else (lambda: namespace.find(scenario.to))
             until(lambda: due() or job.ended, PATIENCE, lambda: job.output)
-            if scenario.kind and not fell(project):
+            if scenario.kind and not fell(project, scenario.step):
                 raise SystemExit(f"{fault} did not come:\n{job.output}")
             if scenario.signal:
                 job.send(scenario.signal, scenario.to)
-            began = time.time() if scenario.signal else fell(project)
+            began = time.time() if scenario.signal else fell(project, scenario.step)
             until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
             seconds, happened = time.time() - began, "goes on by itself"
             if job.ended and job.wait().status:
@@ -173,7 +180,7 @@ class Bench:
                 seconds += time.time() - again
             if (done := job.wait()).status:
                 raise SystemExit(f"{scenario} cannot be got over:\n{done.output}")
-            lost = str(max(0, FALL - int(step))) if (step := resumed_at(job)) else "-"
+            lost = str(max(0, scenario.step - int(step))) if (step := resumed_at(job)) else "-"
         if project.digests(MADE[scenario.stage]) != self.unbroken(scenario.stage)[0]:
             raise SystemExit(f"{scenario} leaves other bytes in {project.folder}")
         return row(scenario.what, scenario.stage, happened, lost, f"{seconds:.1f}", scenario.plain)
@@ -282,9 +289,9 @@ def command(stage: str, *words: str) -> tuple[str, ...]:
     return ("vqvae2", "run", *SMOKE, *changes, "--only", "--stage", stage, *words)
 
 
-def fell(project: Project) -> float:
+def fell(project: Project, step: int = FALL) -> float:
     """When the fault came; 0 while it has not."""
-    markers = (project.folder / "runs").rglob(f"fault-*-{FALL}")
+    markers = (project.folder / "runs").rglob(f"fault-*-{step}")
     return max((path.stat().st_mtime for path in markers), default=0.0)
 
 

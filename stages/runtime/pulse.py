@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 EVERY_SECONDS = 2.0
-PATIENCE_SECONDS = 60.0  # as Ray Train has with workers that train
+PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # seconds: as much as Ray Train has with workers that train
 
 
 class Process(NamedTuple):
@@ -53,11 +53,12 @@ def watching(desk: Any) -> Iterator[list[Process]]:
     import ray
 
     over, ended = threading.Event(), list[Process]()
+    patience = float(os.environ.get(PATIENCE, "60"))
 
     def watch() -> None:
         with suppress(ray.exceptions.RayError):  # the cluster is gone; the map itself says so
             while not over.wait(EVERY_SECONDS):
-                for process in ray.get(desk.silent.remote(PATIENCE_SECONDS)):
+                for process in ray.get(desk.silent.remote(patience)):
                     if _end(process):
                         ended.append(process)
 

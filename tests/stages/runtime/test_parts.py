@@ -174,7 +174,7 @@ class Hangs(Square):
 @pytest.mark.ray
 def test_a_worker_that_stands_still_is_ended_and_its_part_done_again(run: Run, tmp_path: Path, monkeypatch):
     """Ray alone waits for it without end."""
-    monkeypatch.setattr(pulse, "PATIENCE_SECONDS", 5.0)
+    monkeypatch.setenv(pulse.PATIENCE, "5")
     notes = Notes()
     results = map_parts(
         Hangs, (tmp_path,), [{"number": number} for number in range(4)], run=replace(run, reporter=notes), unit="part"
