@@ -21,6 +21,7 @@ from pipeline.cli import app
 from stages import tools
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.runtime.tracking import Sent
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
 
@@ -84,6 +85,20 @@ def test_drawing_by_hand_follows_the_settings(project, monkeypatch):
         (replace(settled, count=16, classes=()), 0),
         (replace(settled, count=16, classes=("food",), top_k=0, top_p=0.5), 0),
     ]
+
+
+@pytest.mark.parametrize(("missing", "trouble", "status"), [(0, "", 0), (2, "", 1), (2, "it refused a name", 1)])
+def test_what_mlflow_did_not_take_is_told(monkeypatch, missing, trouble, status):
+    """With what was sent, what it named, and the exit status of what is not whole."""
+    monkeypatch.setattr("stages.runtime.tracking.sync", lambda: Sent(1, 0, 3, missing, trouble))
+    done = CliRunner().invoke(app, ["sync-metrics"])
+    assert done.exit_code == status
+    assert done.stdout == f"3 points sent, {missing} missing; 1 runs whole, 0 still running\n"
+    told = (
+        f"error: MLflow did not take all: {trouble}.\n  in: runs/\n"
+        "  fix: Mend what it names, then run: vqvae2 sync-metrics. It sends what is still missing.\n"
+    )
+    assert done.stderr == (told if trouble else "")
 
 
 def test_status_is_readable_by_programs(project):

@@ -240,6 +240,22 @@ def test_without_a_shared_disk_files_and_results_come_home_and_are_made_once(run
 
 
 @pytest.mark.ray
+def test_what_the_store_has_spoilt_on_the_way_home_is_told_with_its_place(run: Run, tmp_path: Path, monkeypatch):
+    """And is not taken for what the part has made."""
+    apart = replace(run, work=tmp_path / "work", cluster=replace(run.cluster, storage=f"file://{tmp_path}/store"))
+    (apart.work / "parts").mkdir(parents=True)
+    with artifact.writing(tmp_path / "model", "model", {}) as folder:
+        (folder / "weights").write_text("w")
+    (tmp_path / "calls").mkdir()
+    arguments = (tmp_path / "model", f"of {tmp_path / 'calls'}", apart.work / "parts")
+    monkeypatch.setattr(Journey, "fetch", lambda *_: None)
+    with pytest.raises(UserError, match=r"What part 0 has made is damaged\.") as caught:
+        map_parts(Copy, arguments, [{"number": 0, "model": str(tmp_path / "model")}], run=apart, unit="part")
+    assert caught.value.where == f"file://{tmp_path}/store/runs/codes/f/parts" and caught.value.code == 5
+    assert caught.value.fix == "Run the same command again; it is made anew."
+
+
+@pytest.mark.ray
 def test_what_is_no_artifact_stays_on_its_node(run: Run, tmp_path: Path):
     """Raw images are where they are: their shards are made there, storage or not."""
     apart = replace(run, cluster=replace(run.cluster, storage=f"file://{tmp_path}/store"))
