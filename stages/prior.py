@@ -50,7 +50,8 @@ def run(
         )
     training = found.split("train", levels=())
     arguments = {"level": level, "codes": codes.absolute(), "prior": prior, "seed": seed}
-    weights, history = trained(learn, arguments, prior.train, run=run)
+    network = _network(found, level, prior)
+    history = trained(learn, arguments, prior.train, network=network, run=run)
     grid = found.levels[level]
     meta = {
         "network": model_file.network_meta(prior.network),
@@ -65,7 +66,7 @@ def run(
         "vqvae": found.vqvae,
         "codes": found.found.digest,
     }
-    model_file.write(out, "prior", weights, meta, history=history, pictures={})
+    model_file.write(out, "prior", network.state_dict(), meta, history=history, pictures={})
     curves.write_metrics(metrics, curves.last(history))
     curves.write_plot(plots, history)
 
@@ -74,18 +75,22 @@ def learn(*, worker: Worker, run: Run, level: str, codes: Path, prior: PriorStag
     """Be one of the workers that train together."""
     found = open_codes(codes)
     torch.manual_seed(seed)
-    grid = found.levels[level]
-    network = build(
-        prior.network,
-        entries=grid.entries,
-        grid=(grid.height, grid.width),
-        coarser={name: found.levels[name] for name in _coarser(found, level)},
-        classes=len(found.classes),
-    )
+    network = _network(found, level, prior)
     checkpoints = Checkpoints.of(run, prior.train.keep_checkpoints)
     data = _data(found, [*_coarser(found, level), level], prior.train, seed, worker)
     objective = Predict(network, level)
     train(objective, data, prior.train, seed=seed, worker=worker, checkpoints=checkpoints, reporter=run.reporter)
+
+
+def _network(codes: Codes, level: str, prior: PriorStageConfig) -> Prior:
+    grid = codes.levels[level]
+    return build(
+        prior.network,
+        entries=grid.entries,
+        grid=(grid.height, grid.width),
+        coarser={name: codes.levels[name] for name in _coarser(codes, level)},
+        classes=len(codes.classes),
+    )
 
 
 class Predict(Objective):

@@ -66,9 +66,8 @@ def run(
         "train_vqvae": train_vqvae,
         "seed": seed,
     }
-    weights, history = trained(learn, arguments, train_vqvae, run=run)
     network = VQVAE(vqvae)
-    network.load_state_dict(weights)
+    history = trained(learn, arguments, train_vqvae, network=network, run=run)
     meta = {
         "network": model_file.network_meta(vqvae),
         "image_size": images.image_size,
@@ -79,7 +78,7 @@ def run(
         "images": {name: images.artifact.meta["settings"][name] for name in ("fit", "background", "max_pixels")},
     }
     drawn = draw(network.eval(), _shown(images))
-    model_file.write(out, "vqvae", weights, meta, history=history, pictures=drawn)
+    model_file.write(out, "vqvae", network.state_dict(), meta, history=history, pictures=drawn)
     curves.write_metrics(metrics, curves.last(history))
     curves.write_plot(plots, history)
 

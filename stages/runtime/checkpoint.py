@@ -191,6 +191,19 @@ class Checkpoints:
                 code=3,
             )
 
+    def unfit(self, step: int, what: str) -> UserError:
+        """Word that an intact checkpoint is not what this run needs."""
+        place, runs = str(self.place(step)), ""
+        if self.storage:  # to which it is brought again as long as the command's own folder has it
+            place = f"{self.storage.url}/{self.place(step).name}"
+            runs = " there, and from runs/ where the command is given"
+        return UserError(
+            f"The checkpoint of step {step} is not of this network: {what}.",
+            where=place,
+            fix=f"Remove it{runs}, then run the same command again: it goes on from the one before, or from step 0.",
+            code=5,
+        )
+
     def save(self, state: State) -> None:
         """Copy the state and write it in the background; wait only if the one before is still on its way."""
         self.wait()

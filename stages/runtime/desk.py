@@ -26,6 +26,7 @@ class Desk:
         self._stop, self._saved = asyncio.Event(), asyncio.Event()
         self._refusal: UserError | None = None
         self._signs: dict[Process, float] = {}
+        self._asked = time.monotonic()
 
     async def report(self, method: str, *arguments: Any) -> None:
         """Leave a call of a `Reporter`'s method."""
@@ -65,11 +66,13 @@ class Desk:
         self._signs[process] = time.monotonic()
 
     async def silent(self, seconds: float) -> list[Process]:
-        """Name who left one, and none for that long since; each once."""
+        """Name who left one, and none for that long since; each again after as long."""
         now = time.monotonic()
+        if now - self._asked > seconds / 2:  # whoever asks, or this desk, has stood still too: so may have all others
+            self._signs = dict.fromkeys(self._signs, now)
+        self._asked = now
         found = [process for process, at in self._signs.items() if now - at > seconds]
-        for process in found:
-            del self._signs[process]
+        self._signs |= dict.fromkeys(found, now)
         return found
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stages.config import TrainConfig
 from stages.errors import UserError
@@ -110,9 +109,9 @@ def fit(learn: Learn, arguments: Mapping[str, Any], *, run: Run) -> None:
 
 
 def trained(
-    learn: Learn, arguments: Mapping[str, Any], config: TrainConfig, *, run: Run
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Train to the last step, or find that done; return the weights to keep, averaged if so asked, and the curves."""
+    learn: Learn, arguments: Mapping[str, Any], config: TrainConfig, *, network: torch.nn.Module, run: Run
+) -> list[dict[str, Any]]:
+    """Train to the last step, or find that done; load the weights, averaged if so asked, and return the curves."""
     if run.storage:
         run.storage.check()
     checkpoints = Checkpoints.of(run, config.keep_checkpoints)
@@ -129,7 +128,11 @@ def trained(
             fix="Run the same command again; it goes on from the newest checkpoint.",
         )
     prefix = "averaged.module." if config.averaging else "network."
-    return dict(under(prefix, state.tensors)), state.history
+    try:
+        network.load_state_dict(dict(under(prefix, state.tensors)))
+    except RuntimeError as error:
+        raise checkpoints.unfit(state.step, "its weights have other names or shapes") from error
+    return state.history
 
 
 @contextmanager

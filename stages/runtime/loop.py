@@ -117,7 +117,8 @@ def train(
     _require_one_start(start, worker)
     since = _Sums(objective, worker)  # the last step that is logged
     if resumed is not None:
-        _require_whole(resumed, objective.network, averaged, checkpoints.place(start))
+        weights = _weights(objective.network, averaged)
+        _require_whole(checkpoints, resumed, objective, weights | {"since": since.own[None]})
         _restore(resumed.tensors, objective.network, optimizer, averaged)
         since.take_up(resumed.tensors["since"])
         reporter.note(f"Resuming at step {start} of {config.steps}.")
@@ -154,10 +155,12 @@ def train(
         if averaged is not None:
             averaged.update_parameters(objective.network)
         since.add(result.totals)
-        if step == start and worker.rank == 0:  # the optimizer has all its tensors now
+        if step == start:  # the optimizer has all its tensors now
+            _require_gradients(objective.network, optimizer)
             every = config.checkpoint_every
             coming = config.steps // every - start // every + (config.steps % every > 0)
-            checkpoints.require_room(_tensors(objective.network, optimizer, averaged), coming)
+            if worker.rank == 0:
+                checkpoints.require_room(_tensors(objective.network, optimizer, averaged), coming)
 
         done, stopping = step + 1, stop.agreed()
         if done % config.log_every == 0 or done == config.steps:
@@ -315,22 +318,30 @@ def _weights(network: nn.Module, averaged: AveragedModel | None) -> dict[str, Te
     return tensors
 
 
-def _require_whole(state: State, network: nn.Module, averaged: AveragedModel | None, place: Path) -> None:
+def _require_whole(checkpoints: Checkpoints, state: State, objective: Objective, wanted: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that lacks something, intact as it may be: Adam would begin anew and not say so."""
     found = {name: tensor.shape for name, tensor in state.tensors.items()}
-    needed = {name: tensor.shape for name, tensor in _weights(network, averaged).items()}
-    for index, weight in enumerate(network.parameters()):
-        moments = {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
-        needed |= {f"optimizer.{index}.{name}": shape for name, shape in moments.items()}
-    needed["since"] = found.get("since", torch.Size())  # a row for each of however many workers there were
+    needed = {name: tensor.shape for name, tensor in wanted.items()}
+    for index, weight in enumerate(objective.network.parameters()):
+        if weight.requires_grad:
+            moments = {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+            needed |= {f"optimizer.{index}.{name}": shape for name, shape in moments.items()}
+    # A row for each of however many workers there were.
+    needed["since"] = torch.Size([*found.get("since", [])[:1], *needed["since"][1:]])
     if wrong := sorted(name for name in needed.keys() | found.keys() if needed.get(name) != found.get(name)):
-        raise UserError(
-            f"The checkpoint of step {state.step} is not of this network: {wrong[0]} is missing, too much, or of "
-            f"another shape; so are {len(wrong) - 1} more.",
-            where=place,
-            fix="Remove it, then run the same command again: it goes on from the checkpoint before.",
-            code=5,
-        )
+        others = f", and so are {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise checkpoints.unfit(state.step, f"{wrong[0]} is missing, too much, or of another shape{others}")
+
+
+def _require_gradients(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a network of which a part is never used: DDP does so for several workers, in words of its own."""
+    for name, weight in network.named_parameters():
+        if weight.requires_grad and weight not in optimizer.state:
+            raise UserError(
+                f"The network's {name} has no part in the loss.",
+                where=type(network).__name__,
+                fix="Use it in forward, leave it out, or set its requires_grad to False.",
+            )
 
 
 def _restore(

@@ -63,15 +63,31 @@ def map_parts(
             for number, part in enumerate(parts):
                 if digest(part) in finished and (kept := journey.fetch(digest(part), run.work)):
                     collect(number, unpacked(kept))
+        _map_all(worker, arguments, dict(enumerate(parts)), results, run, journey, collect)
+    return [results[number] for number in range(len(parts))]
+
+
+def _map_all(
+    worker: Worker,
+    arguments: tuple[Any, ...],
+    parts: dict[int, Part],
+    results: dict[int, Result],
+    run: Run,
+    journey: Journey | None,
+    collect: Callable[[int, Result], None],
+) -> None:
+    """Map what has no result yet, and again what a lost worker had not finished."""
+    if len(results) == len(parts):
+        return
+    desk = open_desk()
+    with watching(desk) as ended:
         for failures in range(run.cluster.max_failures + 1):
-            missing = {number: part for number, part in enumerate(parts) if number not in results}
-            if not missing:
-                break
-            desk = open_desk()
+            missing = {number: part for number, part in parts.items() if number not in results}
+            ended_before = len(ended)
             try:
-                with watching(desk) as stood_still:
+                if missing:
                     _map(worker, arguments, missing, run, journey, desk, collect)
-                break
+                return
             except _lost() as error:
                 if failures == run.cluster.max_failures:
                     raise UserError(
@@ -81,10 +97,9 @@ def map_parts(
                         "what is finished stays finished.",
                         code=3,
                     ) from error
-                how = "did not answer" if stood_still else "was lost"
+                how = "did not answer" if len(ended) > ended_before else "was lost"
                 run.reporter.note(f"A worker {how}; what it had not finished is done again.")
                 cluster.check(replace(run.cluster, workers=1))  # its node may have been the only one of its kind
-    return [results[number] for number in range(len(parts))]
 
 
 def _lost() -> tuple[type[Exception], ...]:
@@ -157,9 +172,9 @@ class _Call:
     """One process of the pool: a worker of its own, and its share of the CPUs."""
 
     def __init__(self, worker: Worker, arguments: tuple[Any, ...], run: Run, journey: Journey | None, desk: Any):
+        beat(desk)
         import torch
 
-        beat(desk)
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
         self.stage = run.stage
         self.refusal: UserError | None = None

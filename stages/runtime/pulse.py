@@ -1,7 +1,7 @@
 """Signs of life of processes that map parts: one that stands still is ended, so that others do its part.
 
 Ray replaces a process that dies; for one that hangs it waits without end. Each process leaves a sign at the desk every
-few seconds, from a thread of its own, however long its part takes.
+second, from a thread of its own, however long its part takes.
 """
 
 import os
@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
-EVERY_SECONDS = 2.0
-PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # seconds: as much as Ray Train has with workers that train
+EVERY_SECONDS = 1.0
+CALL_SECONDS = 10.0  # that an answer may take before it is asked for again
+PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # as much as Ray Train has with workers that train
+PATIENCE_SECONDS, LEAST_SECONDS = 60.0, 5 * EVERY_SECONDS
 
 
 class Process(NamedTuple):
@@ -21,15 +24,14 @@ class Process(NamedTuple):
 
     node: str
     number: int
-    began: float
+    began: str
 
     @classmethod
     def here(cls) -> "Process":
         """Name this process, a worker of Ray's."""
-        import psutil
         import ray
 
-        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), _began(os.getpid()))
 
 
 def beat(desk: Any) -> None:
@@ -41,7 +43,8 @@ def beat(desk: Any) -> None:
     def leave_signs() -> None:
         with suppress(ray.exceptions.RayError):
             while True:
-                ray.get(desk.sign.remote(here))
+                with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # a bad moment
+                    ray.get(desk.sign.remote(here), timeout=CALL_SECONDS)
                 time.sleep(EVERY_SECONDS)
 
     threading.Thread(target=leave_signs, name="pulse", daemon=True).start()
@@ -52,15 +55,15 @@ def watching(desk: Any) -> Iterator[list[Process]]:
     """End what has left no sign for too long, for the length of the block; yield the list of what was ended so."""
     import ray
 
-    over, ended = threading.Event(), list[Process]()
-    patience = float(os.environ.get(PATIENCE, "60"))
+    over, ended, patience = threading.Event(), list[Process](), _patience()
 
     def watch() -> None:
         with suppress(ray.exceptions.RayError):  # the cluster is gone; the map itself says so
             while not over.wait(EVERY_SECONDS):
-                for process in ray.get(desk.silent.remote(patience)):
-                    if _end(process):
-                        ended.append(process)
+                with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # a bad moment
+                    for process in ray.get(desk.silent.remote(patience), timeout=CALL_SECONDS):
+                        if not over.is_set():
+                            _end(process, ended)
 
     thread = threading.Thread(target=watch, name="pulses", daemon=True)
     thread.start()
@@ -68,26 +71,49 @@ def watching(desk: Any) -> Iterator[list[Process]]:
         yield ended
     finally:
         over.set()
-        thread.join(EVERY_SECONDS)
+        thread.join()  # before Ray may be shut down
 
 
-def _end(process: Process) -> bool:
-    """End a process on whatever node it is, since Ray could only ask it to; say whether it was still there."""
+def _patience() -> float:
+    try:
+        return max(float(os.environ.get(PATIENCE, "")), LEAST_SECONDS)
+    except ValueError:  # Ray takes its default then, too
+        return PATIENCE_SECONDS
+
+
+def _end(process: Process, ended: list[Process]) -> None:
+    """End a process, of which Ray Data alone has a handle, on whatever node it is; note it if it was still there.
+
+    What fails is tried again when its patience is over once more.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    try:
-        return bool(ray.get(ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)))
-    except ray.exceptions.RayError:  # its node has gone with it
-        return False
+    task = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there)
+    ended.append(process)  # before whoever waits for it hears of its end
+    was_there = False
+    with suppress(ray.exceptions.RayError):  # its node may have gone with it
+        was_there = ray.get(task.remote(process), timeout=CALL_SECONDS)
+    if not was_there:
+        ended.remove(process)
 
 
 def _kill(process: Process) -> bool:
     import psutil
 
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if psutil.Process(process.number).create_time() == process.began:
+        if _began(process.number) == process.began:
             os.kill(process.number, signal.SIGKILL)
             return True
     return False
+
+
+def _began(number: int) -> str:
+    """Tell when a process began, where there is one by a clock that nobody can set."""
+    import psutil
+
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): starttime
+    except FileNotFoundError:
+        return str(psutil.Process(number).create_time())

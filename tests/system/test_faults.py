@@ -42,8 +42,7 @@ def test_a_run_killed_twice_and_stopped_once_ends_in_the_same_bytes(
     _nothing_is_left(namespace)
 
     job = _resumed(project, namespace, at_least=3 * CHECKPOINT_EVERY, log="third")
-    _reach(project, job, 5 * CHECKPOINT_EVERY)
-    seen = _last_step(job)
+    seen = _strike(project, job, 59)
     job.send(signal.SIGTERM, "run")
     stopped = job.wait(20)
     assert stopped.status == 128 + signal.SIGTERM
@@ -62,8 +61,7 @@ def test_ctrl_c_in_a_terminal_is_one_line_and_loses_no_step(project: Project, na
     """It reaches every process of the terminal's foreground group at a time."""
     project = Project(project.folder, project.environment | SLOW)
     job = namespace.start(project, "vqvae2", "run", *LONG, log="first")
-    _reach(project, job, CHECKPOINT_EVERY)
-    seen = _last_step(job)
+    seen = _strike(project, job, 17)
     (command,) = namespace.find("run")
     os.killpg(os.getpgid(command.pid), signal.SIGINT)
     stopped = job.wait(20)
@@ -112,5 +110,9 @@ def _resumed(project: Project, namespace: Namespace, *, at_least: int, log: str)
     return job
 
 
-def _last_step(job: Job) -> int:
-    return max(map(int, re.findall(r"^vqvae: (\d+)/", job.output, re.MULTILINE)), default=0)
+def _strike(project: Project, job: Job, step: int) -> int:
+    """Wait until a slow step has begun, before which so many have been made."""
+    mark = f"vqvae/*/fault-slow-0-{step}"
+    until(lambda: job.ended or list((project.folder / "runs").glob(mark)), 200, lambda: job.output)
+    assert not job.ended, job.output
+    return step

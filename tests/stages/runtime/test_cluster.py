@@ -35,7 +35,7 @@ def test_an_address_where_nobody_listens_is_refused_in_seconds(monkeypatch, ours
     assert ("same command again" if ours else "unset RAY_ADDRESS") in error.value.fix
 
 
-def test_a_cluster_of_another_version_is_named_before_anything_is_sent_there(monkeypatch):
+def test_a_cluster_of_another_version_is_named(monkeypatch):
     """Both versions, of Ray and of Python, which Ray spreads over seven lines."""
     theirs = {"ray_version": "2.49.0", "python_version": "3.12.1"}
 

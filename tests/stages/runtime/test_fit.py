@@ -22,6 +22,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
+from models.vqvae import VQVAE
 from stages import vqvae
 from stages.config import ClusterConfig
 from stages.errors import UserError
@@ -92,14 +93,20 @@ def test_a_cluster_of_ours_listens_on_this_machine_alone(cluster):
 
 def test_a_killed_worker_is_replaced(cluster, arguments, project, tmp_path: Path):
     """After `kill -9` of one of two the run ends in the very bytes of an unbroken one."""
+    found = {}
     for name, learn in (("unbroken", vqvae.learn), ("killed", dies_once)):
         (tmp_path / name).mkdir()
-        weights, history = trained(learn, arguments, project.train, run=run_in(tmp_path / name, cluster))
-        if name == "unbroken":
-            expected, curves = weights, history
+        network = VQVAE(project.network)
+        history = trained(learn, arguments, project.train, network=network, run=run_in(tmp_path / name, cluster))
+        found[name] = network.state_dict(), history
     assert (tmp_path / "killed" / "died").exists()
-    assert history == curves
-    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert_equal(found["killed"], found["unbroken"])
+
+
+def assert_equal(found: tuple[dict, list], expected: tuple[dict, list]) -> None:
+    """To the bit, curves included."""
+    assert found[1] == expected[1] and found[0].keys() == expected[0].keys()
+    assert all(torch.equal(found[0][key], expected[0][key]) for key in expected[0])
 
 
 def test_the_first_cause_is_what_the_user_sees(cluster, tmp_path: Path):
@@ -204,10 +211,10 @@ def test_workers_without_a_shared_disk_make_the_same_bytes_and_go_on_after_a_kil
     found = {}
     for name, config, learn in (("shared", cluster, vqvae.learn), ("apart", apart, dies_once_apart)):
         (tmp_path / name).mkdir()
-        found[name] = trained(learn, arguments, project.train, run=run_in(tmp_path / name, config))
-    (weights, history), (expected, curves) = found["apart"], found["shared"]
-    assert history == curves
-    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+        network = VQVAE(project.network)
+        history = trained(learn, arguments, project.train, network=network, run=run_in(tmp_path / name, config))
+        found[name] = network.state_dict(), history
+    assert_equal(found["apart"], found["shared"])
     stored = sorted(path.name for path in (tmp_path / "store" / "runs" / "vqvae" / "f").glob("step-*"))
     assert stored == ["step-000000008", "step-000000012"]
     assert len(list((tmp_path / "store" / "inputs").iterdir())) == 1

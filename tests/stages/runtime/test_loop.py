@@ -153,7 +153,7 @@ def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path):
     origin = Checkpoints(tmp_path / "origin", "print", keep=3).latest()
     assert origin is not None
     spoilt = [{key: tensor for key, tensor in origin.tensors.items() if key != name} for name in origin.tensors]
-    spoilt += [{**origin.tensors, name: torch.zeros(7, 7, 7)} for name in origin.tensors if name != "since"]
+    spoilt += [{**origin.tensors, name: torch.zeros(7, 7, 7)} for name in origin.tensors]
     for number, tensors in enumerate([*spoilt, {**origin.tensors, "network.more": torch.zeros(1)}]):
         folder = tmp_path / str(number)
         checkpoints = Checkpoints(folder, "print", keep=3)
@@ -163,6 +163,26 @@ def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path):
             run(folder)
         assert caught.value.where == str(folder / "step-000000005") and caught.value.code == 5
         assert "Remove it, then run the same command again" in caught.value.fix
+
+
+class Idle(Toy):
+    """A network with a part that is never used, or is not to learn."""
+
+    def __init__(self, learns: bool) -> None:
+        super().__init__()
+        self.network.idle = nn.Linear(2, 2).requires_grad_(learns)
+
+
+def test_a_part_of_a_network_that_is_never_used_is_refused_at_the_first_step(tmp_path: Path, monkeypatch):
+    """Adam keeps nothing of it, so that no checkpoint would ever be whole; what is not to learn needs nothing."""
+    monkeypatch.setitem(globals(), "Toy", lambda: Idle(learns=True))
+    with pytest.raises(UserError, match=r"The network's idle\.weight has no part in the loss\.") as caught:
+        run(tmp_path / "idle")
+    assert caught.value.where == "Network" and "Use it in forward" in caught.value.fix
+    monkeypatch.setitem(globals(), "Toy", lambda: Idle(learns=False))
+    with pytest.raises(Killed):
+        run(tmp_path / "frozen", 9)
+    assert run(tmp_path / "frozen").step == 20
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 8, 19])

@@ -1,17 +1,19 @@
 """Parts done side by side by Ray Data: in order, by workers built once, and again when a worker is lost."""
 
+import asyncio
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import ray.exceptions
 
@@ -21,6 +23,7 @@ from stages.formats import artifact
 from stages.runtime import parts as parts_module
 from stages.runtime import pulse
 from stages.runtime.cluster import connected
+from stages.runtime.desk import Desk
 from stages.runtime.elsewhere import Journey, Node
 from stages.runtime.parts import map_parts, packed, unpacked
 from stages.runtime.run import Reporter, Run
@@ -140,14 +143,17 @@ def test_workers_that_are_lost_time_and_again_end_in_a_letter(
     """After as many tries as the settings allow, with the fix; each loss is told when it happens."""
     tries: list[int] = []
 
+    ended: list[str] = []
+
     def lost(*arguments: object) -> None:
         tries.append(0)
+        ended.extend(hung)
         raise error
 
     monkeypatch.setattr(parts_module, "_map", lost)
     monkeypatch.setattr(parts_module.cluster, "connected", lambda config: nullcontext())
     monkeypatch.setattr(parts_module, "open_desk", lambda: None)
-    monkeypatch.setattr(parts_module, "watching", lambda desk: nullcontext(hung))
+    monkeypatch.setattr(parts_module, "watching", lambda desk: nullcontext(ended))
     checked: list[int] = []
     monkeypatch.setattr(parts_module.cluster, "check", lambda config: checked.append(config.workers))
     notes = Notes()
@@ -174,7 +180,7 @@ class Hangs(Square):
 @pytest.mark.ray
 def test_a_worker_that_stands_still_is_ended_and_its_part_done_again(run: Run, tmp_path: Path, monkeypatch):
     """Ray alone waits for it without end."""
-    monkeypatch.setenv(pulse.PATIENCE, "5")
+    monkeypatch.setenv(pulse.PATIENCE, "10")
     notes = Notes()
     results = map_parts(
         Hangs, (tmp_path,), [{"number": number} for number in range(4)], run=replace(run, reporter=notes), unit="part"
@@ -183,11 +189,70 @@ def test_a_worker_that_stands_still_is_ended_and_its_part_done_again(run: Run, t
     assert notes.read == ["A worker did not answer; what it had not finished is done again."]
 
 
+def test_signs_of_life_are_left_as_long_as_there_is_a_desk(monkeypatch):
+    """A bad moment ends nothing: a worker without signs would be taken for one that hangs."""
+    moments = [None, ray.exceptions.ActorUnavailableError("away", None), None, ray.exceptions.GetTimeoutError(), None]
+    answers = iter([*moments, ray.exceptions.ActorDiedError()])
+    signs: list[pulse.Process] = []
+
+    def get(sign: pulse.Process, timeout: float) -> None:
+        signs.append(sign)
+        if answer := next(answers):
+            raise answer
+
+    here = pulse.Process("node", os.getpid(), "now")
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(pulse, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(pulse.Process, "here", lambda: here)
+    pulse.beat(SimpleNamespace(sign=SimpleNamespace(remote=lambda process: process)))
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "pulse")
+    thread.join(10)
+    assert not thread.is_alive() and signs == [here] * 6
+
+
+def test_who_leaves_signs_is_spared_and_who_leaves_none_is_named_until_it_is_gone(monkeypatch):
+    """Each again after as long: the first try to end it may fail."""
+    now = [0.0]
+    monkeypatch.setattr("stages.runtime.desk.time", SimpleNamespace(monotonic=lambda: now[0]))
+    desk, named = Desk(), []
+    for second in range(50):
+        now[0] = float(second)
+        asyncio.run(desk.sign("alive"))
+        if second < 4:
+            asyncio.run(desk.sign("hangs"))
+        named += [(second, process) for process in asyncio.run(desk.silent(20.0))]
+    assert named == [(24, "hangs"), (45, "hangs")]
+
+
+def test_where_all_have_stood_still_together_nobody_is_named(monkeypatch):
+    """As in a machine that was frozen: whoever asks may be the first to wake."""
+    now = [0.0]
+    monkeypatch.setattr("stages.runtime.desk.time", SimpleNamespace(monotonic=lambda: now[0]))
+    desk = Desk()
+    asyncio.run(desk.sign("one"))
+    assert asyncio.run(desk.silent(20.0)) == []
+    now[0] = 1000.0
+    assert asyncio.run(desk.silent(20.0)) == []
+    named = []
+    for now[0] in range(1001, 1022):
+        named += asyncio.run(desk.silent(20.0))
+    assert named == ["one"]  # it has not woken
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 60), ("90", 90), ("0", 5), ("", 60), ("60s", 60)])
+def test_the_patience_with_workers_is_that_of_ray_train(monkeypatch, given: str | None, seconds: float):
+    """What is no number is its default, and nobody is ended between two signs."""
+    monkeypatch.delenv(pulse.PATIENCE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(pulse.PATIENCE, given)
+    assert pulse._patience() == seconds
+
+
 def test_only_the_process_that_was_meant_is_ended():
     """Not one that has got its number since."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        began = psutil.Process(child.pid).create_time()
-        assert not pulse._kill(pulse.Process("node", child.pid, began - 1)) and child.poll() is None
+        began = pulse._began(child.pid)
+        assert not pulse._kill(pulse.Process("node", child.pid, f"{began}0")) and child.poll() is None
         assert pulse._kill(pulse.Process("node", child.pid, began))
         assert child.wait(10) == -signal.SIGKILL
     assert not pulse._kill(pulse.Process("node", child.pid, began))  # has ended since

@@ -393,12 +393,18 @@ def test_a_bad_moment_after_training_costs_no_result(storage: Storage, tmp_path:
     def trains(learn: object, arguments: object, *, run: Run) -> None:
         assert len(probes) == 1
         worker = Checkpoints(tmp_path / "node", "print", keep=1, storage=run.storage)
-        worker.save(State(4, {"network.weight": torch.ones(2)}, []))
+        worker.save(State(4, {"network.weight": torch.ones(2, 1)}, []))
         worker.wait()
 
     monkeypatch.setattr(fit, "fit", trains)
-    weights, _ = fit.trained(lambda: None, {}, TrainConfig(steps=4, batch_size=1), run=run)
-    assert torch.equal(weights["weight"], torch.ones(2)) and len(probes) == 1
+    config, network = TrainConfig(steps=4, batch_size=1), torch.nn.Linear(1, 2, bias=False)
+    fit.trained(lambda: None, {}, config, network=network, run=run)
+    assert torch.equal(network.weight, torch.ones(2, 1)) and len(probes) == 1
+
+    with pytest.raises(UserError, match="checkpoint of step 4 is not of this network: its weights have") as caught:
+        fit.trained(lambda: None, {}, config, network=torch.nn.Linear(3, 3), run=run)
+    assert caught.value.where == f"{storage.url}/runs/vqvae/print/step-000000004" and caught.value.code == 5
+    assert caught.value.fix.startswith("Remove it there, and from runs/ where the command is given, then run the same")
 
 
 def test_a_store_that_is_away_stops_the_run_and_keeps_its_checkpoints(kept: Checkpoints, tmp_path: Path, monkeypatch):
