@@ -86,6 +86,13 @@ def needed(stages: Mapping[str, dag.Stage], targets: Sequence[str]) -> set[str]:
         found |= more
 
 
+def uncached(names: Sequence[str]) -> list[str]:
+    """Name what stages have made and DVC's cache lacks: where its disk is full, DVC says so and ends with status 0."""
+    changes = [change for name, found in _status().items() if name in names for change in found]
+    outs = [change.get("changed outs", {}) for change in changes if isinstance(change, dict)]
+    return [path for found in outs for path, what in found.items() if what == "not in cache"]
+
+
 def reproduce(
     targets: Sequence[str],
     *,

@@ -165,6 +165,14 @@ def _reproduce(
                 _link(outcome, settings, stages, parent)
                 if outcome.status or outcome.stopped:
                     raise _Failed(f"dvc repro ended with status {outcome.status}")
+                if outcome.ran and (lacking := dvc.uncached(outcome.ran)):
+                    raise UserError(
+                        f"What was made is here, but not in DVC's cache: {origin.few(lacking)}.",
+                        where=f"what `dvc cache dir` names in {Path.cwd()}",
+                        fix="Mend what DVC says above, such as a full disk, then run the same command again: what is "
+                        "made already is only put there.",
+                        code=3,
+                    )
         except _Failed:
             if outcome.stopped:
                 return launch.stopped(outcome.stopped)

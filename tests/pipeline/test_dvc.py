@@ -108,6 +108,13 @@ def test_a_failing_stage_fails_the_run(here, capfd):
     assert outcome.status != 0 and outcome.ran == ["first", "second"]
 
 
+def test_what_the_cache_lacks_is_named(here):
+    """DVC ends with status 0 where it could not put there what a stage has made."""
+    assert dvc.uncached(bring().ran) == []
+    shutil.rmtree(".dvc/cache")
+    assert dvc.uncached(["second"]) == ["artifacts/second"] and dvc.uncached([]) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_stage_in_good_order(here, number):
     """Asked to stop, the run passes SIGINT to the stage, waits for it, and leaves nothing running."""

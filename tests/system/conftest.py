@@ -17,13 +17,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.ray)
 
 
+# A container: nobody's home, no locale, no terminal to speak of, and a way to the outside that leads nowhere.
+BARE = {"HOME": "/proc/nobody", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40"}
+BARE |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
 @pytest.fixture(scope="session")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Done]:
     """The project after `vqvae2 run -S experiment=smoke`, and what that printed. To be read only."""
     folder = tmp_path_factory.mktemp("first")
     project = Project.of_working_tree(folder / "a baker's prøject")  # as folders of people are named
     project.environment["DVC_SITE_CACHE_DIR"] = str(folder / "dvc")
-    return project, project.run(*SMOKE)
+    return project, Project(project.folder, project.environment | BARE).run(*SMOKE)
 
 
 @pytest.fixture

@@ -73,6 +73,23 @@ def test_ctrl_c_in_a_terminal_is_one_line_and_loses_no_step(project: Project, na
 
 
 @pytest.mark.slow
+def test_a_cache_whose_disk_is_full_keeps_what_was_made(project: Project, namespace: Namespace):
+    """DVC names what it could not put there; once there is room, nothing but that is left to do."""
+    settings = ("vqvae2", "run", *SMOKE, "-S", "train_vqvae.steps=12", "--only", "--stage", "vqvae")
+    cache = project.folder / ".dvc" / "cache"
+    namespace.say(f"mount -t tmpfs -o size=16k none {cache}")
+    full = namespace.start(project, *settings, log="full").wait()
+    assert full.status == 3 and "Traceback" not in full.output
+    assert f"No space left on device: '{project.folder}/artifacts/vqvae/model.safetensors'" in full.output
+    assert "error: What was made is here, but not in DVC's cache: artifacts/vqvae.\n" in full.output
+    made = project.digests("vqvae")
+    namespace.say(f"umount {cache}")
+    done = namespace.start(project, *settings, log="room").wait()
+    assert done.status == 0 and "Resuming" not in done.output and "12/12" not in done.output  # it has all its steps
+    assert project.digests("vqvae") == made
+
+
+@pytest.mark.slow
 def test_a_worker_killed_on_demand_costs_the_steps_since_the_newest_checkpoint(
     project: Project, tmp_path: Path, namespace: Namespace
 ):
