@@ -87,10 +87,19 @@ def needed(stages: Mapping[str, dag.Stage], targets: Sequence[str]) -> set[str]:
 
 
 def uncached(names: Sequence[str]) -> list[str]:
-    """Name what stages have made and DVC's cache lacks: where its disk is full, DVC says so and ends with status 0."""
-    changes = [change for name, found in _status().items() if name in names for change in found]
-    outs = [change.get("changed outs", {}) for change in changes if isinstance(change, dict)]
-    return [path for found in outs for path, what in found.items() if what == "not in cache"]
+    """Pick the stages of which DVC's cache lacks what they have made.
+
+    Where the disk of the cache is full, DVC says so, notes the result down, and may end with status 0. What was made is
+    then in one place alone, from which DVC removes it before it runs the stage again.
+    """
+    if not names:
+        return []
+    found = _status("--no-updates", *names)
+    outs = {
+        name: [change.get("changed outs", {}) for change in found.get(name, []) if isinstance(change, dict)]
+        for name in names
+    }
+    return [name for name in names if any("not in cache" in each.values() for each in outs[name])]
 
 
 def reproduce(
@@ -204,8 +213,8 @@ class _forwarded:
             os.killpg(self.process.pid, number)
 
 
-def _status() -> dict[str, list[Any]]:
-    done = subprocess.run([*COMMAND, "status", "--json"], capture_output=True, text=True, check=False)
+def _status(*arguments: str) -> dict[str, list[Any]]:
+    done = subprocess.run([*COMMAND, "status", "--json", *arguments], capture_output=True, text=True, check=False)
     if holders := re.findall(r"\(PID (\d+)\)", done.stderr):
         raise UserError(
             f"{BUSY}: PID {', '.join(dict.fromkeys(holders))}.",

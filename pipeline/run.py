@@ -163,16 +163,10 @@ def _reproduce(
                     targets, stages=stages, why=why, environment=environment, force=force, only=only, pull=pull
                 )
                 _link(outcome, settings, stages, parent)
+                if not outcome.stopped:
+                    _require_cached(outcome)
                 if outcome.status or outcome.stopped:
                     raise _Failed(f"dvc repro ended with status {outcome.status}")
-                if outcome.ran and (lacking := dvc.uncached(outcome.ran)):
-                    raise UserError(
-                        f"What was made is here, but not in DVC's cache: {origin.few(lacking)}.",
-                        where=f"what `dvc cache dir` names in {Path.cwd()}",
-                        fix="Mend what DVC says above, such as a full disk, then run the same command again: what is "
-                        "made already is only put there.",
-                        code=3,
-                    )
         except _Failed:
             if outcome.stopped:
                 return launch.stopped(outcome.stopped)
@@ -191,6 +185,23 @@ def _reproduce(
     if report.is_file() and (not targets or "evaluate" in targets):
         print(f"report        {report}")
     return 0
+
+
+def _require_cached(outcome: dvc.Outcome) -> None:
+    """Refuse to have finished while what was made lies in artifacts/ alone."""
+    finished = outcome.ran[:-1] if outcome.status else outcome.ran
+    try:
+        lacking = dvc.uncached(finished)
+    except UserError as error:  # another dvc may be at work: no reason to fail what is done
+        print(f"note: whether DVC's cache has what was made is not known. {error.what}", file=sys.stderr)
+        return
+    if lacking:
+        raise UserError(
+            f"DVC's cache lacks what {origin.few(lacking)} made; DVC says above why. It lies in artifacts/ alone.",
+            where=f"{Path.cwd()}: dvc cache dir",
+            fix="Make room there, but not in artifacts/ or runs/, then run: dvc commit -f " + " ".join(lacking),
+            code=3,
+        )
 
 
 @contextmanager

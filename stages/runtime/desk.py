@@ -68,12 +68,16 @@ class Desk:
     async def silent(self, seconds: float) -> list[Process]:
         """Name who left one, and none for that long since; each again after as long."""
         now = time.monotonic()
-        if now - self._asked > seconds / 2:  # whoever asks, or this desk, has stood still too: so may have all others
+        if now - self._asked > 0.75 * seconds:  # whoever asks, or this desk, stood still too: so may all others have
             self._signs = dict.fromkeys(self._signs, now)
         self._asked = now
         found = [process for process, at in self._signs.items() if now - at > seconds]
         self._signs |= dict.fromkeys(found, now)
         return found
+
+    async def forget(self, process: Process) -> None:
+        """Name a process no more: it has ended."""
+        self._signs.pop(process, None)
 
 
 class DeskReporter(Reporter):

@@ -329,12 +329,12 @@ def _require_whole(checkpoints: Checkpoints, state: State, objective: Objective,
     # A row for each of however many workers there were.
     needed["since"] = torch.Size([*found.get("since", [])[:1], *needed["since"][1:]])
     if wrong := sorted(name for name in needed.keys() | found.keys() if needed.get(name) != found.get(name)):
-        others = f", and so are {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise checkpoints.unfit(state.step, f"{wrong[0]} is missing, too much, or of another shape{others}")
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise checkpoints.unfit(state.step, f"{wrong[0]}{others} is missing, too much, or of another shape")
 
 
 def _require_gradients(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a network of which a part is never used: DDP does so for several workers, in words of its own."""
+    """Refuse a network of which a part is never used: DDP would do so one step later, in words of its own."""
     for name, weight in network.named_parameters():
         if weight.requires_grad and weight not in optimizer.state:
             raise UserError(

@@ -80,10 +80,9 @@ def _map_all(
     if len(results) == len(parts):
         return
     desk = open_desk()
-    with watching(desk) as ended:
+    with watching(desk, run.reporter.note):
         for failures in range(run.cluster.max_failures + 1):
             missing = {number: part for number, part in parts.items() if number not in results}
-            ended_before = len(ended)
             try:
                 if missing:
                     _map(worker, arguments, missing, run, journey, desk, collect)
@@ -97,8 +96,7 @@ def _map_all(
                         "what is finished stays finished.",
                         code=3,
                     ) from error
-                how = "did not answer" if len(ended) > ended_before else "was lost"
-                run.reporter.note(f"A worker {how}; what it had not finished is done again.")
+                run.reporter.note("A worker was lost; what it had not finished is done again.")
                 cluster.check(replace(run.cluster, workers=1))  # its node may have been the only one of its kind
 
 

@@ -4,19 +4,20 @@ Ray replaces a process that dies; for one that hangs it waits without end. Each 
 second, from a thread of its own, however long its part takes.
 """
 
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 EVERY_SECONDS = 1.0
-CALL_SECONDS = 10.0  # that an answer may take before it is asked for again
-PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # as much as Ray Train has with workers that train
-PATIENCE_SECONDS, LEAST_SECONDS = 60.0, 5 * EVERY_SECONDS
+CALL_SECONDS = 3.0  # that an answer may take before it is asked for again
+PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # the same for workers that train
+PATIENCE_SECONDS, LEAST_SECONDS = 60.0, 10.0  # unless that says otherwise; a living process may be slow
 
 
 class Process(NamedTuple):
@@ -51,24 +52,25 @@ def beat(desk: Any) -> None:
 
 
 @contextmanager
-def watching(desk: Any) -> Iterator[list[Process]]:
-    """End what has left no sign for too long, for the length of the block; yield the list of what was ended so."""
+def watching(desk: Any, note: Callable[[str], None]) -> Iterator[None]:
+    """End what has left no sign for too long, for the length of the block, and say so."""
     import ray
 
-    over, ended, patience = threading.Event(), list[Process](), _patience()
+    over, patience = threading.Event(), _patience()
 
     def watch() -> None:
         with suppress(ray.exceptions.RayError):  # the cluster is gone; the map itself says so
             while not over.wait(EVERY_SECONDS):
                 with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # a bad moment
-                    for process in ray.get(desk.silent.remote(patience), timeout=CALL_SECONDS):
-                        if not over.is_set():
-                            _end(process, ended)
+                    silent = ray.get(desk.silent.remote(patience), timeout=CALL_SECONDS)
+                    if silent and not over.is_set():
+                        for _ in range(_end(silent, desk)):
+                            note(f"A worker has given no sign of life for {patience:g} s: it was ended.")
 
     thread = threading.Thread(target=watch, name="pulses", daemon=True)
     thread.start()
     try:
-        yield ended
+        yield
     finally:
         over.set()
         thread.join()  # before Ray may be shut down
@@ -76,30 +78,37 @@ def watching(desk: Any) -> Iterator[list[Process]]:
 
 def _patience() -> float:
     try:
-        return max(float(os.environ.get(PATIENCE, "")), LEAST_SECONDS)
-    except ValueError:  # Ray takes its default then, too
+        seconds = float(os.environ.get(PATIENCE, ""))
+    except ValueError:
         return PATIENCE_SECONDS
+    return max(seconds, LEAST_SECONDS) if math.isfinite(seconds) else PATIENCE_SECONDS
 
 
-def _end(process: Process, ended: list[Process]) -> None:
-    """End a process, of which Ray Data alone has a handle, on whatever node it is; note it if it was still there.
+def _end(processes: Sequence[Process], desk: Any) -> int:
+    """End processes, of which Ray Data alone has handles, on whatever nodes they are; count those still there.
 
-    What fails is tried again when its patience is over once more.
+    Whatever fails is tried again when the patience with it is over once more.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    task = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there)
-    ended.append(process)  # before whoever waits for it hears of its end
-    was_there = False
-    with suppress(ray.exceptions.RayError):  # its node may have gone with it
-        was_there = ray.get(task.remote(process), timeout=CALL_SECONDS)
-    if not was_there:
-        ended.remove(process)
+    tasks = {}
+    for process in processes:
+        there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+        tasks[ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)] = process
+    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=CALL_SECONDS)
+    for task in late:  # once its node wakes, the process may have woken, too
+        ray.cancel(task, force=True)
+    ended = 0
+    for task in done:
+        with suppress(ray.exceptions.RayError):  # its node may have gone with it
+            ended += ray.get(task)
+            desk.forget.remote(tasks[task])
+    return ended
 
 
 def _kill(process: Process) -> bool:
+    """End a process of this node; say whether it was still there."""
     import psutil
 
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -110,7 +119,7 @@ def _kill(process: Process) -> bool:
 
 
 def _began(number: int) -> str:
-    """Tell when a process began, where there is one by a clock that nobody can set."""
+    """Tell when a process began: on Linux by a clock that nobody can set, elsewhere by that of the system."""
     import psutil
 
     try:

@@ -259,6 +259,30 @@ def test_parts_go_once_dvc_has_taken_note_of_the_whole(project, monkeypatch):
     assert other.exists()
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_dvc_could_not_put_into_its_cache_fails_a_run(project, monkeypatch, capsys, status):
+    """A full disk, say: the result is in one place alone. A stage that failed has made nothing to be kept."""
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr(run_module.dvc, "reasons", lambda *_, **__: {"vqvae": ["asked for"]})
+    monkeypatch.setattr("stages.runtime.tracking.parent_run", lambda *_: nullcontext("runs/pipeline/key"))
+    outcome = dvc.Outcome(status, ran=["shard", "vqvae", "prior@top"])
+    monkeypatch.setattr(run_module.dvc, "reproduce", lambda *_, **__: outcome)
+    asked = []
+    monkeypatch.setattr(run_module.dvc, "uncached", lambda names: asked.append(list(names)) or ["shard", "vqvae"])
+    with pytest.raises(UserError, match=r"DVC's cache lacks what shard, vqvae made; DVC says above why\.") as caught:
+        run_module.run()
+    assert asked == [outcome.ran[:2] if status else outcome.ran]
+    assert caught.value.where == f"{project.folder}: dvc cache dir" and caught.value.code == 3
+    assert caught.value.fix == ("Make room there, but not in artifacts/ or runs/, then run: dvc commit -f shard vqvae")
+
+    def unknown(names):
+        raise UserError("DVC is busy.", where=".", fix="Wait.")
+
+    monkeypatch.setattr(run_module.dvc, "uncached", unknown)
+    assert run_module.run() == status
+    assert "note: whether DVC's cache has what was made is not known. DVC is busy." in capsys.readouterr().err
+
+
 def test_status_tells_what_runs_while_dvc_is_busy(project, monkeypatch, capsys):
     """DVC answers nothing then; of the stage that runs, its lock tells."""
 

@@ -126,7 +126,6 @@ def test_a_refusal_while_a_worker_is_built_is_shown_as_it_is(run: Run, tmp_path:
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
-@pytest.mark.parametrize(("hung", "told"), [((), "was lost"), (("one",), "did not answer")])
 @pytest.mark.parametrize(
     "error",
     [
@@ -137,23 +136,18 @@ def test_a_refusal_while_a_worker_is_built_is_shown_as_it_is(run: Run, tmp_path:
         ray.exceptions.WorkerCrashedError(),
     ],
 )
-def test_workers_that_are_lost_time_and_again_end_in_a_letter(
-    tmp_path: Path, monkeypatch, error: Exception, hung: tuple[str, ...], told: str
-):
+def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, monkeypatch, error: Exception):
     """After as many tries as the settings allow, with the fix; each loss is told when it happens."""
     tries: list[int] = []
 
-    ended: list[str] = []
-
     def lost(*arguments: object) -> None:
         tries.append(0)
-        ended.extend(hung)
         raise error
 
     monkeypatch.setattr(parts_module, "_map", lost)
     monkeypatch.setattr(parts_module.cluster, "connected", lambda config: nullcontext())
     monkeypatch.setattr(parts_module, "open_desk", lambda: None)
-    monkeypatch.setattr(parts_module, "watching", lambda desk: nullcontext(ended))
+    monkeypatch.setattr(parts_module, "watching", lambda desk, note: nullcontext())
     checked: list[int] = []
     monkeypatch.setattr(parts_module.cluster, "check", lambda config: checked.append(config.workers))
     notes = Notes()
@@ -162,7 +156,7 @@ def test_workers_that_are_lost_time_and_again_end_in_a_letter(
         map_parts(Square, (tmp_path,), [{"number": 0}], run=alone, unit="part")
     assert (caught.value.where, caught.value.code, len(tries)) == (str(tmp_path), 3, 3)
     assert "memory enough, then run the same command again" in caught.value.fix
-    assert notes.read == [f"A worker {told}; what it had not finished is done again."] * 2
+    assert notes.read == ["A worker was lost; what it had not finished is done again."] * 2
     assert checked == [1, 1]  # before each repetition: is there a node left that one fits on?
 
 
@@ -186,7 +180,10 @@ def test_a_worker_that_stands_still_is_ended_and_its_part_done_again(run: Run, t
         Hangs, (tmp_path,), [{"number": number} for number in range(4)], run=replace(run, reporter=notes), unit="part"
     )
     assert [result["square"] for result in results] == [0, 1, 4, 9] and (tmp_path / "stood").exists()
-    assert notes.read == ["A worker did not answer; what it had not finished is done again."]
+    assert sorted(notes.read) == [
+        "A worker has given no sign of life for 10 s: it was ended.",
+        "A worker was lost; what it had not finished is done again.",
+    ]
 
 
 def test_signs_of_life_are_left_as_long_as_there_is_a_desk(monkeypatch):
@@ -194,8 +191,10 @@ def test_signs_of_life_are_left_as_long_as_there_is_a_desk(monkeypatch):
     moments = [None, ray.exceptions.ActorUnavailableError("away", None), None, ray.exceptions.GetTimeoutError(), None]
     answers = iter([*moments, ray.exceptions.ActorDiedError()])
     signs: list[pulse.Process] = []
+    found = threading.Event()
 
     def get(sign: pulse.Process, timeout: float) -> None:
+        assert found.wait(10)
         signs.append(sign)
         if answer := next(answers):
             raise answer
@@ -206,6 +205,7 @@ def test_signs_of_life_are_left_as_long_as_there_is_a_desk(monkeypatch):
     monkeypatch.setattr(pulse.Process, "here", lambda: here)
     pulse.beat(SimpleNamespace(sign=SimpleNamespace(remote=lambda process: process)))
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "pulse")
+    found.set()
     thread.join(10)
     assert not thread.is_alive() and signs == [here] * 6
 
@@ -222,6 +222,10 @@ def test_who_leaves_signs_is_spared_and_who_leaves_none_is_named_until_it_is_gon
             asyncio.run(desk.sign("hangs"))
         named += [(second, process) for process in asyncio.run(desk.silent(20.0))]
     assert named == [(24, "hangs"), (45, "hangs")]
+    asyncio.run(desk.forget("hangs"))
+    for now[0] in range(50, 100):
+        asyncio.run(desk.sign("alive"))
+        assert asyncio.run(desk.silent(20.0)) == []
 
 
 def test_where_all_have_stood_still_together_nobody_is_named(monkeypatch):
@@ -239,9 +243,31 @@ def test_where_all_have_stood_still_together_nobody_is_named(monkeypatch):
     assert named == ["one"]  # it has not woken
 
 
-@pytest.mark.parametrize(("given", "seconds"), [(None, 60), ("90", 90), ("0", 5), ("", 60), ("60s", 60)])
+def test_what_could_not_be_ended_is_not_forgotten_and_what_comes_too_late_is_taken_back(monkeypatch):
+    """A node that sleeps would end its process on waking, when that has woken, too."""
+    answers = {"there": True, "gone": False, "away": ray.exceptions.NodeDiedError("a node"), "asleep": None}
+    forgotten, cancelled = [], []
+
+    def get(task: str) -> bool:
+        if isinstance(answers[task], Exception):
+            raise answers[task]
+        return answers[task]
+
+    kill = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda process: process.began))
+    monkeypatch.setattr("ray.remote", lambda function: kill)
+    monkeypatch.setattr("ray.wait", lambda tasks, num_returns, timeout: (tasks[:3], tasks[3:]))
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr("ray.cancel", lambda task, force: cancelled.append(task))
+    desk = SimpleNamespace(forget=SimpleNamespace(remote=lambda process: forgotten.append(process.began)))
+    assert pulse._end([pulse.Process("ab" * 28, number, name) for number, name in enumerate(answers)], desk) == 1
+    assert forgotten == ["there", "gone"] and cancelled == ["asleep"]
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(None, 60), ("90", 90), ("0", 10), ("", 60), ("60s", 60), ("nan", 60), ("inf", 60)]
+)
 def test_the_patience_with_workers_is_that_of_ray_train(monkeypatch, given: str | None, seconds: float):
-    """What is no number is its default, and nobody is ended between two signs."""
+    """What is no number is a minute, and nobody is ended between two signs."""
     monkeypatch.delenv(pulse.PATIENCE, raising=False)
     if given is not None:
         monkeypatch.setenv(pulse.PATIENCE, given)
