@@ -42,6 +42,7 @@ def call(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_prior_of_ones_own_passes_the_tests_of_every_prior(copy: Path):
     """One file, two lines and its settings: then it is chosen by name, tested like the others, and tracked by DVC."""
     (copy / "models/priors/mine.py").write_text(PRIOR)

@@ -220,7 +220,7 @@ def test_a_cluster_that_is_away_is_named_by_the_doctor(project):
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("name", "status"),
-    [("corrupt_pictures", 4), ("one_image", 0), pytest.param("one_class", 0, marks=pytest.mark.slow)],
+    [("corrupt_pictures", 4), *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("one_image", "one_class"))],
 )
 def test_a_poor_source_is_used_or_refused(name, status, project):
     """Corrupt pictures stop the stage with their names; few images or one class are enough for shards."""

@@ -90,6 +90,7 @@ def test_a_folder_serves_another_checkout(project: Project, tmp_path: Path):
     _hand_over(project, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_s3_store_serves_another_checkout(project: Project, tmp_path: Path, s3: str):
     """The same with an S3-compatible server."""
     project.environment.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")

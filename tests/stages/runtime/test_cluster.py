@@ -58,6 +58,7 @@ def test_a_cluster_of_another_version_is_named(monkeypatch):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_container_with_little_shared_memory_is_room_enough():
     """64 MB are what Docker gives: Ray then keeps its objects in files."""
     inside = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
