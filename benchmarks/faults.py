@@ -81,6 +81,7 @@ class Scenario:
 
 
 IMPATIENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"}
+MAPPING = ("shard", "codes", "sample", "evaluate")  # parts
 KILLED = "goes back from 13 to 5 after 18.6 s"
 SCENARIOS = (
     Scenario("`kill -9` of a worker", "vqvae", "kill", plain=KILLED),
@@ -117,13 +118,10 @@ SCENARIOS = (
     ),
     Scenario("`kill -9` of the stage", "vqvae", "slow", signal=SIGKILL, to="stage"),
     Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, to="cluster"),
-    *(
-        Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker")
-        for stage in ("shard", "codes", "sample", "evaluate")
-    ),
+    *(Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker") for stage in MAPPING),
     *(
         Scenario("a worker hangs, which is waited for 10 s", stage, "stop", step=0, environment=IMPATIENT)
-        for stage in ("shard", "codes", "sample", "evaluate")
+        for stage in MAPPING
     ),
 )
 FLIPS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, params
-from pipeline.environment import ENDING, die_with_parent, heard
+from pipeline.environment import answering, die_with_parent
 from stages.errors import UserError
 
 LOCK = Path("dvc.lock")
@@ -94,12 +94,12 @@ def uncached(names: Sequence[str]) -> list[str]:
     """
     if not names:
         return []
-    found = _status("--no-updates", *names)
-    outs = {
-        name: [change.get("changed outs", {}) for change in found.get(name, []) if isinstance(change, dict)]
-        for name in names
-    }
-    return [name for name in names if any("not in cache" in each.values() for each in outs[name])]
+    changes = _status("--no-updates", *names)
+
+    def lacks(change: Any) -> bool:
+        return isinstance(change, dict) and "not in cache" in change.get("changed outs", {}).values()
+
+    return [name for name in names if any(map(lacks, changes.get(name, [])))]
 
 
 def reproduce(
@@ -123,7 +123,7 @@ def reproduce(
         preexec_fn=_in_child,
     )
     outcome = Outcome()
-    with _forwarded(process, outcome):
+    with answering(_Forwarder(process, outcome).stop):
         for line in _lines(process):
             _tell(line, outcome, stages, why)
         outcome.status = process.wait()
@@ -178,7 +178,7 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
                 return
 
 
-class _forwarded:
+class _Forwarder:
     """Pass what asks us to end to DVC's process group as SIGINT, wait, and insist.
 
     DVC ends in good order on SIGINT only: on SIGTERM it leaves its stage running.
@@ -187,14 +187,7 @@ class _forwarded:
     def __init__(self, process: subprocess.Popen[str], outcome: Outcome):
         self.process, self.outcome = process, outcome
 
-    def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self._stop) for number in heard(*ENDING)}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: object) -> None:
+    def stop(self, number: int, frame: object) -> None:
         first = not self.outcome.stopped
         self.outcome.stopped = self.outcome.stopped or number
         if first:

@@ -4,8 +4,10 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stages.errors import UserError
 
@@ -62,6 +64,18 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def heard(*numbers: signal.Signals) -> Iterator[signal.Signals]:
     """Name the signals that are not to be ignored by the will of whoever started us, as SIGHUP is under `nohup`."""
     return (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
+
+
+@contextmanager
+def answering(answer: Callable[[int, Any], None]) -> Iterator[None]:
+    """Answer what asks this process to end, for the length of the block; leave to the caller what was the caller's."""
+    before = {number: signal.signal(number, answer) for number in heard(*ENDING)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is answer:  # and has not had it ignored meanwhile
+                signal.signal(number, handler)
 
 
 def die_with_parent(number: signal.Signals) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dag, dvc, launch, origin, params, preflight, shared
-from pipeline.environment import ENDING, heard
+from pipeline.environment import ENDING, answering
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
@@ -32,7 +32,7 @@ def run(
     """
     if only and not wanted:
         raise UserError("--only needs a stage.", where="--only", fix="Add one, such as --stage evaluate.", code=2)
-    with _told_to_stop(), _alone() if overrides or not dry_run else nullcontext():
+    with answering(_stop), _alone() if overrides or not dry_run else nullcontext():
         with _settings(overrides, keep=not dry_run) as settings:
             stages = dag.stages(params.read())
             targets = [dag.find(name, stages).name for name in wanted]
@@ -49,18 +49,6 @@ def run(
             return 0
         _remove_leftovers(settings)
         return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """End by the book on whatever asks this process to end, and leave signals to the caller as they were."""
-    before = {number: signal.signal(number, _stop) for number in heard(*ENDING)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is _stop:  # ignored instead once one has come
-                signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:

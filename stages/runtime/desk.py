@@ -6,12 +6,11 @@ It is an actor of Ray on the node of that process: no other node's end takes it 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from stages.errors import UserError
-from stages.runtime.pulse import Process
 from stages.runtime.run import Reporter
 
 POLL_SECONDS = 0.5
@@ -25,7 +24,7 @@ class Desk:
         self._reports: list[tuple[str, tuple[Any, ...]]] = []
         self._stop, self._saved = asyncio.Event(), asyncio.Event()
         self._refusal: UserError | None = None
-        self._signs: dict[Process, float] = {}
+        self._signs: dict[Hashable, float] = {}
         self._asked = time.monotonic()
 
     async def report(self, method: str, *arguments: Any) -> None:
@@ -61,11 +60,11 @@ class Desk:
         """Tell what was refused."""
         return self._refusal
 
-    async def sign(self, process: Process) -> None:
+    async def sign(self, process: Hashable) -> None:
         """Leave a sign of life."""
         self._signs[process] = time.monotonic()
 
-    async def silent(self, seconds: float) -> list[Process]:
+    async def silent(self, seconds: float) -> list[Hashable]:
         """Name who left one, and none for that long since; each again after as long."""
         now = time.monotonic()
         if now - self._asked > 0.75 * seconds:  # whoever asks, or this desk, stood still too: so may all others have
@@ -75,7 +74,7 @@ class Desk:
         self._signs |= dict.fromkeys(found, now)
         return found
 
-    async def forget(self, process: Process) -> None:
+    async def forget(self, process: Hashable) -> None:
         """Name a process no more: it has ended."""
         self._signs.pop(process, None)
 
@@ -122,13 +121,24 @@ def hears_stop(desk: Any) -> Callable[[], bool]:
 
 
 @contextmanager
+def beside(work: Callable[[threading.Event], None], name: str, patience: float | None = None) -> Iterator[None]:
+    """Work in a thread until the block ends, of which an event tells it; then wait for it, up to `patience` seconds."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(patience)
+
+
+@contextmanager
 def forwarding(desk: Any, reporter: Reporter) -> Iterator[None]:
     """Hand on what the workers report, until the block ends and the desk is empty."""
     import ray
 
-    ended = threading.Event()
-
-    def forward() -> None:
+    def forward(ended: threading.Event) -> None:
         while True:
             last = ended.is_set()
             try:
@@ -141,13 +151,8 @@ def forwarding(desk: Any, reporter: Reporter) -> Iterator[None]:
                 return
             ended.wait(POLL_SECONDS)
 
-    thread = threading.Thread(target=forward, name="reports", daemon=True)
-    thread.start()
-    try:
+    with beside(forward, "reports", PATIENCE_SECONDS):
         yield
-    finally:
-        ended.set()
-        thread.join(PATIENCE_SECONDS)
 
 
 @contextmanager

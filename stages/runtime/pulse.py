@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.runtime.desk import beside
+
 EVERY_SECONDS = 1.0
 CALL_SECONDS = 3.0  # that an answer may take before it is asked for again
 PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # the same for workers that train
@@ -56,9 +58,9 @@ def watching(desk: Any, note: Callable[[str], None]) -> Iterator[None]:
     """End what has left no sign for too long, for the length of the block, and say so."""
     import ray
 
-    over, patience = threading.Event(), _patience()
+    patience = _patience()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         with suppress(ray.exceptions.RayError):  # the cluster is gone; the map itself says so
             while not over.wait(EVERY_SECONDS):
                 with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # a bad moment
@@ -67,13 +69,8 @@ def watching(desk: Any, note: Callable[[str], None]) -> Iterator[None]:
                         for _ in range(_end(silent, desk)):
                             note(f"A worker has given no sign of life for {patience:g} s: it was ended.")
 
-    thread = threading.Thread(target=watch, name="pulses", daemon=True)
-    thread.start()
-    try:
+    with beside(watch, "pulses"):  # to its end: then Ray may be shut down
         yield
-    finally:
-        over.set()
-        thread.join()  # before Ray may be shut down
 
 
 def _patience() -> float:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from stages import tools
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.tracking import Sent
+from tests.mounts import within
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
 
@@ -160,10 +160,8 @@ def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
 
 def test_a_project_that_is_mounted_read_only_is_refused_at_once(project):
     """Whatever is asked of it: one letter, and no traceback."""
-    mounted = ["unshare", "--mount", "sh", "-c", 'mount --bind . . && mount -o remount,bind,ro . && cd "$PWD" && "$@"']
-    if not shutil.which("unshare") or subprocess.run([*mounted, "sh", "true"], capture_output=True).returncode:
-        pytest.skip("mounting a folder read-only needs Linux and root")
-    program = [*mounted, "sh", sys.executable, "-c", "from pipeline.cli import main; main()"]
+    mounted = within('mount --bind . . && mount -o remount,bind,ro . && cd "$PWD"')
+    program = [*mounted, sys.executable, "-c", "from pipeline.cli import main; main()"]
     for arguments in (["run"], ["run", "-S", "experiment=smoke"], ["config", "seed=1", "--write"]):
         done = subprocess.run([*program, *arguments], cwd=project.folder, capture_output=True, text=True)
         assert done.returncode == 3 and done.stderr == (

@@ -23,7 +23,8 @@ from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
 from stages.metrics import COMPARISONS
-from stages.runtime.run import Reporter, Run
+from stages.runtime.run import Run
+from tests.screen import Screen
 
 SIDE = 16
 LEVELS = {
@@ -49,20 +50,6 @@ class Thumbnail(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) / 255
-
-
-class Notes(Reporter):
-    """Keeps what a stage had to say."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.pictures: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        self.pictures.append(name)
 
 
 def serial(worker, arguments, parts, *, run, unit):
@@ -138,7 +125,7 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
 
 def measure(root: Path, name: str = "evaluate") -> SimpleNamespace:
     """Run evaluate; give its numbers, its folder and what it said."""
-    heard, out = Notes(), root / name
+    heard, out = Screen(), root / name
     network = root / "thumbnail.pt"
     torch.jit.script(Thumbnail()).save(str(network))
     work = out / "work"
@@ -254,7 +241,7 @@ def test_finished_parts_are_not_measured_again(root, found, monkeypatch):
     """After an interruption only the missing parts run."""
     monkeypatch.setattr(measuring.Measurer, "features", lambda *_: pytest.fail("features were computed again"))
     (found.out / "report" / artifact.MANIFEST).unlink()
-    heard = Notes()
+    heard = Screen()
     evaluate.run(
         *(root / folder for folder in ("shards", "vqvae", "codes", "priors", "samples")),
         found.out / "report",

@@ -24,8 +24,8 @@ from stages.formats.shards import open_shards
 from stages.pixels import floats
 from stages.runtime import fit
 from stages.runtime.loop import Stopped, Worker
-from stages.runtime.run import Reporter
 from stages.sample import Models, choose_labels
+from tests.screen import Screen
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -95,8 +95,8 @@ def test_codes_are_what_the_vqvae_says_of_each_image(project):
 
 def test_codes_of_images_that_the_vqvae_has_not_learnt_from_are_made_and_told(project, tmp_path: Path):
     """A model may be given other images, by whoever knows what they do."""
-    notes = Notes()
-    run = replace(project.run("codes", "others"), reporter=notes)
+    screen = Screen()
+    run = replace(project.run("codes", "others"), reporter=screen)
     rest = {"codes": CodesConfig(), "augment": project.augment, "seed": 0, "run": run}
     _, found = model_file.load_vqvae(project.path("vqvae"))
     for name, meta in (("same", found.meta), ("other", {**found.meta, "shards": "0" * 64})):
@@ -104,18 +104,8 @@ def test_codes_of_images_that_the_vqvae_has_not_learnt_from_are_made_and_told(pr
         weights = model_file.load_vqvae(project.path("vqvae"))[0].state_dict()
         model_file.write(folder, "vqvae", weights, meta, history=[], pictures={})
         codes.run(project.path("shards"), folder, tmp_path / f"{name}_codes", tmp_path / "codes.json", **rest)
-    assert notes.read == ["These shards are not those the VQ-VAE was trained on."]
+    assert screen.notes == ["These shards are not those the VQ-VAE was trained on."]
     assert len(open_codes(tmp_path / "other_codes").split("train")) == 12
-
-
-class Notes(Reporter):
-    """Keeps what a user would read."""
-
-    def __init__(self) -> None:
-        self.read: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.read.append(text)
 
 
 def test_copies_are_of_training_images_alone_and_the_first_is_plain(project):

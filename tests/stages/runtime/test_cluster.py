@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from ray._private.utils import check_version_info
 from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.runtime import cluster
+from tests.mounts import within
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -61,9 +61,7 @@ def test_a_cluster_of_another_version_is_named(monkeypatch):
 @pytest.mark.slow
 def test_a_container_with_little_shared_memory_is_room_enough():
     """64 MB are what Docker gives: Ray then keeps its objects in files."""
-    inside = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("a small /dev/shm needs Linux and root")
+    inside = within("mount -t tmpfs -o size=64m none /dev/shm")
     script = "import shutil, ray; from stages.config import ClusterConfig; from stages.runtime import cluster\n"
     script += "with cluster.connected(ClusterConfig()):\n"
     script += " data = ray.remote(lambda: bytes(100 * 2**20)); print(len(ray.get(data.remote())))\n"

@@ -1,4 +1,4 @@
-"""Real worker processes under Ray Train: one that dies is replaced, and what cannot be mended is told."""
+"""Real worker processes under Ray Train: two are as one, and one that dies is replaced."""
 
 import ipaddress
 import os
@@ -31,6 +31,7 @@ from stages.runtime.cluster import connected
 from stages.runtime.fit import _in_a_sentence, _lost, _root_cause, _telling, fit, trained
 from stages.runtime.loop import CheckpointMismatch, Worker
 from stages.runtime.run import Reporter, Run
+from tests.screen import Screen
 
 pytestmark = pytest.mark.ray
 
@@ -91,8 +92,8 @@ def test_a_cluster_of_ours_listens_on_this_machine_alone(cluster):
     assert open_at and all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in open_at)
 
 
-def test_a_killed_worker_is_replaced(cluster, arguments, project, tmp_path: Path):
-    """After `kill -9` of one of two the run ends in the very bytes of an unbroken one."""
+def test_two_workers_learn_what_one_does_and_a_killed_one_is_replaced(cluster, arguments, project, tmp_path: Path):
+    """After `kill -9` of a worker the run ends in the very bytes of an unbroken one, close to those of one worker."""
     found = {}
     for name, learn in (("unbroken", vqvae.learn), ("killed", dies_once)):
         (tmp_path / name).mkdir()
@@ -101,6 +102,12 @@ def test_a_killed_worker_is_replaced(cluster, arguments, project, tmp_path: Path
         found[name] = network.state_dict(), history
     assert (tmp_path / "killed" / "died").exists()
     assert_equal(found["killed"], found["unbroken"])
+
+    alone, run = VQVAE(project.network), run_in(tmp_path / "alone", ClusterConfig(workers=1, cpus_per_worker=1))
+    run.work.mkdir()
+    trained(vqvae.learn, arguments, project.train, network=alone, run=run)
+    for name, weight in found["unbroken"][0].items():
+        torch.testing.assert_close(alone.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def assert_equal(found: tuple[dict, list], expected: tuple[dict, list]) -> None:
@@ -123,23 +130,13 @@ def dies(*, worker: Worker, run: Run) -> None:
     worker.reduce(torch.zeros(1))
 
 
-class Notes(Reporter):
-    """Keep what a user would read."""
-
-    def __init__(self) -> None:
-        self.read: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.read.append(text)
-
-
 def test_a_worker_that_is_lost_too_often_is_told_in_a_sentence(cluster, tmp_path: Path, capfd):
     """Each loss when it happens, and at last what to do; not what its partner met, nor what Ray has to say."""
-    run = replace(run_in(tmp_path, replace(cluster, max_failures=1)), reporter=Notes())
+    run = replace(run_in(tmp_path, replace(cluster, max_failures=1)), reporter=Screen())
     with pytest.raises(UserError) as told:
         fit(dies, {}, run=run)
     lost = rf"Worker 1 on {re.escape(ray.util.get_node_ip_address())} was lost: its process or its node ended\."
-    assert len(run.reporter.read) == 2 and all(re.fullmatch(lost, note) for note in run.reporter.read)
+    assert len(run.reporter.notes) == 2 and all(re.fullmatch(lost, note) for note in run.reporter.notes)
     assert re.fullmatch(rf"Workers failed 2 times; cluster\.max_failures is 1\. {lost}", told.value.what)
     assert "raylet" not in capfd.readouterr().out
     assert (told.value.where, told.value.code) == (str(tmp_path), 3)
@@ -277,7 +274,7 @@ def test_workers_that_find_different_checkpoints_time_and_again_are_a_letter(end
 
 def test_a_worker_that_raises_is_told_when_it_begins_again(tmp_path: Path):
     """Its own words, with its number; what the user is to mend ends training, and is told then."""
-    notes = Notes()
-    _telling(notes).after_exception(None, {1: UserExceptionWithTraceback(RuntimeError("a\nno luck"), "a traceback")})
-    _telling(notes).after_exception(None, {0: UserError("Image 7 is damaged.", where="a shard", fix="Mend it.")})
-    assert notes.read == ["Worker 1 raised RuntimeError: no luck"]
+    screen = Screen()
+    _telling(screen).after_exception(None, {1: UserExceptionWithTraceback(RuntimeError("a\nno luck"), "a traceback")})
+    _telling(screen).after_exception(None, {0: UserError("Image 7 is damaged.", where="a shard", fix="Mend it.")})
+    assert screen.notes == ["Worker 1 raised RuntimeError: no luck"]

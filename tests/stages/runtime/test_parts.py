@@ -26,7 +26,8 @@ from stages.runtime.cluster import connected
 from stages.runtime.desk import Desk
 from stages.runtime.elsewhere import Journey, Node
 from stages.runtime.parts import map_parts, packed, unpacked
-from stages.runtime.run import Reporter, Run
+from stages.runtime.run import Run
+from tests.screen import Screen
 
 
 def test_results_cross_processes_without_code():
@@ -37,16 +38,6 @@ def test_results_cross_processes_without_code():
     assert found == result
     with pytest.raises(ValueError, match="pickle"):
         packed({"array": np.array([object()])})
-
-
-class Notes(Reporter):
-    """Keep what a user would read."""
-
-    def __init__(self) -> None:
-        self.read: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.read.append(text)
 
 
 class Square:
@@ -79,11 +70,11 @@ def run(tmp_path_factory):
 def test_results_come_in_the_order_of_the_parts_although_a_worker_is_killed(run: Run, tmp_path: Path):
     """What the killed worker had not finished is done again; nothing is lost or doubled."""
     parts = [{"number": number, "dies": number == 3} for number in range(8)]
-    notes = Notes()
-    results = map_parts(Square, (tmp_path,), parts, run=replace(run, reporter=notes), unit="part")
+    screen = Screen()
+    results = map_parts(Square, (tmp_path,), parts, run=replace(run, reporter=screen), unit="part")
     assert [result["square"] for result in results] == [number**2 for number in range(8)]
     assert (tmp_path / "died-3").exists()
-    assert notes.read == ["A worker was lost; what it had not finished is done again."]
+    assert screen.notes == ["A worker was lost; what it had not finished is done again."]
 
 
 @pytest.mark.ray
@@ -150,13 +141,13 @@ def test_workers_that_are_lost_time_and_again_end_in_a_letter(tmp_path: Path, mo
     monkeypatch.setattr(parts_module, "watching", lambda desk, note: nullcontext())
     checked: list[int] = []
     monkeypatch.setattr(parts_module.cluster, "check", lambda config: checked.append(config.workers))
-    notes = Notes()
-    alone = Run("codes", "f", tmp_path, ClusterConfig(workers=4, max_failures=2), notes)
+    screen = Screen()
+    alone = Run("codes", "f", tmp_path, ClusterConfig(workers=4, max_failures=2), screen)
     with pytest.raises(UserError, match="Workers were lost 3 times") as caught:
         map_parts(Square, (tmp_path,), [{"number": 0}], run=alone, unit="part")
     assert (caught.value.where, caught.value.code, len(tries)) == (str(tmp_path), 3, 3)
     assert "memory enough, then run the same command again" in caught.value.fix
-    assert notes.read == ["A worker was lost; what it had not finished is done again."] * 2
+    assert screen.notes == ["A worker was lost; what it had not finished is done again."] * 2
     assert checked == [1, 1]  # before each repetition: is there a node left that one fits on?
 
 
@@ -175,12 +166,12 @@ class Hangs(Square):
 def test_a_worker_that_stands_still_is_ended_and_its_part_done_again(run: Run, tmp_path: Path, monkeypatch):
     """Ray alone waits for it without end."""
     monkeypatch.setenv(pulse.PATIENCE, "10")
-    notes = Notes()
+    screen = Screen()
     results = map_parts(
-        Hangs, (tmp_path,), [{"number": number} for number in range(4)], run=replace(run, reporter=notes), unit="part"
+        Hangs, (tmp_path,), [{"number": number} for number in range(4)], run=replace(run, reporter=screen), unit="part"
     )
     assert [result["square"] for result in results] == [0, 1, 4, 9] and (tmp_path / "stood").exists()
-    assert sorted(notes.read) == [
+    assert sorted(screen.notes) == [
         "A worker has given no sign of life for 10 s: it was ended.",
         "A worker was lost; what it had not finished is done again.",
     ]

@@ -19,20 +19,10 @@ from PIL import Image
 from stages.errors import UserError
 from stages.runtime import delivery, tracking
 from stages.runtime.delivery import project, store_uri
-from stages.runtime.run import Reporter
 from stages.runtime.tracking import link_cached, open_run, parent_run, sync
+from tests.screen import Screen
 
 ROOT = Path(__file__).parents[3]
-
-
-class Screen(Reporter):
-    """Remembers what a person would have read."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
