@@ -61,7 +61,7 @@ class QuantizerConfig:
     mode: Literal["ema", "loss", "none"] = "ema"  # equation 3, equation 2, or continuous latents
     beta: float = 0.25  # weight of the commitment loss
     decay: float = 0.99  # of the moving averages of counts and sums (gamma)
-    smoothing: float = 1e-5  # Laplace smoothing of the counts (epsilon)
+    epsilon: float = 1e-5  # Laplace smoothing of the counts (epsilon)
     revive_every: int = 50  # steps between revivals of dead entries; 0 never revives
     revive_below: float = 0.05  # an entry is dead when chosen less often than this share of an even split
 
@@ -72,8 +72,8 @@ class QuantizerConfig:
             raise ValueError(f"decay is {self.decay}; use 0 (one Lloyd step) up to, but not, 1")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; use 0 or more (the paper: 0.25)")
-        if not 0 < self.smoothing < math.inf:
-            raise ValueError(f"smoothing is {self.smoothing}; use a small positive number (the default: 1e-5)")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}; use a small positive number (the default: 1e-5)")
         if self.revive_every < 0 or not 0 <= self.revive_below < 1:
             raise ValueError(
                 f"revive_every is {self.revive_every} and revive_below {self.revive_below}; "
@@ -131,14 +131,14 @@ class PriorConfig:
     residual_channels: int = 2048  # "residual units"
     layers: int = 20  # gated residual blocks
     attention_layers: int = 4  # spread evenly: after every layers / attention_layers blocks
-    heads: int = 8
-    kernel: int = 5  # side of the causal convolutions' filter
+    attention_heads: int = 8
+    kernel_size: int = 5  # side of the causal convolutions' filter
     dropout: float = 0.1
     output_layers: int = 20  # residual 1x1 blocks on top
     condition_layers: int = 20  # residual blocks over the coarser codes
 
     def __post_init__(self) -> None:
-        for name in ("channels", "residual_channels", "layers", "heads"):
+        for name in ("channels", "residual_channels", "layers", "attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         for name in ("attention_layers", "output_layers", "condition_layers"):
@@ -149,11 +149,11 @@ class PriorConfig:
                 f"layers is {self.layers}, which attention_layers {self.attention_layers} does not divide; "
                 f"use a multiple of {self.attention_layers}, as attention follows blocks evenly, or attention_layers 0"
             )
-        if self.attention_layers and self.channels % self.heads:
+        if self.attention_layers and self.channels % self.attention_heads:
             raise ValueError(
-                f"channels is {self.channels}, which heads {self.heads} does not divide; use a multiple of {self.heads}"
+                f"channels is {self.channels}, which attention_heads {self.attention_heads} does not divide; use a multiple of {self.attention_heads}"
             )
-        if self.kernel < 3 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}; use an odd side of 3 or more (the paper: 5)")
+        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; use an odd side of 3 or more (the paper: 5)")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; use 0 up to, but not, 1")

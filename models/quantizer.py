@@ -212,7 +212,7 @@ class Quantizer(nn.Module):
 
     def _smoothed_counts(self) -> Float[Tensor, " K"]:
         """Laplace smoothing: every count a little nearer to an even split, their sum unchanged."""
-        total, epsilon = self.counts.sum(), self.config.smoothing
+        total, epsilon = self.counts.sum(), self.config.epsilon
         return (self.counts + epsilon) / (total + self.entries * epsilon) * total
 
     def _unquantized(self, latents: Float[Tensor, "B D H W"]) -> Quantized:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline import environment
+from pipeline import process
 from stages.errors import UserError
 
 Overrides = Annotated[
@@ -41,7 +41,7 @@ class _Commands(TyperGroup):
         word = args[0]
         meant = self.invoke_without_command and not difflib.get_close_matches(word, self.commands)
         if meant and not word.startswith("-"):
-            ctx.fail(f"{word} is no command. Did you mean: {_meant(word)}")
+            ctx.fail(f"{word} is no command. Did you mean: {suggestion(word)}")
         return super().resolve_command(ctx, args)
 
 
@@ -55,11 +55,11 @@ class _Run(_Commands):
         word = args[0]
         hints = [f"vqvae2 {word}"] if word in self.commands else []
         if not hints or word == "sample":  # which is a command and a stage
-            hints.append(_meant(word))
+            hints.append(suggestion(word))
         return ctx.fail(f"run takes options alone, not {word}. Did you mean: {', or '.join(hints)}")
 
 
-def _meant(word: str) -> str:
+def suggestion(word: str) -> str:
     return f"vqvae2 run {'-S' if '=' in word else '--stage'} {word}"
 
 
@@ -112,10 +112,10 @@ def run(
 
     Example:  vqvae2 run --stage prior_bottom --dry-run
     """
-    environment.prepare()
+    process.prepare()
     if ctx.invoked_subcommand:
         return
-    from pipeline.run import run as run_pipeline
+    from pipeline.commands.run import run as run_pipeline
 
     _guarded(
         lambda: run_pipeline(
@@ -130,7 +130,7 @@ def status(as_json: AsJson = False) -> None:
 
     Example:  vqvae2 status --json
     """
-    from pipeline.status import show
+    from pipeline.commands.status import show
 
     _guarded(lambda: show(as_json=as_json))
 
@@ -171,7 +171,7 @@ def compose(
     Example:  vqvae2 config experiment=clothing64 vqvae.quantizer.beta=0.5 --write
     """
 
-    from pipeline.run import config
+    from pipeline.commands.run import config
 
     _guarded(lambda: config([*(overrides or ()), *(more or ())], write=write))
 
@@ -184,7 +184,7 @@ def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
 
     Example:  vqvae2 plan -S experiment=imagenet256
     """
-    from pipeline.plan import show
+    from pipeline.commands.plan import show
 
     _guarded(lambda: show(overrides or (), as_json=as_json))
 
@@ -223,9 +223,9 @@ def sample(
         except ValueError as error:
             what, fix = params.split(str(error))
             raise UserError(what, where="--temperature, --top-k, --top-p", fix=fix, code=2) from None
-        from stages import tools
+        from pipeline.commands import inference
 
-        tools.sample(out, config, seed=seed)
+        inference.sample(out, config, seed=seed)
         print(out)
         return 0
 
@@ -245,9 +245,9 @@ def reconstruct(
     """
 
     def encode() -> int:
-        from stages import tools
+        from pipeline.commands import inference
 
-        print("\n".join(tools.reconstruct(images, out)))
+        print("\n".join(inference.reconstruct(images, out)))
         print(out)
         return 0
 
@@ -260,7 +260,7 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine
 
     Example:  vqvae2 ui --port 5001
     """
-    from pipeline.ui import serve
+    from pipeline.commands.ui import serve
 
     _guarded(lambda: serve(port))
 
@@ -273,9 +273,9 @@ def sync_metrics() -> None:
     """
 
     def send() -> int:
-        from stages.runtime import tracking
+        from stages.tracking import tracker
 
-        sent = tracking.sync()
+        sent = tracker.sync()
         print(
             f"{sent.points} points sent, {sent.missing} missing; {sent.runs} runs whole, {sent.running} still running"
         )
@@ -301,14 +301,14 @@ def run_stage(
 
     Example:  vqvae2 stage prior top
     """
-    from pipeline.launch import run_stage
+    from pipeline.stage_runner import run_stage
 
     raise typer.Exit(run_stage(name, level))
 
 
 def main() -> None:
     """Run the console script."""
-    environment.prepare()
+    process.prepare()
     program.add_typer(app, name="run", cls=_Run, subcommand_metavar="")  # vqvae2 run --stage X
     program.registered_commands += app.registered_commands  # vqvae2 status
     program(prog_name="vqvae2")
@@ -321,13 +321,14 @@ def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
     """
     try:
         if not anywhere:
-            environment.require_project()
+            process.require_project()
         code = action()
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        from pipeline.launch import RUNS, report
+        from pipeline.error_report import report
+        from pipeline.stage_runner import RUNS
 
         code = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) and _unread() else report(error, RUNS)
     raise typer.Exit(code)

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 from yaml import MarkedYAMLError
 
-from pipeline.origin import OVERRIDES, described
 from pipeline.params import nearest, within
+from pipeline.params_header import OVERRIDES, describe_source
 from stages.errors import UserError
 
 HEADER = """\
@@ -26,7 +26,7 @@ HEADER = """\
 
 def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> dict[str, Any]:
     """Compose conf/ with overrides as plain data, not yet checked."""
-    where = described(overrides, conf)
+    where = describe_source(overrides, conf)
     for override in overrides:
         if len(override.splitlines()) > 1 or not _is_text(override):  # it could not stand in a line of params.yaml
             raise UserError(f"{override!r} is no override.", where=f"{conf}/", fix="Write it in one line.", code=2)
@@ -38,7 +38,7 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = Path("conf")) -> 
             config = compose("config", overrides=list(overrides))
             data = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _letter(error, overrides, where) from None
+        raise to_user_error(error, overrides, where) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(
@@ -60,7 +60,7 @@ def _is_text(override: str) -> bool:
     return True
 
 
-def _letter(error: Exception, overrides: Sequence[str], where: str) -> UserError:
+def to_user_error(error: Exception, overrides: Sequence[str], where: str) -> UserError:
     """Say what Hydra says, in the words of the command line."""
     what, *more = str(error).strip().splitlines()
     fix = "Write key=value, such as seed=1, or group=choice, such as experiment=smoke."
@@ -85,8 +85,8 @@ def _letter(error: Exception, overrides: Sequence[str], where: str) -> UserError
             fix = "Add what is not there with a +: " + " ".join(f"-S '+{one}'" for one in overrides if near in one)
         elif near:
             fix = f"Did you mean {near}?"
-        elif beside := within(match[1].rpartition(".")[0]):
-            fix = f"Use one of: {', '.join(beside)}"
+        elif siblings := within(match[1].rpartition(".")[0]):
+            fix = f"Use one of: {', '.join(siblings)}"
         else:
             fix = "See every setting by: vqvae2 config"
     return UserError(what, where=where, fix=fix, code=2)

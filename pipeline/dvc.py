@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import dag, params
-from pipeline.environment import answering, die_with_parent
+from pipeline import dvc_yaml, params
+from pipeline.process import die_with_parent, handle_signals
 from stages.errors import UserError
 
 LOCK = Path("dvc.lock")
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def reasons(
-    stages: Mapping[str, dag.Stage], targets: Sequence[str] = (), *, only: bool = False
+    stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str] = (), *, only: bool = False
 ) -> dict[str, list[str]]:
     """Say for each stage that is out of date why, in the order of dvc.yaml; stages up to date are left out.
 
@@ -69,14 +69,14 @@ def reasons(
         before = [stages[one] for one in found if _feeds(stages[one], stage)]
         why = list(_direct(direct.get(name, []), name, lock, now, before))
         if before and name in lock:
-            *others, last = (one.option for one in before)
+            *others, last = (one.cli_name for one in before)
             why.append(f"{', '.join(others)} and {last} run before it" if others else f"{last} runs before it")
         if (why or before) and name in considered:
             found[name] = why or [NEVER]
     return found
 
 
-def needed(stages: Mapping[str, dag.Stage], targets: Sequence[str]) -> set[str]:
+def needed(stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str]) -> set[str]:
     """Name the targets and every stage they need."""
     found = set(targets)
     while True:
@@ -105,7 +105,7 @@ def uncached(names: Sequence[str]) -> list[str]:
 def reproduce(
     targets: Sequence[str],
     *,
-    stages: Mapping[str, dag.Stage],
+    stages: Mapping[str, dvc_yaml.Stage],
     why: Mapping[str, Sequence[str]],
     environment: Mapping[str, str],
     force: bool = False,
@@ -123,7 +123,7 @@ def reproduce(
         preexec_fn=_in_child,
     )
     outcome = Outcome()
-    with answering(_Forwarder(process, outcome).stop):
+    with handle_signals(_Forwarder(process, outcome).stop):
         for line in _lines(process):
             _tell(line, outcome, stages, why)
         outcome.status = process.wait()
@@ -135,7 +135,7 @@ def _in_child() -> None:
     die_with_parent(signal.SIGTERM)
 
 
-def _tell(line: str, outcome: Outcome, stages: Mapping[str, dag.Stage], why: Mapping[str, Sequence[str]]) -> None:
+def _tell(line: str, outcome: Outcome, stages: Mapping[str, dvc_yaml.Stage], why: Mapping[str, Sequence[str]]) -> None:
     if match := RUNNING.match(line):
         outcome.ran.append(match[1])
         because = "; ".join(why.get(match[1], ())) or "asked for"
@@ -150,7 +150,7 @@ def _tell(line: str, outcome: Outcome, stages: Mapping[str, dag.Stage], why: Map
         if not NOISE.match(line):
             _say(line)
         return
-    name = stages[match[1]].option if match[1] in stages else match[1]
+    name = stages[match[1]].cli_name if match[1] in stages else match[1]
     _say(f"{name:<13} {text}")
 
 
@@ -236,7 +236,7 @@ def _lock() -> dict[str, Any]:
 
 
 def _direct(
-    changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Mapping[str, Any], before: Sequence[dag.Stage]
+    changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Mapping[str, Any], before: Sequence[dvc_yaml.Stage]
 ) -> Iterator[str]:
     """Word DVC's findings about one stage. What is not here because stages `before` it are to make it, goes unsaid."""
     if name not in lock and changes:
@@ -263,9 +263,9 @@ def _settings(changed: Mapping[str, str], before: Mapping[str, Any], now: Mappin
         yield from params.changes(params.flat(before.get(key), key), params.flat(value, key))
 
 
-def _feeds(one: dag.Stage, other: dag.Stage) -> bool:
+def _feeds(one: dvc_yaml.Stage, other: dvc_yaml.Stage) -> bool:
     return any(_makes(one, dep) for dep in other.deps)
 
 
-def _makes(stage: dag.Stage, path: str) -> bool:
+def _makes(stage: dvc_yaml.Stage, path: str) -> bool:
     return any(out == path or out.startswith(f"{path}/") for out in stage.outs)

@@ -19,10 +19,10 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
 
-from stages.checked import adapter
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.formats.config_schema import adapter
 
 FILE = Path("params.yaml")
 MAX_BYTES = 1_000_000
@@ -82,7 +82,7 @@ def _maker(path: Path) -> str:
 
 def write(text: bytes, path: Path = FILE) -> None:
     """Put text in the file, whole or not at all."""
-    with artifact.replacing(path) as whole:
+    with artifact.atomic_write(path) as whole:
         whole.write_bytes(text)
 
 
@@ -104,7 +104,7 @@ def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
     try:
         params = adapter(Params).validate_json(text, strict=True)
     except ValidationError as error:
-        raise _together([_letter(dict(found)) for found in error.errors()[:MAX_ERRORS]], path) from None
+        raise _together([to_user_error(dict(found)) for found in error.errors()[:MAX_ERRORS]], path) from None
     for what, where, fix in _contradictions(params):
         raise UserError(what, where=f"{path}: {where}", fix=fix, code=2)
     # Coarse to fine, whatever the order in the file.
@@ -127,10 +127,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Name each single setting that two flat mappings have differently, with both values."""
     for key in {**old, **new}:
         if old.get(key) != new.get(key):
-            yield f"{key} {_word(old.get(key))} -> {_word(new.get(key))}"
+            yield f"{key} {format_value(old.get(key))} -> {format_value(new.get(key))}"
 
 
-def _word(value: Any) -> str:
+def format_value(value: Any) -> str:
     return "(none)" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -142,7 +142,7 @@ def _together(letters: Sequence[tuple[str, str, str]], path: Path | str) -> User
     return UserError("\n".join(what for _, what, _ in letters), where=path, fix="\n       ".join(fixes), code=2)
 
 
-def _letter(error: dict[str, Any]) -> tuple[str, str, str]:
+def to_user_error(error: dict[str, Any]) -> tuple[str, str, str]:
     """Turn one finding of pydantic into the key, what is wrong, and the fix."""
     key = ".".join(str(step) for step in error["loc"])
     given = json.dumps(error.get("input"), default=str, ensure_ascii=False)

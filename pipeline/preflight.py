@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import dag, environment, origin, params, ui
+from pipeline import dvc_yaml, params, params_header, process
+from pipeline.commands import ui
 from stages.config import DatasetConfig, Params
 from stages.errors import UserError
-from stages.runtime import faults
+from stages.runtime import fault_injection
 
 GIB = 2**30
 PACKAGES = ("vqvae2", "torch", "ray", "mlflow", "dvc", "hydra-core", "webdataset", "pyarrow", "typer", "torchmetrics")
@@ -29,14 +30,14 @@ def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool
 
     `where` says what the settings were made from. A run that may `pull` its results needs neither images nor GPUs.
     """
-    faults.asked_for([stage.option for stage in dag.stages(params.read()).values()])
+    fault_injection.asked_for([stage.cli_name for stage in dvc_yaml.stages(params.read()).values()])
     if "shard" in will_run and not pull:
-        from stages.formats.listing import check_source
+        from stages.images.listing import check_source
 
         check_source(Path(settings.dataset.source), settings.dataset.labels)
     wanted = settings.cluster.gpus_per_worker * settings.cluster.workers
     if wanted > gpus() and not os.environ.get("RAY_ADDRESS") and not pull:
-        here = [*(one for one in origin.kept() if not one.startswith("cluster")), "cluster=local"]
+        here = [*(one for one in params_header.kept() if not one.startswith("cluster")), "cluster=local"]
         raise UserError(
             f"cluster asks for {wanted:g} GPU{'s' * (wanted != 1)}; this machine has {gpus()}.",
             where=f"{where}: cluster.gpus_per_worker",
@@ -51,7 +52,7 @@ def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool
             raise UserError(
                 f"The images have no class {unknown[0]!r}." if classes else "The images have no classes to draw.",
                 where=f"{where}: sample.classes",
-                fix=f"Use any of: {origin.few(classes, 20)}" if classes else "Leave sample.classes empty.",
+                fix=f"Use any of: {params_header.first_few(classes, 20)}" if classes else "Leave sample.classes empty.",
                 code=2,
             )
 
@@ -68,7 +69,7 @@ def _classes(dataset: DatasetConfig, *, made: bool) -> Sequence[str] | None:
 
 def classes_of(dataset: DatasetConfig) -> Sequence[str]:
     """Name the classes of a data set by the names in its source alone; refuse a source that cannot be read."""
-    from stages.formats import listing
+    from stages.images import listing
 
     found = listing.find(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
     return found.classes
@@ -170,21 +171,21 @@ def _disk() -> Finding:
 
 def _settings() -> Finding:
     try:
-        environment.require_project()
+        process.require_project()
         params.load()
     except UserError as error:
         return Finding("settings", "error", f"{error.where}: {error.what}", error.fix)
-    changed, remedy = origin.drift()
+    changed, remedy = params_header.drift()
     if changed:
         return Finding("settings", "warning", changed, remedy)
     return Finding("settings", "ok", f"{params.FILE} is valid")
 
 
 def _source() -> Finding:
-    from stages.formats.listing import check_source
+    from stages.images.listing import check_source
 
     try:
-        environment.require_project()
+        process.require_project()
         settings = params.load()
         check_source(Path(settings.dataset.source), settings.dataset.labels)
     except UserError as error:

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from models.priors import Grid
-from stages.augment import augment as augmented
 from stages.config import AugmentConfig, CodesConfig
 from stages.errors import UserError
 from stages.formats import artifact, curves, model_file
 from stages.formats.codes import KIND, write_part
 from stages.formats.shards import Part, open_shards, read_part
-from stages.pixels import floats
-from stages.runtime.parts import map_parts
-from stages.runtime.run import Run
+from stages.images.augment import augment as augmented
+from stages.images.tensors import to_float
+from stages.mapping.parts import map_parts
+from stages.runtime.context import StageContext
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     codes: CodesConfig,
     augment: AugmentConfig,
     seed: int,
-    run: Run,
+    context: StageContext,
 ) -> None:
     """Encode every image of every split; training images also in augmented copies, if asked for."""
     images = open_shards(shards)
@@ -47,7 +47,7 @@ def run(
             code=2,
         )
     if model.meta["shards"] != images.digest:
-        run.reporter.note("These shards are not those the VQ-VAE was trained on.")
+        context.reporter.note("These shards are not those the VQ-VAE was trained on.")
     levels = {
         name: Grid(level.entries, *2 * (images.image_size // level.stride,))
         for name, level in network.config.levels.items()
@@ -60,10 +60,10 @@ def run(
         }
         for part in images.parts()
     ]
-    work = run.work / "parts"
+    work = context.work / "parts"
     work.mkdir(parents=True, exist_ok=True)
     arguments = (vqvae.absolute(), codes, augment, seed, levels, model.digest, work.absolute())
-    written = map_parts(Encode, arguments, parts, run=run, unit="image")
+    written = map_parts(Encode, arguments, parts, context=context, unit="image")
 
     meta = {
         "levels": {name: level._asdict() for name, level in levels.items()},
@@ -71,7 +71,7 @@ def run(
         "vqvae": model.digest,
         "shards": images.digest,
     }
-    with artifact.writing(out, KIND, meta) as folder:
+    with artifact.commit_folder(out, KIND, meta) as folder:
         for result in written:
             artifact.link_or_copy(work / result["file"], folder / result["file"])
     rows, size = sum(result["rows"] for result in written), sum(result["bytes"] for result in written)
@@ -131,7 +131,7 @@ class Encode:
         encoded: dict[str, list[np.ndarray]] = {name: [] for name in self.levels}
         for start in range(0, len(numbers), self.codes.batch_size):
             batch = [self._image(images, number, copy) for number in numbers[start : start + self.codes.batch_size]]
-            codes = self.network.encode(floats(torch.from_numpy(np.stack(batch)), self.device))
+            codes = self.network.encode(to_float(torch.from_numpy(np.stack(batch)), self.device))
             for name, grid in codes.items():
                 encoded[name].append(grid.cpu().numpy().astype(np.uint16))
         return {name: np.concatenate(grids) for name, grids in encoded.items()}

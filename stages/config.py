@@ -32,10 +32,10 @@ class DatasetConfig:
     source: str  # a folder, a zip or a tar of images
     image_size: int  # pixels along each side
     labels: str = "folders"  # "folders", "none", or a CSV with columns path,label and optionally split
-    fit: Literal["crop", "pad", "stretch"] = "crop"  # how an oblong image becomes square
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"  # how an oblong image becomes square
     background: str = "#ffffff"  # under transparent pixels, and around padded ones
-    encoding: Literal["png", "jpeg"] = "png"  # of images inside shards; png keeps every pixel
-    quality: int = 95  # of jpeg
+    image_format: Literal["png", "jpeg"] = "png"  # of images inside shards; png keeps every pixel
+    jpeg_quality: int = 95  # of jpeg
     validation_fraction: float = 0.05  # of images, where the source has no split folders
     images_per_shard: int = 1000
     max_rejected_fraction: float = 0.01  # more unreadable images than this stop the stage
@@ -46,8 +46,8 @@ class DatasetConfig:
             raise ValueError("source is empty; use a folder, a zip or a tar of images, such as images.zip")
         _positive(self, "image_size", "images_per_shard", "max_pixels")
         _fraction(self, "validation_fraction", "max_rejected_fraction")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality is {self.quality}; use 1 to 100")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality is {self.jpeg_quality}; use 1 to 100")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class AugmentConfig:
     """Random changes of training images, drawn anew each time an image is used."""
 
     flip: bool = False  # left to right, half of the time
-    shift: int = 0  # pixels, at most, along each side; edges repeat outwards
+    max_shift: int = 0  # pixels, at most, along each side; edges repeat outwards
 
     def __post_init__(self) -> None:
-        if self.shift < 0:
-            raise ValueError(f"shift is {self.shift}; use 0 or more pixels")
+        if self.max_shift < 0:
+            raise ValueError(f"max_shift is {self.max_shift}; use 0 or more pixels")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class TrainConfig:
     steps: int
     batch_size: int  # images per step, over all workers
     learning_rate: float = 3e-4
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to zero at the last step
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to zero at the last step
     warmup_steps: int = 0  # the rate rises linearly from zero
-    clip: float = 0.0  # largest norm of the gradient; 0 does not clip
-    averaging: float = 0.0  # decay of the weights' moving average, which is what is kept; 0 does not average
+    max_grad_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
+    ema_decay: float = 0.0  # decay of the weights' moving average, which is what is kept; 0 does not average
     precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; statistics and losses stay float32
     compile: bool = False  # torch.compile; worth its minute on a GPU
     log_every: int = 10  # steps
@@ -84,14 +84,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(self, "steps", "batch_size", "keep_checkpoints")
         _positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
-        _fraction(self, "averaging")
+        _fraction(self, "ema_decay")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; use a positive number such as 3e-4")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; use 0 up to steps, which is {self.steps}")
-        if self.clip < 0 or self.averaging == 1:
+        if self.max_grad_norm < 0 or self.ema_decay == 1:
             raise ValueError(
-                f"clip is {self.clip} and averaging {self.averaging}; use clip 0 or more, averaging below 1"
+                f"max_grad_norm is {self.max_grad_norm} and ema_decay {self.ema_decay}; use max_grad_norm 0 or more, ema_decay below 1"
             )
 
 
@@ -143,13 +143,13 @@ class EvaluateConfig:
 
     batch_size: int = 64
     max_images: int = 2000  # per split, for the measures that compare sets of images
-    neighbours: int = 3  # k of precision and recall
-    nearest: int = 3  # training images shown beside each sample
-    shown: int = 8  # samples shown with their nearest training images
+    precision_recall_k: int = 3  # k of precision and recall
+    nearest_images: int = 3  # training images shown beside each sample
+    samples_shown: int = 8  # samples shown with their nearest training images
     feature_weights: str = ""  # a local file for the feature network; empty: the weights that are installed
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "max_images", "neighbours", "nearest", "shown")
+        _positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
-def of_a_file(error: BaseException, place: object = "") -> UserError | None:
+def from_os_error(error: BaseException, place: object = "") -> UserError | None:
     """Word what the system says of a file, or else of a place: it is taken, may not be written, or the disk is full."""
     fixes = {
         errno.EEXIST: "Choose another name, or remove what stands there.",

@@ -23,19 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from stages import findings
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.findings import Numbers
+from stages.evaluation import summary
+from stages.evaluation.report import Report, write_report
+from stages.evaluation.summary import Numbers
+from stages.evaluation.worker import SETS, Inputs, Measurer, Plan
 from stages.formats import artifact, curves
-from stages.measuring import SETS, Inputs, Measurer, Plan
+from stages.mapping.parts import Part, Result, map_parts
 from stages.metrics import distortion, neighbours, rate, usage
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import network_name
 from stages.metrics.rate import LikelihoodSums
-from stages.report import Report, write_report
-from stages.runtime.parts import Part, Result, map_parts
-from stages.runtime.run import Run
+from stages.runtime.context import StageContext
 
 IMAGES_PER_PART = 256
 FEWEST_REFERENCE = 64  # validation images; where there are fewer, training images are the reference
@@ -58,29 +58,29 @@ def run(
     *,
     evaluate: EvaluateConfig,
     seed: int,
-    run: Run,
+    context: StageContext,
 ) -> None:
     """Measure the models and their samples against the images they learnt from and those they never saw."""
     inputs = Inputs(*(folder.absolute() for folder in (shards, vqvae, codes, priors, samples)))
     inputs.check()
     plan = _plan(inputs, evaluate, seed)
-    work = (run.work / "parts").absolute()
+    work = (context.work / "parts").absolute()
     work.mkdir(parents=True, exist_ok=True)
     parts = list(_parts(inputs, plan))
-    results = map_parts(Measurer, (asdict(inputs), plan, work), parts, run=run, unit="image")
-    found = Found(inputs, plan, parts, results)
+    results = map_parts(Measurer, (asdict(inputs), plan, work), parts, context=context, unit="image")
+    found = EvaluationResults(inputs, plan, parts, results)
 
     numbers = found.numbers()
-    notes = findings.notes(numbers, plan.compared, evaluate)
+    notes = summary.notes(numbers, plan.compared, evaluate)
     for note in notes:
-        run.reporter.note(note)
-    run.reporter.metrics(findings.flat(numbers), 0)
+        context.reporter.note(note)
+    context.reporter.metrics(summary.flat(numbers), 0)
     meta: dict[str, Any] = {"inputs": found.digests(), "settings": asdict(evaluate), "seed": seed}
-    with artifact.writing(out, "report", meta) as folder:
-        for name, png in write_report(folder, found.report(numbers, notes, run.fingerprint)).items():
-            run.reporter.picture(name, png, 0)
+    with artifact.commit_folder(out, "report", meta) as folder:
+        for name, png in write_report(folder, found.report(numbers, notes, context.fingerprint)).items():
+            context.reporter.picture(name, png, 0)
     curves.write_metrics(metrics, numbers)
-    findings.write_plots(plots, numbers, found.counts)
+    summary.write_plots(plots, numbers, found.counts)
 
 
 def _plan(inputs: Inputs, config: EvaluateConfig, seed: int) -> Plan:
@@ -129,7 +129,7 @@ def _queries(plan: Plan) -> tuple[str, ...]:
     return ("samples", "validation") if plan.reference == "validation" else ("samples",)
 
 
-class Found:
+class EvaluationResults:
     """What all parts measured, put together."""
 
     def __init__(self, inputs: Inputs, plan: Plan, parts: Sequence[Part], results: Sequence[Result]):
@@ -142,12 +142,12 @@ class Found:
     def numbers(self) -> Numbers:
         """Every number of the evaluation, under the heading that says what it measures."""
         levels, shards = self.inputs.codes.levels, self.inputs.shards
-        likelihoods = findings.likelihood(self._likelihoods(), levels)
-        reconstruction = findings.reconstruction(self._distortions())
+        likelihoods = summary.likelihood(self._likelihoods(), levels)
+        reconstruction = summary.reconstruction(self._distortions())
         reference = self.plan.reference
         column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
         sets = {name: self.features(name) for name in SETS}
-        compared = findings.comparisons(
+        compared = summary.comparisons(
             {
                 **{name: (self.features(reference)[: self.plan.compared], features) for name, features in sets.items()},
                 # As the paper's FID*: the decoder's part is on both sides.
@@ -163,9 +163,9 @@ class Found:
             "num_images": {split: len(shards.split(split)) for split in ("train", "validation")}
             | {"samples": self.inputs.samples.count, "compared": self.plan.compared},
             "reconstruction": reconstruction,
-            "codebook": findings.codebook(self.counts),
+            "codebook": summary.codebook(self.counts),
             "likelihood": likelihoods,
-            "rate": findings.rates(
+            "rate": summary.rates(
                 levels,
                 likelihoods,
                 reconstruction[reference]["mse"],
@@ -174,8 +174,8 @@ class Found:
                 column_bytes=column_bytes,
                 rows=rows,
             ),
-            "compared": {**compared, **findings.ratios(compared, self.network)},
-            "neighbours": findings.closeness(self.distances),
+            "compared": {**compared, **summary.ratios(compared, self.network)},
+            "neighbours": summary.memorization(self.distances),
         }
 
     @cached_property
@@ -198,7 +198,7 @@ class Found:
 
     def nearest(self, of: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The nearest training images of a set: space -> distances and indices, nearest first."""
-        k = self.plan.config.nearest
+        k = self.plan.config.nearest_images
         pixels = neighbours.merge(
             [(result["distances"], result["indices"]) for result in self._results["nearest"][of]], k
         )
@@ -259,7 +259,7 @@ class Found:
     def _nearest_shown(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Some samples, each with its nearest training images by pixels and by features."""
         found, train = self.nearest("samples"), self.inputs.images("train")
-        count = min(self.plan.config.shown, self.plan.queries)
+        count = min(self.plan.config.samples_shown, self.plan.queries)
         images = self.inputs.samples.images(0, count)
 
         def pictures(space: str, row: int) -> np.ndarray:

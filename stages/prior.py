@@ -21,11 +21,11 @@ from stages.config import PriorStageConfig, TrainConfig
 from stages.errors import UserError
 from stages.formats import curves, model_file
 from stages.formats.codes import Codes, CodeSet, open_codes
-from stages.runtime.checkpoint import Checkpoints
-from stages.runtime.fit import trained
-from stages.runtime.loop import Data, Objective, Step, Totals, Worker, train
-from stages.runtime.order import Batches, Order
-from stages.runtime.run import Run
+from stages.runtime.context import StageContext
+from stages.training.checkpoint import Checkpoints
+from stages.training.loop import Data, MetricSums, Objective, Step, Worker, train
+from stages.training.ray_train import train_or_load
+from stages.training.sampler import GlobalBatchSampler, ShuffledStream
 
 
 class Batch(NamedTuple):
@@ -36,7 +36,15 @@ class Batch(NamedTuple):
 
 
 def run(
-    level: str, codes: Path, out: Path, metrics: Path, plots: Path, *, prior: PriorStageConfig, seed: int, run: Run
+    level: str,
+    codes: Path,
+    out: Path,
+    metrics: Path,
+    plots: Path,
+    *,
+    prior: PriorStageConfig,
+    seed: int,
+    context: StageContext,
 ) -> None:
     """Train on the training images' codes, augmented copies among them; measure on those of validation images."""
     found = open_codes(codes)
@@ -51,7 +59,7 @@ def run(
     training = found.split("train", levels=())
     arguments = {"level": level, "codes": codes.absolute(), "prior": prior, "seed": seed}
     network = _network(found, level, prior)
-    history = trained(learn, arguments, prior.train, network=network, run=run)
+    history = train_or_load(train_worker, arguments, prior.train, network=network, context=context)
     grid = found.levels[level]
     meta = {
         "network": model_file.network_meta(prior.network),
@@ -71,15 +79,17 @@ def run(
     curves.write_plot(plots, history)
 
 
-def learn(*, worker: Worker, run: Run, level: str, codes: Path, prior: PriorStageConfig, seed: int) -> None:
+def train_worker(
+    *, worker: Worker, context: StageContext, level: str, codes: Path, prior: PriorStageConfig, seed: int
+) -> None:
     """Be one of the workers that train together."""
     found = open_codes(codes)
     torch.manual_seed(seed)
     network = _network(found, level, prior)
-    checkpoints = Checkpoints.of(run, prior.train.keep_checkpoints)
+    checkpoints = Checkpoints.of(context, prior.train.keep_checkpoints)
     data = _data(found, [*_coarser(found, level), level], prior.train, seed, worker)
     objective = Predict(network, level)
-    train(objective, data, prior.train, seed=seed, worker=worker, checkpoints=checkpoints, reporter=run.reporter)
+    train(objective, data, prior.train, seed=seed, worker=worker, checkpoints=checkpoints, reporter=context.reporter)
 
 
 def _network(codes: Codes, level: str, prior: PriorStageConfig) -> Prior:
@@ -102,21 +112,21 @@ class Predict(Objective):
         super().__init__()
         self.network, self.level = network, level
 
-    def zeros(self) -> Totals:
+    def zeros(self) -> MetricSums:
         return {"codes": torch.zeros(1), "nats": torch.zeros(1)}
 
     def forward(self, batch: Batch, step: int, worker: Worker) -> Step:
         totals = self.measure(self.network, batch, worker)
         return Step(totals["nats"].sum() / totals["codes"].sum(), [], totals)
 
-    def measure(self, network: nn.Module, batch: Batch, worker: Worker) -> Totals:
+    def measure(self, network: nn.Module, batch: Batch, worker: Worker) -> MetricSums:
         codes = {name: grid.to(worker.device, non_blocking=True).long() for name, grid in batch.codes.items()}
         labels = None if batch.labels is None else batch.labels.to(worker.device)
         target = codes.pop(self.level)
         nats = nll(network(target, codes, labels), target).sum()
         return {"codes": torch.full((1,), float(target.numel()), device=worker.device), "nats": nats[None]}
 
-    def summarize(self, totals: Totals) -> dict[str, float]:
+    def summarize(self, totals: MetricSums) -> dict[str, float]:
         nats = (totals["nats"] / totals["codes"]).item()
         return {"nll_nats_per_code": nats, "nll_bits_per_code": nats / math.log(2)}
 
@@ -129,14 +139,14 @@ def _coarser(found: Codes, level: str) -> list[str]:
 def _data(found: Codes, levels: list[str], config: TrainConfig, seed: int, worker: Worker) -> Data:
     """Read the codes of some levels into memory: at 2 bytes each they are small beside images."""
     training = found.split("train", levels)
-    order = Order(len(training), seed)
+    order = ShuffledStream(len(training), seed)
 
     def batch(split: CodeSet, rows: np.ndarray) -> Batch:
         codes = {level: torch.from_numpy(split.codes[level][rows]) for level in levels}
         return Batch(codes, torch.from_numpy(split.labels[rows]) if found.classes else None)
 
     def steps(start: int) -> Iterator[Batch]:
-        batches = Batches(
+        batches = GlobalBatchSampler(
             order, config.batch_size, start=start, stop=config.steps, rank=worker.rank, workers=worker.count
         )
         for picks in batches:

@@ -23,15 +23,15 @@ from stages.formats import artifact, model_file
 from stages.formats.codes import write_part
 from stages.formats.samples import KIND, places, read_image
 from stages.formats.shards import Encoded, write_shard
-from stages.pictures import png, sheet, to_bytes
-from stages.runtime.parts import map_parts
-from stages.runtime.run import Run
+from stages.images.contact_sheet import contact_sheet, png, to_uint8
+from stages.mapping.parts import map_parts
+from stages.runtime.context import StageContext
 
 SHOWN = 64  # samples on the grid picture
 GOLDEN = 0.6180339887498949  # its multiples, less their whole parts, fall evenly however many are taken
 
 
-def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int, run: Run) -> None:
+def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int, context: StageContext) -> None:
     """Draw the configured number of samples, in parts that are kept as they are finished."""
     models = Models.load(vqvae, priors)
     labels = choose_labels(models, sample)
@@ -40,10 +40,10 @@ def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int
         for number, start in enumerate(range(0, sample.count, sample.images_per_part))
         for chosen in [labels[start : start + sample.images_per_part].tolist()]
     ]
-    work = run.work / "parts"
+    work = context.work / "parts"
     work.mkdir(parents=True, exist_ok=True)
     arguments = (vqvae.absolute(), priors.absolute(), sample, seed, work.absolute())
-    written = map_parts(Draw, arguments, parts, run=run, unit="sample")
+    written = map_parts(Draw, arguments, parts, context=context, unit="sample")
 
     meta = {
         "count": sample.count,
@@ -57,7 +57,7 @@ def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int
         "vqvae": models.digests["vqvae"],
         "priors": {level: models.digests[level] for level in models.priors},
     }
-    with artifact.writing(out, KIND, meta) as folder:
+    with artifact.commit_folder(out, KIND, meta) as folder:
         for result in written:
             for name in result["files"]:
                 artifact.link_or_copy(work / name, folder / name)
@@ -65,8 +65,8 @@ def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int
         found = places(folder / name for result in first for name in result["files"] if name.endswith(".tar"))
         shown = np.stack([read_image(found[number]) for number in range(min(SHOWN, sample.count))])
         columns = len(sample.classes) or min(len(shown), 8)
-        (folder / "grid.png").write_bytes(sheet(shown, columns=columns))
-    run.reporter.picture("samples", (out / "grid.png").read_bytes(), 0)
+        (folder / "grid.png").write_bytes(contact_sheet(shown, columns=columns))
+    context.reporter.picture("samples", (out / "grid.png").read_bytes(), 0)
 
 
 class Models:
@@ -132,7 +132,7 @@ class Models:
                 coarser=dict(codes),
                 labels=torch.tensor(labels, device=device) if self.classes else None,
             )
-        images = to_bytes(self.vqvae.decode(codes).float().cpu().numpy())
+        images = to_uint8(self.vqvae.decode(codes).float().cpu().numpy())
         return {level: grid.cpu().numpy().astype(np.uint16) for level, grid in codes.items()}, images
 
 
@@ -214,5 +214,5 @@ class Draw:
             Encoded(key, png(image), "png", label, {"class": classes[label]} if classes else {})
             for key, image, label in zip(keys, images, labels, strict=True)
         ]
-        with artifact.replacing(path) as temporary:
+        with artifact.atomic_write(path) as temporary:
             write_shard(temporary, encoded)

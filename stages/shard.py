@@ -22,19 +22,19 @@ from PIL import ImageColor
 from stages.config import DatasetConfig
 from stages.errors import UserError
 from stages.formats import artifact
-from stages.formats.images import RejectedImage, decode, encode
-from stages.formats.listing import SPLITS, Entry, Listing, find
 from stages.formats.shards import INDEX, KIND, REJECTED, Encoded, Row, write_index, write_shard
-from stages.formats.sources import Member, UnreadableFile, open_source, printable
-from stages.runtime.parts import map_parts
-from stages.runtime.run import Run
+from stages.images.decode import RejectedImage, decode, encode
+from stages.images.listing import SPLITS, Entry, Listing, find
+from stages.images.sources import Member, UnreadableFile, open_source, printable
+from stages.mapping.parts import map_parts
+from stages.runtime.context import StageContext
 
 _KEY_DIGITS = 9
 _NUMBERS = ("rejected", "left_out", "duplicates", "leaked")
 _NAMED = 20  # rejected files in the message that stops the stage
 
 
-def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: Run) -> None:
+def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, context: StageContext) -> None:
     """Make the shards; stop with the names of the files if too many cannot be used."""
     try:
         ImageColor.getrgb(dataset.background)
@@ -43,10 +43,10 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
         raise UserError(what, where="params.yaml", fix="Use a name or #rrggbb, such as #ffffff.", code=2) from None
     listing = find(source, dataset.labels, validation_fraction=dataset.validation_fraction)
     for note in listing.notes:
-        run.reporter.note(note)
-    work = run.work / "parts"
+        context.reporter.note(note)
+    work = context.work / "parts"
     parts = _plan(listing, dataset, work)
-    map_parts(WriteShard, (source.absolute(), work.absolute(), dataset), parts, run=run, unit="images")
+    map_parts(WriteShard, (source.absolute(), work.absolute(), dataset), parts, context=context, unit="images")
 
     finished = [json.loads(_report(work, part["shard"]).read_text("utf-8")) for part in parts]
     rejected = [(name, reason) for report in finished for name, reason in report["rejected"]]
@@ -54,7 +54,7 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
     rows = [[Row(*row) for row in report["rows"]] for report in finished]
     counts = _counts(listing, rows, rejected, finished)
     for note in _warnings(counts):
-        run.reporter.note(note)
+        context.reporter.note(note)
     if not counts["images"]["train"]:
         name, reason = rejected[0]
         fix = f"Mend the training images; the first one, {printable(name)}: {reason}."
@@ -62,7 +62,7 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, run: 
 
     settings = {name: value for name, value in asdict(dataset).items() if name != "source"}
     meta = {"image_size": dataset.image_size, "classes": listing.classes, "settings": settings, **counts}
-    with artifact.writing(out, KIND, meta) as folder:
+    with artifact.commit_folder(out, KIND, meta) as folder:
         for shard in [shard_rows[0].shard for shard_rows in rows if shard_rows]:
             artifact.link_or_copy(work / shard, folder / shard)
         write_index(folder / INDEX, filter(None, rows))
@@ -111,7 +111,7 @@ class WriteShard:
                 continue
             notes.update(picture.notes)
             origin = {"name": member.name} | ({"label": plan["classes"][str(label)]} if label >= 0 else {})
-            extension = "png" if self.dataset.encoding == "png" else "jpg"
+            extension = "png" if self.dataset.image_format == "png" else "jpg"
             images[key] = Encoded(key, encode(picture.pixels, self.dataset), extension, label, origin)
         temporary = self.work / f"{shard}.writing"
         kept = [images[key] for key in sorted(images)]
@@ -221,5 +221,5 @@ def _report(work: Path, shard: str) -> Path:
 
 
 def _write_json(path: Path, value: object) -> None:
-    with artifact.replacing(path) as temporary:
+    with artifact.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value), encoding="utf-8")  # ASCII: names with stray bytes survive

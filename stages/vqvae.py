@@ -19,18 +19,18 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from models.config import VQVAEConfig
 from models.quantizer import CodebookSums, Share, perplexity
 from models.vqvae import VQVAE
-from stages.augment import augment as augmented
 from stages.config import AugmentConfig, TrainConfig
 from stages.errors import UserError
 from stages.formats import curves, model_file
 from stages.formats.shards import ImageSet, Shards, open_shards
-from stages.pictures import sheet, to_bytes
-from stages.pixels import floats
-from stages.runtime.checkpoint import Checkpoints
-from stages.runtime.fit import trained
-from stages.runtime.loop import Data, Objective, Step, Totals, Worker, train
-from stages.runtime.order import Batches, Order, Pick
-from stages.runtime.run import Run
+from stages.images.augment import augment as augmented
+from stages.images.contact_sheet import contact_sheet, to_uint8
+from stages.images.tensors import to_float
+from stages.runtime.context import StageContext
+from stages.training.checkpoint import Checkpoints
+from stages.training.loop import Data, MetricSums, Objective, Step, Worker, train
+from stages.training.ray_train import train_or_load
+from stages.training.sampler import GlobalBatchSampler, SampleRef, ShuffledStream
 
 SHOWN = 16  # images in the picture of reconstructions
 
@@ -45,7 +45,7 @@ def run(
     augment: AugmentConfig,
     train_vqvae: TrainConfig,
     seed: int,
-    run: Run,
+    context: StageContext,
 ) -> None:
     """Train on the shards' training images; measure on their validation images."""
     images = open_shards(shards)
@@ -67,7 +67,7 @@ def run(
         "seed": seed,
     }
     network = VQVAE(vqvae)
-    history = trained(learn, arguments, train_vqvae, network=network, run=run)
+    history = train_or_load(train_worker, arguments, train_vqvae, network=network, context=context)
     meta = {
         "network": model_file.network_meta(vqvae),
         "image_size": images.image_size,
@@ -75,7 +75,9 @@ def run(
         "classes": list(images.classes),
         "shards": images.digest,
         # How an image becomes one that this model knows.
-        "images": {name: images.artifact.meta["settings"][name] for name in ("fit", "background", "max_pixels")},
+        "images": {
+            name: images.artifact.meta["settings"][name] for name in ("resize_mode", "background", "max_pixels")
+        },
     }
     drawn = draw(network.eval(), _shown(images))
     model_file.write(out, "vqvae", network.state_dict(), meta, history=history, pictures=drawn)
@@ -83,10 +85,10 @@ def run(
     curves.write_plot(plots, history)
 
 
-def learn(
+def train_worker(
     *,
     worker: Worker,
-    run: Run,
+    context: StageContext,
     shards: Path,
     vqvae: VQVAEConfig,
     augment: AugmentConfig,
@@ -97,27 +99,27 @@ def learn(
     images = open_shards(shards)
     torch.manual_seed(seed)
     objective = Reconstruct(VQVAE(vqvae), _shown(images), train_vqvae.batch_size, seed)
-    checkpoints = Checkpoints.of(run, train_vqvae.keep_checkpoints)
-    data = _data(images, augment, train_vqvae, seed, worker, run.cluster.loader_workers)
-    train(objective, data, train_vqvae, seed=seed, worker=worker, checkpoints=checkpoints, reporter=run.reporter)
+    checkpoints = Checkpoints.of(context, train_vqvae.keep_checkpoints)
+    data = _data(images, augment, train_vqvae, seed, worker, context.cluster.loader_workers)
+    train(objective, data, train_vqvae, seed=seed, worker=worker, checkpoints=checkpoints, reporter=context.reporter)
 
 
 class Reconstruct(Objective):
     """Reconstruct images, and let the codebooks follow the encoder."""
 
     network: VQVAE
-    draws_alike = True  # which images lose levels
+    same_rng_on_all_workers = True  # which images lose levels
 
     def __init__(self, network: VQVAE, shown: np.ndarray, batch_size: int, seed: int):
         super().__init__()
         self.network, self.shown, self.batch_size, self.seed = network, shown, batch_size, seed
 
-    def zeros(self) -> Totals:
+    def zeros(self) -> MetricSums:
         usage = {f"usage/{name}": torch.zeros(level.entries) for name, level in self.network.config.levels.items()}
         return {"values": torch.zeros(1), "squared": torch.zeros(1), "commitment": torch.zeros(1), **usage}
 
     def forward(self, batch: Tensor, step: int, worker: Worker) -> Step:
-        images = floats(batch, worker.device)
+        images = to_float(batch, worker.device)
         share = Share(self.seed, step, worker.rank * len(images), self.batch_size)
         output = self.network(images, share)
         loss = self.network.objective(output, images)
@@ -131,14 +133,14 @@ class Reconstruct(Objective):
         parts = (CodebookSums(*sums[start : start + width]) for start in range(0, len(sums), width))
         self.network.absorb(dict(zip(names, parts, strict=True)))
 
-    def measure(self, network: nn.Module, batch: Tensor, worker: Worker) -> Totals:
-        images = floats(batch, worker.device)
+    def measure(self, network: nn.Module, batch: Tensor, worker: Worker) -> MetricSums:
+        images = to_float(batch, worker.device)
         output = network(images)
         loss = self.network.objective(output, images)
         usage = {f"usage/{name}": level.sums.counts for name, level in output.levels.items()}
         return _totals(images, loss.reconstruction, loss.commitment) | usage
 
-    def summarize(self, totals: Totals) -> dict[str, float]:
+    def summarize(self, totals: MetricSums) -> dict[str, float]:
         values, squared, commitment = (totals[name].item() for name in ("values", "squared", "commitment"))
         mse = squared / values
         spread = {
@@ -158,15 +160,15 @@ def draw(network: nn.Module, images: np.ndarray) -> dict[str, bytes]:
     assert isinstance(network, VQVAE)
     device = next(network.parameters()).device
     with torch.inference_mode():
-        batch = floats(torch.from_numpy(images), device)
+        batch = to_float(torch.from_numpy(images), device)
         if network.config.quantizer.mode == "none":  # there are no codes to decode
             rows = [network(batch).reconstruction]
         else:
             codes = network.encode(batch)
             names = list(codes)
             rows = [network.decode({name: codes[name] for name in names[:n]}) for n in range(1, len(names) + 1)]
-    shown = np.concatenate([images, *(to_bytes(row.float().cpu().numpy()) for row in rows)])
-    return {"reconstructions": sheet(shown, columns=len(images))}
+    shown = np.concatenate([images, *(to_uint8(row.float().cpu().numpy()) for row in rows)])
+    return {"reconstructions": contact_sheet(shown, columns=len(images))}
 
 
 class TrainingImages(Dataset[Tensor]):
@@ -175,12 +177,12 @@ class TrainingImages(Dataset[Tensor]):
     def __init__(self, images: ImageSet, config: AugmentConfig, seed: int):
         self.images, self.config, self.seed = images, config, seed
 
-    def __getitem__(self, pick: Pick) -> Tensor:
+    def __getitem__(self, pick: SampleRef) -> Tensor:
         image = augmented(self.images.read(pick.image), self.config, self.seed, pick.position)
         return torch.from_numpy(np.array(image))  # a copy of its own: a flipped view cannot become a tensor
 
 
-class Telling(Dataset[Tensor | UserError]):
+class ErrorCapturingDataset(Dataset[Tensor | UserError]):
     """Images, or why one cannot be read: an error raised in a loader's process would arrive as a traceback."""
 
     def __init__(self, images: Dataset[Tensor]):
@@ -196,9 +198,9 @@ class Telling(Dataset[Tensor | UserError]):
             return error
 
 
-def batched(images: Dataset[Tensor], **how: Any) -> Iterator[Tensor]:
+def load_batches(images: Dataset[Tensor], **how: Any) -> Iterator[Tensor]:
     """Read images batch by batch, as DataLoader is told; raise what kept one from being read."""
-    for batch in DataLoader(Telling(images), collate_fn=_collated, **how):
+    for batch in DataLoader(ErrorCapturingDataset(images), collate_fn=_collated, **how):
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -225,18 +227,18 @@ class PlainImages(Dataset[Tensor]):
 def _data(
     images: Shards, augment: AugmentConfig, config: TrainConfig, seed: int, worker: Worker, loader_workers: int
 ) -> Data:
-    order = Order(len(images.split("train")), seed)
+    order = ShuffledStream(len(images.split("train")), seed)
     training = TrainingImages(images.split("train"), augment, seed)
 
     def steps(start: int) -> Iterator[Tensor]:
-        batches = Batches(
+        batches = GlobalBatchSampler(
             order, config.batch_size, start=start, stop=config.steps, rank=worker.rank, workers=worker.count
         )
-        return batched(training, batch_sampler=batches, num_workers=loader_workers)
+        return load_batches(training, batch_sampler=batches, num_workers=loader_workers)
 
     def held_out(split: ImageSet) -> Iterator[Tensor]:
         numbers = range(worker.rank, min(len(split), config.evaluate_images), worker.count)
-        return batched(PlainImages(split, numbers), batch_size=config.batch_size, num_workers=loader_workers)
+        return load_batches(PlainImages(split, numbers), batch_size=config.batch_size, num_workers=loader_workers)
 
     validation = images.split("validation")
     return Data(steps, {"validation": lambda: held_out(validation)} if len(validation) else {})
@@ -247,6 +249,6 @@ def _shown(images: Shards) -> np.ndarray:
     return np.stack([split.read(number) for number in range(min(SHOWN, len(split)))])
 
 
-def _totals(images: Tensor, reconstruction: Tensor, commitment: Tensor) -> Totals:
+def _totals(images: Tensor, reconstruction: Tensor, commitment: Tensor) -> MetricSums:
     values = torch.full((1,), float(images.numel()), device=images.device)
     return {"values": values, "squared": reconstruction.detach() * values, "commitment": commitment.detach() * values}

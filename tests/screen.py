@@ -1,6 +1,6 @@
 """What a person sees of a run, for tests to look at."""
 
-from stages.runtime.run import Reporter
+from stages.runtime.context import Reporter
 
 
 class Screen(Reporter):

@@ -27,11 +27,11 @@ class VerticalStack(nn.Module):
 
     def __init__(self, config: PriorConfig, *, condition: int, classes: int) -> None:
         super().__init__()
-        self.stem = vertical(config.channels, config.channels, config.kernel, strict=True)
+        self.stem = vertical(config.channels, config.channels, config.kernel_size, strict=True)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             GatedBlock(
                 config.channels,
-                vertical(config.channels, config.residual_channels, config.kernel),
+                vertical(config.channels, config.residual_channels, config.kernel_size),
                 dropout=config.dropout,
                 condition=condition,
                 classes=classes,
@@ -81,7 +81,12 @@ class Prior(nn.Module):
         classes: int,
     ) -> None:
         super().__init__()
-        channels, hidden, kernel, dropout = config.channels, config.residual_channels, config.kernel, config.dropout
+        channels, hidden, kernel, dropout = (
+            config.channels,
+            config.residual_channels,
+            config.kernel_size,
+            config.dropout,
+        )
         self.entries, self.classes = entries, classes
         self.height, self.width = grid
         self.coarser = dict(coarser)
@@ -107,7 +112,7 @@ class Prior(nn.Module):
             for _ in range(config.layers)
         )
         self.attentions = nn.ModuleList(  # type: ignore[assignment]
-            StrictAttention(channels, config.heads, dropout=dropout) for _ in range(config.attention_layers)
+            StrictAttention(channels, config.attention_heads, dropout=dropout) for _ in range(config.attention_layers)
         )
         self.output = nn.ModuleList(  # type: ignore[assignment]
             GatedBlock(channels, nn.Linear(channels, hidden), dropout=dropout) for _ in range(config.output_layers)

@@ -78,7 +78,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield another name to write a file under; the file becomes `path` once it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -92,7 +92,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def seal(path: Path) -> None:
     """Note down beside a file what it holds, so that it can be told from what becomes of it."""
-    with replacing(_seal(path)) as temporary:
+    with atomic_write(_seal(path)) as temporary:
         temporary.write_text(sha256(path), encoding="utf-8")
 
 
@@ -117,7 +117,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def writing(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
+def commit_folder(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
     """Yield an empty folder to write into; commit it as `folder` when the block ends without an error.
 
     `meta` is read at the end, so the block may add to it. What stood at `folder` before is replaced.

@@ -144,7 +144,7 @@ def write_part(
         grids = np.ascontiguousarray(codes[level], dtype=np.uint16).reshape(-1, shape.height, shape.width)
         columns[level] = pa.FixedShapeTensorArray.from_numpy_ndarray(grids)
     table = pa.table(columns).replace_schema_metadata({"vqvae2": json.dumps(dict(meta))})
-    with artifact.replacing(path) as new:
+    with artifact.atomic_write(path) as new:
         pq.write_table(
             table, new, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True, store_schema=True
         )

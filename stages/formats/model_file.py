@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from models.config import PriorConfig, VQVAEConfig
 from models.priors import Grid, Prior, build
 from models.vqvae import VQVAE
-from stages.checked import adapter
 from stages.errors import UserError
 from stages.formats import artifact, curves
 from stages.formats.artifact import Artifact
+from stages.formats.config_schema import adapter
 
 Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS = "model.safetensors"
@@ -41,7 +41,7 @@ def write(
     pictures: Mapping[str, bytes],
 ) -> None:
     """Commit a model folder of `kind` "vqvae" or "prior"."""
-    with artifact.writing(folder, kind, dict(meta)) as out:
+    with artifact.commit_folder(folder, kind, dict(meta)) as out:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, out / WEIGHTS)
         curves.write(out / curves.FILE, history)
         for name, png in pictures.items():

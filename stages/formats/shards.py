@@ -28,8 +28,8 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.formats import artifact
-from stages.formats.listing import SPLITS
-from stages.formats.sources import printable
+from stages.images.listing import SPLITS
+from stages.images.sources import printable
 
 KIND = "shards"
 INDEX = "index.parquet"

@@ -40,13 +40,15 @@ COMPARISONS: dict[str, Comparison] = {
     "precision": Comparison(
         "Precision",
         "higher",
-        lambda config: config.neighbours + 1,
-        lambda reference, images, config, seed: precision_recall.precision(reference, images, config.neighbours),
+        lambda config: config.precision_recall_k + 1,
+        lambda reference, images, config, seed: precision_recall.precision(
+            reference, images, config.precision_recall_k
+        ),
     ),
     "recall": Comparison(
         "Recall",
         "higher",
-        lambda config: config.neighbours + 1,
-        lambda reference, images, config, seed: precision_recall.recall(reference, images, config.neighbours),
+        lambda config: config.precision_recall_k + 1,
+        lambda reference, images, config, seed: precision_recall.recall(reference, images, config.precision_recall_k),
     ),
 }

@@ -19,7 +19,7 @@ from typing import Any
 from stages.config import ClusterConfig
 from stages.errors import UserError
 
-CONNECT_SECONDS = 5.0
+CONNECT_TIMEOUT_S = 5.0
 OURS = "VQVAE2_PRIVATE_CLUSTER"  # set beside RAY_ADDRESS when the cluster was started here
 PACKAGES = Path(__file__).parents[2]  # where pipeline/, stages/ and models/ lie
 LOOPBACK, LOOPBACK_ONLY = "127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens there on any system
@@ -47,7 +47,7 @@ def local_cluster(config: ClusterConfig) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
+def connect_cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster at RAY_ADDRESS, or start one for the length of the block; check that it is large enough."""
     import ray
 
@@ -119,7 +119,7 @@ def _reach(address: str) -> None:
     """Fail in seconds where nobody listens; Ray tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():  # "auto" and the like are Ray's to find
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager

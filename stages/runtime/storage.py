@@ -29,8 +29,8 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST, Artifact
 
-TRIES = 7
-FIRST_PAUSE_SECONDS = 1.0  # between tries; each is twice the one before: a store may be away for a minute
+MAX_ATTEMPTS = 7
+FIRST_RETRY_DELAY_S = 1.0  # between tries; each is twice the one before: a store may be away for a minute
 PATTERNS = "*?["  # to fsspec these stand for other names, of which it would read and remove all that fit
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # what only the disk that is written to can mean
 
@@ -188,7 +188,7 @@ class Storage:
 
         self._patiently(remove)
 
-    def _patiently(self, call: Callable[[], Any], tries: int = TRIES) -> Any:
+    def _patiently(self, call: Callable[[], Any], tries: int = MAX_ATTEMPTS) -> Any:
         """Try again after a failure, since stores have bad moments; a file that is not there is an answer."""
         for attempt in range(tries):
             try:
@@ -198,7 +198,7 @@ class Storage:
             except Exception as error:  # every store raises its own
                 if attempt == tries - 1 or isinstance(error, PermissionError):
                     raise _trouble(self.url, str(error) or type(error).__name__) from error
-                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+                time.sleep(FIRST_RETRY_DELAY_S * 2**attempt)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import dag, params
+from pipeline import dvc_yaml, params
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "stages", "models")
@@ -17,8 +17,8 @@ PACKAGES = ("pipeline", "stages", "models")
 BELOW = {"pipeline": {"pipeline", "stages", "models"}, "stages": {"stages", "models"}, "models": {"models"}}
 PLACES = {
     "ray": ("stages/",),
-    "torch.distributed": ("stages/runtime/",),
-    "mlflow": ("stages/runtime/delivery.py",),
+    "torch.distributed": ("stages/training/",),
+    "mlflow": ("stages/tracking/mlflow_sync.py",),
     "hydra": ("pipeline/compose.py",),
     "omegaconf": ("pipeline/compose.py",),
     "typer": ("pipeline/cli.py",),
@@ -28,33 +28,33 @@ PLACES = {
 }
 
 
-STAGES = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+STAGES = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
 # Imported by stages, and yet no reason to run them again.
 NO_REASON = {
     "models/config.py": "settings, all of which params.yaml spells out",
     "stages/config.py": "the same",
     "stages/errors.py": "words",
-    "stages/pictures.py": "how sheets are laid out for people",
+    "stages/images/contact_sheet.py": "how sheets are laid out for people",
     "stages/formats/artifact.py": "how folders are committed, not what is in them",
     "stages/formats/model_file.py": "the same, for weights",
     "stages/formats/curves.py": "the same, for curves",
-    "stages/runtime/checkpoint.py": "resuming ends in the same bytes",
+    "stages/training/checkpoint.py": "resuming ends in the same bytes",
     "stages/runtime/cluster.py": "where, not what",
-    "stages/runtime/desk.py": "who hears of it, not what it is",
-    "stages/runtime/elsewhere.py": "where, not what",
-    "stages/runtime/faults.py": "what breaks a run, not what it makes",
-    "stages/runtime/fit.py": "where, not what",
-    "stages/runtime/parts.py": "where, not what",
-    "stages/runtime/pulse.py": "where, not what",
-    "stages/runtime/run.py": "an interface",
+    "stages/runtime/control.py": "who hears of it, not what it is",
+    "stages/mapping/remote_parts.py": "where, not what",
+    "stages/runtime/fault_injection.py": "what breaks a run, not what it makes",
+    "stages/training/ray_train.py": "where, not what",
+    "stages/mapping/parts.py": "where, not what",
+    "stages/mapping/heartbeat.py": "where, not what",
+    "stages/runtime/context.py": "an interface",
     "stages/runtime/storage.py": "where, not what",
     "models/priors/__init__.py": "a table; the network it names is watched",
 }
 # Who reads an artifact depends on its bytes. Who writes it depends on this code.
 FORMATS = {
-    "stages/formats/sources.py": "shard",
-    "stages/formats/listing.py": "shard",
-    "stages/formats/images.py": "shard",
+    "stages/images/sources.py": "shard",
+    "stages/images/listing.py": "shard",
+    "stages/images/decode.py": "shard",
     "stages/formats/shards.py": "shard",
     "stages/formats/codes.py": "codes",
     "stages/formats/samples.py": "sample",

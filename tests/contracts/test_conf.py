@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from models.config import PriorConfig
-from pipeline import params, plan
+from pipeline import params
+from pipeline.commands import plan
 from pipeline.compose import compose_params, to_yaml
 from stages.config import Params
 
@@ -76,10 +77,16 @@ def test_imagenet_has_the_papers_numbers():
     assert settings.vqvae.grids(settings.dataset.image_size) == {"top": 32, "bottom": 64}
     assert (settings.train_vqvae.steps, settings.train_vqvae.batch_size) == (2_207_444, 128)
     top, bottom = settings.priors["top"].network, settings.priors["bottom"].network
-    assert (top.channels, top.residual_channels, top.layers, top.attention_layers, top.heads) == (512, 2048, 20, 4, 8)
-    assert (top.output_layers, top.kernel, top.dropout) == (20, 5, 0.1)
+    assert (top.channels, top.residual_channels, top.layers, top.attention_layers, top.attention_heads) == (
+        512,
+        2048,
+        20,
+        4,
+        8,
+    )
+    assert (top.output_layers, top.kernel_size, top.dropout) == (20, 5, 0.1)
     assert (bottom.channels, bottom.residual_channels, bottom.layers, bottom.attention_layers) == (512, 1024, 20, 0)
-    assert (bottom.output_layers, bottom.condition_layers, bottom.kernel, bottom.dropout) == (0, 20, 5, 0.1)
+    assert (bottom.output_layers, bottom.condition_layers, bottom.kernel_size, bottom.dropout) == (0, 20, 5, 0.1)
     assert top.condition_layers == 0
     trains = [settings.priors[level].train for level in ("top", "bottom")]
     assert [(train.batch_size, train.steps) for train in trains] == [(1024, 1_600_000), (512, 754_000)]
@@ -95,7 +102,7 @@ def test_ffhq_has_the_papers_numbers():
     rows = {
         level: (
             prior.train.batch_size, prior.network.channels, prior.network.residual_channels, prior.network.layers,
-            prior.network.attention_layers, prior.network.kernel, prior.network.dropout, prior.network.output_layers,
+            prior.network.attention_layers, prior.network.kernel_size, prior.network.dropout, prior.network.output_layers,
             prior.train.steps,
         )
         for level, prior in settings.priors.items()
@@ -106,7 +113,7 @@ def test_ffhq_has_the_papers_numbers():
         "bottom": (256, 512, 1024, 10, 0, 5, 0.25, 0, 270_000),
     }
     assert [prior.network.condition_layers for prior in settings.priors.values()] == [0, 8, 8]
-    assert settings.priors["top"].network.heads == 8
+    assert settings.priors["top"].network.attention_heads == 8
     _has_what_both_papers_runs_share(settings)
 
 
@@ -118,7 +125,7 @@ def _has_what_both_papers_runs_share(settings: Params) -> None:
     assert (quantizer.mode, quantizer.beta, quantizer.decay, quantizer.revive_every) == ("ema", 0.25, 0.99, 0)
     assert settings.vqvae.level_dropout == 0
     assert (settings.sample.temperature, settings.sample.top_k, settings.sample.top_p) == (1, 0, 1)
-    assert (settings.augment.flip, settings.augment.shift, settings.codes.copies) == (False, 0, 1)
+    assert (settings.augment.flip, settings.augment.max_shift, settings.codes.copies) == (False, 0, 1)
 
 
 # Classes, and of each network its parameters and the operations of a forward pass.

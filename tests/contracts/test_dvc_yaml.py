@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import dag, launch, params
+from pipeline import dvc_yaml, params, stage_runner
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = params.load(ROOT / "params.yaml")
-STAGES = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+STAGES = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
 
 
-def signature(stage: dag.Stage) -> inspect.Signature:
+def signature(stage: dvc_yaml.Stage) -> inspect.Signature:
     return inspect.signature(importlib.import_module(f"stages.{stage.module}").run)
 
 
@@ -31,7 +31,7 @@ def test_the_paths_a_stage_takes_are_those_dvc_knows(name):
     """A stage's positional parameters can all be filled from dvc.yaml, and no artifact it lists goes unused."""
     stage = STAGES[name]
     function = importlib.import_module(f"stages.{stage.module}").run
-    given = launch.positionals(function, stage, SETTINGS)
+    given = stage_runner.positionals(function, stage, SETTINGS)
     paths = {str(Path(path).relative_to(Path.cwd())) for path in given if isinstance(path, Path)}
     expected = {*stage.artifacts, *stage.outs, *stage.metrics, *stage.plots}
     assert paths == (expected | {SETTINGS.dataset.source} if name == "shard" else expected)

@@ -1,4 +1,4 @@
-"""The how-tos that add something, followed to the letter in a copy. A metric: tests/stages/test_report.py."""
+"""The how-tos that add something, followed to the letter in a copy. A metric: tests/stages/evaluation/test_report.py."""
 
 import json
 import os

@@ -25,7 +25,7 @@ def _seeded() -> None:
 
 def config(name: str, **settings: Any) -> PriorConfig:
     """A prior of 8 channels whose four blocks carry two attentions."""
-    small = {"channels": 8, "residual_channels": 12, "layers": 4, "attention_layers": 2, "heads": 2}
+    small = {"channels": 8, "residual_channels": 12, "layers": 4, "attention_layers": 2, "attention_heads": 2}
     return PriorConfig(name, **{**small, "output_layers": 1, "condition_layers": 2, **settings})
 
 

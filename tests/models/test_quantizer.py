@@ -102,7 +102,7 @@ def test_looking_changes_nothing():
 def test_decay_zero_is_one_lloyd_step():
     """Without memory, entries move to the mean of their vectors, and those nobody chose stay."""
     quantizer = taught(
-        Quantizer(QuantizerConfig(decay=0.0, revive_every=0, smoothing=1e-9), 6, 2), torch.randn(1, 2, 9, 9)
+        Quantizer(QuantizerConfig(decay=0.0, revive_every=0, epsilon=1e-9), 6, 2), torch.randn(1, 2, 9, 9)
     )
     quantizer.codebook[5] = 100.0
     latents = torch.randn(4, 2, 5, 5)
@@ -119,7 +119,7 @@ def test_decay_zero_is_one_lloyd_step():
 
 def test_moving_averages_follow_equation_three():
     """Counts and sums decay; their quotient under Laplace smoothing is each picked entry, and the others stay."""
-    config = QuantizerConfig(decay=0.9, smoothing=1e-3, revive_every=0)
+    config = QuantizerConfig(decay=0.9, epsilon=1e-3, revive_every=0)
     quantizer = taught(Quantizer(config, entries=4, dim=2), torch.randn(2, 2, 4, 4))
     before, counts, vectors = quantizer.codebook.clone(), quantizer.counts.clone(), quantizer.vectors.clone()
     sums = quantizer(torch.randn(2, 2, 4, 4)).sums

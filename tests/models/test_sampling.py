@@ -21,7 +21,7 @@ NUMBERS = torch.tensor([0, 1, 5])
 def opinionated(name: str, conditioned: bool, dtype: torch.dtype = torch.float64) -> tuple[Prior, dict[str, Any]]:
     """A prior that does not hold all entries equal, as an untrained one would, and the conditions of three grids."""
     torch.manual_seed(0)
-    settings = {"channels": 8, "residual_channels": 12, "layers": 4, "attention_layers": 2, "heads": 2}
+    settings = {"channels": 8, "residual_channels": 12, "layers": 4, "attention_layers": 2, "attention_heads": 2}
     config = PriorConfig(name, **settings, output_layers=1, condition_layers=1)  # type: ignore[arg-type]
     grid, coarser, classes = ((6, 12), COARSER, CLASSES) if conditioned else (GRID, {}, 0)
     prior = build(config, entries=ENTRIES, grid=grid, coarser=coarser, classes=classes).to(dtype).eval()

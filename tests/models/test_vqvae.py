@@ -289,7 +289,7 @@ def test_an_image_too_small_for_one_coarsest_code_is_refused(image_size: int):
     [
         ({"mode": "emma"}, "mode is 'emma'; use one of ema, loss, none"),
         ({"beta": math.nan}, r"beta is nan; use 0 or more"),
-        ({"smoothing": math.nan}, "smoothing is nan; use a small positive number"),
+        ({"epsilon": math.nan}, "epsilon is nan; use a small positive number"),
         ({"decay": math.nan}, "decay is nan; use 0"),
     ],
 )

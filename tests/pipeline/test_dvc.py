@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import dag, dvc, params
+from pipeline import dvc, dvc_yaml, params
 from stages.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +41,12 @@ def here(tmp_path, monkeypatch):
 
 
 def bring(targets=(), **options):
-    stages = dag.stages(params.read())
+    stages = dvc_yaml.stages(params.read())
     return dvc.reproduce(targets, stages=stages, why=dvc.reasons(stages, targets), environment=os.environ, **options)
 
 
 def reasons(targets=(), **options):
-    return dvc.reasons(dag.stages(params.read()), targets, **options)
+    return dvc.reasons(dvc_yaml.stages(params.read()), targets, **options)
 
 
 def test_reasons_name_old_and_new_values_and_follow_the_stages(here, capfd):
@@ -86,7 +86,7 @@ def test_what_is_not_here_may_never_have_been(here):
 
 def test_reasons_list_stages_as_people_do(monkeypatch):
     """With commas, and one `and`."""
-    stages = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+    stages = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dvc, "_status", lambda: {"codes": ["changed command"]})
     why = dvc.reasons(stages)
@@ -135,7 +135,7 @@ def test_a_signal_ends_the_stage_in_good_order(here, number):
 
 def test_needed_is_the_way_up(here):
     """A target needs what it reads, and what that reads."""
-    stages = dag.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+    stages = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
     assert dvc.needed(stages, ["prior@top"]) == {"prior@top", "codes", "vqvae", "shard"}
     assert dvc.needed(stages, ["evaluate"]) == set(stages)
 

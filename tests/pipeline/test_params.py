@@ -82,9 +82,9 @@ def test_no_number_may_be_less_than_nothing(key, value):
     ("key", "value", "says"),
     [
         ("dataset.validation_fraction", 1.5, "Use a fraction from 0 to 1"),
-        ("dataset.quality", 101, "Use 1 to 100"),
+        ("dataset.jpeg_quality", 101, "Use 1 to 100"),
         ("train_vqvae.warmup_steps", 10**6, "Use 0 up to steps"),
-        ("train_vqvae.averaging", 1.0, "averaging below 1"),
+        ("train_vqvae.ema_decay", 1.0, "ema_decay below 1"),
         ("sample.top_p", 1.1, "top_p above 0 up to 1"),
         ("vqvae.quantizer.decay", 1.0, "up to, but not, 1"),
         ("vqvae.quantizer.revive_below", 1.0, "a share from 0 up to 1"),
@@ -94,7 +94,7 @@ def test_no_number_may_be_less_than_nothing(key, value):
         ("vqvae.levels.top.stride", 2, "List levels coarse to fine"),
         ("vqvae.levels", {}, "Name at least one, such as top: {stride: 8}"),
         ("priors.top.network.attention_layers", 7, "Use a multiple of 7"),
-        ("priors.top.network.kernel", 4, "Use an odd side of 3 or more"),
+        ("priors.top.network.kernel_size", 4, "Use an odd side of 3 or more"),
         ("zzz", 1, "fix: Remove zzz."),
     ],
 )

@@ -16,14 +16,15 @@ from torch import nn
 from models.config import LevelConfig, PriorConfig, VQVAEConfig
 from models.priors import build
 from models.vqvae import VQVAE
-from stages import codes, evaluate, findings, measuring, sample, shard
+from stages import codes, evaluate, sample, shard
 from stages.config import AugmentConfig, ClusterConfig, CodesConfig, DatasetConfig, EvaluateConfig, SampleConfig
 from stages.errors import UserError
+from stages.evaluation import summary, worker
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
 from stages.metrics import COMPARISONS
-from stages.runtime.run import Run
+from stages.runtime.context import StageContext
 from tests.screen import Screen
 
 SIDE = 16
@@ -37,12 +38,12 @@ PRIOR = PriorConfig(
     residual_channels=8,
     layers=1,
     attention_layers=0,
-    heads=1,
+    attention_heads=1,
     kernel=3,
     output_layers=0,
     condition_layers=1,
 )
-CONFIG = EvaluateConfig(batch_size=5, max_images=12, nearest=2, shown=3)
+CONFIG = EvaluateConfig(batch_size=5, max_images=12, nearest_images=2, samples_shown=3)
 
 
 class Thumbnail(nn.Module):
@@ -52,7 +53,7 @@ class Thumbnail(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) / 255
 
 
-def serial(worker, arguments, parts, *, run, unit):
+def serial(worker, arguments, parts, *, context, unit):
     """Stand in for Ray: one worker, one part after another, in memory."""
     call = worker(*arguments)
     return [call(json.loads(json.dumps(part))) for part in parts]
@@ -70,14 +71,14 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
             Image.fromarray(pixels).save(folder / f"{number}.png")
     torch.manual_seed(0)
 
-    def run(stage: str) -> Run:
+    def run(stage: str) -> StageContext:
         work = root / "runs" / stage
         work.mkdir(parents=True)
-        return Run(stage, "f" * 64, work, ClusterConfig())
+        return StageContext(stage, "f" * 64, work, ClusterConfig())
 
     metrics = root / "metrics.json"
     dataset = DatasetConfig("tiny", str(root / "source"), SIDE, labels="folders" if classes else "none")
-    shard.run(root / "source", root / "shards", metrics, dataset=dataset, run=run("shard"))
+    shard.run(root / "source", root / "shards", metrics, dataset=dataset, context=run("shard"))
     config = VQVAEConfig(LEVELS)
     network = VQVAE(config)
     found = open_shards(root / "shards")
@@ -97,7 +98,7 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
         codes=CodesConfig(),
         augment=AugmentConfig(),
         seed=0,
-        run=run("codes"),
+        context=run("codes"),
     )
     made = open_codes(root / "codes")
     coarser = {}
@@ -118,14 +119,14 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
         model_file.write(root / "priors" / level, "prior", prior.state_dict(), meta, history=[], pictures={})
         coarser[level] = shape
     sample.run(
-        root / "vqvae", root / "priors", root / "samples", sample=SampleConfig(samples), seed=0, run=run("sample")
+        root / "vqvae", root / "priors", root / "samples", sample=SampleConfig(samples), seed=0, context=run("sample")
     )
     return root
 
 
 def measure(root: Path, name: str = "evaluate") -> SimpleNamespace:
     """Run evaluate; give its numbers, its folder and what it said."""
-    heard, out = Screen(), root / name
+    not_ignored, out = Screen(), root / name
     network = root / "thumbnail.pt"
     torch.jit.script(Thumbnail()).save(str(network))
     work = out / "work"
@@ -137,10 +138,10 @@ def measure(root: Path, name: str = "evaluate") -> SimpleNamespace:
         out / "plots",
         evaluate=replace(CONFIG, feature_weights=str(network)),
         seed=0,
-        run=Run("evaluate", "f" * 64, work, ClusterConfig(), heard),
+        context=StageContext("evaluate", "f" * 64, work, ClusterConfig(), not_ignored),
     )
     numbers = json.loads((out / "metrics.json").read_text())
-    return SimpleNamespace(numbers=numbers, out=out, notes=heard.notes, pictures=heard.pictures)
+    return SimpleNamespace(numbers=numbers, out=out, notes=not_ignored.notes, pictures=not_ignored.pictures)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,13 +185,13 @@ def test_networks_run_over_no_more_images_than_asked_for(found):
     assert numbers["reconstruction"]["train"]["images"] == 12
     assert numbers["likelihood"]["top"]["train"]["images"] == 12
     assert numbers["num_images"] == {"train": 20, "validation": 9, "samples": 8, "compared": 8}
-    assert {numbers["compared"][name]["images"] for name in measuring.SETS} == {8}
+    assert {numbers["compared"][name]["images"] for name in worker.SETS} == {8}
 
 
 def test_every_measure_carries_its_network_and_both_controls_stand_beside(found):
     """KID, Fréchet distance, precision and recall of the samples, the reconstructions and the controls."""
     names = {f"{measure}_thumbnail" for measure in ("kid", "fd", "precision", "recall")}
-    for name in measuring.SETS:
+    for name in worker.SETS:
         assert names <= set(found.numbers["compared"][name])
     assert set(found.numbers["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}
 
@@ -239,9 +240,9 @@ def test_a_second_run_gives_the_same_bytes(root, found):
 
 def test_finished_parts_are_not_measured_again(root, found, monkeypatch):
     """After an interruption only the missing parts run."""
-    monkeypatch.setattr(measuring.Measurer, "features", lambda *_: pytest.fail("features were computed again"))
+    monkeypatch.setattr(worker.Measurer, "features", lambda *_: pytest.fail("features were computed again"))
     (found.out / "report" / artifact.MANIFEST).unlink()
-    heard = Screen()
+    not_ignored = Screen()
     evaluate.run(
         *(root / folder for folder in ("shards", "vqvae", "codes", "priors", "samples")),
         found.out / "report",
@@ -249,7 +250,7 @@ def test_finished_parts_are_not_measured_again(root, found, monkeypatch):
         found.out / "plots",
         evaluate=replace(CONFIG, feature_weights=str(root / "thumbnail.pt")),
         seed=0,
-        run=Run("evaluate", "f" * 64, found.out / "work", ClusterConfig(), heard),
+        context=StageContext("evaluate", "f" * 64, found.out / "work", ClusterConfig(), not_ignored),
     )
     assert (found.out / "report" / artifact.MANIFEST).exists()
 
@@ -266,7 +267,7 @@ def test_one_image_only_is_measured_as_far_as_one_image_can_be(tmp_path):
 def test_codes_of_other_shards_are_refused(root, tmp_path):
     """An image without codes is named, with the stage that makes them."""
     other = pipeline(tmp_path, {"train": 30, "validation": 9})
-    inputs = measuring.Inputs(other / "shards", root / "vqvae", root / "codes", root / "priors", root / "samples")
+    inputs = worker.Inputs(other / "shards", root / "vqvae", root / "codes", root / "priors", root / "samples")
     with pytest.raises(UserError, match="The codes hold no image") as caught:
         inputs.plain_codes("train", 30)
     assert (caught.value.where, caught.value.code) == (str(root / "codes"), 4)
@@ -277,21 +278,21 @@ def test_what_a_reader_must_not_miss_is_said_in_sentences():
     """And nothing where there is nothing to say."""
     fine = {"train": np.full(8, 5)}
     one = {"train": np.array([40, 0, 0, 0, 0, 0, 0, 0])}
-    numbers = {"codebook": findings.codebook({"top": fine}), "reference": "validation", "neighbours": {}}
+    numbers = {"codebook": summary.codebook({"top": fine}), "reference": "validation", "neighbours": {}}
     many = max(comparison.fewest(CONFIG) for comparison in COMPARISONS.values())
-    assert findings.notes(numbers, many, CONFIG) == []
+    assert summary.notes(numbers, many, CONFIG) == []
     numbers = {
-        "codebook": findings.codebook({"top": one, "bottom": fine}),
+        "codebook": summary.codebook({"top": one, "bottom": fine}),
         "reference": "train",
         "neighbours": {"pixels": {"samples_copies": 3}},
     }
-    assert findings.notes(numbers, many, CONFIG) == [
+    assert summary.notes(numbers, many, CONFIG) == [
         "Level top is collapsed: its perplexity is 1.0 of 8 entries, below a quarter, so it leaves its prior little "
         "to learn.",
         "There are few validation images, so sets of images are held against training images.",
         "3 samples are, pixel by pixel, training images.",
     ]
-    few = findings.notes(numbers, 1, CONFIG)
+    few = summary.notes(numbers, 1, CONFIG)
     assert len(few) == 3 + len(COMPARISONS) and "KID (kid) needs 2 images of each set; here there are 1." in few
 
 
@@ -305,7 +306,7 @@ def test_what_another_vqvae_made_is_refused(root, tmp_path, folder: str, stage: 
     manifest["meta"]["vqvae"] = "0" * 64
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=rf"made with VQ-VAE 0+, but[\s\S]*--stage {stage}"):
-        measuring.Inputs(*{**inputs, folder: tmp_path / folder}.values()).check()
+        worker.Inputs(*{**inputs, folder: tmp_path / folder}.values()).check()
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -318,12 +319,12 @@ def test_damaged_samples_are_named_before_anything_is_measured(root, tmp_path, k
     path.write_bytes(data)
     others = [root / name for name in ("shards", "vqvae", "codes", "priors")]
     with pytest.raises(UserError, match=rf"{path.name} is damaged[\s\S]*Delete {tmp_path}"):
-        measuring.Inputs(*others, tmp_path / "samples").check()
+        worker.Inputs(*others, tmp_path / "samples").check()
 
 
 def test_the_first_codes_are_read_from_the_files_that_hold_them(root):
     """A million images' codes are not read to measure some."""
-    inputs = measuring.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples")))
+    inputs = worker.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples")))
     whole, first = inputs.plain_codes("train", 20), inputs.plain_codes("train", 3)
     assert list(first.keys) == list(whole.keys)[:3] == inputs.images("train").keys[:3].tolist()
     assert all((first.codes[level] == whole.codes[level][:3]).all() for level in whole.codes)
@@ -332,7 +333,7 @@ def test_the_first_codes_are_read_from_the_files_that_hold_them(root):
 def test_shuffling_keeps_each_positions_codes_and_leaves_none_with_its_image():
     """Every position holds the same codes as before, each now with another image."""
     grids = np.arange(7 * 2 * 3).reshape(7, 2, 3)
-    made = measuring.shuffled(grids, np.random.default_rng(0))
+    made = worker.shuffled(grids, np.random.default_rng(0))
     assert (np.sort(made, axis=0) == grids).all()
     assert (made != grids).all()
     assert len({tuple(row) for row in (made.reshape(7, -1) // 6).tolist()}) == 7
@@ -348,7 +349,7 @@ def test_nothing_to_compare_is_an_error_that_counts():
 
 def test_samples_that_are_missing_are_counted(root):
     """With the first of their numbers, and the command that draws them anew."""
-    samples = measuring.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples"))).samples
+    samples = worker.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples"))).samples
     with pytest.raises(UserError, match=r"2 samples are missing, first number 8\.") as caught:
         samples.images(7, 10)
     assert caught.value.where == str(root / "samples") and "--stage sample --force" in caught.value.fix

@@ -14,8 +14,8 @@ from stages import shard
 from stages.config import ClusterConfig, DatasetConfig
 from stages.errors import UserError
 from stages.formats.shards import open_shards
-from stages.runtime.parts import map_parts
-from stages.runtime.run import Reporter, Run
+from stages.mapping.parts import map_parts
+from stages.runtime.context import Reporter, StageContext
 
 SIZE = 8
 
@@ -33,7 +33,7 @@ def calls(monkeypatch) -> list[dict]:
     """Do the parts here; keep what each of them said."""
     results: list[dict] = []
 
-    def serial(worker, arguments, parts, *, run, unit):
+    def serial(worker, arguments, parts, *, context, unit):
         built = worker(*arguments)
         results[:] = [built(json.loads(json.dumps(part))) for part in parts]
         return results
@@ -70,9 +70,11 @@ def sharded(source: Path, base: Path, cluster: ClusterConfig | None = None, **se
         "images_per_shard": 6,
         "validation_fraction": 0.2,
     }
-    run = Run("shard", "f", base / "work", cluster or ClusterConfig(), Notes())
-    shard.run(source, base / "out", base / "metrics.json", dataset=DatasetConfig(**(values | settings)), run=run)
-    return run.reporter
+    context = StageContext("shard", "f", base / "work", cluster or ClusterConfig(), Notes())
+    shard.run(
+        source, base / "out", base / "metrics.json", dataset=DatasetConfig(**(values | settings)), context=context
+    )
+    return context.reporter
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -241,7 +243,7 @@ def test_jpeg_shards_are_smaller_and_close(tmp_path):
     """encoding: jpeg."""
     smooth = io.BytesIO()
     Image.linear_gradient("L").resize((SIZE, SIZE)).save(smooth, "PNG")
-    sharded(make(tmp_path / "images", {"1.png": smooth.getvalue()}), tmp_path, encoding="jpeg")
+    sharded(make(tmp_path / "images", {"1.png": smooth.getvalue()}), tmp_path, image_format="jpeg")
     read = open_shards(tmp_path / "out").split("train").read(0)
     assert np.abs(read[..., 0] - np.asarray(Image.open(smooth)).astype(int)).max() < 8
 

@@ -21,10 +21,10 @@ from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
-from stages.pixels import floats
-from stages.runtime import fit
-from stages.runtime.loop import Stopped, Worker
+from stages.images.tensors import to_float
 from stages.sample import Models, choose_labels
+from stages.training import ray_train
+from stages.training.loop import Stopped, Worker
 from tests.screen import Screen
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -49,8 +49,8 @@ def test_training_again_makes_the_same_bytes(project, stage: str):
 def test_a_training_stage_that_was_stopped_ends_in_the_same_bytes(project, monkeypatch, stage: str):
     """Run again, it goes on, and nobody can tell."""
 
-    def stopped(learn, arguments, *, run):
-        learn(worker=Worker(stopping=lambda: True), run=run, **arguments)
+    def stopped(train_worker, arguments, *, context):
+        train_worker(worker=Worker(stopping=lambda: True), context=context, **arguments)
 
     if stage == "vqvae":
         first, second = project.path("vqvae"), project.path("stopped")
@@ -59,7 +59,7 @@ def test_a_training_stage_that_was_stopped_ends_in_the_same_bytes(project, monke
         first, second = project.path("priors") / stage, project.path("stopped_priors") / stage
         again = lambda: project.prior(stage, out="stopped_priors", fingerprint="stopped")  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 1"):
-        patch.setattr(fit, "fit", stopped)
+        patch.setattr(ray_train, "fit", stopped)
         again()
     again()
     assert digest(second) == digest(first)
@@ -86,7 +86,7 @@ def test_codes_are_what_the_vqvae_says_of_each_image(project):
     images = open_shards(project.path("shards")).split("validation")
     found = codes.split("validation")
     encoded = network.encode(
-        floats(torch.from_numpy(np.stack([images.read(i) for i in range(4)])), torch.device("cpu"))
+        to_float(torch.from_numpy(np.stack([images.read(i) for i in range(4)])), torch.device("cpu"))
     )
     assert list(found.keys) == list(images.keys) and (found.labels == images.labels).all()
     for level, grid in encoded.items():
@@ -96,8 +96,8 @@ def test_codes_are_what_the_vqvae_says_of_each_image(project):
 def test_codes_of_images_that_the_vqvae_has_not_learnt_from_are_made_and_told(project, tmp_path: Path):
     """A model may be given other images, by whoever knows what they do."""
     screen = Screen()
-    run = replace(project.run("codes", "others"), reporter=screen)
-    rest = {"codes": CodesConfig(), "augment": project.augment, "seed": 0, "run": run}
+    context = replace(project.run("codes", "others"), reporter=screen)
+    rest = {"codes": CodesConfig(), "augment": project.augment, "seed": 0, "run": context}
     _, found = model_file.load_vqvae(project.path("vqvae"))
     for name, meta in (("same", found.meta), ("other", {**found.meta, "shards": "0" * 64})):
         folder = tmp_path / name
@@ -229,18 +229,18 @@ def test_no_class_can_be_asked_of_models_without(project):
 def test_shards_of_another_size_are_refused_before_training(project, monkeypatch):
     """As levels need them; the letter names the shards, and the command that makes them anew."""
     levels = {"top": LevelConfig(32, 8, 4, 1, 16, 4), "bottom": LevelConfig(4, 8, 4, 1, 16, 4)}
-    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(ray_train, "fit", lambda *_, **__: pytest.fail("training began"))
     with pytest.raises(UserError, match=r"another image size than vqvae\.levels are for: image_size is 16") as caught:
         vqvae.run(
             project.path("shards"), project.path("other"), *project.files("vqvae"), vqvae=VQVAEConfig(levels),
-            augment=project.augment, train_vqvae=project.train, seed=0, run=project.run("vqvae", "other"),
+            augment=project.augment, train_vqvae=project.train, seed=0, context=project.run("vqvae", "other"),
         )  # fmt: skip
     assert caught.value.where == str(project.path("shards")) and "--stage shard" in caught.value.fix
 
 
 def test_training_that_ends_early_is_told_with_its_steps(project, monkeypatch):
     """Whatever the reason: no half-trained model is taken for a whole one."""
-    monkeypatch.setattr(fit, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(ray_train, "fit", lambda *_, **__: None)
     with pytest.raises(UserError, match=r"Training ended at step 0 of 12\.") as caught:
         project.vqvae(out="early", fingerprint="early")
     assert "runs/vqvae/early" in caught.value.where and "Run the same command again" in caught.value.fix
@@ -277,7 +277,7 @@ def test_a_level_without_codes_is_refused_before_training(project):
             *project.files("prior_middle"),
             prior=None,  # type: ignore[arg-type]  # not reached
             seed=0,
-            run=project.run("prior@middle"),
+            context=project.run("prior@middle"),
         )
     assert (caught.value.where, caught.value.code) == (str(project.path("codes")), 2)
     assert caught.value.fix == "Name the prior after a level of vqvae.levels."
@@ -312,5 +312,5 @@ def test_a_damaged_image_is_named_whoever_reads_it(project, tmp_path: Path, load
     data[int(images.offsets[2]) + 40] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"^Image {images.keys[2]} in {path.name} is damaged") as error:
-        list(vqvae.batched(vqvae.PlainImages(images, range(4)), batch_size=2, num_workers=loader_workers))
+        list(vqvae.load_batches(vqvae.PlainImages(images, range(4)), batch_size=2, num_workers=loader_workers))
     assert error.value.where == str(path) and error.value.fix and error.value.code == 4

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from stages.formats import artifact
-from stages.runtime.journal import JOURNAL
+from stages.tracking.journal import JOURNAL
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ("-S", "experiment=smoke")
@@ -228,7 +228,7 @@ def kind_of(process: psutil.Process) -> str:
     line = " ".join(words)
     if words and words[0].startswith("ray::"):
         return "worker" if "_work" in line or "TrainWorker" in line or "MapWorker" in line else ""
-    for kind, sign in (("run", "vqvae2 run"), ("stage", "vqvae2 stage"), ("cluster", "-m pipeline.shared")):
+    for kind, sign in (("run", "vqvae2 run"), ("stage", "vqvae2 stage"), ("cluster", "-m pipeline.shared_cluster")):
         if sign in line and "python" in words[0]:
             return kind
     return "dvc" if "-m dvc repro" in line else ""

@@ -59,7 +59,7 @@ def test_one_prior_is_trained_anew_when_its_settings_change(project: Project):
 @pytest.mark.slow
 def test_dvc_experiments_compose_the_same_settings(project: Project):
     """`dvc exp run -S` composes conf/ as our command does, so that it runs just what changed."""
-    done = project.call("dvc", "exp", "run", *SMOKE, "-S", "evaluate.nearest=2")
+    done = project.call("dvc", "exp", "run", *SMOKE, "-S", "evaluate.nearest_images=2")
     assert re.findall("Running stage '(.+)'", done.output) == ["evaluate"]
     assert project.run().output == "Everything is up to date.\n"
 

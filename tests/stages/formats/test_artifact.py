@@ -15,7 +15,7 @@ from stages.formats import artifact
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    with artifact.writing(tmp_path / "made", "thing", {"count": 1}) as out:
+    with artifact.commit_folder(tmp_path / "made", "thing", {"count": 1}) as out:
         (out / "inner").mkdir()
         (out / "inner" / "file").write_bytes(b"contents")
     return tmp_path / "made"
@@ -30,7 +30,7 @@ def test_what_was_committed_is_read_back(folder: Path):
 
 def test_a_block_that_fails_leaves_what_stood_there(folder: Path):
     """Half a result never replaces a whole one."""
-    with pytest.raises(RuntimeError), artifact.writing(folder, "thing", {"count": 2}):
+    with pytest.raises(RuntimeError), artifact.commit_folder(folder, "thing", {"count": 2}):
         raise RuntimeError
     assert artifact.read(folder, "thing").meta == {"count": 1}
     assert [path.name for path in folder.parent.iterdir()] == ["made"]
@@ -44,7 +44,7 @@ def test_a_block_that_fails_leaves_what_stood_there(folder: Path):
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-@pytest.mark.parametrize("way", [lambda path: artifact.writing(path, "thing", {}), artifact.replacing])
+@pytest.mark.parametrize("way", [lambda path: artifact.commit_folder(path, "thing", {}), artifact.atomic_write])
 def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path: Path, error: Exception, way):
     """With what was to be written, whoever met it: neither the system nor any library names that."""
     number = getattr(error, "errno", errno.ENOSPC)
@@ -56,7 +56,7 @@ def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path: Path, error: E
 
 def test_a_newer_result_replaces_an_older_one_whole(folder: Path):
     """No file of the older one stays."""
-    with artifact.writing(folder, "thing", {"count": 2}) as out:
+    with artifact.commit_folder(folder, "thing", {"count": 2}) as out:
         (out / "other").touch()
     found = artifact.read(folder, "thing")
     assert found.meta == {"count": 2} and list(found.files) == ["other"] and not (folder / "inner").exists()

@@ -23,7 +23,7 @@ FILE = "train-00000.parquet"
 def make(folder: Path, change: Callable[[Path], object] = lambda path: None) -> codes.Codes:
     """Write five rows of codes, changed before the manifest is made, which so agrees."""
     meta = {"levels": {level: grid._asdict() for level, grid in LEVELS.items()}, "classes": [], "vqvae": ""}
-    with artifact.writing(folder, codes.KIND, meta) as out:
+    with artifact.commit_folder(folder, codes.KIND, meta) as out:
         keys = [f"{number:09d}" for number in range(5)]
         codes.write_part(out / FILE, LEVELS, CODES, np.full(5, -1), np.zeros(5), keys, {})
         change(out / FILE)

@@ -71,7 +71,7 @@ def _saved(value: object) -> bytes:
 @pytest.mark.parametrize("dump", [pickle.dumps, _saved, lambda _: b"<html>404</html>", lambda _: b""])
 def test_weights_that_are_none_are_refused_and_not_run(tmp_path: Path, dump: Callable[[object], bytes]):
     """A pickle, a page, nothing at all: in place of safetensors, with the right hash."""
-    with artifact.writing(tmp_path / "vqvae", "vqvae", {"network": model_file.network_meta(CONFIG)}) as folder:
+    with artifact.commit_folder(tmp_path / "vqvae", "vqvae", {"network": model_file.network_meta(CONFIG)}) as folder:
         (folder / model_file.WEIGHTS).write_bytes(dump(_Runs(tmp_path / "ran")))
     assert model_file.WEIGHTS in refusal(tmp_path / "vqvae")
     assert not (tmp_path / "ran").exists()

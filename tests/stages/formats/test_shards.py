@@ -34,7 +34,7 @@ def encoded(pixels: np.ndarray) -> bytes:
 
 
 def make(folder: Path, pixels: np.ndarray = PIXELS) -> Path:
-    with artifact.writing(folder, shards.KIND, {"image_size": 8, "classes": ["cat", "dog"]}) as temporary:
+    with artifact.commit_folder(folder, shards.KIND, {"image_size": 8, "classes": ["cat", "dog"]}) as temporary:
         rows = []
         for shard, (split, numbers) in SHARDS.items():
             samples = [
@@ -292,7 +292,7 @@ def test_an_index_that_leads_elsewhere_is_refused(folder, change):
     (folder.parent / "secret.tar").write_bytes(bytes(1000))
     rows = pq.read_table(folder / shards.INDEX).to_pylist()
     made = [Row(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
-    with artifact.writing(folder.parent / "hostile", shards.KIND, {"image_size": 8, "classes": []}) as hostile:
+    with artifact.commit_folder(folder.parent / "hostile", shards.KIND, {"image_size": 8, "classes": []}) as hostile:
         for path in folder.glob("*.tar"):
             shutil.copy(path, hostile)
         write_index(hostile / shards.INDEX, [[made[0]._replace(**change), *made[1:]]])

@@ -28,7 +28,7 @@ def test_an_address_where_nobody_listens_is_refused_in_seconds(monkeypatch, ours
     if ours:
         monkeypatch.setenv(cluster.OURS, "1")
     start = time.monotonic()
-    with pytest.raises(UserError, match="does not answer") as error, cluster.connected(ClusterConfig()):
+    with pytest.raises(UserError, match="does not answer") as error, cluster.connect_cluster(ClusterConfig()):
         pass
     assert time.monotonic() - start < 10
     assert error.value.where == f"RAY_ADDRESS={address}"
@@ -47,7 +47,7 @@ def test_a_cluster_of_another_version_is_named(monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.delenv(cluster.OURS, raising=False)
         monkeypatch.setattr("ray.init", init)
-        with pytest.raises(UserError) as caught, cluster.connected(ClusterConfig()):
+        with pytest.raises(UserError) as caught, cluster.connect_cluster(ClusterConfig()):
             pass
     told = (
         rf"Version mismatch: The cluster was started with: Ray: 2\.49\.0 Python: 3\.12\.1 .* Ray: {ray.__version__} .*"

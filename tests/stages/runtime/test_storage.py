@@ -17,17 +17,17 @@ from stages.config import ClusterConfig, TrainConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST
-from stages.runtime import fit
 from stages.runtime import storage as storage_module
-from stages.runtime.checkpoint import Checkpoints, State
-from stages.runtime.run import Run
+from stages.runtime.context import StageContext
 from stages.runtime.storage import Damaged, Storage, Stored, Unreachable, Unwritable
+from stages.training import ray_train
+from stages.training.checkpoint import Checkpoints, State
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     """Tests do not wait for a store to get better."""
-    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(storage_module, "FIRST_RETRY_DELAY_S", 0.0)
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -40,7 +40,7 @@ def storage(request, tmp_path: Path) -> Iterator[Storage]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An artifact of three files, one of them within a folder."""
-    with artifact.writing(tmp_path / "made", "thing", {"step": 3}) as made:
+    with artifact.commit_folder(tmp_path / "made", "thing", {"step": 3}) as made:
         (made / "a.bin").write_bytes(bytes(range(256)) * 40)
         (made / "b").mkdir()
         (made / "b" / "c.txt").write_text("c")
@@ -254,7 +254,7 @@ def test_an_input_that_is_another_in_the_store_is_refused(storage: Storage, fold
     """Its digest is its name; the letter says where it lies."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     stored = Stored.upload(folder, storage)
-    with artifact.writing(tmp_path / "other", "thing", {}) as made:
+    with artifact.commit_folder(tmp_path / "other", "thing", {}) as made:
         (made / "a.bin").touch()
     storage.under("inputs").upload(tmp_path / "other", stored.digest)
     with pytest.raises(Damaged, match=rf"This is thing \w+, not {stored.digest[:12]}\.") as caught:
@@ -285,7 +285,7 @@ def test_another_folder_under_the_same_name_is_never_half_of_each(
 ):
     """Its manifest goes before its files come."""
     storage.upload(folder, "x")
-    with artifact.writing(tmp_path / "other", "thing", {}) as made:
+    with artifact.commit_folder(tmp_path / "other", "thing", {}) as made:
         (made / "a.bin").write_bytes(b"other")
     with monkeypatch.context() as patch:
         patch.setattr(storage_module, "_put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -386,23 +386,23 @@ def test_what_comes_home_is_no_more_than_is_kept(kept: Checkpoints, storage: Sto
 
 def test_a_bad_moment_after_training_costs_no_result(storage: Storage, tmp_path: Path, monkeypatch):
     """The store is tried out once, at the beginning: later a failure is waited out, as everywhere."""
-    run = Run("vqvae", "print", tmp_path / "work", ClusterConfig(storage=storage.url))
+    context = StageContext("vqvae", "print", tmp_path / "work", ClusterConfig(storage=storage.url))
     probes: list[Storage] = []
     monkeypatch.setattr(Storage, "check", lambda self: probes.append(self))
 
-    def trains(learn: object, arguments: object, *, run: Run) -> None:
+    def trains(learn: object, arguments: object, *, context: StageContext) -> None:
         assert len(probes) == 1
-        worker = Checkpoints(tmp_path / "node", "print", keep=1, storage=run.storage)
+        worker = Checkpoints(tmp_path / "node", "print", keep=1, storage=context.storage)
         worker.save(State(4, {"network.weight": torch.ones(2, 1)}, []))
         worker.wait()
 
-    monkeypatch.setattr(fit, "fit", trains)
+    monkeypatch.setattr(ray_train, "fit", trains)
     config, network = TrainConfig(steps=4, batch_size=1), torch.nn.Linear(1, 2, bias=False)
-    fit.trained(lambda: None, {}, config, network=network, run=run)
+    ray_train.trained(lambda: None, {}, config, network=network, context=context)
     assert torch.equal(network.weight, torch.ones(2, 1)) and len(probes) == 1
 
     with pytest.raises(UserError, match="checkpoint of step 4 is not of this network: its weights have") as caught:
-        fit.trained(lambda: None, {}, config, network=torch.nn.Linear(3, 3), run=run)
+        ray_train.trained(lambda: None, {}, config, network=torch.nn.Linear(3, 3), context=context)
     assert caught.value.where == f"{storage.url}/runs/vqvae/print/step-000000004" and caught.value.code == 5
     assert caught.value.fix.startswith("Remove it there, and from runs/ where the command is given, then run the same")
 

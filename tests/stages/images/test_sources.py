@@ -1,0 +1,296 @@
+"""Folders, zips and tars, kind and hostile: everything is read in place, and nothing else is touched."""
+
+import io
+import os
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.errors import UserError
+from stages.images import sources
+from stages.images.sources import UnreadableFile, open_source, printable
+
+FILES = {
+    "cat/1.png": b"one",
+    "cat/a.v1.jpg": b"two",
+    "cat/-x \"y'\n.png": b"three",
+    "dog/\u00e9.png": b"composed",
+    "dog/e\u0301.png": b"decomposed",
+    "dog/\u05d0\u202e\U0001f600.png": b"right to left",
+    "dog/\udcff\udcfe.png": b"no UTF-8",
+    "dog/" + "n" * 251 + ".png": b"255 bytes",
+    "dog/A.png": b"upper",
+    "dog/a.png": b"lower",
+}
+HIDDEN = {"cat/.hidden.png": b"x", "__MACOSX/cat/._1.png": b"x", "cat/Thumbs.db": b"x", ".git/a.png": b"x"}
+
+
+def folder(path: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def zip_(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    source = open_source(path)
+    return {member.name: source.read(member) for member in source.members() if not member.problem}
+
+
+def problems(path: Path) -> dict[str, str]:
+    return {member.name: member.problem for member in open_source(path).members() if member.problem}
+
+
+def test_a_folder_keeps_names_of_any_bytes(tmp_path):
+    """Newlines, quotes, right-to-left, NFC beside NFD, other case, 255 bytes, no UTF-8; hidden files are skipped."""
+    assert contents(folder(tmp_path / "f", FILES | HIDDEN)) == FILES
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_keeps_names_of_any_bytes(tmp_path, mode):
+    """Plain and compressed alike."""
+    assert contents(tar(tmp_path / "a.tar", FILES | HIDDEN, mode)) == FILES
+
+
+def test_a_zip_keeps_its_names(tmp_path):
+    """UTF-8 declared, or raw bytes without saying which encoding; two members of one name stay apart."""
+    names = {name: data for name, data in FILES.items() if "\udcff" not in name}
+    assert contents(zip_(tmp_path / "a.zip", names | HIDDEN)) == names
+    raw = zip_(tmp_path / "b.zip", {"QQ.png": b"x"})
+    raw.write_bytes(raw.read_bytes().replace(b"QQ.png", b"\xff\xfe.png"))
+    assert contents(raw) == {"\udcff\udcfe.png": b"x"}
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive, pytest.warns(UserWarning):
+        archive.writestr("a.png", b"first")
+        archive.writestr("a.png", b"second")
+    source = open_source(tmp_path / "c.zip")
+    assert [source.read(member) for member in source.members()] == [b"first", b"second"]
+
+
+def test_links_to_files_are_followed(tmp_path):
+    """A linked image is read; a dangling link, one to itself and a pipe cost nothing and are named."""
+    path = folder(tmp_path / "f", {"cat/1.png": b"one"})
+    (path / "cat" / "link.png").symlink_to("1.png")
+    (path / "cat" / "self.png").symlink_to("self.png")
+    (path / "cat" / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(path / "cat" / "pipe.png")
+    assert contents(path) == {"cat/1.png": b"one", "cat/link.png": b"one"}
+    assert problems(path).keys() == {"cat/self.png", "cat/gone.png", "cat/pipe.png"}
+    assert problems(path)["cat/pipe.png"] == "not a regular file"
+
+
+@pytest.mark.parametrize("leads_to", ["elsewhere", "source"])
+def test_a_link_to_a_folder_is_refused(tmp_path, leads_to):
+    """Also one that leads back: DVC, which decides whether to run again, would see no change there."""
+    path = folder(tmp_path / "source", {"cat/1.png": b"one"})
+    folder(tmp_path / "elsewhere", {"2.png": b"two"})
+    (path / "dog").symlink_to(tmp_path / leads_to)
+    with pytest.raises(UserError, match="a link to a folder: DVC does not see") as caught:
+        contents(path)
+    assert caught.value.where == str(path / "dog") and "cp -rlL" in caught.value.fix
+
+
+def test_a_file_that_changes_or_vanishes_is_said_so(tmp_path):
+    """Between listing and reading."""
+    path = folder(tmp_path / "f", {"a.png": b"one", "b.png": b"two"})
+    source = open_source(path)
+    first, second = source.members()
+    (path / "a.png").write_bytes(b"longer")
+    (path / "b.png").unlink()
+    with pytest.raises(UnreadableFile, match="changed"):
+        source.read(first)
+    with pytest.raises(UnreadableFile, match="No such file"):
+        source.read(second)
+
+
+def test_members_that_lead_out_of_an_archive_are_refused(tmp_path):
+    """Names with .., absolute names, links and devices are named, never followed, and nothing is written."""
+    evil = tmp_path / "evil.tar"
+    with tarfile.open(evil, "w") as archive:
+        for name, kind in {
+            "../x.png": tarfile.REGTYPE,
+            "/etc/x.png": tarfile.REGTYPE,
+            "a/../../x.png": tarfile.REGTYPE,
+            "link.png": tarfile.SYMTYPE,
+            "hard.png": tarfile.LNKTYPE,
+            "device.png": tarfile.CHRTYPE,
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    assert contents(evil) == {}
+    out, link = "the name leads out of the archive", "a link or a device"
+    assert problems(evil) == {
+        **dict.fromkeys(("../x.png", "/etc/x.png", "a/../../x.png"), out),
+        **dict.fromkeys(("link.png", "hard.png", "device.png"), link),
+    }
+    assert set(problems(zip_(tmp_path / "evil.zip", {"../x.png": b"", "/x.png": b""}))) == {"../x.png", "/x.png"}
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    assert problems(tmp_path / "link.zip") == {"link.png": "a link or a device"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.tar", "evil.zip", "link.zip"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "folder"])
+def test_a_bomb_is_refused_by_the_size_it_states(tmp_path, monkeypatch, kind):
+    """A member longer than LARGEST_FILE is never read."""
+    monkeypatch.setattr(sources, "LARGEST_FILE", 1000)
+    make = {"zip": zip_, "tar": tar, "folder": folder}[kind]
+    path = make(tmp_path / "source", {"bomb.png": bytes(1001), "fine.png": bytes(1000)})
+    assert contents(path).keys() == {"fine.png"}
+    assert "1001 bytes" in problems(path)["bomb.png"]
+
+
+def test_a_zip_that_lies_about_a_size_costs_no_more_than_it_said(tmp_path):
+    """20 MB behind a stated size of 10 bytes: an error, and no memory."""
+    path = zip_(tmp_path / "a.zip", {"bomb.png": bytes(20_000_000)})
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 20_000_000), struct.pack("<I", 10)))
+    source = open_source(path)
+    (member,) = source.members()
+    tracemalloc.start()
+    with pytest.raises(UnreadableFile, match=r"cannot be read from the zip: |shorter than the zip says"):
+        source.read(member)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_an_encrypted_member_is_named(tmp_path):
+    """No password is asked for."""
+    path = zip_(tmp_path / "a.zip", {"a.png": b"x"})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+    assert problems(path) == {"a.png": "encrypted"}
+
+
+def _header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.timeout(20)
+def test_a_tar_that_points_backwards_ends(tmp_path):
+    """A negative size, in a header or in a PAX record, is refused: it would be read round and round."""
+    good = _header("a.png", b"%011o\0" % 3) + b"one".ljust(512, b"\0")
+    negative = b"\xff" * 10 + (-512 & 0xFFFF).to_uint8(2, "big")
+    path = tmp_path / "a.tar"
+    for kind in (b"0", b"x", b"L"):
+        path.write_bytes(good + _header("b.png", negative, kind) + bytes(1024))
+        with pytest.raises(UserError, match="damaged"):
+            list(open_source(path).members())
+    record = b"14 size=-1024\n"
+    extended = _header("p", b"%011o\0" % len(record), b"x") + record.ljust(512, b"\0")
+    path.write_bytes(good + extended + _header("b.png", b"%011o\0" % 0) + bytes(1024))
+    with pytest.raises(UserError, match="damaged"):
+        list(open_source(path).members())
+
+
+def test_a_tar_with_an_endless_name_is_refused(tmp_path):
+    """Long names are read into memory, so they have a limit."""
+    path = tmp_path / "a.tar"
+    good = _header("a.png", b"%011o\0" % 0)
+    path.write_bytes(good + _header("b.png", b"%011o\0" % (1 << 30), b"L") + bytes(1024))
+    with pytest.raises(UserError, match="damaged"):
+        list(open_source(path).members())
+
+
+def test_a_cut_or_flipped_tar_never_loses_images_quietly(tmp_path):
+    """A cut between two members, or a bad header, is an error and not the end."""
+    path = tar(tmp_path / "a.tar", {f"{number}.png": bytes(100) for number in range(5)})
+    whole = path.read_bytes()
+    for length in (1024 * 2, 1024 * 3 + 512, 1024 * 3 + 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged or cut short"):
+            list(open_source(path).members())
+    flipped = bytearray(whole)
+    flipped[1024 * 2 + 150] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        list(open_source(path).members())
+    path = tar(tmp_path / "a.tgz", {"a.png": os.urandom(5000), "b.png": os.urandom(5000)}, "w:gz")
+    path.write_bytes(path.read_bytes()[:7000])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        list(open_source(path).members())
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_every_flipped_bit_in_a_compressed_tar_is_caught(tmp_path, mode):
+    """Also one that looks like its end, or that leaves an image readable, with other pixels."""
+    generator = np.random.default_rng(0)
+    words = [b"".join(b"word%d " % word for word in generator.integers(0, 99, 3000)) for _ in range(4)]
+    whole = tar(tmp_path / "a.tar", {f"{number}.bmp": data for number, data in enumerate(words)}, mode).read_bytes()
+    body = range(10, len(whole))  # before it, gzip notes the time, which may be any
+    for position, bit in zip(generator.choice(body, 60), generator.integers(0, 8, 60), strict=True):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(bit)
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged or cut short|no zip or tar"):
+            list(open_source(tmp_path / "a.tar").members())
+
+
+def test_a_gzip_that_breaks_while_it_is_read_costs_the_image_alone(tmp_path):
+    """Workers list nothing: what has rotted since is met by whoever reads it."""
+    path = tar(tmp_path / "a.tgz", {"a.png": b"some words " * 5000, "b.png": b"others " * 5000}, "w:gz")
+    member = list(open_source(path).members())[1]
+    path.write_bytes(path.read_bytes()[:30] + b"\xff" * 300)
+    with pytest.raises(UnreadableFile, match="cannot be read from the tar"):
+        open_source(path).read(member)
+
+
+def test_a_zip_whose_list_swallows_files_is_refused(tmp_path):
+    """One flipped bit makes an entry's comment longer than all entries behind it, which zipfile takes for the end."""
+    path = zip_(tmp_path / "a.zip", {f"{number}.png": b"image" for number in range(9)})
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"PK\1\2") + 33] ^= 0x80  # the comment's length
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="it lists 1 files, not 9"):
+        open_source(path)
+
+
+def test_what_is_no_source_is_named(tmp_path):
+    """A missing path, a text, an empty file and a broken zip: one sentence with the path."""
+    text, empty, broken = tmp_path / "a.txt", tmp_path / "empty", tmp_path / "a.zip"
+    text.write_text("hello")
+    empty.write_bytes(b"")
+    broken.write_bytes(b"PK\3\4 and no more")
+    for path, message in [
+        (tmp_path / "none", "does not exist"),
+        (text, "no zip or tar"),
+        (empty, "no zip or tar"),
+        (broken, "zip cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            list(open_source(path).members())
+        assert caught.value.where == str(path) and caught.value.fix
+
+
+def test_printable_names_are_safe_on_a_terminal():
+    """Control characters, direction marks and stray bytes are escaped; letters of any script are not."""
+    assert printable("caf\u00e9 \u05d0 \U0001f600") == "caf\u00e9 \u05d0 \U0001f600"
+    assert printable("a\nb\x1b[31m\u202e\udcff") == r"a\nb\x1b[31m\u202e\udcff"
