@@ -39,7 +39,7 @@ PRIOR = PriorConfig(
     layers=1,
     attention_layers=0,
     attention_heads=1,
-    kernel=3,
+    kernel_size=3,
     output_layers=0,
     condition_layers=1,
 )

@@ -20,7 +20,7 @@ from pipeline.commands import inference, status
 from pipeline.commands import run as run_module
 from stages.errors import UserError
 from stages.formats import artifact
-from stages.tracking.tracker import Sent
+from stages.tracking.tracker import SyncResult
 from tests.mounts import within
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
@@ -92,7 +92,7 @@ def test_drawing_by_hand_follows_the_settings(project, monkeypatch):
 @pytest.mark.parametrize(("missing", "trouble", "status"), [(0, "", 0), (2, "", 1), (2, "it refused a name", 1)])
 def test_what_mlflow_did_not_take_is_told(monkeypatch, missing, trouble, status):
     """With what was sent, what it named, and the exit status of what is not whole."""
-    monkeypatch.setattr("stages.tracking.tracker.sync", lambda: Sent(1, 0, 3, missing, trouble))
+    monkeypatch.setattr("stages.tracking.tracker.sync", lambda: SyncResult(1, 0, 3, missing, trouble))
     done = CliRunner().invoke(app, ["sync-metrics"])
     assert done.exit_code == status
     assert done.stdout == f"3 points sent, {missing} missing; 1 runs whole, 0 still running\n"

@@ -17,7 +17,7 @@ from stages.training.loop import Stopped, Worker
 from tests.gloo import together
 
 BOUND = 1e-6  # on weights, codebooks, moments and curves after 12 steps: a few roundings of float32
-LEARN = {"vqvae": vqvae.learn, "top": prior.learn}
+LEARN = {"vqvae": vqvae.train_worker, "top": prior.train_worker}
 
 
 def work(rank: int, count: int, folder: Path, stage: str, arguments: dict[str, Any], stop_at: int) -> None:
