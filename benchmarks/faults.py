@@ -1,11 +1,11 @@
-"""Let every fault come once, in real runs, and write what came of it into the table of docs/reliability.md.
+"""Inject every fault into real runs, and write the results into the table of docs/reliability.md.
 
     python benchmarks/faults.py
 
-Each row begins with a copy of a finished run of the smallest pipeline, in which one stage has to run again. The fault
-comes, the same command is given again if it has ended, and what the stage makes in the end is held against an unbroken
-run's. Fails if one byte differs, if a process of ours outlives its command by ten seconds, or one of Ray's own by a
-hundred. Needs Linux and root, for private namespaces.
+Each row starts from a copy of a finished run of the smallest pipeline, in which one stage has to run again. The fault
+happens, the same command runs again if it has ended, and the artifact is compared with that of an undisturbed run. The
+script fails if one byte differs, if a process of ours outlives its command by 10 s, or if one of Ray's own processes
+outlives it by 100 s. Needs Linux and root, for private namespaces.
 """
 
 import argparse
@@ -22,20 +22,18 @@ from itertools import chain
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "system"))  # the copies and namespaces of the tests
-
-from nodes import Nodes, wait_for
-from projects import ROOT, SMOKE, Job, Namespace, Project, kind_of, namespaces_refused, until
-
 from stages.formats import curves
+from tests.command_line_project import ROOT, SMOKE, CommandLineProject
+from tests.namespace import Job, Namespace, missing_namespace_support, process_role, wait_until
+from tests.system.nodes import Nodes, wait_for
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by benchmarks/faults.py -->\n", "<!-- to here -->\n"
-HEAD = "| fault | stage | what happened | steps lost | s | the plain stack |\n|---|---|---|---|---|---|\n"
-PATIENCE = 300.0  # seconds
-STEPS, CHECKPOINT_EVERY, FALL = 40, 5, 13
+TABLE_HEADER = "| fault | stage | what happened | steps lost | s | the plain stack |\n|---|---|---|---|---|---|\n"
+TIMEOUT_S = 300.0  # for one wait
+STEPS, CHECKPOINT_EVERY, FAULT_STEP = 40, 5, 13
 EVERY = {"steps": STEPS, "log_every": CHECKPOINT_EVERY, "checkpoint_every": CHECKPOINT_EVERY, "evaluate_every": STEPS}
-SETTINGS = {  # by which a stage has to run again
+CHANGED_SETTINGS = {  # they make a stage run again
     "shard": ("dataset.images_per_shard=16",),
     "vqvae": tuple(f"train_vqvae.{key}={value}" for key, value in EVERY.items()),
     "codes": ("codes.copies=2",),
@@ -44,7 +42,7 @@ SETTINGS = {  # by which a stage has to run again
     "sample": ("sample.temperature=0.9", "sample.images_per_part=4"),
     "evaluate": ("evaluate.max_images=40",),
 }
-MADE = {
+ARTIFACTS = {
     "shard": "shards",
     "vqvae": "vqvae",
     "codes": "codes",
@@ -53,281 +51,325 @@ MADE = {
     "sample": "samples",
     "evaluate": "report",
 }
-ON_NODES = (
+NODES_COMMAND = (
     *(*SMOKE, "-S", "cluster=local", "-S", "cluster.max_failures=8", "-S", "train_vqvae.evaluate_every=60"),
     *("-S", "train_vqvae.steps=60", "-S", "train_vqvae.checkpoint_every=10", "-S", "train_vqvae.log_every=1"),
     *("--only", "--stage", "vqvae"),
 )
-LOSSES = {  # on several nodes: the newest checkpoint, what is lost, and what comes of it with Ray Train alone
+NODE_LOSSES = {  # by step of the newest checkpoint: the loss, and its effect with Ray Train alone
     10: ("`kill -9` of a worker", "goes back from 13 to 5 after 18.6 s"),
-    20: ("`kill -9` of a raylet, a node to spare", "goes back from 13 to 10 after 29.6 s"),
-    30: ("a cut cable, a node to spare", "goes back from 13 to 5 after 73.6 s"),
-    40: ("`kill -9` of a raylet, no node to spare", "tries again without end"),
+    20: ("`kill -9` of a raylet, a spare node", "goes back from 13 to 10 after 29.6 s"),
+    30: ("a disconnected node, a spare node", "goes back from 13 to 5 after 73.6 s"),
+    40: ("`kill -9` of a raylet, no spare node", "retries without end"),
 }
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault that is asked for by VQVAE2_FAULT, or a signal, or a signal at the moment of the fault."""
+    """Fault requested by VQVAE2_FAULT, or a signal, or a signal at the moment of the fault."""
 
-    what: str
+    description: str
     stage: str
     kind: str = ""  # of the fault
     signal: Signals | None = None
-    to: str = ""  # the process that gets the signal
-    step: int = FALL  # or part, of the fault
+    target: str = ""  # kind of process that gets the signal
+    step: int = FAULT_STEP  # or part, of the fault
     environment: dict[str, str] = field(default_factory=dict)
-    plain: str = ""  # what Ray Train, DVC and MLflow do by themselves, where it has been measured
+    plain_stack: str = ""  # result of Ray Train, DVC and MLflow without this project, where it was measured
 
 
-IMPATIENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"}
-MAPPING = ("shard", "codes", "sample", "evaluate")  # parts
-KILLED = "goes back from 13 to 5 after 18.6 s"
+SHORT_TIMEOUT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"}
+MAPPING_STAGES = ("shard", "codes", "sample", "evaluate")
+PLAIN_KILL = "goes back from 13 to 5 after 18.6 s"
 SCENARIOS = (
-    Scenario("`kill -9` of a worker", "vqvae", "kill", plain=KILLED),
-    *(Scenario("`kill -9` of a worker", stage, "kill", plain=KILLED) for stage in ("prior_top", "prior_bottom")),
+    *(
+        Scenario("`kill -9` of a worker", stage, "kill", plain_stack=PLAIN_KILL)
+        for stage in ("vqvae", "prior_top", "prior_bottom")
+    ),
     Scenario("a worker exits", "vqvae", "exit"),
-    Scenario("a worker raises", "vqvae", "raise"),
+    Scenario("a worker raises an error", "vqvae", "raise"),
     Scenario(
-        "a worker hangs, which is waited for 10 s",
+        "a worker hangs, with a timeout of 10 s",
         "vqvae",
         "stop",
-        environment=IMPATIENT,
-        plain="goes back from 13 to 5 after 55.8 s",
+        environment=SHORT_TIMEOUT,
+        plain_stack="goes back from 13 to 5 after 55.8 s",
     ),
-    Scenario("the loss is no number", "vqvae", "nan"),
+    Scenario("the loss is NaN", "vqvae", "nan"),
     Scenario(
-        "the disk is full", "vqvae", "full", plain="not retried; half a checkpoint stays under a whole one's name"
+        "the disk is full",
+        "vqvae",
+        "full",
+        plain_stack="no retry; half a checkpoint stays under the name of a complete one",
     ),
     Scenario(
         "SIGTERM to the command, in a step of 5 s",
         "vqvae",
         "slow",
         signal=SIGTERM,
-        to="run",
-        plain="goes back from 18 to 10",
+        target="run",
+        plain_stack="goes back from 18 to 10",
     ),
-    Scenario("`kill -9` of the command", "vqvae", "slow", signal=SIGKILL, to="run", plain="goes back from 13 to 10"),
+    Scenario(
+        "`kill -9` of the command",
+        "vqvae",
+        "slow",
+        signal=SIGKILL,
+        target="run",
+        plain_stack="goes back from 13 to 10",
+    ),
     Scenario(
         "`kill -9` of DVC",
         "vqvae",
         "slow",
         signal=SIGKILL,
-        to="dvc",
-        plain="training goes on alone; the next run deletes its output and starts a second",
+        target="dvc",
+        plain_stack="training continues alone; the next run deletes its output and starts a second training",
     ),
-    Scenario("`kill -9` of the stage", "vqvae", "slow", signal=SIGKILL, to="stage"),
-    Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, to="cluster"),
-    *(Scenario("`kill -9` of a worker", stage, signal=SIGKILL, to="worker") for stage in MAPPING),
+    Scenario("`kill -9` of the stage", "vqvae", "slow", signal=SIGKILL, target="stage"),
+    Scenario("`kill -9` of the cluster", "vqvae", "slow", signal=SIGKILL, target="cluster"),
+    *(Scenario("`kill -9` of a worker", stage, signal=SIGKILL, target="worker") for stage in MAPPING_STAGES),
     *(
-        Scenario("a worker hangs, which is waited for 10 s", stage, "stop", step=0, environment=IMPATIENT)
-        for stage in MAPPING
+        Scenario("a worker hangs, with a timeout of 10 s", stage, "stop", step=0, environment=SHORT_TIMEOUT)
+        for stage in MAPPING_STAGES
     ),
 )
-FLIPS = (
-    ("a checkpoint", "stages/runtime/test_checkpoint_damage.py::test_a_thousand_bit_flips_are_all_found", "0 of 100"),
-    ("a shard", "stages/formats/test_shards.py::test_a_thousand_bit_flips_are_all_found", "18 of 20 images vanish"),
-    ("codes", "stages/test_training_stages.py::test_every_flipped_bit_in_a_codes_file_is_caught", "4 of 180"),
+BIT_FLIP_TESTS = (  # kind of file, test, detected flips in the plain stack
+    ("a checkpoint", "stages/training/test_checkpoint_damage.py::test_a_thousand_bit_flips_are_detected", "0 of 100"),
+    ("a shard", "stages/formats/test_shards.py::test_a_thousand_bit_flips_are_all_detected", "18 of 20 images vanish"),
+    ("codes", "stages/test_training_stages.py::test_every_flipped_bit_in_a_codes_file_is_detected", "4 of 180"),
 )
 
 
 class Bench:
-    """Copies of a finished run, to break."""
+    """Copies of one finished run, into which faults are injected."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.finished = Project.of_working_tree(folder / "finished" / "project")
+        self.finished = CommandLineProject.of_working_tree(folder / "finished" / "project")
         self.finished.environment["DVC_SITE_CACHE_DIR"] = str(folder / "finished" / "dvc")
         self.finished.run(*SMOKE)
-        self.unbroken = cache(self._unbroken)
+        self.undisturbed = cache(self._run_undisturbed)
 
-    def copy(self, name: str, **environment: str) -> Project:
+    def copy(self, name: str, **environment: str) -> CommandLineProject:
+        """Copy the finished run into a folder named after a row."""
         folder = self.folder / re.sub(r"\W+", "-", name)
         folder.mkdir()
         return self.finished.copy(folder / "project", DVC_SITE_CACHE_DIR=str(folder / "dvc"), **environment)
 
-    def _unbroken(self, stage: str) -> tuple[dict[str, str], float]:
-        """What a stage makes when it is left alone, and in how many seconds."""
-        project, began = self.copy(f"unbroken {stage}"), time.time()
+    def _run_undisturbed(self, stage: str) -> tuple[dict[str, str], float]:
+        """Run a stage without faults; return the digest of its artifact and the seconds it took."""
+        project, start = self.copy(f"undisturbed {stage}"), time.time()
         project.call(*command(stage))
-        return project.digests(MADE[stage]), time.time() - began
+        return project.digests(ARTIFACTS[stage]), time.time() - start
 
-    def fall(self, number: int, scenario: Scenario) -> str:
-        """Let a fault come, and see the run to its end."""
+    def run_scenario(self, number: int, scenario: Scenario) -> str:
+        """Inject a fault, run until the stage has finished, and return the row."""
         fault = f"{scenario.kind}@{scenario.stage}:0:{scenario.step}"
-        # A step of this pipeline takes milliseconds: the one before is slowed, so that the checkpoint is on disk.
+        # Steps of this pipeline take milliseconds. A slow step before the fault lets the checkpoint reach the disk.
         slow = f"slow@{scenario.stage}:0:{scenario.step - 1}," if scenario.step else ""
-        asked = {"VQVAE2_FAULT": f"{slow}{fault}"} if scenario.kind else {}
-        project = self.copy(f"{number} {scenario.kind}", **asked, **scenario.environment)
+        variables = {"VQVAE2_FAULT": f"{slow}{fault}"} if scenario.kind else {}
+        project = self.copy(f"{number} {scenario.kind}", **variables, **scenario.environment)
         with Namespace() as namespace:
             job = namespace.start(project, *command(scenario.stage), log="first")
-            due = (lambda: fell(project, scenario.step)) if scenario.kind else (lambda: namespace.find(scenario.to))
-            until(lambda: due() or job.ended, PATIENCE, lambda: job.output)
-            if scenario.kind and not fell(project, scenario.step):
-                raise SystemExit(f"{fault} did not come:\n{job.output}")
+            is_due = (
+                (lambda: fault_time(project, scenario.step))
+                if scenario.kind
+                else (lambda: namespace.find(scenario.target))
+            )
+            wait_until(lambda: is_due() or job.ended, TIMEOUT_S, lambda: job.output)
+            if scenario.kind and not fault_time(project, scenario.step):
+                raise SystemExit(f"{fault} did not happen:\n{job.output}")
             if scenario.signal:
-                job.send(scenario.signal, scenario.to)
-            began = time.time() if scenario.signal else fell(project, scenario.step)
-            until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
-            seconds, happened = time.time() - began, "goes on by itself"
+                job.send(scenario.signal, scenario.target)
+            start = time.time() if scenario.signal else fault_time(project, scenario.step)
+            wait_until(lambda: job.ended or resume_step(job), TIMEOUT_S, lambda: job.output)
+            seconds, effect = time.time() - start, "resumes by itself"
             if job.ended and job.wait().status:
-                happened = f"{ending(job)} after {seconds:.1f} s; {alone(namespace)}; goes on when run again"
-                again = time.time()
+                effect = f"{describe_end(job)} after {seconds:.1f} s; {wait_for_processes(namespace)}; "
+                effect += "resumes when run again"
+                restart = time.time()
                 job = namespace.start(project, *command(scenario.stage), log="second")
-                until(lambda: job.ended or resumed_at(job), PATIENCE, lambda: job.output)
-                seconds += time.time() - again
-            if (done := job.wait()).status:
-                raise SystemExit(f"{scenario} cannot be got over:\n{done.output}")
-            lost = str(max(0, scenario.step - int(step))) if (step := resumed_at(job)) else "-"
-        if project.digests(MADE[scenario.stage]) != self.unbroken(scenario.stage)[0]:
-            raise SystemExit(f"{scenario} leaves other bytes in {project.folder}")
-        return row(scenario.what, scenario.stage, happened, lost, f"{seconds:.1f}", scenario.plain)
+                wait_until(lambda: job.ended or resume_step(job), TIMEOUT_S, lambda: job.output)
+                seconds += time.time() - restart
+            if (ended := job.wait()).status:
+                raise SystemExit(f"{scenario} does not recover:\n{ended.output}")
+            steps_lost = str(max(0, scenario.step - int(step))) if (step := resume_step(job)) else "-"
+        if project.digests(ARTIFACTS[scenario.stage]) != self.undisturbed(scenario.stage)[0]:
+            raise SystemExit(f"{scenario} gives other bytes in {project.folder}")
+        return row(scenario.description, scenario.stage, effect, steps_lost, f"{seconds:.1f}", scenario.plain_stack)
 
-    def missing_gpu(self) -> str:
-        """Ask for what is not there."""
+    def request_missing_gpu(self) -> str:
+        """Request a GPU on a machine without one."""
         with Namespace() as namespace:
-            began = time.time()
-            asked = command("vqvae", "-S", "cluster.gpus_per_worker=1")
-            job = namespace.start(self.copy("gpu"), *asked, log="gpu")
+            start = time.time()
+            job = namespace.start(self.copy("gpu"), *command("vqvae", "-S", "cluster.gpus_per_worker=1"), log="gpu")
             if job.wait().status != 3:
                 raise SystemExit(job.output)
-            return row(
-                "no GPU where one is asked for", "vqvae", ending(job), "-", f"{time.time() - began:.1f}", "never ends"
-            )
+            seconds = f"{time.time() - start:.1f}"
+            return row("a GPU is requested and there is none", "vqvae", describe_end(job), "-", seconds, "never ends")
 
-    def silent_server(self) -> str:
-        """Track to a server that accepts and never answers."""
+    def use_silent_mlflow_server(self) -> str:
+        """Track to a server that accepts connections and never answers."""
         project = self.copy("silent", MLFLOW_TRACKING_URI="http://127.0.0.1:5000")
         listen = "import socket, time; s = socket.create_server(('127.0.0.1', 5000), backlog=99); time.sleep(9999)"
         with Namespace() as namespace:
             namespace.start(project, "python", "-c", listen, log="server")
-            began = time.time()
+            start = time.time()
             job = namespace.start(project, *command("vqvae"), log="silent")
-            if job.wait().status or project.digests("vqvae") != self.unbroken("vqvae")[0]:
+            if job.wait().status or project.digests("vqvae") != self.undisturbed("vqvae")[0]:
                 raise SystemExit(job.output)
-            later = max(0.0, time.time() - began - self.unbroken("vqvae")[1])
-        happened = f"trains on; ends {later:.1f} s later than with a server that answers"
-        return row("a silent MLflow server", "vqvae", happened, "-", "-", "waits 246 s at each call")
+            delay_s = max(0.0, time.time() - start - self.undisturbed("vqvae")[1])
+        effect = f"training continues; ends {delay_s:.1f} s later than with a server that answers"
+        return row("a silent MLflow server", "vqvae", effect, "-", "-", "waits 246 s at each call")
 
-    def dead_server(self) -> str:
-        """Track to a server that is killed in the middle, and comes back when training is over."""
+    def kill_mlflow_server(self) -> str:
+        """Track to a server that is killed during training and restarted after it."""
         uri = "http://127.0.0.1:5000"
-        project = self.copy("dead", MLFLOW_TRACKING_URI=uri, VQVAE2_FAULT=f"slow@vqvae:0:{FALL}")
-        points = project.folder.parent / "points.db"
-        server = ("mlflow", "server", "--workers", "1", "--port", "5000", "--backend-store-uri", f"sqlite:///{points}")
+        project = self.copy("dead", MLFLOW_TRACKING_URI=uri, VQVAE2_FAULT=f"slow@vqvae:0:{FAULT_STEP}")
+        database = project.folder.parent / "points.db"
+        server = (
+            "mlflow",
+            "server",
+            "--workers",
+            "1",
+            "--port",
+            "5000",
+            "--backend-store-uri",
+            f"sqlite:///{database}",
+        )
         with Namespace() as namespace:
             wait_for(namespace.start(project, *server, log="server"), "startup complete")
             job = namespace.start(project, *command("vqvae"), log="dead")
-            until(lambda: fell(project) or job.ended, PATIENCE, lambda: job.output)
+            wait_until(lambda: fault_time(project) or job.ended, TIMEOUT_S, lambda: job.output)
             for process in namespace.processes():
                 if "mlflow" in " ".join(process.cmdline()):
                     process.kill()
-            if job.wait().status or project.digests("vqvae") != self.unbroken("vqvae")[0]:
+            if job.wait().status or project.digests("vqvae") != self.undisturbed("vqvae")[0]:
                 raise SystemExit(job.output)
             wait_for(namespace.start(project, *server, log="server-again"), "startup complete")
             sync = namespace.start(project, "vqvae2", "sync-metrics", log="sync").wait()
-        rows = curves.read(project.folder / "artifacts" / "vqvae" / curves.FILE)
-        with sqlite3.connect(points) as store:
-            kept = set(store.execute("select step, key from metrics"))
-        missing = sum((step, name) not in kept for step, name, _ in rows)
-        (told,) = re.findall(r"\d+ points are not in MLflow yet", job.output)
-        sent = sync.output.splitlines()[-1]
-        happened = (
-            f"trains on (`{told}`); then `vqvae2 sync-metrics` (`{sent}`): "
-            f"{missing} of {len(rows)} points of the curves missing"
+        points = curves.read(project.folder / "artifacts" / "vqvae" / curves.FILE)
+        with sqlite3.connect(database) as connection:
+            stored = set(connection.execute("select step, key from metrics"))
+        missing = sum((step, name) not in stored for step, name, _ in points)
+        (warning,) = re.findall(r"\d+ points are not in MLflow yet", job.output)
+        sync_result = sync.output.splitlines()[-1]
+        effect = (
+            f"training continues (`{warning}`); then `vqvae2 sync-metrics` (`{sync_result}`): "
+            f"{missing} of {len(points)} points of the curves missing"
         )
-        return row("`kill -9` of the MLflow server", "vqvae", happened, "-", "-", "loses them")
+        return row("`kill -9` of the MLflow server", "vqvae", effect, "-", "-", "loses them")
 
-    def lost_nodes(self) -> Iterator[str]:
-        """Lose a worker, a node, a link and the last node to spare, in one run over nodes that share a bucket."""
-        alone, project = self.copy("alone"), self.copy("nodes")
-        alone.run(*ON_NODES)
+    def lose_nodes(self) -> Iterator[str]:
+        """Lose a worker, a node, a link and the last spare node, in one run over nodes that share a bucket."""
+        one_machine, project = self.copy("one machine"), self.copy("nodes")
+        one_machine.run(*NODES_COMMAND)
         with Namespace() as namespace:
             nodes = Nodes(namespace, project, 4)
-            # A step that lasts leaves time for the checkpoint before it to arrive, and for what is to be lost.
-            slow = ",".join(f"slow@vqvae:0:{step + 3}" for step in LOSSES)
+            # A slow step gives the checkpoint before it time to arrive, and the loss time to happen.
+            slow = ",".join(f"slow@vqvae:0:{step + 3}" for step in NODE_LOSSES)
 
-            def lose(step: int, way: Callable[[int], None]) -> tuple[int, float]:
-                until(lambda: job.ended or project.reported_step("vqvae") > step + 2, PATIENCE, lambda: job.output)
-                nodes.wait_for_checkpoint(step)
-                made = project.reported_step("vqvae")
-                way(next(iter(nodes.workers())))
-                return made, time.time()
+            def lose(checkpoint_step: int, cause_loss: Callable[[int], None]) -> tuple[int, float]:
+                """Cause a loss after a checkpoint; return the step and the time of the loss."""
+                wait_until(
+                    lambda: job.ended or project.reported_step("vqvae") > checkpoint_step + 2,
+                    TIMEOUT_S,
+                    lambda: job.output,
+                )
+                nodes.wait_for_checkpoint(checkpoint_step)
+                loss_step = project.reported_step("vqvae")
+                cause_loss(next(iter(nodes.workers())))
+                return loss_step, time.time()
 
-            job = nodes.run(*ON_NODES, log="nodes", VQVAE2_FAULT=slow)
-            ways = (
+            job = nodes.run(*NODES_COMMAND, log="nodes", VQVAE2_FAULT=slow)
+            causes = (
                 lambda number: nodes.workers()[number].kill(),
                 lambda number: nodes.raylet(number).kill(),
-                nodes.cut,
+                nodes.disconnect,
             )
-            *spared, (last, (what_last, plain_last)) = LOSSES.items()
-            for (step, (what, plain)), way in zip(spared, ways, strict=True):
-                made, began = lose(step, way)
+            *first_losses, (last_step, (last_loss, last_plain_stack)) = NODE_LOSSES.items()
+            for (step, (loss, plain_stack)), cause_loss in zip(first_losses, causes, strict=True):
+                loss_step, start = lose(step, cause_loss)
                 wait_for(job, f"Resuming at step {step} of")
-                seconds = f"{time.time() - began:.1f}"
-                yield row(f"{what}, nodes apart", "vqvae", "goes on by itself", str(made - step), seconds, plain)
-            made, began = lose(last, ways[1])
-            happened, seconds = ending(job, 600), time.time() - began
+                seconds = time.time() - start
+                yield row(
+                    f"{loss}, isolated nodes",
+                    "vqvae",
+                    "resumes by itself",
+                    str(loss_step - step),
+                    f"{seconds:.1f}",
+                    plain_stack,
+                )
+            loss_step, start = lose(last_step, causes[1])
+            effect, seconds = describe_end(job, 600), time.time() - start
             if not job.wait().status:
                 raise SystemExit(job.output)
             nodes.add(5)
-            began = time.time()
-            job = nodes.run(*ON_NODES, log="nodes-again")
-            wait_for(job, f"Resuming at step {last} of")
-            happened += f" after {seconds:.1f} s; goes on when run again, with another node"
-            seconds += time.time() - began
-            if (done := job.wait()).status or project.digests("vqvae") != alone.digests("vqvae"):
-                raise SystemExit(done.output)
-            yield row(f"{what_last}, nodes apart", "vqvae", happened, str(made - last), f"{seconds:.1f}", plain_last)
+            start = time.time()
+            job = nodes.run(*NODES_COMMAND, log="nodes-again")
+            wait_for(job, f"Resuming at step {last_step} of")
+            effect += f" after {seconds:.1f} s; resumes when run again, with another node"
+            seconds += time.time() - start
+            if (ended := job.wait()).status or project.digests("vqvae") != one_machine.digests("vqvae"):
+                raise SystemExit(ended.output)
+            yield row(
+                f"{last_loss}, isolated nodes",
+                "vqvae",
+                effect,
+                str(loss_step - last_step),
+                f"{seconds:.1f}",
+                last_plain_stack,
+            )
 
 
-def command(stage: str, *words: str) -> tuple[str, ...]:
-    """The command that runs one stage again, longer than it has run before."""
-    changes = chain.from_iterable(("-S", setting) for setting in SETTINGS[stage])
-    return ("vqvae2", "run", *SMOKE, *changes, "--only", "--stage", stage, *words)
+def command(stage: str, *arguments: str) -> tuple[str, ...]:
+    """Return the command that runs one stage again, for more steps than before."""
+    overrides = chain.from_iterable(("-S", setting) for setting in CHANGED_SETTINGS[stage])
+    return ("vqvae2", "run", *SMOKE, *overrides, "--only", "--stage", stage, *arguments)
 
 
-def fell(project: Project, step: int = FALL) -> float:
-    """When the fault came; 0 while it has not."""
+def fault_time(project: CommandLineProject, step: int = FAULT_STEP) -> float:
+    """Return the time of the fault, in seconds since 1970; 0 before it happens."""
     markers = (project.folder / "runs").rglob(f"fault-*-{step}")
     return max((path.stat().st_mtime for path in markers), default=0.0)
 
 
-def resumed_at(job: Job) -> str:
-    """The step from which training goes on; "" while it does not."""
+def resume_step(job: Job) -> str:
+    """Return the step at which training last resumed; "" if it has not."""
     return (re.findall(r"Resuming at step (\d+)", job.output) or [""])[-1]
 
 
-def ending(job: Job, seconds: float = PATIENCE) -> str:
-    """How a command ended: its status, and its own word for it."""
-    done = job.wait(seconds)
-    # The first error is the root of the others; the last to stop is the command itself.
-    said = re.findall(r"^error: .*", done.output, re.MULTILINE)[:1] or re.findall(
-        r"^Stopped by \w+", done.output, re.MULTILINE
-    )
-    return f"status {done.status}" + (f" (`{said[-1]}`)" if said else "")
+def describe_end(job: Job, timeout_s: float = TIMEOUT_S) -> str:
+    """Wait for a command; return its status and its message."""
+    ended = job.wait(timeout_s)
+    # The first error is the cause of the others; the last process to stop is the command itself.
+    errors = re.findall(r"^error: .*", ended.output, re.MULTILINE)[:1]
+    messages = errors or re.findall(r"^Stopped by \w+", ended.output, re.MULTILINE)
+    return f"status {ended.status}" + (f" (`{messages[-1]}`)" if messages else "")
 
 
-def alone(namespace: Namespace) -> str:
-    """Wait until nothing of ours is left of a command; fail after ten seconds."""
-    began = time.time()
-    until(lambda: not any(map(kind_of, namespace.processes())), 10, lambda: f"left: {namespace.processes()}")
-    told = f"no process of ours left {time.time() - began:.1f} s later"
-    # Two agents of Ray's own notice only later that their node is gone; they hold nothing.
-    until(lambda: not namespace.processes(), 90, lambda: f"left: {namespace.processes()}")
-    return told
+def wait_for_processes(namespace: Namespace) -> str:
+    """Wait until no process of ours is left; fail after 10 s."""
+    start = time.time()
+    wait_until(lambda: not any(map(process_role, namespace.processes())), 10, lambda: f"left: {namespace.processes()}")
+    text = f"no process of ours left {time.time() - start:.1f} s later"
+    # Two agents of Ray take longer to notice that their node is gone. They hold no files and no data.
+    wait_until(lambda: not namespace.processes(), 90, lambda: f"left: {namespace.processes()}")
+    return text
 
 
-def flips() -> Iterator[str]:
-    """Have the tests flip a thousand bits of each kind of file."""
-    for what, test, plain in FLIPS:
+def flip_bits() -> Iterator[str]:
+    """Run the tests that flip a thousand bits of each kind of file."""
+    for file_kind, test, plain_stack in BIT_FLIP_TESTS:
         subprocess.run(
             [sys.executable, "-m", "pytest", "-q", f"tests/{test}"], cwd=ROOT, check=True, capture_output=True
         )
-        yield row(f"1,000 flips of one bit in {what}", "-", "1,000 of 1,000 found", "-", "-", plain)
+        yield row(f"1,000 single-bit flips in {file_kind}", "-", "1,000 of 1,000 detected", "-", "-", plain_stack)
 
 
 def row(*cells: str) -> str:
+    """Print and return a row of the table."""
     line = f"| {' | '.join(cells)} |"
     print(line, flush=True)
     return f"{line}\n"
@@ -335,18 +377,30 @@ def row(*cells: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=SETTINGS, help="only the faults of this stage; leaves the document alone")
-    given = parser.parse_args()
-    if reason := namespaces_refused():
-        raise SystemExit(f"private namespaces cannot be had here: {reason}")
+    parser.add_argument(
+        "--stage", choices=CHANGED_SETTINGS, help="only the faults of this stage; does not change the document"
+    )
+    options = parser.parse_args()
+    if reason := missing_namespace_support():
+        raise SystemExit(f"private namespaces are not available: {reason}")
     bench = Bench(Path(tempfile.mkdtemp(prefix="vqvae2-faults-")))
-    print(HEAD, end="")
-    rows = [bench.fall(*each) for each in enumerate(SCENARIOS) if given.stage in (None, each[1].stage)]
-    if given.stage is None:
-        rows += [*bench.lost_nodes(), bench.missing_gpu(), bench.silent_server(), bench.dead_server(), *flips()]
+    print(TABLE_HEADER, end="")
+    rows = [
+        bench.run_scenario(number, scenario)
+        for number, scenario in enumerate(SCENARIOS)
+        if options.stage in (None, scenario.stage)
+    ]
+    if options.stage is None:
+        rows += [
+            *bench.lose_nodes(),
+            bench.request_missing_gpu(),
+            bench.use_silent_mlflow_server(),
+            bench.kill_mlflow_server(),
+            *flip_bits(),
+        ]
         before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{HEAD}{''.join(rows)}\n{END}{after}", encoding="utf-8")
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{TABLE_HEADER}{''.join(rows)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One training step of the top prior, forward + backward, against the same network with materialised attention.
+"""One training step of the top prior, forward + backward, against the same network with a full attention matrix.
 
     python benchmarks/prior_step.py --threads 1
 
 Eight grids of 32 x 32 codes, width 64, 16 gated blocks with attention after every fourth, dropout 0.1. The floor is
-the step's arithmetic, three times the forward's, at the speed of a large matrix product.
+the time of the step's operations, three times those of the forward pass, at the speed of a large matrix product.
 """
 
 import torch
@@ -19,36 +19,41 @@ from models.priors.attention import StrictAttention
 
 
 class MaterialisedAttention(nn.Module):
-    """The same attention as it is mostly written: all scores, a mask over them, softmax, dropout, a product."""
+    """Common implementation of the same attention: all scores, a mask, softmax, dropout, a product."""
 
     def __init__(self, attention: StrictAttention, length: int) -> None:
         super().__init__()
         self.attention = attention
         self.mask = torch.ones(length, length).tril(-1)[None, None]
 
-    def forward(self, x: Float[Tensor, "B H W C"], raw: Tensor, positions: Tensor) -> Float[Tensor, "B H W C"]:
-        """Mix into the features what earlier positions hold."""
+    def forward(
+        self, x: Float[Tensor, "B H W C"], code_embedding: Tensor, positions: Tensor
+    ) -> Float[Tensor, "B H W C"]:
+        """Attend over earlier positions."""
         inner = self.attention
         queries = inner.query(inner.query_block(x + inner.query_position(positions)))
-        seen = inner.key_value(inner.key_block(x + inner.raw(raw) + inner.key_position(positions)))
-        queries, keys, values = (inner.split(part.flatten(1, 2)) for part in (queries, *seen.chunk(2, -1)))
+        features = inner.key_block(x + inner.code_projection(code_embedding) + inner.key_position(positions))
+        key_value = inner.key_value(features)
+        queries, keys, values = (inner.split(grid.flatten(1, 2)) for grid in (queries, *key_value.chunk(2, -1)))
         scores = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
-        weights = scores.masked_fill(self.mask == 0, -1e4).softmax(-1) * self.mask  # the first position sees nothing
+        weights = (
+            scores.masked_fill(self.mask == 0, -1e4).softmax(-1) * self.mask
+        )  # the first position attends to nothing
         mixed = F.dropout(weights, inner.dropout, self.training) @ values
         return inner.merge(x, mixed.transpose(1, 2).reshape(x.shape))
 
 
 def top(side: int = 32, materialised: bool = False) -> Prior:
-    """The top prior of the benchmark."""
+    """Build the top prior of the benchmark."""
     config = PriorConfig("pixelsnail", channels=64, residual_channels=64, layers=16, output_layers=0)
     prior = build(config, entries=512, grid=(side, side), coarser={}, classes=0)
     if materialised:
-        prior.attentions = nn.ModuleList(MaterialisedAttention(each, side**2) for each in prior.attentions)
+        prior.attentions = nn.ModuleList(MaterialisedAttention(attention, side**2) for attention in prior.attentions)
     return prior
 
 
 def main() -> None:
-    """Time both."""
+    """Time both implementations."""
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=8, help="grids per step")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Equal seconds of processor time: our two-level VQ-VAE against the plain one, on the default data.
+"""Quality after equal processor time: our two-level VQ-VAE and one with a plain codebook, on the default images.
 
     python benchmarks/quality.py --seconds 1800
 
-The plain model has the same networks, batches and optimizer, and the codebook most code has: fixed random entries at
-first, moving averages that start at zero counts, no revival. Both see the same images in the same order for as many
-steps as fit. Prints, per model: steps, training and validation mean squared error in [-1, 1], and each level's
-perplexity over the validation images.
+The plain model has the same networks, batches and optimizer, and the most common codebook: random initial entries,
+moving averages that start at counts of zero, no revival. Both train on the same images in the same order, for as many
+steps as the time allows. Prints, per model: steps, mean squared error on training and validation images in [-1, 1], and
+each level's perplexity over the validation images.
 """
 
 import io
@@ -22,7 +22,7 @@ from timing import arguments
 from torch import Tensor
 
 from models.config import LevelConfig, VQVAEConfig
-from models.quantizer import CodebookSums, Quantizer, Share, perplexity
+from models.quantizer import BatchSlice, CodebookSums, Quantizer, perplexity
 from models.vqvae import VQVAE
 
 LEVELS = {
@@ -32,24 +32,24 @@ LEVELS = {
 
 
 class PlainQuantizer(Quantizer):
-    """A codebook that starts at random with counts of zero, and lets dead entries lie."""
+    """Codebook with random initial entries and counts of zero, without revival."""
 
-    def __init__(self, like: Quantizer) -> None:
-        super().__init__(like.config, like.entries, like.dim, like.level)
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer.config, quantizer.entries, quantizer.dim, quantizer.level)
         self.codebook.normal_()
         self.vectors.copy_(self.codebook)
         self.counts.zero_()
 
     @torch.no_grad()
     def absorb(self, sums: CodebookSums) -> None:
-        """Move entries by equation 3 and nothing else."""
+        """Update entries by equation 3."""
         self.counts.lerp_(sums.counts, 1 - self.config.decay)
         self.vectors.lerp_(sums.vectors, 1 - self.config.decay)
         self.codebook.copy_(self.vectors / self._smoothed_counts()[:, None])
 
 
 def plain() -> VQVAE:
-    """Build our networks around the plain codebook."""
+    """Build our networks with the plain codebook."""
     vqvae = VQVAE(VQVAEConfig(LEVELS))
     for level in vqvae.levels.values():
         level.quantizer = PlainQuantizer(level.quantizer)
@@ -57,7 +57,7 @@ def plain() -> VQVAE:
 
 
 def load(source: Path, side: int = 32) -> tuple[Tensor, Tensor]:
-    """Read the images, on white, and split every twelfth off for validation."""
+    """Read the images, on white, and hold out one twelfth for validation."""
     pixels = []
     with zipfile.ZipFile(source) as archive:
         for name in sorted(archive.namelist()):
@@ -73,13 +73,13 @@ def load(source: Path, side: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def train(vqvae: VQVAE, images: Tensor, seconds: float, batch_size: int = 64) -> int:
-    """Train for so many seconds of processor time; give the number of steps."""
+    """Train for `seconds` of processor time and return the number of steps."""
     optimizer = torch.optim.Adam(vqvae.parameters(), lr=3e-4)
     order = torch.Generator().manual_seed(0)
     started, step = time.process_time(), 0
     while time.process_time() - started < seconds:
         batch = images[torch.randint(len(images), (batch_size,), generator=order)]
-        output = vqvae(batch.contiguous(memory_format=torch.channels_last), Share(0, step, 0, batch_size))
+        output = vqvae(batch.contiguous(memory_format=torch.channels_last), BatchSlice(0, step, 0, batch_size))
         optimizer.zero_grad()
         vqvae.objective(output, batch).total.backward()
         optimizer.step()
@@ -90,17 +90,17 @@ def train(vqvae: VQVAE, images: Tensor, seconds: float, batch_size: int = 64) ->
 
 @torch.inference_mode()
 def validate(vqvae: VQVAE, images: Tensor) -> tuple[float, dict[str, float]]:
-    """Give the mean squared error and each level's perplexity."""
+    """Return the mean squared error and each level's perplexity."""
     squares, counts = 0.0, dict.fromkeys(LEVELS, torch.zeros(()))
     for batch in images.split(64):
         output = vqvae(batch)
         squares += float((output.reconstruction - batch).square().sum())
         counts = {name: counts[name] + level.sums.counts for name, level in output.levels.items()}
-    return squares / images.numel(), {name: perplexity(each) for name, each in counts.items()}
+    return squares / images.numel(), {name: perplexity(level_counts) for name, level_counts in counts.items()}
 
 
 def main() -> None:
-    """Train both and print what came out."""
+    """Train both models and print their results."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=1800.0, help="of processor time, for each model")
     parser.add_argument("--source", type=Path, default=Path("data/fluent-emoji-64.zip"))
@@ -115,10 +115,11 @@ def main() -> None:
         vqvae = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         steps = train(vqvae, training, options.seconds)
         error, uses = validate(vqvae, validation)
-        seen, _ = validate(vqvae, training[: len(validation)])
+        training_error, _ = validate(vqvae, training[: len(validation)])
         used = ", ".join(f"{level} {value:.1f} of {LEVELS[level].entries}" for level, value in uses.items())
         print(
-            f"{name:6} {steps:6} steps  MSE training {seen:.5f} validation {error:.5f}  perplexity {used}", flush=True
+            f"{name:6} {steps:6} steps  MSE training {training_error:.5f} validation {error:.5f}  perplexity {used}",
+            flush=True,
         )
 
 

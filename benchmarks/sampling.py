@@ -1,12 +1,12 @@
-"""Seconds to draw codes: from caches, by running the network again on the rows so far, and on the whole grid.
+"""Seconds to draw codes: with caches, by running the network on the rows so far, and on the whole grid.
 
     python benchmarks/sampling.py --threads 1
     python benchmarks/sampling.py --threads 1 --curve
 
-The top prior of `prior_step.py` and a bottom one of 64 x 64 codes given 32 x 32 coarser ones, both of width 64. Cached
-drawing is timed whole. The other two would take hours: single positions are timed, the rows so far at four heights,
-and multiplied by the number of positions. The floor is the bare matrix products of one position, likewise multiplied;
-row by row products of the caches can beat it.
+The priors are the top prior of `prior_step.py` and a bottom prior of 64 x 64 codes conditioned on 32 x 32 coarser
+codes, both of width 64. The cached sampler draws whole grids. The other two would take hours: the time of single
+positions, for the rows so far at four heights, is multiplied by the number of positions. The floor is the time of the
+matrix products of one position, multiplied likewise. The caches' products of whole rows can be faster than it.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from models.sampling import draw
 
 
 def bottom(side: int = 64) -> Prior:
-    """A two-stack prior without attention, given one coarser level."""
+    """Build a two-stack prior without attention, conditioned on one coarser level."""
     config = PriorConfig(
         "pixelcnn",
         channels=64,
@@ -38,12 +38,12 @@ def bottom(side: int = 64) -> Prior:
 
 
 def conditions(prior: Prior, batch: int) -> dict[str, Tensor]:
-    """Codes of the coarser levels."""
-    return {name: torch.randint(0, 512, (batch, each.height, each.width)) for name, each in prior.coarser.items()}
+    """Return random codes of the coarser levels."""
+    return {name: torch.randint(0, 512, (batch, grid.height, grid.width)) for name, grid in prior.coarser.items()}
 
 
 def products(prior: Prior, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """The matrix products of one position: every layer's, and attention's over half of the grid."""
+    """Return the operands of one position's matrix products: of every layer, and of attention over half the grid."""
     pairs = []
     for name, module in prior.named_modules():
         if isinstance(module, RasterConv):
@@ -63,13 +63,13 @@ def products(prior: Prior, batch: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def scaled(seconds: Seconds, factor: float) -> Seconds:
-    """Extrapolate a time."""
+    """Multiply a time."""
     return Seconds(seconds.wall * factor, seconds.processor * factor)
 
 
 @torch.inference_mode()
 def compare(title: str, prior: Prior, batch: int, rounds: int) -> None:
-    """Time the cached sampler and, by single positions, the others."""
+    """Time the cached sampler and, extrapolated from single positions, the others."""
     prior.eval()
     positions = prior.height * prior.width
     coarser = conditions(prior, batch)
@@ -79,13 +79,13 @@ def compare(title: str, prior: Prior, batch: int, rounds: int) -> None:
     def cropped(rows: int) -> None:
         prior.score(codes[:, :rows], None if condition is None else condition[:, :rows], None)
 
-    heights = [prior.height * part // 8 for part in (1, 3, 5, 7)]
-    measured = measure({"ours": lambda: draw(prior, seed=0, numbers=torch.arange(batch), coarser=coarser)}, rounds)
+    heights = [prior.height * eighths // 8 for eighths in (1, 3, 5, 7)]
+    measured = measure({"ours": lambda: draw(prior, seed=0, sample_ids=torch.arange(batch), coarser=coarser)}, rounds)
     ours = measured["ours"]
     floor = measure({"floor": lambda: [torch.matmul(*pair) for pair in pairs]}, 100)["floor"]
-    again = measure({str(rows): lambda rows=rows: cropped(rows) for rows in heights}, min(rounds, 3))
+    cropped_seconds = measure({str(rows): lambda rows=rows: cropped(rows) for rows in heights}, min(rounds, 3))
     naive = measure({"naive": lambda: prior(codes, coarser)}, min(rounds, 3))["naive"]
-    mean = Seconds(*map(statistics.fmean, zip(*again.values(), strict=True)))
+    mean = Seconds(*map(statistics.fmean, zip(*cropped_seconds.values(), strict=True)))
     seconds = {
         "ours: whole grids, measured": ours,
         "network on the rows so far, extrapolated": scaled(mean, positions),
@@ -96,18 +96,18 @@ def compare(title: str, prior: Prior, batch: int, rounds: int) -> None:
 
 
 def curve(rounds: int) -> None:
-    """Print seconds per image, and the floor's, against batch size and grid."""
+    """Print seconds per image, and the floor, by batch size and grid."""
     print(f"\nseconds of processor time per image, cached  ({torch.get_num_threads()} threads)")
     print(f"  {'':22}{'batch':>7}{'ours':>10}{'floor':>10}{'ours / floor':>14}")
-    for name, make in (("top", top), ("bottom", bottom)):
+    for name, build_prior in (("top", top), ("bottom", bottom)):
         for side in (16, 32, 64):
-            prior = make(side=side).eval()
+            prior = build_prior(side=side).eval()
             for batch in (1, 8, 32):
                 coarser, pairs = conditions(prior, batch), products(prior, batch)
-                numbers = torch.arange(batch)
+                sample_ids = torch.arange(batch)
                 with torch.inference_mode():
                     ours = measure(
-                        {"": lambda p=prior, n=numbers, c=coarser: draw(p, seed=0, numbers=n, coarser=c)}, rounds
+                        {"": lambda p=prior, i=sample_ids, c=coarser: draw(p, seed=0, sample_ids=i, coarser=c)}, rounds
                     )[""]
                     floor = measure({"": lambda pairs=pairs: [torch.matmul(*pair) for pair in pairs]}, 100)[""]
                 per_image = ours.processor / batch, floor.processor * side**2 / batch
@@ -118,7 +118,7 @@ def curve(rounds: int) -> None:
 
 
 def main() -> None:
-    """Time one batch of each prior, or the curve over batch and grid."""
+    """Time one batch of each prior, or several batch sizes and grids."""
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=8, help="grids drawn at once")
     parser.add_argument("--curve", action="store_true", help="several batch sizes and grids instead")
@@ -129,7 +129,7 @@ def main() -> None:
         curve(min(options.rounds, 2))
         return
     compare("top, 32 x 32, with attention", top(), options.batch, min(options.rounds, 3))
-    compare("bottom, 64 x 64, given 32 x 32", bottom(), options.batch, min(options.rounds, 3))
+    compare("bottom, 64 x 64, conditioned on 32 x 32", bottom(), options.batch, min(options.rounds, 3))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What can be chosen about the networks. Plain data without torch, so that checking it costs nothing.
+"""Settings of the networks. Plain data without torch, so that validating them is fast.
 
-Every number of the paper has a field here; its values stand in conf/.
+Every hyper-parameter of the paper is a field here; conf/ holds the values. A field's comment is its entry in the
+reference of settings: meaning, unit, range.
 Source: Razavi et al. 2019, appendix tables of hyper-parameters.
 """
 
@@ -10,150 +11,156 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-# What torch calls the parts of a network that holds the levels by name: it refuses these in words of its own.
-OF_TORCH = frozenset(
+MODES = ("ema", "loss", "none")  # of learning a codebook
+MAX_ENTRIES = 65_536  # codes are stored as 16-bit integers
+
+
+def check_field(config: object, name: str, valid: bool, rule: str, fix: str = "") -> None:
+    """Raise ValueError "{name} must be {rule}, got {value}; {fix}" if a field is not valid.
+
+    pipeline/params.py reads the name, the rule and the fix from the message.
     """
-    add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval
-    extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict
-    modules mtia named_buffers named_children named_modules named_parameters parameters pop register_backward_hook
-    register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
-    register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook
-    register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
-    set_extra_state set_submodule share_memory state_dict to to_empty train training type update values xpu zero_grad
-    """.split()  # noqa: SIM905
-)
-MODES = ("ema", "loss", "none")  # of a codebook
-# Columns beside those of the levels in Parquet, and rows beside theirs in metrics.
-OURS = frozenset({"key", "copy", "label", "total", "pixels"})
+    if not valid:
+        raise ValueError(f"{name} must be {rule}, got {getattr(config, name)!r}" + (f"; {fix}" if fix else ""))
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise ValueError if a field is less than 1."""
+    for name in names:
+        check_field(config, name, getattr(config, name) >= 1, "1 or more")
+
+
+def check_not_negative(config: object, *names: str) -> None:
+    """Raise ValueError if a field is less than 0."""
+    for name in names:
+        check_field(config, name, getattr(config, name) >= 0, "0 or more")
+
+
+def check_sampling_rule(config: object) -> None:
+    """Raise ValueError if a field `temperature`, `top_k` or `top_p` is out of range."""
+    temperature, top_p = (getattr(config, name) for name in ("temperature", "top_p"))
+    check_field(config, "temperature", 0 < temperature < math.inf, "a number above 0")
+    check_not_negative(config, "top_k")
+    check_field(config, "top_p", 0 < top_p <= 1, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class LevelConfig:
     """One grid of codes and the networks around it."""
 
-    stride: int  # image pixels per code along each side, a power of two
-    channels: int = 128  # width of the encoder and decoder ("hidden units")
-    residual_channels: int = 64  # width inside a residual block ("residual units")
-    residual_blocks: int = 2  # blocks per stack ("layers")
-    entries: int = 512  # K, of the codebook
-    dim: int = 64  # D, numbers per entry
+    stride: int  # image pixels per code along each side, a power of two, 2 or more
+    channels: int = 128  # width of the encoder and decoder ("hidden units"), 1 or more
+    residual_channels: int = 64  # width inside a residual block ("residual units"), 1 or more
+    residual_blocks: int = 2  # blocks per stack ("layers"), 0 or more
+    entries: int = 512  # K, entries of the codebook, 2 to 65536
+    dim: int = 64  # D, numbers per entry, 1 or more
 
     def __post_init__(self) -> None:
-        if self.stride < 2 or self.stride & (self.stride - 1):
-            raise ValueError(
-                f"stride is {self.stride}; use a power of two, 2 or more, since a level halves the image some times"
-            )
-        for name in ("channels", "residual_channels", "dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
-        if self.residual_blocks < 0:
-            raise ValueError(f"residual_blocks is {self.residual_blocks}; use 0 or more")
-        if self.entries < 2:
-            raise ValueError(f"entries is {self.entries}; use 2 or more, for a code to choose between")
-        if self.entries > 65_536:
-            raise ValueError(f"entries is {self.entries}; codes are stored as 16-bit integers, so use at most 65536")
+        # Each convolution of an encoder halves the sides.
+        power_of_two = self.stride >= 2 and not self.stride & (self.stride - 1)
+        check_field(self, "stride", power_of_two, "a power of two, 2 or more")
+        check_positive(self, "channels", "residual_channels", "dim")
+        check_not_negative(self, "residual_blocks")
+        check_field(self, "entries", 2 <= self.entries <= MAX_ENTRIES, f"2 to {MAX_ENTRIES}")
 
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """How a codebook is learnt, the same for every level."""
+    """Learning rule of the codebooks, the same for every level."""
 
-    mode: Literal["ema", "loss", "none"] = "ema"  # equation 3, equation 2, or continuous latents
-    beta: float = 0.25  # weight of the commitment loss
-    decay: float = 0.99  # of the moving averages of counts and sums (gamma)
-    epsilon: float = 1e-5  # Laplace smoothing of the counts (epsilon)
-    revive_every: int = 50  # steps between revivals of dead entries; 0 never revives
-    revive_below: float = 0.05  # an entry is dead when chosen less often than this share of an even split
+    # "ema" learns by moving averages (equation 3), "loss" by gradients (equation 2), "none" does not quantize
+    mode: Literal["ema", "loss", "none"] = "ema"
+    beta: float = 0.25  # weight of the commitment loss, 0 or more
+    decay: float = 0.99  # decay per step of the moving averages of counts and sums (gamma), 0 up to 1
+    epsilon: float = 1e-5  # Laplace smoothing of the counts, above 0
+    revive_every: int = 50  # steps between revivals of dead entries, 0 or more; 0 never revives
+    # an entry is dead if it is chosen less often than this fraction of an even split; 0 up to 1
+    revive_below: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; use one of {', '.join(MODES)}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; use 0 (one Lloyd step) up to, but not, 1")
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta is {self.beta}; use 0 or more (the paper: 0.25)")
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon is {self.epsilon}; use a small positive number (the default: 1e-5)")
-        if self.revive_every < 0 or not 0 <= self.revive_below < 1:
-            raise ValueError(
-                f"revive_every is {self.revive_every} and revive_below {self.revive_below}; "
-                "use 0 or more steps and a share from 0 up to 1"
-            )
+        check_field(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
+        # With decay 0 a step is one Lloyd step of k-means.
+        check_field(self, "decay", 0 <= self.decay < 1, "0 or more and below 1")
+        check_field(self, "beta", 0 <= self.beta < math.inf, "0 or more")
+        check_field(self, "epsilon", 0 < self.epsilon < math.inf, "a small number above 0, such as 1e-5")
+        check_not_negative(self, "revive_every")
+        check_field(self, "revive_below", 0 <= self.revive_below < 1, "0 or more and below 1")
 
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    """A hierarchical VQ-VAE: its levels, coarse to fine, and how their codebooks learn."""
+    """Levels of a hierarchical VQ-VAE, coarse to fine, and the learning rule of their codebooks."""
 
     levels: Mapping[str, LevelConfig]
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    level_dropout: float = 0.0  # share of training images decoded from a coarse prefix of levels; not in the paper
+    # fraction of training images that are decoded from a coarse prefix of levels, 0 up to 1; not in the paper
+    level_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.level_dropout < 1:
-            raise ValueError(f"level_dropout is {self.level_dropout}; use 0 (the paper) up to, but not, 1")
+        check_field(self, "level_dropout", 0 <= self.level_dropout < 1, "0 or more and below 1")
         if not self.levels:
-            raise ValueError("levels is empty; name at least one, such as top: {stride: 8}")
+            raise ValueError("levels must be one or more, got none; add a level, such as top: {stride: 8}")
         for name in self.levels:
-            # It becomes a folder, a column, a part of the names of weights and of metrics.
+            # The name becomes a folder, a column, and part of the names of weights and metrics.
             if not re.fullmatch("[a-z][a-z0-9_]*", name):
                 raise ValueError(
-                    f"a level is named {name!r}; use lower-case letters, digits and _, a letter first, such as top"
+                    "levels must be named in lower-case letters, digits and _, with a letter first, "
+                    f"got {name!r}; rename the level, for example to top"
                 )
-            if name in OURS or name in OF_TORCH:
-                raise ValueError(f"a level is named {name!r}, which has a meaning already; use another name")
         strides = [level.stride for level in self.levels.values()]
         if sorted(set(strides), reverse=True) != strides:
-            named = ", ".join(f"{name} {level.stride}" for name, level in self.levels.items())
-            raise ValueError(f"the strides of levels are {named}; list levels coarse to fine, each stride smaller")
+            listed = ", ".join(f"{name} {level.stride}" for name, level in self.levels.items())
+            raise ValueError(
+                f"levels must be ordered coarse to fine, each stride below the one before, got strides {listed}; "
+                "reorder the levels or change their strides"
+            )
 
     def grids(self, image_size: int) -> dict[str, int]:
-        """Codes along each side, per level, of a square image."""
-        coarsest = next(iter(self.levels.values())).stride
-        if image_size < coarsest:
+        """Return the codes along each side, per level, of a square image.
+
+        Raises ValueError if the coarsest level's stride does not divide the size.
+        """
+        stride = next(iter(self.levels.values())).stride
+        if image_size < stride or image_size % stride:
+            below = max(image_size, 0) // stride * stride
             raise ValueError(
-                f"image_size is {image_size}; use the coarsest level's stride {coarsest}, or a multiple of it"
-            )
-        if image_size % coarsest:
-            raise ValueError(
-                f"image_size is {image_size}, which the coarsest level's stride {coarsest} does not divide; "
-                f"use {image_size // coarsest * coarsest} or {(image_size // coarsest + 1) * coarsest}"
+                f"image_size must be a multiple of {stride}, which is the coarsest level's stride, got {image_size}; "
+                f"use {f'{below} or ' if below else ''}{below + stride}"
             )
         return {name: image_size // level.stride for name, level in self.levels.items()}
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """An autoregressive network over one level's codes, given the coarser ones and the label."""
+    """Autoregressive network over one level's codes, conditioned on the coarser codes and the label."""
 
-    name: Literal["pixelsnail", "pixelcnn"]  # the file in models/priors/
-    channels: int = 512  # "hidden units"
-    residual_channels: int = 2048  # "residual units"
-    layers: int = 20  # gated residual blocks
-    attention_layers: int = 4  # spread evenly: after every layers / attention_layers blocks
-    attention_heads: int = 8
-    kernel_size: int = 5  # side of the causal convolutions' filter
-    dropout: float = 0.1
-    output_layers: int = 20  # residual 1x1 blocks on top
-    condition_layers: int = 20  # residual blocks over the coarser codes
+    name: Literal["pixelsnail", "pixelcnn"]  # its file in models/priors/
+    channels: int = 512  # "hidden units", 1 or more
+    residual_channels: int = 2048  # "residual units", 1 or more
+    layers: int = 20  # gated residual blocks, 1 or more
+    attention_layers: int = 4  # attention blocks, 0 or more: one after every layers / attention_layers blocks
+    attention_heads: int = 8  # heads per attention block, 1 or more
+    kernel_size: int = 5  # side of the causal convolutions' filter, odd, 3 or more
+    dropout: float = 0.1  # probability, 0 up to 1
+    output_layers: int = 20  # gated 1x1 blocks before the logits, 0 or more
+    condition_layers: int = 20  # residual blocks over the coarser codes, 0 or more
 
     def __post_init__(self) -> None:
-        for name in ("channels", "residual_channels", "layers", "attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
-        for name in ("attention_layers", "output_layers", "condition_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
-        if self.attention_layers and self.layers % self.attention_layers:
-            raise ValueError(
-                f"layers is {self.layers}, which attention_layers {self.attention_layers} does not divide; "
-                f"use a multiple of {self.attention_layers}, as attention follows blocks evenly, or attention_layers 0"
+        check_positive(self, "channels", "residual_channels", "layers", "attention_heads")
+        check_not_negative(self, "attention_layers", "output_layers", "condition_layers")
+        if self.attention_layers:
+            check_field(
+                self,
+                "layers",
+                self.layers % self.attention_layers == 0,
+                f"a multiple of attention_layers, which is {self.attention_layers}",
+                f"set layers to a multiple of {self.attention_layers}, or attention_layers to 0",
             )
-        if self.attention_layers and self.channels % self.attention_heads:
-            raise ValueError(
-                f"channels is {self.channels}, which attention_heads {self.attention_heads} does not divide; use a multiple of {self.attention_heads}"
+            check_field(
+                self,
+                "channels",
+                self.channels % self.attention_heads == 0,
+                f"a multiple of attention_heads, which is {self.attention_heads}",
             )
-        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; use an odd side of 3 or more (the paper: 5)")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; use 0 up to, but not, 1")
+        check_field(self, "kernel_size", self.kernel_size >= 3 and self.kernel_size % 2 == 1, "odd and 3 or more")
+        check_field(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")

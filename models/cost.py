@@ -1,4 +1,4 @@
-"""What a network costs before it runs: parameters and floating-point operations.
+"""Cost of a network: number of parameters and floating-point operations.
 
 Both are exact on the meta device, where nothing is allocated or computed:
 
@@ -17,16 +17,19 @@ from models.quantizer import Quantizer
 
 
 def parameters(module: nn.Module) -> int:
-    """Count the numbers a module learns, codebooks included whichever way they learn."""
-    learnt = {id(each): each.numel() for each in module.parameters()}
-    for part in module.modules():
-        if isinstance(part, Quantizer) and part.config.mode != "none":
-            learnt[id(part.codebook)] = part.codebook.numel()
-    return sum(learnt.values())
+    """Count the numbers that a module learns, including codebooks that are buffers."""
+    sizes = {id(parameter): parameter.numel() for parameter in module.parameters()}
+    for submodule in module.modules():
+        if isinstance(submodule, Quantizer) and submodule.config.mode != "none":
+            sizes[id(submodule.codebook)] = submodule.codebook.numel()
+    return sum(sizes.values())
 
 
 def forward_flops(call: Callable[[], object]) -> int:
-    """Count the operations of a call's matrix products, convolutions and attention; training takes thrice these."""
+    """Count the operations of a call's matrix products, convolutions and attention.
+
+    A training step takes three times as many as the forward pass.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()

@@ -1,10 +1,10 @@
-"""What a person starts: command line, settings, launching. `typer pipeline run` finds the program as `app`."""
+"""Command line, settings and runs of the pipeline. `typer pipeline run` looks up the program as `app`."""
 
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Typer executes this file outside of sys.modules, so nothing may be defined here; and `import pipeline` is cheap.
+    # Typer executes this file outside of sys.modules, so it must define nothing. `import pipeline` stays fast.
     if name == "app":
         from pipeline.cli import app
 

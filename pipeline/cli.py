@@ -1,14 +1,11 @@
-"""The command line. Nothing heavy is imported before a command runs.
+"""Command line. Libraries that are slow to import are imported only by the command that needs them.
 
-vqvae2 run --stage prior_bottom            the console script
-typer pipeline run --stage prior_bottom    the same by Typer's own program, whose `run` takes this module's `app`
+vqvae2 run --stage prior_bottom            console script
+typer pipeline run --stage prior_bottom    the same through Typer's program, which runs the `app` of this module
 """
 
-import dataclasses
 import difflib
 import importlib.metadata
-import os
-import select
 import signal
 import sys
 from collections.abc import Callable
@@ -19,62 +16,69 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline import process
-from stages.errors import UserError
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting or a choice in conf/; repeatable."),
+    typer.Option(
+        "--set", "-S", metavar="KEY=VALUE", help="Override a setting, or choose a file of a group in conf/. Repeatable."
+    ),
 ]
-Temperature = Annotated[float | None, typer.Option(min=0.01, help="Below 1: likelier codes, less variety.")]
-TopK = Annotated[int | None, typer.Option(min=0, help="Of the entries; 0 keeps all.")]
-TopP = Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Of the probability; 1 keeps all.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.01, help="Divide the logits by this. Below 1, samples vary less.")
+]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from the k likeliest entries; 0 keeps all.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1.0, help="Sample from the likeliest entries with this total probability; 1 keeps all."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class _Commands(TyperGroup):
-    """Commands, `run` first. A word that is none may have been meant as a stage, or as a setting."""
+    """Command group that lists `run` first and suggests options for an unknown command: a stage, or a setting."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: name != "run")
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        word = args[0]
-        meant = self.invoke_without_command and not difflib.get_close_matches(word, self.commands)
-        if meant and not word.startswith("-"):
-            ctx.fail(f"{word} is no command. Did you mean: {suggestion(word)}")
+        name = args[0]
+        is_misspelt = bool(difflib.get_close_matches(name, self.commands))
+        if self.invoke_without_command and not is_misspelt and not name.startswith("-"):
+            ctx.fail(f"{name} is not a valid command. Did you mean: {suggestion(name)}")
         return super().resolve_command(ctx, args)
 
 
 class _Run(_Commands):
-    """`vqvae2 run`: the other commands stand beside it, not below."""
+    """`vqvae2 run` without subcommands; under Typer's program, `run` holds all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return []
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        word = args[0]
-        hints = [f"vqvae2 {word}"] if word in self.commands else []
-        if not hints or word == "sample":  # which is a command and a stage
-            hints.append(suggestion(word))
-        return ctx.fail(f"run takes options alone, not {word}. Did you mean: {', or '.join(hints)}")
+        name = args[0]
+        suggestions = [f"vqvae2 {name}"] if name in self.commands else []
+        if not suggestions or name == "sample":  # both a command and a stage
+            suggestions.append(suggestion(name))
+        return ctx.fail(f"run accepts options only, got {name}. Did you mean: {', or '.join(suggestions)}")
 
 
-def suggestion(word: str) -> str:
-    return f"vqvae2 run {'-S' if '=' in word else '--stage'} {word}"
+def suggestion(argument: str) -> str:
+    """Suggest the command for an argument that is a setting or a stage."""
+    return f"vqvae2 run {'-S' if '=' in argument else '--stage'} {argument}"
 
 
 app = typer.Typer(cls=_Commands, invoke_without_command=True, rich_markup_mode=None)
 program = typer.Typer(
     cls=_Commands,
     name="vqvae2",
-    help="VQ-VAE-2 from a folder of images to samples: tracked, cached, resumable.",
+    help="Train VQ-VAE-2 on a folder of images and sample from it: tracked, cached, resumable.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"vqvae2 {importlib.metadata.version('vqvae2')}")
         raise typer.Exit
 
@@ -94,19 +98,26 @@ def run(
     stages: Annotated[
         list[str] | None,
         typer.Option(
-            "--stage", "-s", metavar="STAGE", help="This stage and what it needs, such as prior_top; repeatable."
+            "--stage",
+            "-s",
+            metavar="STAGE",
+            help="Run this stage and its dependencies, such as prior_top. Repeatable.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Run what is up to date, too, from the start.")] = False,
-    only: Annotated[bool, typer.Option("--only", help="Run the stage alone, on the inputs in place.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would run, and why.")] = False,
-    pull: Annotated[bool, typer.Option("--pull", help="Fetch what the DVC remote has instead of running it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Also run stages that are up to date, from the start.")
+    ] = False,
+    only: Annotated[bool, typer.Option("--only", help="Run the stage without its dependencies.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Print what would run, and why.")] = False,
+    pull: Annotated[
+        bool, typer.Option("--pull", help="Fetch results from the DVC remote instead of computing them.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Run what changed, and restore the rest from cache.
+    """Run out-of-date stages; restore the others from cache.
 
-    Run the same command again after an interruption and it resumes. What -S says is kept in params.yaml until the
-    next -S, which starts from conf/ anew: name what is to stay, too.
+    After an interruption, run the same command again to resume. Each run with -S recomposes params.yaml from conf/ and
+    the overrides given now: repeat the overrides of earlier runs to keep them.
 
     Example:  vqvae2 run -S experiment=smoke
 
@@ -126,7 +137,7 @@ def run(
 
 @app.command()
 def status(as_json: AsJson = False) -> None:
-    """Show which stages are up to date, and why others are not.
+    """Show the state of each stage, and why it is out of date.
 
     Example:  vqvae2 status --json
     """
@@ -137,50 +148,43 @@ def status(as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine and this folder.
+    """Check this machine and this project.
 
-    Packages, processors, memory, disk, settings, images and servers, with a fix for what is not as it should be.
+    Checks packages, processors, memory, disk, settings, images and servers, and prints a fix for each problem.
 
     Example:  vqvae2 doctor
     """
+    from pipeline.commands import doctor
 
-    def examine() -> int:
-        from pipeline import preflight
-
-        findings = preflight.examine()
-        if as_json:
-            print(preflight.as_json(findings))
-        else:
-            for found in findings:
-                print(f"{found.state:<8} {found.name:<14} {found.text}")
-                if found.fix:
-                    print(f"{'':<23} fix: {found.fix}")
-        return 3 if any(found.state == "error" for found in findings) else 0
-
-    _guarded(examine, anywhere=True)
+    _guarded(lambda: doctor.show(as_json=as_json), anywhere=True)
 
 
 @app.command("config")
 def compose(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As -S of run.")] = None,
-    more: Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="The same.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as -S of run.")
+    ] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="The same as an option. Repeatable.")
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write params.yaml instead of printing it.")] = False,
 ) -> None:
-    """Compose conf/ into params.yaml, checked. Without a setting, --write goes back to what conf/ says.
+    """Compose conf/ and overrides into params.yaml.
+
+    Validates and prints the result. --write without overrides resets params.yaml to conf/.
 
     Example:  vqvae2 config experiment=clothing64 vqvae.quantizer.beta=0.5 --write
     """
+    from pipeline.commands import config
 
-    from pipeline.commands.run import config
-
-    _guarded(lambda: config([*(overrides or ()), *(more or ())], write=write))
+    _guarded(lambda: config.run([*(overrides or ()), *(more or ())], write=write))
 
 
 @app.command()
 def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count what a run will cost, before it starts.
+    """Estimate the cost of a run before it starts.
 
-    Parameters, arithmetic and bytes, without computing anything.
+    Counts the parameters, FLOPs and checkpoint bytes of each network without computing anything.
 
     Example:  vqvae2 plan -S experiment=imagenet256
     """
@@ -191,72 +195,57 @@ def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Argument(help="A folder for the images.")],
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images.")] = 16,
+    out: Annotated[Path, typer.Argument(help="Write the images to this folder.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 16,
     classes: Annotated[
-        list[str] | None, typer.Option("--class", "-c", help="A class, drawn in turn; repeatable.")
+        list[str] | None,
+        typer.Option("--class", "-c", help="Draw images of this class, or of several in turn. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Equal seeds draw equal images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
 ) -> None:
     """Draw images from the trained priors.
 
-    What is not said of temperature, top-k and top-p is as in params.yaml, under sample.
+    Temperature, top-k and top-p default to the section `sample` of params.yaml.
 
     Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
     """
 
     def draw() -> int:
-        from pipeline import params
+        from pipeline.commands import sample
 
-        said: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings = params.load().sample
-        try:
-            config = dataclasses.replace(
-                settings,
-                count=count,
-                classes=tuple(classes or ()),
-                **{name: value for name, value in said.items() if value is not None},
-            )
-        except ValueError as error:
-            what, fix = params.split(str(error))
-            raise UserError(what, where="--temperature, --top-k, --top-p", fix=fix, code=2) from None
-        from pipeline.commands import inference
-
-        inference.sample(out, config, seed=seed)
-        print(out)
-        return 0
+        return sample.run(out, count, classes or (), seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
     _guarded(draw)
 
 
 @app.command()
 def reconstruct(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the reconstructions.")] = Path("reconstructed"),
+    images: Annotated[list[Path], typer.Argument(help="Image files to reconstruct.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the reconstructions to this folder.")] = Path(
+        "reconstructed"
+    ),
 ) -> None:
-    """Encode and decode your own images, level by level.
+    """Encode and decode your own images.
 
-    Each image is decoded from every prefix of levels, coarse to fine, and shown beside itself.
+    Decodes each image from every prefix of levels, coarse to fine, and writes it next to its reconstructions.
 
     Example:  vqvae2 reconstruct cat.png dog.jpg --out reconstructed
     """
 
-    def encode() -> int:
-        from pipeline.commands import inference
+    def reconstruct_all() -> int:
+        from pipeline.commands import reconstruct
 
-        print("\n".join(inference.reconstruct(images, out)))
-        print(out)
-        return 0
+        return reconstruct.run(images, out)
 
-    _guarded(encode)
+    _guarded(reconstruct_all)
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone.")] = 5000) -> None:
-    """Open MLflow's pages over the runs of this project.
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000) -> None:
+    """Start the web interface of MLflow for this project.
 
     Example:  vqvae2 ui --port 5001
     """
@@ -267,43 +256,60 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine
 
 @app.command("sync-metrics")
 def sync_metrics() -> None:
-    """Send MLflow what it missed while it did not answer.
+    """Upload metrics that the MLflow server has missed.
 
     Example:  vqvae2 sync-metrics
     """
 
-    def send() -> int:
-        from stages.tracking import tracker
+    def sync() -> int:
+        from pipeline.commands import sync_metrics
 
-        sent = tracker.sync()
-        print(
-            f"{sent.points} points sent, {sent.missing} missing; {sent.runs} runs whole, {sent.running} still running"
-        )
-        if sent.trouble:
-            raise UserError(
-                f"MLflow did not take all: {sent.trouble}.",
-                where="runs/",
-                fix="Mend what it names, then run: vqvae2 sync-metrics. It sends what is still missing.",
-            )
-        return 1 if sent.missing else 0
+        return sync_metrics.run()
 
-    _guarded(send)
+    _guarded(sync)
 
 
 @app.command("stage")
 def run_stage(
-    name: Annotated[str, typer.Argument(help="A file in stages/, such as prior.")],
-    level: Annotated[str, typer.Argument(help="The level, for a stage that runs once per level.")] = "",
+    name: Annotated[str, typer.Argument(help="File name in stages/, such as prior.")],
+    level: Annotated[str, typer.Argument(help="Level, for a stage that runs once per level.")] = "",
 ) -> None:
-    """Run one stage here, on the inputs in place.
-
-    This is what dvc.yaml calls.
+    """Run one stage on the inputs in artifacts/. dvc.yaml calls this command.
 
     Example:  vqvae2 stage prior top
     """
     from pipeline.stage_runner import run_stage
 
     raise typer.Exit(run_stage(name, level))
+
+
+@app.command()
+def versions(
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the file that DVC watches; dvc.yaml calls this.")
+    ] = False,
+    compare: Annotated[
+        str, typer.Option(metavar="REVISION", help="List the smoke pipeline's files that differ from a Git revision's.")
+    ] = "",
+    new: Annotated[
+        list[str] | None, typer.Option(metavar="STAGE", help="Record a new version of a stage; repeatable.")
+    ] = None,
+    same_as: Annotated[
+        str, typer.Option(metavar="REVISION", help="Record the other changed stages as computing the same; proves it.")
+    ] = "",
+    reason: Annotated[str, typer.Option(help="Recorded beside the version.")] = "",
+) -> None:
+    """Show the result version of each stage's code.
+
+    A stage runs again when its version changes. Comments, docstrings, annotations and formatting do not change it.
+
+    Example:  vqvae2 versions
+
+    Example:  vqvae2 versions --new vqvae --same-as HEAD --reason "EMA in float64"
+    """
+    from pipeline.commands import versions
+
+    _guarded(lambda: versions.run(write=write, compare=compare, new=new or (), same_as=same_as, reason=reason))
 
 
 def main() -> None:
@@ -315,9 +321,9 @@ def main() -> None:
 
 
 def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
-    """Call, show the user's mistake as a letter and anything else as one line, and exit.
+    """Run an action, print its error if it fails, and exit with its status.
 
-    Outside of a project's folder nothing is called, and nothing written, unless the action serves `anywhere`.
+    Outside of a project's folder the action is not run, unless it may run `anywhere`.
     """
     try:
         if not anywhere:
@@ -325,20 +331,11 @@ def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
         code = action()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code = 130
+        code = 128 + signal.SIGINT
     except Exception as error:
         from pipeline.error_report import report
         from pipeline.stage_runner import RUNS
 
-        code = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) and _unread() else report(error, RUNS)
+        is_closed = isinstance(error, BrokenPipeError) and process.discard_output_if_closed()
+        code = 128 + signal.SIGPIPE if is_closed else report(error, RUNS)
     raise typer.Exit(code)
-
-
-def _unread() -> bool:
-    """Say whether nobody reads what is printed any more, as behind `| head`; if so, print no more."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in poll.poll(0))
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone

@@ -1,4 +1,4 @@
-"""DVC, called as a program: what is out of date and why, and bringing it up to date. The one file that knows DVC."""
+"""DVC, called as a program: why stages are out of date, and bringing them up to date. The only module that runs DVC."""
 
 import json
 import os
@@ -15,152 +15,178 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import dvc_yaml, params
+from pipeline import dvc_yaml, params, result_versions
+from pipeline.ownership import BUSY, RETRY_LATER
 from pipeline.process import die_with_parent, handle_signals
 from stages.errors import UserError
+from stages.formats.flatten import flatten
 
 LOCK = Path("dvc.lock")
-PATIENCE_SECONDS = 30.0  # for a stage asked to stop, before it is told to
-NEVER = "it has not run yet"
-BUSY = "Another vqvae2 or dvc is at work here"
+STOP_TIMEOUT_S = 30.0  # between SIGINT, SIGTERM and SIGKILL to a stage; a stage itself stops within 18 s
+NEVER_RUN = "it has not run yet"
 COMMAND = [sys.executable, "-m", "dvc"]
 
-# What DVC cannot work without, by its own words.
-REMEDIES = {
-    "dvc.lock' ": f"Restore the file: git checkout {LOCK}. Or delete it: what has run is restored from cache.",
+# Fixes of DVC's fatal errors, by a part of their text.
+FIXES = {
+    "dvc.lock' ": f"Restore the file: git checkout {LOCK}. Or delete it: finished results are restored from cache.",
     "not a git repository": "Run: git init",
     "not inside of a DVC repository": "Run: dvc init",
 }
-# What DVC says of a stage, and what it means.
-WORDS = {"deleted": "is not here", "not in cache": "is not in the cache"}  # it may never have been
-RUNNING = re.compile(r"Running stage '(.+)':")
-KEPT = re.compile(r"Stage '(.+)' didn't change, skipping")
-RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs")
-NOISE = re.compile(
-    r"$|> exec vqvae2 stage |(Generating|Updating) lock file|To (track the changes|enable auto staging)|\s*git add |"
-    r"\s*dvc config core.autostage|Use `dvc push`|Data and pipelines are up to date|'.+\.dvc' didn't change"
+# States of a path in `dvc status`, reworded: DVC says "deleted" of a path that may never have existed.
+PATH_STATES = {"deleted": "does not exist", "not in cache": "is not in the cache"}
+# Lines that `dvc repro` prints.
+RUNNING_LINE = re.compile(r"Running stage '(.+)':")
+UNCHANGED_LINE = re.compile(r"Stage '(.+)' didn't change, skipping")
+RESTORED_LINE = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs")
+HIDDEN_LINES = re.compile(
+    "|".join(
+        (
+            "$",
+            "> exec vqvae2 (stage|versions) ",
+            f"Running stage '{dvc_yaml.VERSIONS_STAGE}'",
+            "(Generating|Updating) lock file",
+            "To (track the changes|enable auto staging)",
+            r"\s*git add ",
+            r"\s*dvc config core.autostage",
+            "Use `dvc push`",
+            "Data and pipelines are up to date",
+            r"'.+\.dvc' didn't change",
+        )
+    )
 )
 
 
 @dataclass
 class Outcome:
-    """What became of each stage, by its name in DVC."""
+    """Result of `dvc repro`: its exit status, and the stages by what happened to them, under their names in DVC."""
 
-    status: int = 0  # of DVC
+    status: int = 0
     ran: list[str] = field(default_factory=list)
-    restored: list[str] = field(default_factory=list)  # from DVC's cache of runs
-    kept: list[str] = field(default_factory=list)
-    stopped: int = 0  # the signal that ended it
+    restored: list[str] = field(default_factory=list)  # from DVC's run cache
+    unchanged: list[str] = field(default_factory=list)
+    stop_signal: int = 0  # the first signal that ended it; 0 for none
 
 
-def reasons(
+def out_of_date_reasons(
     stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str] = (), *, only: bool = False
 ) -> dict[str, list[str]]:
-    """Say for each stage that is out of date why, in the order of dvc.yaml; stages up to date are left out.
+    """Return the reasons of each stage that is out of date, in the order of dvc.yaml.
 
-    With targets: they and what they need; with `only`: they.
+    With targets, only they and their dependencies are listed; with `only`, only the targets. Raises UserError if DVC
+    cannot compute its status.
     """
-    direct = _status()
-    considered = set(targets) if only else needed(stages, targets) if targets else set(stages)
-    lock = _lock()
-    now = params.read()
-    found: dict[str, list[str]] = {}
+    status = _status()
+    considered = set(targets) if only else with_dependencies(stages, targets) if targets else set(stages)
+    lock = _read_lock()
+    settings = params.read()
+    reasons: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        before = [stages[one] for one in found if _feeds(stages[one], stage)]
-        why = list(_direct(direct.get(name, []), name, lock, now, before))
-        if before and name in lock:
-            *others, last = (one.cli_name for one in before)
-            why.append(f"{', '.join(others)} and {last} run before it" if others else f"{last} runs before it")
-        if (why or before) and name in considered:
-            found[name] = why or [NEVER]
-    return found
+        earlier = [stages[other] for other in reasons if _depends_on(stage, stages[other])]
+        own_reasons = list(_own_reasons(status.get(name, []), name, lock, settings, earlier))
+        if earlier and name in lock:
+            *names, last = (other.cli_name for other in earlier)
+            own_reasons.append(f"{', '.join(names)} and {last} run before it" if names else f"{last} runs before it")
+        if (own_reasons or earlier) and name in considered:
+            reasons[name] = own_reasons or [NEVER_RUN]
+    return reasons
 
 
-def needed(stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str]) -> set[str]:
-    """Name the targets and every stage they need."""
-    found = set(targets)
+def with_dependencies(stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str]) -> set[str]:
+    """Return the targets and all stages that they depend on."""
+    names = set(targets)
     while True:
-        more = {name for name, stage in stages.items() if any(_feeds(stage, stages[one]) for one in found)}
-        if more <= found:
-            return found
-        found |= more
+        dependencies = {
+            name for name, stage in stages.items() if any(_depends_on(stages[other], stage) for other in names)
+        }
+        if dependencies <= names:
+            return names
+        names |= dependencies
 
 
-def uncached(names: Sequence[str]) -> list[str]:
-    """Pick the stages of which DVC's cache lacks what they have made.
+def missing_from_cache(names: Sequence[str]) -> list[str]:
+    """Return the stages whose outputs are not in DVC's cache.
 
-    Where the disk of the cache is full, DVC says so, notes the result down, and may end with status 0. What was made is
-    then in one place alone, from which DVC removes it before it runs the stage again.
+    If the disk of the cache is full, DVC prints an error, records the result in dvc.lock, and may end with status 0.
+    The only copy is then in artifacts/, which DVC deletes before the stage runs again.
     """
     if not names:
         return []
-    changes = _status("--no-updates", *names)
+    status = _status("--no-updates", *names)
 
-    def lacks(change: Any) -> bool:
+    def is_missing(change: Any) -> bool:
         return isinstance(change, dict) and "not in cache" in change.get("changed outs", {}).values()
 
-    return [name for name in names if any(map(lacks, changes.get(name, [])))]
+    return [name for name in names if any(map(is_missing, status.get(name, [])))]
 
 
-def reproduce(
+def cache_folder() -> Path:
+    """Return the folder of DVC's cache."""
+    result = subprocess.run([*COMMAND, "cache", "dir"], capture_output=True, text=True, check=True)
+    return Path(result.stdout.strip())
+
+
+def run_repro(
     targets: Sequence[str],
     *,
     stages: Mapping[str, dvc_yaml.Stage],
-    why: Mapping[str, Sequence[str]],
+    reasons: Mapping[str, Sequence[str]],
     environment: Mapping[str, str],
     force: bool = False,
     only: bool = False,
     pull: bool = False,
 ) -> Outcome:
-    """Bring stages up to date by `dvc repro`, telling of each; SIGTERM and SIGINT end it in good order."""
-    flags = [flag for flag, wanted in (("--force", force), ("--single-item", only), ("--pull", pull)) if wanted]
+    """Run `dvc repro` and print one line per stage. SIGTERM, SIGINT and SIGHUP stop it gracefully."""
+    options = {"--force": force, "--single-item": only, "--pull": pull}
     process = subprocess.Popen(
-        [*COMMAND, "repro", *flags, *targets],
+        [*COMMAND, "repro", *(option for option, enabled in options.items() if enabled), *targets],
         stdout=subprocess.PIPE,
         text=True,
         env={**environment, "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))},
-        process_group=0,  # a terminal's Ctrl-C comes to us alone, and is passed on once
-        preexec_fn=_in_child,
+        process_group=0,  # a terminal sends Ctrl-C to our group only; we forward it once
+        preexec_fn=_prepare_child,
     )
     outcome = Outcome()
-    with handle_signals(_Forwarder(process, outcome).stop):
-        for line in _lines(process):
-            _tell(line, outcome, stages, why)
+    with handle_signals(_SignalForwarder(process, outcome).stop):
+        for line in _read_lines(process):
+            _report_line(line, outcome, stages, reasons)
         outcome.status = process.wait()
     return outcome
 
 
-def _in_child() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a script starts in the background would ignore it for ever
+def _prepare_child() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell script starts background jobs with SIGINT ignored
     die_with_parent(signal.SIGTERM)
 
 
-def _tell(line: str, outcome: Outcome, stages: Mapping[str, dvc_yaml.Stage], why: Mapping[str, Sequence[str]]) -> None:
-    if match := RUNNING.match(line):
+def _report_line(
+    line: str, outcome: Outcome, stages: Mapping[str, dvc_yaml.Stage], reasons: Mapping[str, Sequence[str]]
+) -> None:
+    """Record and print one line of `dvc repro` in terms of the command line."""
+    if HIDDEN_LINES.match(line):
+        return
+    if match := RUNNING_LINE.match(line):
         outcome.ran.append(match[1])
-        because = "; ".join(why.get(match[1], ())) or "asked for"
-        text = f"runs: {because}"
-    elif match := RESTORED.match(line):
+        text = f"runs: {'; '.join(reasons.get(match[1], ())) or 'requested'}"
+    elif match := RESTORED_LINE.match(line):
         outcome.restored.append(match[1])
         text = "restored from cache"
-    elif match := KEPT.match(line):
-        outcome.kept.append(match[1])
+    elif match := UNCHANGED_LINE.match(line):
+        outcome.unchanged.append(match[1])
         text = "unchanged"
     else:
-        if not NOISE.match(line):
-            _say(line)
+        _print(line)
         return
     name = stages[match[1]].cli_name if match[1] in stages else match[1]
-    _say(f"{name:<13} {text}")
+    _print(f"{name:<13} {text}")
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # a terminal that has gone is no reason to stop
+def _print(line: str) -> None:
+    with suppress(OSError):  # the run continues after its terminal has closed
         print(line, flush=True)
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    """Yield what a process prints until it ends, even if something it left behind could still print."""
+def _read_lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """Yield a process's output until it ends. Orphaned children that keep the pipe open are not waited for."""
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
@@ -178,27 +204,27 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
                 return
 
 
-class _Forwarder:
-    """Pass what asks us to end to DVC's process group as SIGINT, wait, and insist.
+class _SignalForwarder:
+    """Signal handler that stops DVC's process group: SIGINT first, SIGTERM and SIGKILL after a timeout each.
 
-    DVC ends in good order on SIGINT only: on SIGTERM it leaves its stage running.
+    DVC stops gracefully on SIGINT only; on SIGTERM it ends and leaves its stage running. A second signal from the user
+    kills the group at once.
     """
 
     def __init__(self, process: subprocess.Popen[str], outcome: Outcome):
         self.process, self.outcome = process, outcome
 
     def stop(self, number: int, frame: object) -> None:
-        first = not self.outcome.stopped
-        self.outcome.stopped = self.outcome.stopped or number
-        if first:
-            self._send(signal.SIGINT)
-            threading.Thread(target=self._insist, daemon=True).start()
-        else:
+        if self.outcome.stop_signal:
             self._send(signal.SIGKILL)
+            return
+        self.outcome.stop_signal = number
+        self._send(signal.SIGINT)
+        threading.Thread(target=self._escalate, daemon=True).start()
 
-    def _insist(self) -> None:
+    def _escalate(self) -> None:
         for next_signal in (signal.SIGTERM, signal.SIGKILL):
-            time.sleep(PATIENCE_SECONDS)
+            time.sleep(STOP_TIMEOUT_S)
             self._send(next_signal)
 
     def _send(self, number: int) -> None:
@@ -207,65 +233,78 @@ class _Forwarder:
 
 
 def _status(*arguments: str) -> dict[str, list[Any]]:
-    done = subprocess.run([*COMMAND, "status", "--json", *arguments], capture_output=True, text=True, check=False)
-    if holders := re.findall(r"\(PID (\d+)\)", done.stderr):
-        raise UserError(
-            f"{BUSY}: PID {', '.join(dict.fromkeys(holders))}.",
-            where=Path.cwd(),
-            fix="Wait for it or stop it, then run the same command again.",
-            code=3,
-        )
-    if done.returncode:
-        raise UserError(
-            f"DVC cannot tell what is out of date: {_complaint(done.stderr)}",
-            where=Path.cwd(),
-            fix=next((fix for sign, fix in REMEDIES.items() if sign in done.stderr), "Mend what it names."),
-        )
-    return dict(json.loads(done.stdout or "{}"))
+    result = subprocess.run([*COMMAND, "status", "--json", *arguments], capture_output=True, text=True, check=False)
+    return parse_status(result)
 
 
-def _complaint(text: str) -> str:
-    """Pick from what DVC prints the sentence that says what is wrong; lines of a file it quotes are indented."""
+def parse_status(result: subprocess.CompletedProcess[str]) -> dict[str, list[Any]]:
+    """Parse the output of `dvc status --json`: changes by stage.
+
+    Raises UserError if another process holds DVC's lock, or if DVC failed.
+    """
+    if holders := re.findall(r"\(PID (\d+)\)", result.stderr):
+        raise UserError(f"{BUSY}: PID {', '.join(dict.fromkeys(holders))}.", where=Path.cwd(), fix=RETRY_LATER, code=3)
+    if result.returncode:
+        raise UserError(
+            f"DVC cannot compute its status: {_error_message(result.stderr)}",
+            where=Path.cwd(),
+            fix=next((fix for text, fix in FIXES.items() if text in result.stderr), "Fix what the message names."),
+        )
+    return dict(json.loads(result.stdout or "{}"))
+
+
+def _error_message(text: str) -> str:
+    """Extract the last error from DVC's output. Lines quoted from a file are indented."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(" ")]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return errors[-1] if errors else " ".join(lines[:2]) or "it says nothing"
+    return errors[-1] if errors else " ".join(lines[:2]) or "it printed no message"
 
 
-def _lock() -> dict[str, Any]:
+def _read_lock() -> dict[str, Any]:
     return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
 
 
-def _direct(
-    changes: Sequence[Any], name: str, lock: Mapping[str, Any], now: Mapping[str, Any], before: Sequence[dvc_yaml.Stage]
+def _own_reasons(
+    changes: Sequence[Any],
+    name: str,
+    lock: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    earlier: Sequence[dvc_yaml.Stage],
 ) -> Iterator[str]:
-    """Word DVC's findings about one stage. What is not here because stages `before` it are to make it, goes unsaid."""
+    """Describe DVC's changes of one stage. A missing input that an `earlier` stage will write is not a reason."""
     if name not in lock and changes:
-        yield NEVER
+        yield NEVER_RUN
         return
     for change in changes:
         if change == "changed command":
             yield "its command changed"
             continue
         for kind, paths in change.items() if isinstance(change, dict) else ():
-            for path, what in paths.items():
-                if isinstance(what, dict):
-                    yield from _settings(what, lock[name].get("params", {}).get(path, {}), now)
-                elif kind == "changed outs" or not (what == "deleted" and any(_makes(one, path) for one in before)):
-                    yield f"{path} {WORDS.get(what, f'was {what}')}"
+            for path, state in paths.items():
+                if path == result_versions.FILE.as_posix():
+                    yield "the code that decides its result changed"
+                elif isinstance(state, dict):
+                    yield from _changed_settings(state, lock[name].get("params", {}).get(path, {}), settings)
+                elif kind == "changed outs" or not (
+                    state == "deleted" and any(_writes(stage, path) for stage in earlier)
+                ):
+                    yield f"{path} {PATH_STATES.get(state, f'was {state}')}"
 
 
-def _settings(changed: Mapping[str, str], before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Name the settings that changed, down to the last key, with both values."""
+def _changed_settings(
+    changed: Mapping[str, str], before: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[str]:
+    """Describe changed settings by their full keys, with both values."""
     for key in changed:
-        value: Any = now
+        value: Any = settings
         for step in key.split("."):
             value = value.get(step) if isinstance(value, dict) else None
-        yield from params.changes(params.flat(before.get(key), key), params.flat(value, key))
+        yield from params.changes(flatten(before.get(key), key), flatten(value, key))
 
 
-def _feeds(one: dvc_yaml.Stage, other: dvc_yaml.Stage) -> bool:
-    return any(_makes(one, dep) for dep in other.deps)
+def _depends_on(stage: dvc_yaml.Stage, other: dvc_yaml.Stage) -> bool:
+    return any(_writes(other, dep) for dep in stage.deps)
 
 
-def _makes(stage: dvc_yaml.Stage, path: str) -> bool:
+def _writes(stage: dvc_yaml.Stage, path: str) -> bool:
     return any(out == path or out.startswith(f"{path}/") for out in stage.outs)

@@ -1,4 +1,4 @@
-"""dvc.yaml, read as DVC reads it: which stages there are, what each reads and what it writes."""
+"""Reader of dvc.yaml: the stages of the pipeline with their inputs and outputs, templates resolved as DVC does."""
 
 import re
 from collections.abc import Mapping
@@ -10,15 +10,16 @@ from pipeline import params
 from stages.errors import UserError
 
 FILE = Path("dvc.yaml")
+VERSIONS_STAGE = "result_versions"  # the stage of dvc.yaml that writes what the others depend on in place of their code
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of dvc.yaml, its templates filled in."""
+    """One stage of dvc.yaml, its templates resolved."""
 
-    name: str  # as DVC has it: "prior@top"
-    module: str  # the file in stages/: "prior"
-    level: str  # "top"; "" for a stage that runs once
+    name: str  # in DVC, such as "prior@top"
+    module: str  # file in stages/, such as "prior"
+    level: str  # such as "top"; "" for a stage that runs once
     deps: tuple[str, ...]
     params: tuple[str, ...]
     outs: tuple[str, ...]
@@ -27,66 +28,75 @@ class Stage:
 
     @property
     def cli_name(self) -> str:
-        """The name on the command line: prior_top."""
+        """Name on the command line, such as prior_top."""
         return self.name.replace("@", "_")
 
     @property
-    def code(self) -> tuple[str, ...]:
-        return tuple(path for path in self.deps if path.startswith(("stages/", "models/")))
-
-    @property
     def artifacts(self) -> tuple[str, ...]:
+        """Dependencies that other stages write."""
         return tuple(path for path in self.deps if path.startswith("artifacts/"))
 
 
 def stages(values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
-    """List the stages of dvc.yaml by name, for these contents of params.yaml."""
-    found = {}
+    """Return the stages of dvc.yaml by their names in DVC, for given contents of params.yaml.
+
+    Raises UserError if dvc.yaml does not have the form of a DVC pipeline.
+    """
+    stages = {}
     try:
         for name, entry in params.read(file)["stages"].items():
+            if name == VERSIONS_STAGE:
+                continue
             if "foreach" in entry:
-                for key, item in _fill(entry["foreach"], values).items():
+                for key, item in _resolve(entry["foreach"], values).items():
                     stage = _stage(name, key, entry["do"], {**values, "key": key, "item": item})
-                    found[stage.name] = stage
+                    stages[stage.name] = stage
             else:
-                found[name] = _stage(name, "", entry, values)
+                stages[name] = _stage(name, "", entry, values)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"The stages cannot be understood: {error}.",
+            f"{file.name} is not a valid pipeline: {error}.",
             where=file,
-            fix=f"See what is wrong by: dvc stage list. Or restore the file: git checkout {file}",
+            fix=f"Restore the file: git checkout {file}. Or show the error in full: dvc stage list",
             code=2,
         ) from error
-    return found
+    return stages
 
 
-def find(name: str, known: Mapping[str, Stage]) -> Stage:
-    """Find a stage by its name here (prior_top) or in DVC (prior@top)."""
-    for stage in known.values():
+def find(name: str, stages: Mapping[str, Stage]) -> Stage:
+    """Find a stage by its name on the command line (prior_top) or in DVC (prior@top).
+
+    Raises UserError if there is none.
+    """
+    for stage in stages.values():
         if name in (stage.name, stage.cli_name):
             return stage
-    levels = [stage.cli_name for stage in known.values() if stage.level and stage.module == name]
-    options = ", ".join(levels or (stage.cli_name for stage in known.values()))
-    what = f"{name} runs once per level." if levels else f"There is no stage {name}."
+    levels = [stage.cli_name for stage in stages.values() if stage.level and stage.module == name]
+    options = ", ".join(levels or (stage.cli_name for stage in stages.values()))
+    what = f"{name} is not a valid stage{': it runs once per level' if levels else ''}."
     raise UserError(what, where=FILE, fix=f"Use one of: {options}", code=2)
 
 
 def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[str, Any]) -> Stage:
     def paths(field: str) -> tuple[str, ...]:
-        # An entry is a path, or a path with options.
-        return tuple(_fill(next(iter(one)) if isinstance(one, dict) else one, values) for one in entry.get(field, ()))
+        # An item is a path, or a mapping of one path to its options.
+        items = (next(iter(item)) if isinstance(item, dict) else item for item in entry.get(field, ()))
+        return tuple(_resolve(item, values) for item in items)
 
     return Stage(
         f"{module}@{level}" if level else module,
         module,
         level,
-        *(paths(field) for field in ("deps", "params", "outs", "metrics", "plots")),
+        paths("deps"),
+        # A mapping lists keys of another file than params.yaml: the result versions.
+        tuple(_resolve(key, values) for key in entry.get("params", ()) if isinstance(key, str)),
+        *(paths(field) for field in ("outs", "metrics", "plots")),
     )
 
 
-def _fill(text: str, values: Mapping[str, Any]) -> Any:
-    if whole := re.fullmatch(r"\$\{([\w.]+)\}", text):
-        return _look_up(whole[1], values)
+def _resolve(text: str, values: Mapping[str, Any]) -> Any:
+    if template := re.fullmatch(r"\$\{([\w.]+)\}", text):
+        return _look_up(template[1], values)  # of any type: `foreach: ${priors}` is a mapping
     return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_look_up(match[1], values)), text)
 
 

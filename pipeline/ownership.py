@@ -1,4 +1,4 @@
-"""Exclusive locks on folders: one process runs a stage, and one command runs the pipeline."""
+"""Exclusive locks on folders: one process per stage, and one command per project."""
 
 import fcntl
 import os
@@ -11,23 +11,26 @@ from typing import TextIO
 
 from stages.errors import UserError
 
-WAIT = "Wait for it or stop it, then run the same command again."
+BUSY = "Another vqvae2 or dvc process uses this project"
+RETRY_LATER = "Wait until it ends, or stop it. Then run the same command again."
+UNKNOWN_OWNER = "it has just started"  # the lock is held and its owner has not written its name yet
+ATTEMPTS, ATTEMPT_INTERVAL_S = 5, 0.1
 
 
 @contextmanager
-def exclusive_lock(folder: Path, doing: str = "Another process runs this stage") -> Iterator[None]:
-    """Hold a folder for this process alone; refuse within a second while another holds it, for `doing`."""
+def exclusive_lock(folder: Path, refusal: str = "Another process runs this stage") -> Iterator[None]:
+    """Lock a folder for this process.
+
+    Raises UserError with `refusal` and the owner as the headline if another process holds the lock for half a second.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+", encoding="utf-8") as file:
         try:
-            _lock(file)  # the kernel lets go of it however the process ends
+            _lock(file)  # the kernel releases it however the process ends
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{doing}: {file.read().strip() or 'it has just started'}.",
-                where=folder / "lock",
-                fix=WAIT,
-                code=3,
+                f"{refusal}: {file.read().strip() or UNKNOWN_OWNER}.", where=folder / "lock", fix=RETRY_LATER, code=3
             ) from None
         file.truncate(0)
         file.write(f"PID {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -35,22 +38,35 @@ def exclusive_lock(folder: Path, doing: str = "Another process runs this stage")
         yield
 
 
+@contextmanager
+def exclusive_project(runs: Path) -> Iterator[None]:
+    """Lock the project for this command, because stages read params.yaml when they start.
+
+    `runs` is the folder with one folder per stage. Raises UserError if another command or stage is running.
+    """
+    with exclusive_lock(runs, BUSY):
+        for lock in sorted(runs.glob("*/lock")):
+            if holder := owner(lock.parent):  # a stage started by `dvc repro` or `vqvae2 stage`
+                raise UserError(f"{BUSY}: {holder}.", where=lock, fix=RETRY_LATER, code=3)
+        yield
+
+
 def _lock(file: TextIO) -> None:
-    for _ in range(5):  # who only asks for the owner holds it for an instant
+    for _ in range(ATTEMPTS):  # `owner` holds the lock for an instant
         with suppress(BlockingIOError):
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(0.1)
+        time.sleep(ATTEMPT_INTERVAL_S)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def owner(folder: Path) -> str:
-    """Name the process that holds a folder now; "" if none does."""
+    """Return the description of the process that holds a folder's lock; "" if it is free."""
     try:
         with (folder / "lock").open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read().strip() or "it has just started"
+                return file.read().strip() or UNKNOWN_OWNER
     except FileNotFoundError:
         pass
     return ""

@@ -1,7 +1,7 @@
-"""params.yaml, read in one place and checked whole before anything runs.
+"""Reader and validator of params.yaml. All settings are validated before anything runs.
 
-The dataclasses of models/config.py and stages/config.py say what a section may hold. What is wrong is said in the
-words of the file, with the nearest key that exists.
+The dataclasses of models/config.py and stages/config.py declare the settings. An error names the full key, the rule and
+the value, and suggests the nearest valid key for an unknown one.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -19,183 +19,204 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
 
+from pipeline.text import capitalize, format_value, shorten
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.config_schema import adapter
 
 FILE = Path("params.yaml")
-MAX_BYTES = 1_000_000
-MAX_ERRORS = 5
+MAX_BYTES = 1_000_000  # far more than any params.yaml, dvc.yaml or dvc.lock has
+MAX_ERRORS = 5  # in one message
+SAME_SECTION_SIMILARITY = 0.6  # difflib's ratio for a suggestion from the section of the unknown key
+OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error counts
 
 
 class _NoAliases(Composer):
-    """Refuses what stands for another value: a few lines of it can stand for more than any memory holds."""
+    """YAML composer that rejects aliases: nested aliases in a few lines can expand to more than the memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Node | None:
         if self.parser.check_event(AliasEvent):
-            raise ComposerError(problem="aliases are not read", problem_mark=self.parser.peek_event().start_mark)
+            raise ComposerError(problem="aliases are not supported", problem_mark=self.parser.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 
+class Problem(NamedTuple):
+    """One invalid setting."""
+
+    key: str  # full key, such as "cluster.workers"; "" for the settings as a whole
+    headline: str  # the violated rule and the value
+    fix: str
+
+
 def load(path: Path = FILE) -> Params:
-    """Read and check params.yaml."""
+    """Read and validate params.yaml. Raises UserError if it is invalid."""
     return check(read(path), path)
 
 
 def read(path: Path = FILE) -> dict[str, Any]:
-    """Read a YAML mapping as DVC reads it. Duplicate keys and aliases are refused."""
+    """Read a YAML mapping with DVC's parser.
+
+    Raises UserError if the file is missing, too large, not UTF-8 or not a YAML mapping, or if it has duplicate keys or
+    aliases.
+    """
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _NoAliases
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(
-                f"The file holds {path.stat().st_size} bytes.",
+                f"{path.name} must be at most {MAX_BYTES} bytes, got {path.stat().st_size}.",
                 where=path,
-                fix=f"Settings fit in {MAX_BYTES} bytes; is this the right file?",
+                fix=f"Check that this is the right file, or {_restore(path)}",
                 code=2,
             )
         data = yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            "The file is missing.", where=path.absolute(), fix=f"Make the file anew: {_maker(path)}", code=2
+            f"{path.name} does not exist.", where=path.absolute(), fix=capitalize(_restore(path)), code=2
         ) from None
     except UnicodeDecodeError:
-        raise UserError("The file is not UTF-8 text.", where=path, fix="Save it as UTF-8.", code=2) from None
-    except (YAMLError, ValueError, RecursionError) as error:  # the last two: !!int x, and 2,000 brackets
+        raise UserError(f"{path.name} is not UTF-8 text.", where=path, fix="Save it as UTF-8.", code=2) from None
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: !!int x; RecursionError: 2,000 brackets
         mark = getattr(error, "problem_mark", None)
         problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
         raise UserError(
-            f"The file is not valid YAML: {problem}.",
+            f"{path.name} is not valid YAML: {problem}.",
             where=f"{path}, line {mark.line + 1}" if mark else path,
-            fix=f"Mend that line, or make the file anew: {_maker(path)}",
+            fix=f"Fix that line, or {_restore(path)}",
             code=2,
         ) from None
     if not isinstance(data, dict):
-        raise UserError("The file holds no settings.", where=path, fix=f"Make the file anew: {_maker(path)}", code=2)
+        raise UserError(
+            f"{path.name} must be a YAML mapping, got {shorten(format_value(data))}.",
+            where=path,
+            fix=capitalize(_restore(path)),
+            code=2,
+        )
     return data
 
 
-def _maker(path: Path) -> str:
-    return "vqvae2 config --write" if path == FILE else f"git checkout {path}"
+def _restore(path: Path) -> str:
+    if path == FILE:
+        return "regenerate the file: vqvae2 config --write"
+    return f"restore the file: git checkout {path}"
 
 
 def write(text: bytes, path: Path = FILE) -> None:
-    """Put text in the file, whole or not at all."""
-    with artifact.atomic_write(path) as whole:
-        whole.write_bytes(text)
+    """Write a file atomically."""
+    with artifact.atomic_write(path) as temporary:
+        temporary.write_bytes(text)
 
 
 def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
-    """Check settings: their names, their types, each section by itself, and the sections against each other.
+    """Validate keys, types, each section by itself, and the sections against each other.
 
-    `path` is where a mistake is said to be.
+    `path` is the location shown in errors. Raises UserError if a setting is invalid.
     """
     try:
-        # As JSON, so that strict means "no text for a number" and not "no mapping for a dataclass".
+        # Strict validation of Python objects refuses a mapping for a dataclass; strict validation of JSON accepts it.
         text = json.dumps(data, default=str, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:  # a list for a key, a number of 5,000 digits, half a character
+    except (TypeError, ValueError) as error:  # a list as a key, a number of 5,000 digits, an unpaired surrogate
         raise UserError(
-            f"The settings hold what JSON cannot: {error}.",
+            f"The settings must be valid JSON data: {error}.",
             where=path,
-            fix="Use names for keys, and text, numbers and lists for values.",
+            fix="Use names as keys, and text, numbers and lists as values.",
             code=2,
         ) from None
     try:
         params = adapter(Params).validate_json(text, strict=True)
     except ValidationError as error:
-        raise _together([to_user_error(dict(found)) for found in error.errors()[:MAX_ERRORS]], path) from None
-    for what, where, fix in _contradictions(params):
-        raise UserError(what, where=f"{path}: {where}", fix=fix, code=2)
-    # Coarse to fine, whatever the order in the file.
+        raise _to_user_error([_explain(dict(details)) for details in error.errors()[:MAX_ERRORS]], path) from None
+    for problem in _conflicts(params):
+        raise UserError(problem.headline, where=f"{path}: {problem.key}", fix=problem.fix, code=2)
+    # Order priors as the levels, coarse to fine: the order in the file may differ.
     return dataclasses.replace(params, priors={level: params.priors[level] for level in params.vqvae.levels})
 
 
-def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Name every single setting by its full key: vqvae.levels.top.stride."""
-    if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        section = dataclasses.asdict(section)
-    if not isinstance(section, Mapping) or not section:
-        return {prefix: section}
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Name each single setting that two flat mappings have differently, with both values."""
+    """Yield "key old -> new" for each setting that differs between two flat mappings."""
     for key in {**old, **new}:
         if old.get(key) != new.get(key):
-            yield f"{key} {format_value(old.get(key))} -> {format_value(new.get(key))}"
+            before, after = (
+                "(none)" if values.get(key) is None else format_value(values[key]) for values in (old, new)
+            )
+            yield f"{key} {before} -> {after}"
 
 
-def format_value(value: Any) -> str:
-    return "(none)" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _together(letters: Sequence[tuple[str, str, str]], path: Path | str) -> UserError:
-    """Make one letter of all: what is wrong line by line, and then how to mend it, each by its key."""
-    fixes = list(dict.fromkeys(fix for _, _, fix in letters))
+def _to_user_error(problems: Sequence[Problem], path: Path | str) -> UserError:
+    """Combine problems into one error with one headline and one fix per problem."""
+    fixes = list(dict.fromkeys(problem.fix for problem in problems))
     if len(fixes) > 1:
-        fixes = [f"{key}: {fix[:1].lower()}{fix[1:]}" if key else fix for key, _, fix in letters]
-    return UserError("\n".join(what for _, what, _ in letters), where=path, fix="\n       ".join(fixes), code=2)
+        fixes = [
+            fix if not key or re.search(rf"(^|\s){re.escape(key)}\b", fix) else f"{key}: {fix[:1].lower()}{fix[1:]}"
+            for key, _, fix in problems
+        ]
+    headline = "\n".join(problem.headline for problem in problems)
+    return UserError(headline, where=path, fix="\n       ".join(fixes), code=2)
 
 
-def to_user_error(error: dict[str, Any]) -> tuple[str, str, str]:
-    """Turn one finding of pydantic into the key, what is wrong, and the fix."""
+def _explain(error: dict[str, Any]) -> Problem:
+    """Convert one of pydantic's error details."""
     key = ".".join(str(step) for step in error["loc"])
-    given = json.dumps(error.get("input"), default=str, ensure_ascii=False)
-    if len(given) > 60:
-        given = given[:57] + "..."
+    value = shorten(format_value(error.get("input")))
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             near = nearest(key)
-            return key, f"{key} is not a setting.", f"Did you mean {near}?" if near else f"Remove {key}."
+            return Problem(key, f"{key} is not a valid setting.", f"Did you mean {near}?" if near else f"Remove {key}.")
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return key, f"{key} is missing.", "Compose the file anew: vqvae2 config --write"
+            return Problem(key, f"{key} is missing.", "Regenerate the file: vqvae2 config --write")
         case "value_error":
-            what, fix = split(str(error["ctx"]["error"]))
-            fix = fix or "Choose values that go together."
-            if named := re.match(r"(\w+) is ", what):  # a field of this section, not the section as a whole
-                return f"{key}.{named[1]}".lstrip("."), f"{key}.{what}".lstrip("."), fix
-            return key, f"{key}: {what}".removeprefix(": "), fix
+            return explain(error["ctx"]["error"], key)
         case "dataclass_type" | "dict_type":
-            inside = ", ".join(within(key) or within(f"{key}.LEVEL"))
-            return key, f"{key} is {given}; it holds settings of its own.", f"Set what it holds: {inside}"
-        case _:
-            return key, f"{key} is {given}.", f"Use {error['msg'].removeprefix('Input should be ')}."
+            keys = ", ".join(within(key) or within(f"{key}.LEVEL"))
+            return Problem(key, f"{key} must be a mapping of settings, got {value}.", f"Set these instead: {keys}")
+    rule, prefix = error["msg"], "Input should be "
+    if not rule.startswith(prefix):
+        return Problem(key, f"{key} is not valid, got {value}: {rule[:1].lower()}{rule[1:]}.", f"Change {key}.")
+    rule = rule.removeprefix(prefix)
+    return Problem(key, f"{key} must be {rule}, got {value}.", f"Set {key} to {rule}.")
 
 
-def split(sentence: str) -> tuple[str, str]:
-    """Part what a setting's own check says into what is wrong and, behind a semicolon, the fix."""
-    what, _, fix = sentence.partition("; ")
-    return f"{what}.", f"{fix[:1].upper()}{fix[1:]}." if fix else ""
+def explain(error: ValueError, section: str = "") -> Problem:
+    """Convert the ValueError of a settings class, "{field} must be {rule}, got {value}[; {fix}]".
+
+    `section` becomes the prefix of the field. Without a fix the rule becomes one: "Set cluster.workers to 1 or more."
+    """
+    sentence, _, fix = str(error).partition("; ")
+    match = re.match(r"([\w.]+) must be (.+), got ", sentence)
+    fix = f"{capitalize(fix)}." if fix else ""
+    if not match:
+        return Problem(section, f"{capitalize(sentence)}.", fix or "Choose values that are valid together.")
+    key = f"{section}.{match[1]}".lstrip(".")
+    rule = f"a value {match[2]}" if match[2].startswith(("above ", "below ", "at ")) else match[2]
+    return Problem(key, f"{key}{sentence[match.end(1) :]}.", fix or f"Set {key} to {rule}.")
 
 
 def within(key: str) -> list[str]:
-    """Name the settings that a section holds."""
-    parts = [name.rpartition(".") for name in _keys(Params, "")]
-    return [f"{key}.{leaf}".lstrip(".") for parent, _, leaf in parts if parent == _general(key)]
+    """List the full keys of a section's settings."""
+    keys = [name.rpartition(".") for name in _keys(Params, "")]
+    return [f"{key}.{leaf}".lstrip(".") for parent, _, leaf in keys if parent == _generalize(key)]
 
 
 def nearest(key: str) -> str:
-    """Name the setting whose name is closest to an unknown one; "" if none is close."""
+    """Return the valid key most similar to an unknown one; "" if none is similar."""
     parent, _, leaf = key.rpartition(".")
-    # Far from where it was looked for, only a slip of the pen counts.
-    for candidates, alike in ((within(parent), 0.6), (list(_keys(Params, "")), 0.8)):
+    for candidates, similarity in (
+        (within(parent), SAME_SECTION_SIMILARITY),
+        (list(_keys(Params, "")), OTHER_SECTION_SIMILARITY),
+    ):
         by_leaf = {name.rpartition(".")[2]: name for name in reversed(candidates)}
-        if close := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=alike):
+        if close := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=similarity):
             return by_leaf[close[0]]
     return ""
 
 
-def _general(key: str) -> str:
-    """Replace the names of levels, which are the user's own, by LEVEL."""
+def _generalize(key: str) -> str:
+    """Replace the names of levels, which users choose, by LEVEL."""
     steps = key.split(".")
-    for number in range(1, len(steps)):
-        if steps[number - 1] in ("levels", "priors"):
-            steps[number] = "LEVEL"
+    for index in range(1, len(steps)):
+        if steps[index - 1] in ("levels", "priors"):
+            steps[index] = "LEVEL"
     return ".".join(steps)
 
 
@@ -210,49 +231,43 @@ def _keys(kind: Any, prefix: str) -> Iterator[str]:
                 yield from _keys(argument, f"{key}.LEVEL.")
 
 
-def _contradictions(params: Params) -> Iterator[tuple[str, str, str]]:
-    """What each section may say, but not together: the sentence, the key, the fix."""
+def _conflicts(params: Params) -> Iterator[Problem]:
+    """Yield settings that are valid alone and contradict another section."""
     levels, priors = params.vqvae.levels, params.priors
     try:
         params.vqvae.grids(params.dataset.image_size)
     except ValueError as error:
-        what, fix = split(str(error))
-        yield what, "dataset.image_size", fix
+        yield explain(error, "dataset")
+    headline = f"priors must have the levels of vqvae.levels ({', '.join(levels)}), got {', '.join(priors) or 'none'}."
     for level in levels:
         if level not in priors:
-            yield (
-                f"vqvae.levels has {_names(levels)}; priors has {_names(priors)}.",
-                "priors",
-                f"Add one: -S '+prior@priors.{level}=pixelcnn'",
-            )
+            yield Problem("priors", headline, f"Add the prior of {level}: -S '+prior@priors.{level}=pixelcnn'")
     for level in priors:
         if level not in levels:
-            yield (
-                f"priors has {_names(priors)}; vqvae.levels has {_names(levels)}.",
+            yield Problem(
                 f"priors.{level}",
-                f"Add the level {level} to vqvae.levels, or leave out its prior: -S '~prior@priors.{level}'",
+                headline,
+                f"Add {level} to vqvae.levels, or remove its prior: -S '~prior@priors.{level}'",
             )
     entries = max(level.entries for level in levels.values())
     if params.sample.top_k > entries:
-        yield (
-            f"sample.top_k is {params.sample.top_k}, but no level has more than {entries} entries.",
-            "sample.top_k",
-            f"Use 1 to {entries}, or 0 to keep all.",
-        )
+        yield top_k_problem("sample.top_k", params.sample.top_k, entries)
     yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
         yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
 
 
-def _indivisible(key: str, batch_size: int, workers: int) -> Iterator[tuple[str, str, str]]:
+def top_k_problem(key: str, top_k: int, entries: int) -> Problem:
+    """Describe a top-k above the number of entries of the largest codebook."""
+    headline = f"{key} must be at most {entries}, the entries of the largest codebook, got {top_k}."
+    return Problem(key, headline, f"Set {key} to 1 to {entries}, or to 0 to keep all entries.")
+
+
+def _indivisible(key: str, batch_size: int, workers: int) -> Iterator[Problem]:
     if batch_size % workers:
         below = batch_size // workers * workers
-        yield (
-            f"{key} is {batch_size}, which {workers} workers cannot share evenly.",
+        yield Problem(
             key,
-            f"Use {f'{below} or ' if below else ''}{below + workers}, or another number of cluster.workers.",
+            f"{key} must be a multiple of cluster.workers, which is {workers}, got {batch_size}.",
+            f"Set {key} to {f'{below} or ' if below else ''}{below + workers}, or change cluster.workers.",
         )
-
-
-def _names(mapping: Mapping[str, Any]) -> str:
-    return ", ".join(mapping) or "nothing"

@@ -1,7 +1,8 @@
-"""The process around a command: which code runs, under which environment variables, and when it must end."""
+"""Process setup of a command: environment variables, which code runs, and signals."""
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,77 +13,90 @@ from typing import Any
 from stages.errors import UserError
 
 DEFAULTS = {
-    # Nobody hears of a run whom the user did not name.
+    # No usage reports to the projects of Ray, MLflow and DVC.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DVC_NO_ANALYTICS": "1",
-    # Threads that wait by spinning slow every other process of a busy machine by a factor.
+    # OpenMP threads that spin while they wait slow down all other processes of a busy machine.
     "OMP_WAIT_POLICY": "passive",
     # glibc keeps freed memory instead of faulting it in again at every step.
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    # Ray Train: notice the end of a job sooner, and a worker that does not answer after a minute instead of ten; print
-    # once, and do not ask a cloud about preemption.
+    # Ray Train: poll workers every 0.2 s instead of 2 s, give up on one after 1 min instead of 10 min, do not ask a
+    # cloud about preemption, and print each line once.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+# Signals that ask a process to end: from a service manager, Ctrl-C, and a closed terminal.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def prepare() -> None:
-    """Set what child processes should find, unless the user has set it; run the code of the current folder."""
+    """Set the default environment variables for child processes, and run the code of the current folder."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    _use_code_here()
+    _use_code_of_current_folder()
 
 
 def require_project() -> None:
-    """Refuse a folder that is no project, before a command finds that something is missing from it."""
+    """Raise UserError if the current folder is not a project."""
     if not Path("dvc.yaml").is_file():
-        raise UserError("There is no dvc.yaml here.", where=Path.cwd(), fix="Change to the project's folder.", code=2)
-
-
-def _use_code_here() -> None:
-    # A queued experiment runs in a copy of the project, while an editable install points at the original: without
-    # this the copy's settings would run the original's code, and be recorded as the copy's.
-    here, ours = Path.cwd(), Path(__file__).parents[1]
-    if (here / "pipeline" / "cli.py").is_file() and not ours.samefile(here) and "VQVAE2_CODE" not in os.environ:
-        path = os.pathsep.join(filter(None, (str(here), os.environ.get("PYTHONPATH"))))
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, "PYTHONPATH": path, "VQVAE2_CODE": str(here)},
+        raise UserError(
+            "dvc.yaml does not exist.", where=Path.cwd(), fix="Change to the folder of the project.", code=2
         )
 
 
-# What asks a process to end: a service manager, a terminal's Ctrl-C, a terminal that goes away.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+def _use_code_of_current_folder() -> None:
+    # `dvc exp run --queue` runs in a copy of the project, while an editable install points to the original. Without
+    # this, the original's code would run under the copy's settings and be recorded as the copy's.
+    folder, installed = Path.cwd(), Path(__file__).parents[1]
+    if (folder / "pipeline" / "cli.py").is_file() and not installed.samefile(folder):
+        if "VQVAE2_CODE" in os.environ:  # already restarted once
+            return
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, "PYTHONPATH": path, "VQVAE2_CODE": str(folder)},
+        )
 
 
 def not_ignored(*numbers: signal.Signals) -> Iterator[signal.Signals]:
-    """Name the signals that are not to be ignored by the will of whoever started us, as SIGHUP is under `nohup`."""
+    """Yield the signals that this process does not ignore; `nohup` for example starts it with SIGHUP ignored."""
     return (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 @contextmanager
-def handle_signals(answer: Callable[[int, Any], None]) -> Iterator[None]:
-    """Answer what asks this process to end, for the length of the block; leave to the caller what was the caller's."""
-    before = {number: signal.signal(number, answer) for number in not_ignored(*ENDING)}
+def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle the signals that ask this process to end, and restore the earlier handlers afterwards."""
+    before = {number: signal.signal(number, handler) for number in not_ignored(*STOP_SIGNALS)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is answer:  # and has not had it ignored meanwhile
-                signal.signal(number, handler)
+        for number, earlier in before.items():
+            if signal.getsignal(number) is handler:  # not replaced inside of the block
+                signal.signal(number, earlier)
 
 
 def die_with_parent(number: signal.Signals) -> None:
-    """Ask the kernel for a signal when the parent process dies. Linux only; elsewhere nothing happens."""
-    # DVC killed by SIGKILL or SIGTERM leaves its command running, and would start a second one beside it.
+    """Ask the kernel for a signal when the parent process dies. Linux only; a no-op elsewhere."""
+    # Otherwise DVC ended by SIGKILL or SIGTERM leaves its stage running, and the next run starts a second one.
     if sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), number)
+
+
+def discard_output_if_closed() -> bool:
+    """Return whether the reader of standard output has closed it, as `| head` does; if so, discard further output."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed

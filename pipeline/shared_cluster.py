@@ -1,10 +1,11 @@
-"""What the stages of one `vqvae2 run` share: a Ray cluster, started when the first stage asks, and an exit status.
+"""Ray cluster shared by the stages of one `vqvae2 run`, and the exit status that a failed stage passes to the run.
 
-DVC stands between the run and its stages, so they meet at a socket in a private folder. The cluster belongs to a
-process of its own, because Ray takes over the signals of the process that starts it:
+DVC starts the stages, so a run and its stages communicate through a Unix socket and a file in a private folder. The
+cluster starts with the first request, in a separate process, because Ray replaces the signal handlers of the process
+that starts it:
 
-    vqvae2 run ── dvc repro ── vqvae2 stage X      asks at the socket
-         └─────── python -m pipeline.shared_cluster        holds the cluster until its standard input ends
+    vqvae2 run ── dvc repro ── vqvae2 stage X           requests the cluster's address at the socket
+         └─────── python -m pipeline.shared_cluster     serves the cluster until its standard input closes
 """
 
 import json
@@ -19,17 +20,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-FOLDER = "VQVAE2_RUN"  # of the socket and the status; unset outside of `vqvae2 run`
-PATIENCE_SECONDS = 10.0  # for a cluster to end
+FOLDER = "VQVAE2_RUN"  # environment variable: the private folder; unset outside of `vqvae2 run`
+SHUTDOWN_TIMEOUT_S = 10.0  # for the cluster, before it is killed
+MAX_TEMPDIR_LENGTH = 80  # a socket's path has at most 108 characters on Linux
 
 
 class SharedCluster:
-    """The side of the run: answers stages from its own thread until it is closed."""
+    """The run's side: a thread that answers requests of stages until it is closed."""
 
     def __init__(self) -> None:
-        # Private, of mode 0700. A socket's path must be short, which TMPDIR need not be.
-        self.folder = Path(tempfile.mkdtemp(prefix="vqvae2-", dir=None if len(tempfile.gettempdir()) < 80 else "/tmp"))
-        self._holder: subprocess.Popen[str] | None = None
+        short = len(tempfile.gettempdir()) < MAX_TEMPDIR_LENGTH
+        self.folder = Path(tempfile.mkdtemp(prefix="vqvae2-", dir=None if short else "/tmp"))  # mode 0700
+        self._server: subprocess.Popen[str] | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self.folder / "cluster"))
         self._socket.listen()
@@ -41,17 +43,17 @@ class SharedCluster:
     def __exit__(self, *error: object) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        if self._holder:
-            assert self._holder.stdin
-            self._holder.stdin.close()
+        if self._server:
+            assert self._server.stdin
+            self._server.stdin.close()
             try:
-                self._holder.wait(PATIENCE_SECONDS)
+                self._server.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                self._holder.kill()
+                self._server.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def status(self) -> int:
-        """The exit status of the stage that failed; 0 if none said so."""
+    def exit_status(self) -> int:
+        """Return the exit status of the failed stage; 0 if no stage recorded one."""
         path = self.folder / "status"
         return int(path.read_text()) if path.is_file() else 0
 
@@ -63,25 +65,28 @@ class SharedCluster:
             except OSError:
                 return
             with connection:
-                answer = answer or self._start().encode()
-                with suppress(ConnectionError):  # the stage was stopped while it waited
+                answer = answer or self._start_server().encode()
+                with suppress(ConnectionError):  # the stage was stopped while it waited for the cluster
                     connection.sendall(answer)
 
-    def _start(self) -> str:
-        self._holder = subprocess.Popen(
+    def _start_server(self) -> str:
+        self._server = subprocess.Popen(
             [sys.executable, "-m", "pipeline.shared_cluster"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            process_group=0,  # a terminal's Ctrl-C is for the run, which ends its cluster last
+            process_group=0,  # a terminal sends Ctrl-C to the run only, which closes the cluster last
         )
-        assert self._holder.stdout
-        return self._holder.stdout.readline()
+        assert self._server.stdout
+        return self._server.stdout.readline()
 
 
 def serve_cluster(source: IO[str], sink: IO[str]) -> None:
-    """Keep a cluster of the size in params.yaml, told to `sink` as environment variables, until `source` ends."""
+    """Run a cluster of the size in params.yaml until `source` closes.
+
+    Writes the environment variables of its clients to `sink` as one line of JSON.
+    """
     from pipeline import params
     from stages.runtime.cluster import local_cluster
 
@@ -91,20 +96,25 @@ def serve_cluster(source: IO[str], sink: IO[str]) -> None:
 
 
 def cluster_environment() -> dict[str, str]:
-    """Ask the run for its cluster, as a stage; nothing where there is no run, or the user named a cluster."""
+    """Request the environment variables of the run's cluster, as a stage.
+
+    Returns an empty dictionary outside of a run, and if RAY_ADDRESS names a cluster.
+    """
     folder = os.environ.get(FOLDER)
     if not folder or os.environ.get("RAY_ADDRESS"):
         return {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(Path(folder, "cluster")))
         answer = b""
-        while piece := connection.recv(65_536):
-            answer += piece
-    return dict(json.loads(answer or "{}"))  # nothing: it did not start; the stage will meet the reason itself
+        while chunk := connection.recv(65_536):
+            answer += chunk
+    return dict(
+        json.loads(answer or "{}")
+    )  # empty: the server failed; the stage starts a cluster itself and reports why
 
 
 def record_exit_status(status: int) -> int:
-    """Leave a stage's exit status for the run, since DVC has one of its own; return it."""
+    """Write a stage's exit status for the run, because DVC replaces it with its own; return it."""
     folder = os.environ.get(FOLDER)
     if folder and Path(folder).is_dir():
         Path(folder, "status").write_text(str(status))

@@ -4,6 +4,8 @@ reads   shards   image shards                       formats/shards.py
         vqvae    trained VQ-VAE                     formats/model_file.py
 writes  out      one row of codes per image         formats/codes.py
         metrics  rows, bytes and bits per code      formats/curves.py
+
+Axes: B images, H x W pixels, 3 RGB channels.
 """
 
 import math
@@ -14,15 +16,17 @@ import numpy as np
 import torch
 
 from models.priors import Grid
+from models.vqvae import VQVAE
 from stages.config import AugmentConfig, CodesConfig
 from stages.errors import UserError
 from stages.formats import artifact, curves, model_file
-from stages.formats.codes import KIND, write_part
-from stages.formats.shards import Part, open_shards, read_part
-from stages.images.augment import augment as augmented
+from stages.formats.codes import KIND, write_codes_file
+from stages.formats.shards import ImageSet, ShardRef, Shards, open_shards, read_shard
+from stages.images.augment import augment as augment_image
 from stages.images.tensors import to_float
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
+from stages.runtime.device import best_device
 
 
 def run(
@@ -36,34 +40,24 @@ def run(
     seed: int,
     context: StageContext,
 ) -> None:
-    """Encode every image of every split; training images also in augmented copies, if asked for."""
+    """Encode every image of every split, and `codes.copies` - 1 augmented copies of each training image.
+
+    Raises UserError if the VQ-VAE does not quantize, or if an input is damaged.
+    """
     images = open_shards(shards)
     network, model = model_file.load_vqvae(vqvae)
-    if network.config.quantizer.mode == "none":
-        raise UserError(
-            "This VQ-VAE does not quantize, so it has no codes.",
-            where="params.yaml: vqvae.quantizer.mode",
-            fix="Use ema or loss to train priors.",
-            code=2,
-        )
+    _check_quantizes(network)
     if model.meta["shards"] != images.digest:
-        context.reporter.note("These shards are not those the VQ-VAE was trained on.")
+        context.reporter.message("The VQ-VAE was trained on other shards than these.")
     levels = {
         name: Grid(level.entries, *2 * (images.image_size // level.stride,))
         for name, level in network.config.levels.items()
     }
-    parts = [
-        {
-            "shard": part._asdict(),
-            "copies": codes.copies if part.split == "train" else 1,
-            "weight": len(read_part(part)) * (codes.copies if part.split == "train" else 1),
-        }
-        for part in images.parts()
-    ]
-    work = context.work / "parts"
+
+    work = context.work_dir / "parts"
     work.mkdir(parents=True, exist_ok=True)
     arguments = (vqvae.absolute(), codes, augment, seed, levels, model.digest, work.absolute())
-    written = map_parts(Encode, arguments, parts, context=context, unit="image")
+    results = map_parts(Encode, arguments, _parts(images, codes), context=context, unit="image")
 
     meta = {
         "levels": {name: level._asdict() for name, level in levels.items()},
@@ -72,24 +66,13 @@ def run(
         "shards": images.digest,
     }
     with artifact.commit_folder(out, KIND, meta) as folder:
-        for result in written:
+        for result in results:
             artifact.link_or_copy(work / result["file"], folder / result["file"])
-    rows, size = sum(result["rows"] for result in written), sum(result["bytes"] for result in written)
-    per_row = sum(level.height * level.width for level in levels.values())
-    bits = [level.height * level.width * math.log2(level.entries) for level in levels.values()]
-    curves.write_metrics(
-        metrics,
-        {
-            "rows": rows,
-            "bytes": size,
-            "bits_per_code": 8 * size / (rows * per_row),
-            "bits_per_code_limit": sum(bits) / per_row,  # log2 of the entries: what even use would need
-        },
-    )
+    curves.write_metrics(metrics, _sizes(results, levels))
 
 
 class Encode:
-    """A worker's own VQ-VAE: built once, called on every shard."""
+    """Mapper that encodes the images of one shard per part, with a VQ-VAE loaded once per process."""
 
     def __init__(
         self,
@@ -98,45 +81,80 @@ class Encode:
         augment: AugmentConfig,
         seed: int,
         levels: dict[str, Grid],
-        fingerprint: str,
+        vqvae_digest: str,
         out: Path,
     ):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         network, _ = model_file.load_vqvae(vqvae)
         self.network = network.to(self.device)
         self.codes, self.augment, self.seed = codes, augment, seed
-        self.levels, self.fingerprint, self.out = levels, fingerprint, out
+        self.levels, self.vqvae_digest, self.out = levels, vqvae_digest, out
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        shard = Part(**part["shard"])
-        images = read_part(shard)
+        shard = ShardRef(**part["shard"])
+        images = read_shard(shard)
         path = self.out / Path(shard.shard).with_suffix(".parquet").name
         count, copies = len(images), part["copies"]
-        if not artifact.is_sealed(path):
-            grids = [self._encode(images, range(count), copy) for copy in range(copies)]
-            write_part(
+        if not artifact.has_valid_checksum(path):
+            grids = [self._encode(images, copy) for copy in range(copies)]
+            write_codes_file(
                 path,
                 self.levels,
                 {name: np.concatenate([grid[name] for grid in grids]) for name in self.levels},
                 np.tile(images.labels, copies),
                 np.repeat(np.arange(copies), count),
                 [str(key) for key in images.keys] * copies,
-                {"levels": {name: level._asdict() for name, level in self.levels.items()}, "vqvae": self.fingerprint},
+                {"levels": {name: level._asdict() for name, level in self.levels.items()}, "vqvae": self.vqvae_digest},
             )
-            artifact.seal(path)
+            artifact.write_checksum(path)
         return {"file": path.name, "rows": count * copies, "bytes": path.stat().st_size}
 
     @torch.inference_mode()
-    def _encode(self, images: Any, numbers: range, copy: int) -> dict[str, np.ndarray]:
-        encoded: dict[str, list[np.ndarray]] = {name: [] for name in self.levels}
-        for start in range(0, len(numbers), self.codes.batch_size):
-            batch = [self._image(images, number, copy) for number in numbers[start : start + self.codes.batch_size]]
-            codes = self.network.encode(to_float(torch.from_numpy(np.stack(batch)), self.device))
-            for name, grid in codes.items():
-                encoded[name].append(grid.cpu().numpy().astype(np.uint16))
-        return {name: np.concatenate(grids) for name, grids in encoded.items()}
+    def _encode(self, images: ImageSet, copy: int) -> dict[str, np.ndarray]:
+        """Encode one copy of each image. Return (B, H, W) uint16 codes per level."""
+        codes: dict[str, list[np.ndarray]] = {name: [] for name in self.levels}
+        for start in range(0, len(images), self.codes.batch_size):
+            positions = range(start, min(start + self.codes.batch_size, len(images)))
+            batch = np.stack([self._read(images, position, copy) for position in positions])  # (B, H, W, 3) uint8
+            for name, grids in self.network.encode(to_float(torch.from_numpy(batch), self.device)).items():
+                codes[name].append(grids.cpu().numpy().astype(np.uint16))
+        return {name: np.concatenate(batches) for name, batches in codes.items()}
 
-    def _image(self, images: Any, number: int, copy: int) -> np.ndarray:
-        image = images.read(number)
-        # Seeded by the image's key, so that the codes do not depend on how images fall into shards.
-        return augmented(image, self.augment, self.seed, int(images.keys[number]), copy) if copy else image
+    def _read(self, images: ImageSet, position: int, copy: int) -> np.ndarray:
+        """Read an image; augment it unless `copy` is 0."""
+        image = images.read(position)
+        # The image's key is part of the seed, its position in the shard is not: codes do not depend on the shard size.
+        return augment_image(image, self.augment, self.seed, int(images.keys[position]), copy) if copy else image
+
+
+def _check_quantizes(network: VQVAE) -> None:
+    """Raise UserError for a VQ-VAE without codebooks."""
+    if network.config.quantizer.mode == "none":
+        raise UserError(
+            "This VQ-VAE does not quantize, so it has no codes.",
+            where="params.yaml: vqvae.quantizer.mode",
+            fix="Set vqvae.quantizer.mode to ema or loss to train priors.",
+            code=2,
+        )
+
+
+def _parts(images: Shards, codes: CodesConfig) -> list[dict[str, Any]]:
+    """Describe one part per shard. Its weight is its number of rows."""
+    parts = []
+    for shard in images.shard_refs():
+        copies = codes.copies if shard.split == "train" else 1
+        parts.append({"shard": shard._asdict(), "copies": copies, "weight": len(read_shard(shard)) * copies})
+    return parts
+
+
+def _sizes(results: list[dict[str, Any]], levels: dict[str, Grid]) -> dict[str, float]:
+    """Compute the metrics: size of the files, beside the entropy of uniformly used codebooks."""
+    rows, size = sum(result["rows"] for result in results), sum(result["bytes"] for result in results)
+    codes_per_row = sum(level.height * level.width for level in levels.values())
+    bits = [level.height * level.width * math.log2(level.entries) for level in levels.values()]
+    return {
+        "rows": rows,
+        "bytes": size,
+        "bits_per_code": 8 * size / (rows * codes_per_row),
+        "bits_per_code_limit": sum(bits) / codes_per_row,  # mean of log2(entries) over codes
+    }

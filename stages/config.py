@@ -1,188 +1,186 @@
-"""What can be chosen about the stages. Plain data without torch or Ray, so that checking it costs nothing.
+"""Settings of the stages, as declared in params.yaml. Plain dataclasses: validating them imports neither torch nor Ray.
 
-Batch sizes and steps are global: they do not change with the number of workers. `ClusterConfig` says where a
-stage runs and never what it computes.
+Batch sizes and steps are global: they do not depend on the number of workers. `ClusterConfig` sets where a stage runs,
+never what it computes. A field's comment is its entry in the reference of settings: meaning, unit, range.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.config import PriorConfig, VQVAEConfig
+from models.config import (
+    PriorConfig,
+    VQVAEConfig,
+    check_field,
+    check_not_negative,
+    check_positive,
+    check_sampling_rule,
+)
+
+# Key of a field's metadata: dataclasses.field(default=0, metadata={NEUTRAL: 0}) says that at 0 a result is the same as
+# before the setting existed.
+NEUTRAL = "neutral"
+
+# Columns of the files of codes, and rows of the metrics, beside those of the levels.
+RESERVED_LEVEL_NAMES = frozenset({"copy", "key", "label", "pixels", "total"})
 
 
-def _positive(config: object, *names: str) -> None:
+def _check_fraction(config: object, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; use 1 or more")
-
-
-def _fraction(config: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; use a fraction from 0 to 1")
+        check_field(config, name, 0 <= getattr(config, name) <= 1, "a fraction from 0 to 1")
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which images, and how they become square RGB images of one size."""
+    """Source of images, and their conversion to square RGB images of one size."""
 
-    name: str
-    source: str  # a folder, a zip or a tar of images
-    image_size: int  # pixels along each side
-    labels: str = "folders"  # "folders", "none", or a CSV with columns path,label and optionally split
-    resize_mode: Literal["crop", "pad", "stretch"] = "crop"  # how an oblong image becomes square
-    background: str = "#ffffff"  # under transparent pixels, and around padded ones
-    image_format: Literal["png", "jpeg"] = "png"  # of images inside shards; png keeps every pixel
-    jpeg_quality: int = 95  # of jpeg
-    validation_fraction: float = 0.05  # of images, where the source has no split folders
-    images_per_shard: int = 1000
-    max_rejected_fraction: float = 0.01  # more unreadable images than this stop the stage
-    max_pixels: int = 100_000_000  # a larger image is refused before it is decoded
+    name: str  # name of the dataset, recorded in the manifest of the shards
+    source: str  # path of a folder, a zip or a tar of images
+    image_size: int  # side of the square images, in pixels, 1 or more
+    # class of each image: "folders" (from folder names), "none", or the path of a CSV inside the source with the
+    # columns path, label and optionally split
+    labels: str = "folders"
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"  # conversion of an image that is not square
+    background: str = "#ffffff"  # colour under transparent pixels and around padded images: a name or #rrggbb
+    image_format: Literal["png", "jpeg"] = "png"  # format of the images in shards; png is lossless
+    jpeg_quality: int = 95  # JPEG quality, 1 to 100; used with image_format: jpeg
+    # fraction of the images to hold out for validation, 0 to 1; used where the source names no validation images
+    validation_fraction: float = 0.05
+    images_per_shard: int = 1000  # images per shard, 1 or more
+    max_rejected_fraction: float = 0.01  # the stage fails if more than this fraction of the images is rejected, 0 to 1
+    max_pixels: int = 100_000_000  # a larger image, in pixels, is rejected before it is decoded; 1 or more
 
     def __post_init__(self) -> None:
-        if not self.source.strip():
-            raise ValueError("source is empty; use a folder, a zip or a tar of images, such as images.zip")
-        _positive(self, "image_size", "images_per_shard", "max_pixels")
-        _fraction(self, "validation_fraction", "max_rejected_fraction")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"jpeg_quality is {self.jpeg_quality}; use 1 to 100")
+        check_field(self, "source", bool(self.source.strip()), "a folder, a zip or a tar of images, such as images.zip")
+        check_positive(self, "image_size", "images_per_shard", "max_pixels")
+        _check_fraction(self, "validation_fraction", "max_rejected_fraction")
+        check_field(self, "jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of training images, drawn anew each time an image is used."""
+    """Random augmentation of training images, with new random numbers each time an image is used."""
 
-    flip: bool = False  # left to right, half of the time
-    max_shift: int = 0  # pixels, at most, along each side; edges repeat outwards
+    flip: bool = False  # flip left to right with probability 1/2
+    max_shift: int = 0  # largest shift along each axis, in pixels, 0 or more; the edge pixels are repeated
 
     def __post_init__(self) -> None:
-        if self.max_shift < 0:
-            raise ValueError(f"max_shift is {self.max_shift}; use 0 or more pixels")
+        check_not_negative(self, "max_shift")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train and how, counted in optimizer steps over the global batch."""
+    """Length and schedule of training, in optimizer steps over the global batch."""
 
-    steps: int
-    batch_size: int  # images per step, over all workers
-    learning_rate: float = 3e-4
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to zero at the last step
-    warmup_steps: int = 0  # the rate rises linearly from zero
-    max_grad_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
-    ema_decay: float = 0.0  # decay of the weights' moving average, which is what is kept; 0 does not average
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; statistics and losses stay float32
-    compile: bool = False  # torch.compile; worth its minute on a GPU
-    log_every: int = 10  # steps
-    evaluate_every: int = 500  # steps
-    evaluate_images: int = 1024  # at most, per split, each time
-    checkpoint_every: int = 500  # steps
-    keep_checkpoints: int = 2  # the newest so many
+    steps: int  # optimizer steps, 1 or more
+    batch_size: int  # images per step over all workers, a multiple of cluster.workers
+    learning_rate: float = 3e-4  # Adam's learning rate after warm-up, above 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to 0 at the last step
+    warmup_steps: int = 0  # steps in which the learning rate rises linearly from 0; 0 to steps
+    max_grad_norm: float = 0.0  # norm to which gradients are clipped, 0 or more; 0 does not clip
+    ema_decay: float = (
+        0.0  # decay per step of the weights' moving average, which is saved; 0 up to 1; 0 does not average
+    )
+    # dtype of matrix products and convolutions; statistics and losses stay float32
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False  # use torch.compile, which takes about a minute to start; worth it on a GPU
+    log_every: int = 10  # steps between logged training metrics, 1 or more
+    evaluate_every: int = 500  # steps between evaluations, 1 or more
+    evaluate_images: int = 1024  # images per split and evaluation at most, 1 or more
+    checkpoint_every: int = 500  # steps between checkpoints, 1 or more
+    keep_checkpoints: int = 2  # newest checkpoints that are kept, 1 or more
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch_size", "keep_checkpoints")
-        _positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
-        _fraction(self, "ema_decay")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; use a positive number such as 3e-4")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; use 0 up to steps, which is {self.steps}")
-        if self.max_grad_norm < 0 or self.ema_decay == 1:
-            raise ValueError(
-                f"max_grad_norm is {self.max_grad_norm} and ema_decay {self.ema_decay}; use max_grad_norm 0 or more, ema_decay below 1"
-            )
+        check_positive(self, "steps", "batch_size", "keep_checkpoints")
+        check_positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
+        check_field(self, "learning_rate", self.learning_rate > 0, "above 0, such as 3e-4")
+        check_field(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"0 to {self.steps}, which is steps")
+        check_not_negative(self, "max_grad_norm")
+        check_field(self, "ema_decay", 0 <= self.ema_decay < 1, "0 or more and below 1")
 
 
 @dataclass(frozen=True)
 class CodesConfig:
-    """How images become rows of codes."""
+    """Encoding of images into rows of codes."""
 
-    copies: int = 1  # rows per training image: the plain one, and augmented ones
-    batch_size: int = 64  # images encoded at once
+    copies: int = 1  # rows per training image, 1 or more: the original, and copies - 1 augmented ones
+    batch_size: int = 64  # images encoded at once, 1 or more
 
     def __post_init__(self) -> None:
-        _positive(self, "copies", "batch_size")
+        check_positive(self, "copies", "batch_size")
 
 
 @dataclass(frozen=True)
 class PriorStageConfig:
-    """One level's prior: the network, and how it is trained."""
+    """Prior of one level: its network and its training."""
 
-    network: PriorConfig
-    train: TrainConfig
+    network: PriorConfig  # architecture
+    train: TrainConfig  # length and schedule of training
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to draw from the priors."""
+    """Number, classes and sampling rule of the samples."""
 
-    count: int = 64  # images
-    classes: tuple[str, ...] = ()  # drawn in turn; empty: every class, as often as the training images have it
-    temperature: float = 1.0
-    top_k: int = 0  # of the entries; 0 keeps all
-    top_p: float = 1.0  # of the probability; 1 keeps all
-    batch_size: int = 64  # images drawn at once; does not change them
-    images_per_part: int = 1024  # images per file
-    method: Literal["cached", "naive"] = "cached"  # naive runs the whole network for each code
+    count: int = 64  # images, 1 or more
+    classes: tuple[str, ...] = ()  # classes of the samples in turn; empty: all, as frequent as in the training images
+    temperature: float = 1.0  # divisor of the logits, above 0; below 1 favours probable codes
+    top_k: int = 0  # sample from the k most probable entries, 0 or more; 0 keeps all
+    top_p: float = 1.0  # sample from the fewest entries of this total probability, above 0 and at most 1; 1 keeps all
+    batch_size: int = 64  # images drawn at once, 1 or more; does not change the samples
+    images_per_part: int = 1024  # images per file, 1 or more
+    # "cached" computes each code from cached keys, values and activations; "naive" runs the network on the whole grid
+    # for each code, with the same result
+    method: Literal["cached", "naive"] = "cached"
 
     def __post_init__(self) -> None:
-        _positive(self, "count", "batch_size", "images_per_part")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; use a positive number")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_k is {self.top_k} and top_p {self.top_p}; use top_k 0 or more, top_p above 0 up to 1"
-            )
+        check_positive(self, "count", "batch_size", "images_per_part")
+        check_sampling_rule(self)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure."""
+    """Sizes of the evaluation."""
 
-    batch_size: int = 64
-    max_images: int = 2000  # per split, for the measures that compare sets of images
-    precision_recall_k: int = 3  # k of precision and recall
-    nearest_images: int = 3  # training images shown beside each sample
-    samples_shown: int = 8  # samples shown with their nearest training images
-    feature_weights: str = ""  # a local file for the feature network; empty: the weights that are installed
+    batch_size: int = 64  # images per forward pass, 1 or more
+    max_images: int = 2000  # images per split at most, 1 or more, for metrics that compare sets of images
+    precision_recall_k: int = 3  # k of precision and recall: neighbours per image, 1 or more
+    nearest_images: int = 3  # training images shown beside each sample, 1 or more
+    samples_shown: int = 8  # samples shown with their nearest training images, 1 or more
+    feature_weights: str = ""  # path of the feature network's weights; empty: the installed weights
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")
+        check_positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where a stage runs. Changing it reruns nothing."""
+    """Resources of a stage. A change reruns nothing."""
 
-    workers: int = 1  # processes that train together, or read parts side by side
-    cpus_per_worker: float = 2
-    gpus_per_worker: float = 0
-    loader_workers: int = 0  # processes per training worker that read images ahead; 0 reads in the worker
-    max_failures: int = 2  # restarts of a failed worker group before giving up
-    storage: str = ""  # where nodes meet that share no disk, such as s3://bucket/prefix; empty: they share the folder
+    workers: int = 1  # worker processes, 1 or more: ranks of training, actors of the other stages
+    cpus_per_worker: float = 2  # CPUs that Ray reserves per worker, above 0
+    gpus_per_worker: float = 0  # GPUs that Ray reserves per worker, 0 or more
+    loader_workers: int = 0  # DataLoader processes per training worker, 0 or more; 0 loads in the worker itself
+    max_failures: int = 2  # restarts of a failed worker group before the stage fails, 0 or more
+    storage: str = ""  # URL for nodes without a shared disk, such as s3://bucket/prefix; empty: all share this folder
 
     def __post_init__(self) -> None:
-        _positive(self, "workers")
-        if self.storage and "://" not in self.storage:
-            raise ValueError(
-                f"storage is {self.storage!r}; use a URL such as s3://bucket/prefix, or '' on a disk that all share"
-            )
-        if self.loader_workers < 0:
-            raise ValueError(f"loader_workers is {self.loader_workers}; use 0 or more")
-        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0 or self.max_failures < 0:
-            raise ValueError(
-                f"cpus_per_worker is {self.cpus_per_worker}, gpus_per_worker {self.gpus_per_worker} and max_failures "
-                f"{self.max_failures}; use a positive number of CPUs and 0 or more of the others"
-            )
+        check_positive(self, "workers")
+        check_field(
+            self,
+            "storage",
+            not self.storage or "://" in self.storage,
+            "a URL such as s3://bucket/prefix, or '' if all nodes share this folder",
+        )
+        check_field(self, "cpus_per_worker", self.cpus_per_worker > 0, "above 0")
+        check_not_negative(self, "gpus_per_worker", "loader_workers", "max_failures")
 
 
 @dataclass(frozen=True)
 class Params:
-    """The whole of params.yaml, section by section."""
+    """Sections of params.yaml."""
 
-    seed: int
+    seed: int  # seed of all random numbers, 0 to 2**63 - 1
     dataset: DatasetConfig
     vqvae: VQVAEConfig
     train_vqvae: TrainConfig
@@ -192,7 +190,11 @@ class Params:
     evaluate: EvaluateConfig
     cluster: ClusterConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    keep_results: tuple[str, ...] = ()  # stages whose finished results stay valid although newer code computes others
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; use 0 or more, below 2**63")
+        check_field(self, "seed", 0 <= self.seed < 2**63, "0 or more and below 2**63")
+        for name in self.vqvae.levels:
+            if name in RESERVED_LEVEL_NAMES:
+                reserved = ", ".join(sorted(RESERVED_LEVEL_NAMES))
+                raise ValueError(f"vqvae.levels must be named other than {reserved}, got {name!r}; choose another name")

@@ -1,20 +1,43 @@
-"""The one error a user is meant to see: what happened, where, and what to do about it."""
+"""Errors for the user: the violation, its location and the fix, shown without a traceback."""
 
 import errno
 import os
 
+EXIT_CODES = {
+    0: "success",
+    1: "the command failed",
+    2: "a command, an option or a setting is invalid",
+    3: "the environment is unsuitable: a missing program, a full disk, missing permissions",
+    4: "data is missing, invalid or damaged",
+    5: "a model or a checkpoint is damaged or does not match",
+}
+
+_CHOOSE_OTHER_NAME = "Choose another name, or remove the existing file."
+_FREE_SPACE = "Free some space, then run the same command again."
+_OS_ERROR_FIXES = {
+    errno.EEXIST: _CHOOSE_OTHER_NAME,
+    errno.ENOTDIR: _CHOOSE_OTHER_NAME,
+    errno.EACCES: "Choose another path, or fix its permissions.",
+    errno.EROFS: "Choose another path: this one is mounted read-only.",
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+}
+
 
 class UserError(Exception):
-    """Something the user can mend. Shown without a traceback; `code` is the exit status.
+    """Error that the user can fix.
 
-    Codes: 1 failed, 2 wrong use or setting, 3 environment, 4 data, 5 checkpoint or model file.
+    what   headline: the violation and the value, one or more sentences
+    where  path, setting or option that is wrong; "" if `what` names it
+    fix    what to do, such as a command to run
+    code   exit status, a key of EXIT_CODES
     """
 
     def __init__(self, what: str, *, where: object, fix: str, code: int = 1):
         super().__init__(what, str(where), fix, code)
         self.what, self.where, self.fix, self.code = what, str(where), fix, code
 
-    def __reduce__(self):  # crosses process borders whole
+    def __reduce__(self):  # pickle would call __init__ with positional arguments; Ray pickles errors of workers
         return _rebuild, (type(self), self.what, self.where, self.fix, self.code)
 
     def __str__(self) -> str:
@@ -26,18 +49,13 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
-def from_os_error(error: BaseException, place: object = "") -> UserError | None:
-    """Word what the system says of a file, or else of a place: it is taken, may not be written, or the disk is full."""
-    fixes = {
-        errno.EEXIST: "Choose another name, or remove what stands there.",
-        errno.ENOTDIR: "Choose another name, or remove what stands there.",
-        errno.EACCES: "Choose another place, or mend its permissions.",
-        errno.EROFS: "Choose another place: this one is mounted read-only.",
-        errno.ENOSPC: "Free some space, then run the same command again.",
-        errno.EDQUOT: "Free some space, then run the same command again.",
-    }
-    if isinstance(error, OSError) and (where := error.filename or place) and error.errno in fixes:
-        return UserError(f"{os.strerror(error.errno)}.", where=where, fix=fixes[error.errno], code=3)
+def from_os_error(error: BaseException, path: object = "") -> UserError | None:
+    """Convert an OSError that the user can fix: an existing file, missing permissions or a full disk.
+
+    `path` is the location to show if the error names no file. Return None for any other error.
+    """
+    if isinstance(error, OSError) and (where := error.filename or path) and error.errno in _OS_ERROR_FIXES:
+        return UserError(f"{os.strerror(error.errno)}.", where=where, fix=_OS_ERROR_FIXES[error.errno], code=3)
     return None
 
 

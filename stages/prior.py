@@ -1,38 +1,32 @@
-"""Train the prior of one level: what its codes are likely to be, given the coarser ones and the label.
+"""Train the prior of one level: the distribution of its codes, given the coarser codes and the label.
 
 reads   codes    codes of every image               formats/codes.py
 writes  out      the trained prior                  formats/model_file.py
-        metrics  its last measurements              formats/curves.py
+        metrics  its last metrics                   formats/curves.py
         plots    its curves                         formats/curves.py
+
+B images per rank and step, H x W codes, K codebook entries.
 """
 
 import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.priors import Prior, build, nll
-from stages.config import PriorStageConfig, TrainConfig
+from stages.config import PriorStageConfig
 from stages.errors import UserError
 from stages.formats import curves, model_file
-from stages.formats.codes import Codes, CodeSet, open_codes
+from stages.formats.codes import Codes, open_codes
 from stages.runtime.context import StageContext
 from stages.training.checkpoint import Checkpoints
-from stages.training.loop import Data, MetricSums, Objective, Step, Worker, train
+from stages.training.code_batches import CodeBatch, code_data
+from stages.training.distributed import DistributedContext
+from stages.training.loop import train
+from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.ray_train import train_or_load
-from stages.training.sampler import GlobalBatchSampler, ShuffledStream
-
-
-class Batch(NamedTuple):
-    """Codes of some images, level by level, and their labels where there are classes."""
-
-    codes: dict[str, Tensor]
-    labels: Tensor | None
 
 
 def run(
@@ -46,65 +40,53 @@ def run(
     seed: int,
     context: StageContext,
 ) -> None:
-    """Train on the training images' codes, augmented copies among them; measure on those of validation images."""
-    found = open_codes(codes)
-    found.found.verify()
-    if level not in found.levels:
+    """Train on the codes of training images and their augmented copies; evaluate on those of validation images.
+
+    Raises UserError if the codes are damaged or lack the level, or if training fails.
+    """
+    dataset = open_codes(codes)
+    dataset.artifact.verify()
+    if level not in dataset.levels:
         raise UserError(
-            f"There are no codes of level {level!r}, only of {', '.join(found.levels)}.",
+            f"The prior's level must be one of {', '.join(dataset.levels)}, got {level!r}.",
             where=codes,
             fix="Name the prior after a level of vqvae.levels.",
             code=2,
         )
-    training = found.split("train", levels=())
     arguments = {"level": level, "codes": codes.absolute(), "prior": prior, "seed": seed}
-    network = _network(found, level, prior)
+    network, label_counts = build_network(dataset, level, prior), count_labels(dataset)
     history = train_or_load(train_worker, arguments, prior.train, network=network, context=context)
-    grid = found.levels[level]
+    grid = dataset.levels[level]
     meta = {
         "network": model_file.network_meta(prior.network),
         "level": level,
         "entries": grid.entries,
         "grid": [grid.height, grid.width],
-        "coarser": {name: found.levels[name]._asdict() for name in _coarser(found, level)},
-        "classes": list(found.classes),
-        "label_counts": np.bincount(training.labels[training.copies == 0], minlength=len(found.classes)).tolist()
-        if found.classes
-        else [],
-        "vqvae": found.vqvae,
-        "codes": found.found.digest,
+        "coarser": {name: dataset.levels[name]._asdict() for name in coarser_levels(dataset, level)},
+        "classes": list(dataset.classes),
+        "label_counts": label_counts,
+        "vqvae": dataset.vqvae,
+        "codes": dataset.artifact.digest,
     }
-    model_file.write(out, "prior", network.state_dict(), meta, history=history, pictures={})
+    model_file.write(out, "prior", network.state_dict(), meta, history=history, images={})
     curves.write_metrics(metrics, curves.last(history))
     curves.write_plot(plots, history)
 
 
 def train_worker(
-    *, worker: Worker, context: StageContext, level: str, codes: Path, prior: PriorStageConfig, seed: int
+    *, dist: DistributedContext, context: StageContext, level: str, codes: Path, prior: PriorStageConfig, seed: int
 ) -> None:
-    """Be one of the workers that train together."""
-    found = open_codes(codes)
-    torch.manual_seed(seed)
-    network = _network(found, level, prior)
-    checkpoints = Checkpoints.of(context, prior.train.keep_checkpoints)
-    data = _data(found, [*_coarser(found, level), level], prior.train, seed, worker)
-    objective = Predict(network, level)
-    train(objective, data, prior.train, seed=seed, worker=worker, checkpoints=checkpoints, reporter=context.reporter)
+    """Train in one process of `dist.world_size`."""
+    dataset = open_codes(codes)
+    torch.manual_seed(seed)  # every rank initializes the same weights
+    objective = PriorObjective(build_network(dataset, level, prior), level)
+    checkpoints = Checkpoints.for_stage(context, prior.train.keep_checkpoints)
+    data = code_data(dataset, [*coarser_levels(dataset, level), level], prior.train, seed=seed, dist=dist)
+    train(objective, data, prior.train, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter)
 
 
-def _network(codes: Codes, level: str, prior: PriorStageConfig) -> Prior:
-    grid = codes.levels[level]
-    return build(
-        prior.network,
-        entries=grid.entries,
-        grid=(grid.height, grid.width),
-        coarser={name: codes.levels[name] for name in _coarser(codes, level)},
-        classes=len(codes.classes),
-    )
-
-
-class Predict(Objective):
-    """Predict each code from those before it."""
+class PriorObjective(Objective):
+    """Negative log-likelihood per code."""
 
     network: Prior
 
@@ -112,53 +94,48 @@ class Predict(Objective):
         super().__init__()
         self.network, self.level = network, level
 
-    def zeros(self) -> MetricSums:
+    def zero_metrics(self) -> MetricSums:
         return {"codes": torch.zeros(1), "nats": torch.zeros(1)}
 
-    def forward(self, batch: Batch, step: int, worker: Worker) -> Step:
-        totals = self.measure(self.network, batch, worker)
-        return Step(totals["nats"].sum() / totals["codes"].sum(), [], totals)
+    def forward(self, batch: CodeBatch, step: int, dist: DistributedContext) -> StepResult:
+        metrics = self.measure(self.network, batch, dist)
+        loss = metrics["nats"].sum() / metrics["codes"].sum()
+        return StepResult(loss, {}, metrics)
 
-    def measure(self, network: nn.Module, batch: Batch, worker: Worker) -> MetricSums:
-        codes = {name: grid.to(worker.device, non_blocking=True).long() for name, grid in batch.codes.items()}
-        labels = None if batch.labels is None else batch.labels.to(worker.device)
-        target = codes.pop(self.level)
+    def measure(self, network: nn.Module, batch: CodeBatch, dist: DistributedContext) -> MetricSums:
+        codes = {name: grid.to(dist.device, non_blocking=True).long() for name, grid in batch.codes.items()}
+        labels = None if batch.labels is None else batch.labels.to(dist.device)
+        target = codes.pop(self.level)  # (B, H, W); the rest are the coarser levels
         nats = nll(network(target, codes, labels), target).sum()
-        return {"codes": torch.full((1,), float(target.numel()), device=worker.device), "nats": nats[None]}
+        return {"codes": torch.full((1,), float(target.numel()), device=dist.device), "nats": nats[None]}
 
-    def summarize(self, totals: MetricSums) -> dict[str, float]:
-        nats = (totals["nats"] / totals["codes"]).item()
+    def summarize(self, sums: MetricSums) -> dict[str, float]:
+        nats = (sums["nats"] / sums["codes"]).item()
         return {"nll_nats_per_code": nats, "nll_bits_per_code": nats / math.log(2)}
 
 
-def _coarser(found: Codes, level: str) -> list[str]:
-    names = list(found.levels)
+def build_network(dataset: Codes, level: str, prior: PriorStageConfig) -> Prior:
+    """Build the untrained prior of a level for the grids, codebooks and classes of a dataset of codes."""
+    grid = dataset.levels[level]
+    return build(
+        prior.network,
+        entries=grid.entries,
+        grid=(grid.height, grid.width),
+        coarser={name: dataset.levels[name] for name in coarser_levels(dataset, level)},
+        classes=len(dataset.classes),
+    )
+
+
+def coarser_levels(dataset: Codes, level: str) -> list[str]:
+    """Return the names of the levels before `level`, coarse to fine."""
+    names = list(dataset.levels)
     return names[: names.index(level)]
 
 
-def _data(found: Codes, levels: list[str], config: TrainConfig, seed: int, worker: Worker) -> Data:
-    """Read the codes of some levels into memory: at 2 bytes each they are small beside images."""
-    training = found.split("train", levels)
-    order = ShuffledStream(len(training), seed)
-
-    def batch(split: CodeSet, rows: np.ndarray) -> Batch:
-        codes = {level: torch.from_numpy(split.codes[level][rows]) for level in levels}
-        return Batch(codes, torch.from_numpy(split.labels[rows]) if found.classes else None)
-
-    def steps(start: int) -> Iterator[Batch]:
-        batches = GlobalBatchSampler(
-            order, config.batch_size, start=start, stop=config.steps, rank=worker.rank, workers=worker.count
-        )
-        for picks in batches:
-            yield batch(training, np.array([pick.image for pick in picks]))
-
-    def held_out(split: CodeSet) -> Iterator[Batch]:
-        rows = np.arange(worker.rank, min(len(split), config.evaluate_images), worker.count)
-        for start in range(0, len(rows), config.batch_size):
-            yield batch(split, rows[start : start + config.batch_size])
-
-    seen = np.flatnonzero(training.copies == 0)[: config.evaluate_images]
-    splits = {"seen": training.take(seen)}
-    if "validation" in found.splits:
-        splits["validation"] = found.split("validation", levels)
-    return Data(steps, {name: partial(held_out, split) for name, split in splits.items()})
+def count_labels(dataset: Codes) -> list[int]:
+    """Count the training images of each class, without augmented copies; empty without classes."""
+    if not dataset.classes:
+        return []
+    training_set = dataset.split("train", levels=())
+    labels = training_set.labels[training_set.copies == 0]
+    return np.bincount(labels, minlength=len(dataset.classes)).tolist()

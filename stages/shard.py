@@ -1,11 +1,11 @@
 """Turn a source of images into shards.
 
-reads   source   a folder, zip or tar of images    formats/sources.py, listing.py, images.py
+reads   source   a folder, zip or tar of images    images/sources.py, listing.py, decode.py
 writes  out      image shards and their index      formats/shards.py
         metrics  counts, for DVC
 
-Each shard is a part that one worker writes by itself, under names that the listing decides: the same source and
-settings give the same bytes, on however many workers, and a rerun keeps the shards that are finished.
+Each part is one shard, written by one worker. The listing alone decides names, keys and order, so the same source and
+settings give the same bytes on any number of workers. A rerun skips finished shards.
 """
 
 import csv
@@ -22,43 +22,39 @@ from PIL import ImageColor
 from stages.config import DatasetConfig
 from stages.errors import UserError
 from stages.formats import artifact
-from stages.formats.shards import INDEX, KIND, REJECTED, Encoded, Row, write_index, write_shard
+from stages.formats.shards import INDEX, KIND, REJECTED, EncodedImage, IndexRow, write_index, write_shard
 from stages.images.decode import RejectedImage, decode, encode
-from stages.images.listing import SPLITS, Entry, Listing, find
+from stages.images.listing import SPLITS, ListedImage, Listing, list_images
 from stages.images.sources import Member, UnreadableFile, open_source, printable
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
 
 _KEY_DIGITS = 9
-_NUMBERS = ("rejected", "left_out", "duplicates", "leaked")
-_NAMED = 20  # rejected files in the message that stops the stage
+_COUNTS_IN_METRICS = ("rejected", "skipped", "duplicates", "leaked")
+_SHOWN_REJECTED = 20  # files in the error about too many rejected images
+
+Rejections = list[tuple[str, str]]  # name, reason
 
 
 def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, context: StageContext) -> None:
-    """Make the shards; stop with the names of the files if too many cannot be used."""
-    try:
-        ImageColor.getrgb(dataset.background)
-    except ValueError:
-        what = f"dataset.background is {dataset.background!r}, which is no colour."
-        raise UserError(what, where="params.yaml", fix="Use a name or #rrggbb, such as #ffffff.", code=2) from None
-    listing = find(source, dataset.labels, validation_fraction=dataset.validation_fraction)
-    for note in listing.notes:
-        context.reporter.note(note)
-    work = context.work / "parts"
+    """Write the shards. Raises UserError if too many images, or all training images, are rejected."""
+    _check_background(dataset)
+    listing = list_images(source, dataset.labels, validation_fraction=dataset.validation_fraction)
+    for message in listing.messages:
+        context.reporter.message(message)
+
+    work = context.work_dir / "parts"
     parts = _plan(listing, dataset, work)
     map_parts(WriteShard, (source.absolute(), work.absolute(), dataset), parts, context=context, unit="images")
 
-    finished = [json.loads(_report(work, part["shard"]).read_text("utf-8")) for part in parts]
-    rejected = [(name, reason) for report in finished for name, reason in report["rejected"]]
-    _stop_if_too_many(rejected, len(listing.entries), source, dataset)
-    rows = [[Row(*row) for row in report["rows"]] for report in finished]
-    counts = _counts(listing, rows, rejected, finished)
-    for note in _warnings(counts):
-        context.reporter.note(note)
-    if not counts["images"]["train"]:
-        name, reason = rejected[0]
-        fix = f"Mend the training images; the first one, {printable(name)}: {reason}."
-        raise UserError("No training image could be read.", where=source, fix=fix, code=4)
+    reports = [json.loads(_report_path(work, part["shard"]).read_text("utf-8")) for part in parts]
+    rejected = [(name, reason) for report in reports for name, reason in report["rejected"]]
+    _check_rejected(rejected, len(listing.images), source, dataset)
+    rows = [[IndexRow(*row) for row in report["rows"]] for report in reports]
+    counts = _count(listing, rows, rejected, reports)
+    for message in _warnings(counts):
+        context.reporter.message(message)
+    _check_train_images(counts["images"]["train"], rejected, source)
 
     settings = {name: value for name, value in asdict(dataset).items() if name != "source"}
     meta = {"image_size": dataset.image_size, "classes": listing.classes, "settings": settings, **counts}
@@ -66,113 +62,128 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, conte
         for shard in [shard_rows[0].shard for shard_rows in rows if shard_rows]:
             artifact.link_or_copy(work / shard, folder / shard)
         write_index(folder / INDEX, filter(None, rows))
-        with (folder / REJECTED).open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("name", "reason"))
-            table.writerows((printable(name), reason) for name, reason in (*listing.left_out, *rejected))
+        _write_rejected(folder / REJECTED, [*listing.skipped, *rejected])
+
+    numbers = {"images": counts["images"], "classes": len(listing.classes)}
+    numbers |= {name: counts[name] for name in _COUNTS_IN_METRICS}
     metrics.parent.mkdir(parents=True, exist_ok=True)
-    numbers = {"images": counts["images"], "classes": len(listing.classes)} | {name: counts[name] for name in _NUMBERS}
     metrics.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 class WriteShard:
-    """A worker's own view of the source; writes one shard per call."""
+    """Mapper that writes one shard per part: decodes, converts and encodes its images."""
 
     def __init__(self, source: Path, work: Path, dataset: DatasetConfig):
         self.source, self.work, self.dataset = open_source(source), work, dataset
 
     def __call__(self, part: Mapping[str, Any]) -> dict[str, Any]:
         shard = part["shard"]
-        report = self._finished(shard)
-        if report is None:
-            report = self._write(shard)
+        report = self._read_finished(shard) or self._write(shard)
         return {"images": len(report["rows"]), "rejected": len(report["rejected"])}
 
-    def _finished(self, shard: str) -> dict[str, Any] | None:
+    def _read_finished(self, shard: str) -> dict[str, Any] | None:
+        """Return the report of a shard that is finished, undamaged and of the current plan."""
         try:
-            report = json.loads(_report(self.work, shard).read_text("utf-8"))
-            plan, whole = artifact.sha256(_plan_file(self.work, shard)), artifact.sha256(self.work / shard)
-            return report if (report["plan"], report["sha256"]) == (plan, whole) else None
+            report = json.loads(_report_path(self.work, shard).read_text("utf-8"))
+            hashes = artifact.sha256(_plan_path(self.work, shard)), artifact.sha256(self.work / shard)
+            return report if (report["plan"], report["sha256"]) == hashes else None
         except (OSError, ValueError, KeyError):
             return None
 
     def _write(self, shard: str) -> dict[str, Any]:
-        plan = json.loads(_plan_file(self.work, shard).read_text("utf-8"))
-        images: dict[str, Encoded] = {}
-        rejected: list[tuple[str, str]] = []
-        notes: Counter[str] = Counter()
-        # In the order in which they lie, so that a compressed tar is read through once; kept in the order of keys.
-        for key, member, label in sorted(plan["entries"], key=lambda entry: entry[1][1]):
-            member = Member(*member)
+        plan = json.loads(_plan_path(self.work, shard).read_text("utf-8"))
+        encoded: dict[str, EncodedImage] = {}
+        rejected: Rejections = []
+        conversions: Counter[str] = Counter()
+        extension = "png" if self.dataset.image_format == "png" else "jpg"
+        # Read by location, so that a compressed tar is decompressed only once. Write by key.
+        for key, member_fields, label in sorted(plan["images"], key=lambda image: Member(*image[1]).location):
+            member = Member(*member_fields)
             try:
-                picture = decode(self.source.read(member), self.dataset)
+                decoded = decode(self.source.read(member), self.dataset)
             except (UnreadableFile, RejectedImage) as error:
                 rejected.append((member.name, printable(str(error))))
                 continue
-            notes.update(picture.notes)
+            conversions.update(decoded.conversions)
             origin = {"name": member.name} | ({"label": plan["classes"][str(label)]} if label >= 0 else {})
-            extension = "png" if self.dataset.image_format == "png" else "jpg"
-            images[key] = Encoded(key, encode(picture.pixels, self.dataset), extension, label, origin)
+            encoded[key] = EncodedImage(key, encode(decoded.pixels, self.dataset), extension, label, origin)
+        images = [encoded[key] for key in sorted(encoded)]
+
         temporary = self.work / f"{shard}.writing"
-        kept = [images[key] for key in sorted(images)]
-        places = write_shard(temporary, kept)
+        locations = write_shard(temporary, images)  # key -> offset, length
         rows = [
-            Row(
+            IndexRow(
                 image.key,
                 plan["split"],
                 image.label,
                 shard,
-                *places[image.key],
+                *locations[image.key],
                 hashlib.sha256(image.data).hexdigest(),
                 printable(image.origin["name"]),
             )
-            for image in kept
+            for image in images
         ]
         report = {
-            "plan": artifact.sha256(_plan_file(self.work, shard)),
+            "plan": artifact.sha256(_plan_path(self.work, shard)),
             "sha256": artifact.sha256(temporary),
             "rows": rows,
             "rejected": sorted(rejected),
-            "notes": dict(sorted(notes.items())),
+            "conversions": dict(sorted(conversions.items())),
         }
         temporary.replace(self.work / shard)
-        _write_json(_report(self.work, shard), report)
+        _write_json(_report_path(self.work, shard), report)
         return report
 
 
+def _check_background(dataset: DatasetConfig) -> None:
+    """Raise UserError for an invalid colour, which would otherwise reject every transparent image."""
+    try:
+        ImageColor.getrgb(dataset.background)
+    except ValueError:
+        raise UserError(
+            f"dataset.background must be a colour, got {dataset.background!r}.",
+            where="params.yaml",
+            fix="Set dataset.background to a name or #rrggbb, such as #ffffff.",
+            code=2,
+        ) from None
+
+
 def _plan(listing: Listing, dataset: DatasetConfig, work: Path) -> list[dict[str, Any]]:
-    """Write down which images make which shard; return the parts, which only name the shards."""
+    """Write a plan file per shard that lists its images; return the parts, which hold only the shards' names."""
     work.mkdir(parents=True, exist_ok=True)
     parts = []
-    for number, split, images in _cut(listing.entries, dataset.images_per_shard):
+    for number, split, numbered_images in _group_into_shards(listing.images, dataset.images_per_shard):
         shard = f"{split}-{number:05d}.tar"
-        entries = [(f"{position:0{_KEY_DIGITS}d}", entry.member, entry.label) for position, entry in images]
-        classes = {str(label): listing.classes[label] for _, _, label in entries if label >= 0}
-        _write_json(_plan_file(work, shard), {"split": split, "classes": classes, "entries": entries})
-        parts.append({"shard": shard, "weight": len(entries)})
+        images = [(f"{position:0{_KEY_DIGITS}d}", image.member, image.label) for position, image in numbered_images]
+        classes = {str(label): listing.classes[label] for _, _, label in images if label >= 0}
+        _write_json(_plan_path(work, shard), {"split": split, "classes": classes, "images": images})
+        parts.append({"shard": shard, "weight": len(images)})
     return parts
 
 
-def _cut(entries: tuple[Entry, ...], size: int) -> Iterator[tuple[int, str, list[tuple[int, Entry]]]]:
-    numbered = list(enumerate(entries))
+def _group_into_shards(
+    images: tuple[ListedImage, ...], images_per_shard: int
+) -> Iterator[tuple[int, str, list[tuple[int, ListedImage]]]]:
+    """Yield number, split, and numbered images of each shard. Images are numbered over the whole dataset."""
+    numbered = list(enumerate(images))
     for split in SPLITS:
-        chosen = [pair for pair in numbered if pair[1].split == split]
-        for number, start in enumerate(range(0, len(chosen), size)):
-            yield number, split, chosen[start : start + size]
+        of_split = [(position, image) for position, image in numbered if image.split == split]
+        for number, start in enumerate(range(0, len(of_split), images_per_shard)):
+            yield number, split, of_split[start : start + images_per_shard]
 
 
-def _counts(
-    listing: Listing, rows: list[list[Row]], rejected: list[tuple[str, str]], reports: list[dict[str, Any]]
+def _count(
+    listing: Listing, rows: list[list[IndexRow]], rejected: Rejections, reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Count images per split and class, what was done to them, and equal pictures within and across splits."""
+    """Count images per split and class, conversions, and pixel-identical images within and across splits."""
     images = Counter(row.split for shard in rows for row in shard)
     labels = Counter((row.split, row.label) for shard in rows for row in shard)
-    splits_of: dict[str, Counter[str]] = defaultdict(Counter)
+    splits_by_hash: dict[str, Counter[str]] = defaultdict(Counter)
     for row in (row for shard in rows for row in shard):
-        splits_of[row.sha256][row.split] += 1
-    notes: Counter[str] = Counter()
+        splits_by_hash[row.sha256][row.split] += 1
+    conversions: Counter[str] = Counter()
     for report in reports:
-        notes.update(report["notes"])
+        conversions.update(report["conversions"])
     return {
         "images": {split: images[split] for split in SPLITS},
         "per_class": {
@@ -181,45 +192,67 @@ def _counts(
             if images[split] and listing.classes
         },
         "rejected": len(rejected),
-        "left_out": len(listing.left_out),
-        "duplicates": sum(found.total() - 1 for found in splits_of.values()),
-        "leaked": sum(found["validation"] for found in splits_of.values() if found["train"]),
-        "conversions": dict(sorted(notes.items())),
+        "skipped": len(listing.skipped),
+        "duplicates": sum(splits.total() - 1 for splits in splits_by_hash.values()),
+        "leaked": sum(splits["validation"] for splits in splits_by_hash.values() if splits["train"]),
+        "conversions": dict(sorted(conversions.items())),
     }
 
 
-def _warnings(counts: Mapping[str, Any]) -> Iterator[str]:
-    for note, count in counts["conversions"].items():
-        yield f"{count} images: {note}."
-    if counts["rejected"]:
-        yield f"{counts['rejected']} images could not be used; {REJECTED} says why."
-    if counts["leaked"]:
-        yield f"LEAK: {counts['leaked']} validation images equal a training image, pixel for pixel."
-    if counts["duplicates"]:
-        yield f"{counts['duplicates']} images repeat another one, pixel for pixel."
-
-
-def _stop_if_too_many(rejected: list[tuple[str, str]], images: int, source: Path, dataset: DatasetConfig) -> None:
+def _check_rejected(rejected: Rejections, images: int, source: Path, dataset: DatasetConfig) -> None:
+    """Raise UserError with the first rejected files if they exceed dataset.max_rejected_fraction."""
     if len(rejected) <= images * dataset.max_rejected_fraction:
         return
-    named = "".join(f"\n    {printable(name)}: {reason}" for name, reason in rejected[:_NAMED])
-    more = f"\n    and {len(rejected) - _NAMED} more" if len(rejected) > _NAMED else ""
+    names = "".join(f"\n    {printable(name)}: {reason}" for name, reason in rejected[:_SHOWN_REJECTED])
+    more = f"\n    and {len(rejected) - _SHOWN_REJECTED} more" if len(rejected) > _SHOWN_REJECTED else ""
     raise UserError(
-        f"{len(rejected)} of {images} images cannot be used:{named}{more}",
+        f"{len(rejected)} of {images} images are rejected:{names}{more}",
         where=source,
-        fix=f"Mend or remove them, or raise dataset.max_rejected_fraction, which is {dataset.max_rejected_fraction}.",
+        fix=f"Fix or remove them, or raise dataset.max_rejected_fraction, which is {dataset.max_rejected_fraction}.",
         code=4,
     )
 
 
-def _plan_file(work: Path, shard: str) -> Path:
+def _check_train_images(train_images: int, rejected: Rejections, source: Path) -> None:
+    """Raise UserError if no training image is left."""
+    if not train_images:
+        name, reason = rejected[0]
+        raise UserError(
+            "All training images are rejected.",
+            where=source,
+            fix=f"Fix the training images; the first one, {printable(name)}: {reason}.",
+            code=4,
+        )
+
+
+def _warnings(counts: Mapping[str, Any]) -> Iterator[str]:
+    for conversion, count in counts["conversions"].items():
+        yield f"{count} images: {conversion}."
+    if counts["rejected"]:
+        yield f"{counts['rejected']} images are rejected; {REJECTED} lists the reasons."
+    if counts["leaked"]:
+        yield f"LEAK: {counts['leaked']} validation images equal a training image, pixel for pixel."
+    if counts["duplicates"]:
+        yield f"{counts['duplicates']} images equal another image, pixel for pixel."
+
+
+def _write_rejected(path: Path, unused: Rejections) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("name", "reason"))
+        table.writerows((printable(name), reason) for name, reason in unused)
+
+
+def _plan_path(work: Path, shard: str) -> Path:
     return work / f"{shard}.plan.json"
 
 
-def _report(work: Path, shard: str) -> Path:
+def _report_path(work: Path, shard: str) -> Path:
     return work / f"{shard}.json"
 
 
 def _write_json(path: Path, value: object) -> None:
     with artifact.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")  # ASCII: names with stray bytes survive
+        temporary.write_text(
+            json.dumps(value), encoding="utf-8"
+        )  # json escapes to ASCII, also bytes that are not UTF-8

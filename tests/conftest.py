@@ -1,4 +1,4 @@
-"""What every test shares: one thread per process, and programs that neither phone home nor find a user's servers."""
+"""Environment of every test: one thread per process, no telemetry, and no connection to servers of the user."""
 
 import os
 import signal
@@ -15,16 +15,16 @@ os.environ |= {
 }
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VQVAE2_RUN", "VQVAE2_FRESH", "VQVAE2_PARENT_RUN"):
     os.environ.pop(name, None)
-# A script starts what is in its background with Ctrl-C ignored, and children inherit that.
+# A shell script starts background processes with SIGINT ignored, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Ray reads its settings once, when it is first imported: this sets those of a cluster that is started here.
+# Ray reads its environment on import: importing this first sets the variables for clusters that tests start.
 import stages.runtime.cluster  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """A test leaves signals to the next as it has found them; what a stranger's handler does shows elsewhere."""
+    """Restore signal handlers after each test, and fail a test that leaves other handlers."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield

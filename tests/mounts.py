@@ -1,4 +1,4 @@
-"""Disks that are small or read-only, in a namespace of mounts that ends with the command."""
+"""Small and read-only disks for tests, in a mount namespace that ends with the command."""
 
 import shutil
 import subprocess
@@ -6,9 +6,12 @@ import subprocess
 import pytest
 
 
-def within(mounting: str) -> list[str]:
-    """Give what to put before a command, so that it runs where a shell has mounted something; skip where it cannot."""
-    before = ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
+def mount_prefix(mount_commands: str) -> list[str]:
+    """Return the prefix that runs a command in a mount namespace, after the shell commands that mount.
+
+    Skips the test where mounting is not possible.
+    """
+    prefix = ["unshare", "--mount", "sh", "-c", f'{mount_commands} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting needs Linux and root")
-    return before
+    return prefix

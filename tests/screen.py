@@ -1,17 +1,17 @@
-"""What a person sees of a run, for tests to look at."""
+"""Reporter for tests that keeps the messages and images of a run."""
 
 from stages.runtime.context import Reporter
 
 
 class Screen(Reporter):
-    """Remembers what a person would have read, and which pictures there were."""
+    """Reporter that keeps the text of each message and the name of each image."""
 
     def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.pictures: list[str] = []
+        self.messages: list[str] = []
+        self.images: list[str] = []
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        self.pictures.append(name)
+    def image(self, name: str, png: bytes, step: int) -> None:
+        self.images.append(name)

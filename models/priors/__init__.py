@@ -1,4 +1,4 @@
-"""The priors there are, by name: a name is the file that holds it."""
+"""Table of the priors by name. A prior's name is that of its file."""
 
 from collections.abc import Mapping
 
@@ -16,17 +16,19 @@ PRIORS: dict[str, type[Prior]] = {"pixelsnail": PixelSNAIL, "pixelcnn": PixelCNN
 def build(
     config: PriorConfig, *, entries: int, grid: tuple[int, int], coarser: Mapping[str, Grid], classes: int
 ) -> Prior:
-    """Build the prior of a level of `grid` (height, width) under `coarser` ones, coarse to fine; 0 classes: no labels.
+    """Build the prior of a level of `grid` (height, width), conditioned on `coarser` levels, coarse to fine.
 
-    Raises ValueError for an unknown name, for sizes that hold nothing and for grids that do not fit into one another.
+    `classes` is the number of labels, 0 for a prior without labels. Raises ValueError for an unknown name, for sizes
+    below 1, and for grids that are not multiples of each other.
     """
     if config.name not in PRIORS:
-        raise ValueError(f"the prior's name is {config.name}; use one of {', '.join(PRIORS)}")
+        raise ValueError(f"name must be one of {', '.join(PRIORS)}, got {config.name!r}")
     for level, (size, height, width) in {"the prior": Grid(entries, *grid), **coarser}.items():
         if min(size, height, width) < 1:
             raise ValueError(
-                f"the grid of {level} is {height} x {width} codes of {size} entries; use 1 or more of each"
+                f"the grid of {level} must be 1 or more codes high and wide, of 1 or more entries, "
+                f"got {height} x {width} codes of {size} entries"
             )
     if classes < 0:
-        raise ValueError(f"classes is {classes}; use the number of classes, or 0 for a prior without labels")
+        raise ValueError(f"classes must be 0 or more, got {classes}; 0 builds a prior without labels")
     return PRIORS[config.name](config, entries=entries, grid=grid, coarser=coarser, classes=classes)

@@ -1,12 +1,11 @@
-"""A prior: a distribution over one level's codes, position by position in raster order.
+"""Prior: an autoregressive distribution over one level's codes, in raster order.
 
-p(codes | coarser codes, label) = the product over positions of p(code | codes before it, coarser codes, label).
-B grids, H x W positions, K entries, C channels.
+p(codes | coarser codes, label) = product over positions of p(code | earlier codes, coarser codes, label).
+B grids, H x W positions, K codebook entries, C channels.
 Source: Razavi et al. 2019, section 3.2 and algorithm 2.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -15,13 +14,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from models.config import PriorConfig
+from models.precision import autocast_disabled
 from models.priors.attention import StrictAttention
 from models.priors.conditioning import ConditioningStack, Grid
 from models.priors.layers import GatedBlock, RasterConv, vertical
 
 
 class VerticalStack(nn.Module):
-    """Features of the rows above each position, of every column: what a causal kernel's widening cone would miss."""
+    """Stack of convolutions over the rows above each position, at all columns.
+
+    One stack of causal convolutions has a blind spot at the upper right; two stacks have none.
+    """
 
     blocks: Sequence[GatedBlock[RasterConv]]
 
@@ -41,34 +44,35 @@ class VerticalStack(nn.Module):
 
     def forward(
         self,
-        raw: Float[Tensor, "B H W C"],
+        code_embedding: Float[Tensor, "B H W C"],
         condition: Float[Tensor, "B H W C"] | None,
         labels: Int64[Tensor, " B"] | None,
     ) -> list[Float[Tensor, "B H W C"]]:
         """Return the features after each block."""
-        x, after = self.stem(raw), []
+        x, outputs = self.stem(code_embedding), []
         for block in self.blocks:
             x = block(x, None, condition, labels)
-            after.append(x)
-        return after
+            outputs.append(x)
+        return outputs
 
 
 class Prior(nn.Module):
-    """The network that the priors share; a subclass says what one of its convolutions sees.
+    """Base class of the priors. A subclass defines what its convolutions see.
 
-    Embedded codes pass a strict stem and `layers` gated blocks with attention among them, then a 1x1 output stack.
+    Embedded codes pass a strict convolution (the stem), then `layers` gated blocks with attention after some of them,
+    then a stack of 1x1 blocks and a linear layer to logits.
     """
 
-    two_stacks: ClassVar[bool] = False  # whether a vertical stack stands beside the convolutions
+    two_stacks: ClassVar[bool] = False  # True adds a vertical stack that feeds each block
     positions: Tensor
-    # torch's lists of modules do not say what they hold; these lines do, for the type checker.
+    # Types of the elements of the module lists, which torch does not declare.
     blocks: Sequence[GatedBlock[RasterConv]]
     attentions: Sequence[StrictAttention]
     output: Sequence[GatedBlock[nn.Linear]]
 
     @staticmethod
     def convolution(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-        """Build one convolution; the strict one, which reads the codes themselves, does not see its own position."""
+        """Build one convolution. The strict one excludes its own position, as it reads the codes to predict."""
         raise NotImplementedError
 
     def __init__(
@@ -105,7 +109,7 @@ class Prior(nn.Module):
                 channels,
                 self.convolution(channels, hidden, kernel),
                 dropout=dropout,
-                aside=channels if self.two_stacks else 0,
+                auxiliary=channels if self.two_stacks else 0,
                 condition=condition,
                 classes=classes,
             )
@@ -118,9 +122,10 @@ class Prior(nn.Module):
             GatedBlock(channels, nn.Linear(channels, hidden), dropout=dropout) for _ in range(config.output_layers)
         )
         self.head = nn.Linear(channels, entries)
-        # An untrained prior holds every entry about equally likely.
+        # Small weights: an untrained prior gives every entry nearly the same probability.
         nn.init.normal_(self.head.weight, std=0.1 * channels**-0.5)
         nn.init.zeros_(self.head.bias)
+        # Coordinates of the positions, from -1/2 to 1/2 along each axis: (H, W, 2).
         rows = (torch.arange(self.height) - self.height / 2) / self.height
         columns = (torch.arange(self.width) - self.width / 2) / self.width
         positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)
@@ -132,12 +137,15 @@ class Prior(nn.Module):
         coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B K H W"]:
-        """Score every entry at every position, each from the codes before it in raster order."""
+        """Compute the logits of every entry at every position, from the earlier codes in raster order.
+
+        Raises ValueError for inputs that do not fit this prior (see `check`).
+        """
         self.check(codes, coarser, labels)
         return self.score(codes, self.condition(coarser), labels)
 
     def condition(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None) -> Float[Tensor, "B H W C"] | None:
-        """Turn coarser codes into the map that every block sees; None for the coarsest level."""
+        """Compute the feature map that conditions every block; None for the coarsest level."""
         return None if self.conditioning is None else self.conditioning(coarser or {})
 
     def score(
@@ -146,22 +154,25 @@ class Prior(nn.Module):
         condition: Float[Tensor, "B H W C"] | None,
         labels: Int64[Tensor, " B"] | None,
     ) -> Float[Tensor, "B K H W"]:
-        """Score codes given the map of `condition`; the uppermost rows of a grid may stand alone."""
-        raw, positions = self.embedding(codes), self.positions[: codes.shape[1]]
-        asides = [None] * len(self.blocks) if self.vertical is None else self.vertical(raw, condition, labels)
-        x = self.stem(raw) + self.position(positions)
-        for i, (block, aside) in enumerate(zip(self.blocks, asides, strict=True)):
-            x = block(x, aside, condition, labels)
-            attention = self.attention_after(i)
+        """Compute logits without checks, given the output of `condition`. `codes` may lack the last rows of grids."""
+        code_embedding, positions = self.embedding(codes), self.positions[: codes.shape[1]]
+        # Features of the rows above, one per block.
+        auxiliaries = (
+            [None] * len(self.blocks) if self.vertical is None else self.vertical(code_embedding, condition, labels)
+        )
+        x = self.stem(code_embedding) + self.position(positions)
+        for index, (block, auxiliary) in enumerate(zip(self.blocks, auxiliaries, strict=True)):
+            x = block(x, auxiliary, condition, labels)
+            attention = self.attention_after(index)
             if attention is not None:
-                x = attention(x, raw, positions)
-        for point in self.output:
-            x = point(x)
-        with _full_precision(x.device.type):
+                x = attention(x, code_embedding, positions)
+        for output_block in self.output:
+            x = output_block(x)
+        with autocast_disabled(x.device.type):
             return self.head(F.elu(x).to(self.head.weight.dtype)).permute(0, 3, 1, 2)
 
     def attention_after(self, block: int) -> StrictAttention | None:
-        """The attention that follows a block, if any does."""
+        """Return the attention that follows a block, if any."""
         if not self.attention_every or (block + 1) % self.attention_every:
             return None
         return self.attentions[block // self.attention_every]
@@ -172,63 +183,59 @@ class Prior(nn.Module):
         coarser: Mapping[str, Tensor] | None,
         labels: Tensor | None,
     ) -> None:
-        """Raise ValueError for codes or labels that this prior was not built for."""
+        """Raise ValueError for codes or labels of a shape, dtype or range that this prior was not built for."""
         if torch.compiler.is_compiling():  # reading values would break the graph
             return
         _check_codes("codes", codes, Grid(self.entries, self.height, self.width))
-        given = dict(coarser or {})
-        if set(given) != set(self.coarser):
+        coarser = coarser or {}
+        if coarser.keys() != self.coarser.keys():
             raise ValueError(
-                f"the coarser levels given are {_names(given)}; give codes of exactly these: {_names(self.coarser)}"
+                f"coarser must have the levels {_names(self.coarser)}, got {_names(coarser)}; use these codes exactly"
             )
         for name, grid in self.coarser.items():
-            _check_codes(f"codes of {name}", given[name], grid)
-            _check_count(f"codes of {name}", given[name], codes)
+            _check_codes(f"codes of {name}", coarser[name], grid)
+            _check_count(f"codes of {name}", coarser[name], codes)
         if self.classes and labels is None:
-            raise ValueError(f"labels are missing; this prior knows {self.classes} classes, so give one label per grid")
+            raise ValueError(f"labels must be one per grid, of {self.classes} classes, got none")
         if not self.classes and labels is not None:
-            raise ValueError("labels were given; this prior was trained without, so leave them out")
+            raise ValueError("labels must be None for a prior without classes, got labels")
         if labels is None:
             return
         if labels.ndim != 1 or labels.dtype != torch.int64:
             raise ValueError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; use torch.int64, one number for each grid"
+                f"labels must be torch.int64 of one axis, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
         _check_count("labels", labels, codes)
-        if labels.numel() and not labels.is_meta:
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= self.classes:
-                raise ValueError(f"labels run from {low} to {high}; use 0 to {self.classes - 1}")
+        _check_range("labels", labels, self.classes)
 
 
 def nll(logits: Float[Tensor, "B K H W"], codes: Int64[Tensor, "B H W"]) -> Float[Tensor, " B"]:
-    """Sum the negative log-likelihood of the codes over positions, in nats."""
+    """Compute the negative log-likelihood of each grid of codes, summed over positions, in nats."""
     batch, entries = logits.shape[:2]
-    rows = logits.permute(0, 2, 3, 1).reshape(-1, entries)
+    rows = logits.permute(0, 2, 3, 1).reshape(-1, entries)  # (B x H x W, K)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     return F.cross_entropy(rows, codes.flatten(), reduction="none").view(batch, -1).sum(1)
 
 
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    return torch.autocast(device, enabled=False) if available else nullcontext()
-
-
-def _check_codes(what: str, codes: Tensor, grid: Grid) -> None:
+def _check_codes(name: str, codes: Tensor, grid: Grid) -> None:
     if codes.dtype != torch.int64:
-        raise ValueError(f"{what} are {codes.dtype}; use torch.int64")
+        raise ValueError(f"{name} must be torch.int64, got {codes.dtype}")
     if codes.shape[1:] != (grid.height, grid.width):
-        found = " x ".join(map(str, codes.shape[1:]))
-        raise ValueError(f"{what} are {found}; this prior was built for grids of {grid.height} x {grid.width}")
-    if codes.numel() and not codes.is_meta:
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= grid.entries:
-            raise ValueError(f"{what} run from {low} to {high}; use 0 to {grid.entries - 1}")
+        size = " x ".join(map(str, codes.shape[1:]))
+        raise ValueError(f"{name} must be grids of {grid.height} x {grid.width}, as this prior was built, got {size}")
+    _check_range(name, codes, grid.entries)
 
 
-def _check_count(what: str, given: Tensor, codes: Tensor) -> None:
-    if len(given) != len(codes):
-        raise ValueError(f"{what} are given for {len(given)} grids of {len(codes)}; give one for each")
+def _check_range(name: str, numbers: Tensor, stop: int) -> None:
+    if numbers.numel() and not numbers.is_meta:
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= stop:
+            raise ValueError(f"{name} must be 0 to {stop - 1}, got {low} to {high}")
+
+
+def _check_count(name: str, numbers: Tensor, codes: Tensor) -> None:
+    if len(numbers) != len(codes):
+        raise ValueError(f"{name} must be of {len(codes)} grids, got {len(numbers)}")
 
 
 def _names(levels: Mapping[str, object]) -> str:

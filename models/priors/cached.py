@@ -1,9 +1,10 @@
-"""The same priors one position at a time: what earlier positions have in common is kept, not computed again.
+"""The same priors, one position at a time: results that later positions use again are cached.
 
-What finished rows, coarser codes and the label give is computed a row at a time, in products as large as training's;
-a position is left with its own row's few taps. Buffers keep their addresses and every column's view of them is made
-once, so a step is little but matrix products, and can be captured as a CUDA graph.
-B grids, H x W positions, C channels, R hidden channels, K entries.
+Everything that depends only on finished rows, coarser codes and the label is computed once per row, in products as
+large as those of training. A step then computes only the taps on its own row. Buffers keep their addresses, and views
+of each column are made once: a step is little more than matrix products, and can be captured as a CUDA graph.
+
+B grids, H x W positions, C channels, K codebook entries, L = 1 + H x W keys, head_dim = C / heads.
 Source: Ramachandran et al. 2017 (Fast PixelCNN++), after Paine et al. 2016 (Fast WaveNet).
 """
 
@@ -20,277 +21,285 @@ from models.priors.layers import GatedBlock, RasterConv
 
 
 class CachedPrior:
-    """A prior that is given its codes in raster order, and scores each position before its code is known.
+    """Prior that reads codes one by one in raster order, and computes the logits of each position before its code.
 
-    For each batch of grids: `begin`; for each row: `start_row`; then for each of its columns: `step`, and `absorb`
-    once the code is chosen. Dropout is off, and the weights are those of the moment it is built. `static` keeps all
-    shapes the same from step to step, as a CUDA graph needs: attention then covers the whole grid under a mask that
-    opens as positions are absorbed.
+    For each batch of grids call `reset`; for each row `start_row`; for each column of the row `step`, and then `append`
+    with the chosen codes. Dropout is off, and the weights are those at construction. With `static` all shapes are the
+    same in every step, as a CUDA graph requires: attention computes all L keys under a mask.
     """
 
     def __init__(self, prior: Prior, *, batch: int, static: bool = False) -> None:
         width = prior.width
         self.batch = batch
-        self.condition_of = prior.condition
-        self.condition: Tensor | None = None
+        self.compute_condition = prior.condition
+        self.condition: Tensor | None = None  # (B, H, W, C)
         self.embedding = prior.embedding.weight
-        self.places = prior.position(prior.positions)
+        self.position_embedding = prior.position(prior.positions)  # (H, W, C)
         self.stem = _Stem(prior.stem, batch, width)
         self.vertical = None if prior.vertical is None else _Vertical(prior.vertical, batch, width)
         self.blocks: list[tuple[_ConvBlock, _Attention | None]] = []
-        for i, block in enumerate(prior.blocks):
-            attention = prior.attention_after(i)
+        for index, block in enumerate(prior.blocks):
+            attention = prior.attention_after(index)
             cached = None if attention is None else _Attention(attention, prior.positions, batch, static)
             self.blocks.append((_ConvBlock(block, batch, width), cached))
         self.output = [_PointBlock(block) for block in prior.output]
-        self.head, self.head_bias = _packed(prior.head), prior.head.bias
+        self.head, self.head_bias = transposed(prior.head), prior.head.bias
 
-    def begin(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None, labels: Int64[Tensor, " B"] | None) -> None:
-        """Forget the grids so far, and take in what the next ones are drawn under."""
-        self.condition = self.condition_of(coarser)
+    def reset(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None, labels: Int64[Tensor, " B"] | None) -> None:
+        """Clear the caches and set the coarser codes and labels of the next grids."""
+        self.condition = self.compute_condition(coarser)
         self.stem.rows.clear()
         if self.vertical is not None:
-            self.vertical.begin(labels)
+            self.vertical.reset(labels)
         for block, attention in self.blocks:
-            block.begin(labels)
+            block.reset(labels)
             if attention is not None:
-                attention.begin()
+                attention.reset()
 
     def start_row(self, row: int) -> None:
-        """Compute what the positions of a row have in common; the row above it must be complete."""
+        """Compute what all positions of a row share. The row above must be complete."""
         condition = None if self.condition is None else self.condition[:, row]
-        asides: list[Tensor | None] = [None] * len(self.blocks)
+        auxiliaries: list[Tensor | None] = [None] * len(self.blocks)
         if self.vertical is not None:
-            asides = self.vertical.row(self.stem.rows.own, condition)
-        self.stem.start_row(self.places[row])
-        for (block, attention), aside in zip(self.blocks, asides, strict=True):
-            block.start_row(aside, condition)
+            auxiliaries = self.vertical.row(self.stem.rows.current, condition)
+        self.stem.start_row(self.position_embedding[row])
+        for (block, attention), auxiliary in zip(self.blocks, auxiliaries, strict=True):
+            block.start_row(auxiliary, condition)
             if attention is not None:
                 attention.start_row(row)
 
     def step(self, column: int) -> Float[Tensor, "B K"]:
-        """Score every entry at a column of the current row."""
+        """Compute the logits at a column of the current row."""
         x = self.stem.step(column)
         for block, attention in self.blocks:
             x = block.step(x, column)
             if attention is not None:
                 x = attention.step(x, column)
-        for point in self.output:
-            x = point.step(x)
+        for output_block in self.output:
+            x = output_block.step(x)
         return torch.addmm(self.head_bias, F.elu(x), self.head)
 
-    def absorb(self, codes: Int64[Tensor, " B"], column: int) -> None:
-        """Take in the codes of the column that was scored last."""
-        raw = F.embedding(codes, self.embedding)
-        self.stem.writes[column].copy_(raw)
+    def append(self, codes: Int64[Tensor, " B"], column: int) -> None:
+        """Add the codes of the column of the last `step` to the caches."""
+        code_embedding = F.embedding(codes, self.embedding)
+        self.stem.inputs[column].copy_(code_embedding)
         for _, attention in self.blocks:
             if attention is not None:
-                attention.absorb(raw, column)
+                attention.append(code_embedding, column)
 
 
 class _Rows:
-    """The rows that a convolution looks at, the current one last, with the zeros left and right of them."""
+    """Input rows of a convolution, the current one last, padded with zeros left and right."""
 
     def __init__(self, conv: RasterConv, batch: int, width: int) -> None:
         left, right = conv.padding
-        self.all = conv.weight.new_zeros(batch, conv.rows, left + width + right, conv.weight.shape[1])
-        self.own = self.all[:, -1, left : left + width]
+        self.padded = conv.weight.new_zeros(batch, conv.rows, left + width + right, conv.weight.shape[1])
+        self.current = self.padded[:, -1, left : left + width]  # (B, W, inputs), a view
 
     def clear(self) -> None:
-        """Make every row one above the grid."""
-        self.all.zero_()
+        """Set all rows to zero, like rows above the grid."""
+        self.padded.zero_()
 
     def roll(self) -> None:
-        """Make the current row the one above. Its place keeps the old content until it is written."""
-        for row in range(self.all.shape[1] - 1):
-            self.all[:, row].copy_(self.all[:, row + 1])
+        """Move each row up by one. The current row keeps its values until they are overwritten."""
+        for row in range(self.padded.shape[1] - 1):
+            self.padded[:, row].copy_(self.padded[:, row + 1])
 
 
 class _Taps:
-    """A raster convolution, a position at a time: the taps above once per row, those of the own row at each step."""
+    """Raster convolution, one position at a time: the rows above once per row, the current row's taps in each step."""
 
     def __init__(self, conv: RasterConv, batch: int, width: int) -> None:
         outputs, inputs, taps = conv.weight.shape
-        own = taps - (conv.rows - 1) * conv.columns
+        current_taps = taps - (conv.rows - 1) * conv.columns
         self.rows = _Rows(conv, batch, width)
-        self.above = conv.kernel[:, :, :-1].clone()
+        self.kernel_above = conv.kernel[:, :, :-1].clone()
         self.bias = conv.bias
-        self.weight = conv.weight[:, :, -own:].permute(2, 1, 0).reshape(own * inputs, outputs).contiguous()
-        self.before = conv.weight.new_zeros(batch, width, outputs)
-        self.writes = self.rows.own.unbind(1)
-        self.reads = [self.rows.all[:, -1, column : column + own].flatten(1) for column in range(width)]
-        self.befores = self.before.unbind(1)
+        # The taps of the current row as one matrix, (taps x inputs, outputs): a step is one product.
+        weight = conv.weight[:, :, -current_taps:]
+        self.weight = weight.permute(2, 1, 0).reshape(current_taps * inputs, outputs).contiguous()
+        self.row_sum = conv.weight.new_zeros(batch, width, outputs)  # bias, rows above, and other terms of this row
+        # Views of each column: written inputs, windows of inputs under the taps, and row sums.
+        self.inputs = self.rows.current.unbind(1)
+        self.windows = [self.rows.padded[:, -1, column : column + current_taps].flatten(1) for column in range(width)]
+        self.row_sums = self.row_sum.unbind(1)
 
-    def start_row(self, extra: Tensor | None) -> None:
-        """`extra` is what else is added to the convolution along this row."""
+    def start_row(self, addend: Tensor | None) -> None:
+        """Compute the row sums. `addend` is added to the convolution's output."""
         self.rows.roll()
-        self.before.copy_(self.bias if extra is None else self.bias + extra)
-        if self.above.shape[2]:
-            self.before.add_(_convolve(self.rows.all[:, :-1], self.above))
+        self.row_sum.copy_(self.bias if addend is None else self.bias + addend)
+        if self.kernel_above.shape[2]:
+            self.row_sum.add_(_convolve(self.rows.padded[:, :-1], self.kernel_above))
 
 
 class _Stem(_Taps):
-    """The strict convolution over the codes themselves."""
+    """Strict convolution over the embedded codes."""
 
     def step(self, column: int) -> Tensor:
-        return torch.addmm(self.befores[column], self.reads[column], self.weight)
+        return torch.addmm(self.row_sums[column], self.windows[column], self.weight)
 
 
 class _ConvBlock:
-    """A gated block around a raster convolution."""
+    """Gated block around a raster convolution."""
 
     def __init__(self, block: GatedBlock[RasterConv], batch: int, width: int) -> None:
         self.taps = _Taps(block.first, batch, width)
-        self.aside = block.aside
-        self.gate = _Gate(block)
-        self.second = _packed(block.second)
-        self.gates = self.second.new_zeros(batch, width, self.second.shape[1])
-        self.columns = list(
-            zip(self.taps.writes, self.taps.befores, self.taps.reads, self.gates.unbind(1), strict=True)
-        )
+        self.auxiliary = block.auxiliary
+        self.gate_bias = _GateBias(block)
+        self.second = transposed(block.second)
+        self.gates = self.second.new_zeros(batch, width, self.second.shape[1])  # terms of this row before the gate
+        taps = self.taps
+        self.columns = list(zip(taps.inputs, taps.row_sums, taps.windows, self.gates.unbind(1), strict=True))
 
-    def begin(self, labels: Tensor | None) -> None:
+    def reset(self, labels: Tensor | None) -> None:
         self.taps.rows.clear()
-        self.gate.begin(labels)
+        self.gate_bias.reset(labels)
 
-    def start_row(self, aside: Tensor | None, condition: Tensor | None) -> None:
-        self.taps.start_row(None if self.aside is None or aside is None else self.aside(F.elu(aside)))
-        self.gates.copy_(self.gate.row(condition))
+    def start_row(self, auxiliary: Tensor | None, condition: Tensor | None) -> None:
+        projected = None if self.auxiliary is None or auxiliary is None else self.auxiliary(F.elu(auxiliary))
+        self.taps.start_row(projected)
+        self.gates.copy_(self.gate_bias.row(condition))
 
     def step(self, x: Tensor, column: int) -> Tensor:
-        write, before, read, gates = self.columns[column]
-        write.copy_(F.elu(x))
-        hidden = torch.addmm(before, read, self.taps.weight)
+        inputs, row_sum, window, gates = self.columns[column]
+        inputs.copy_(F.elu(x))
+        hidden = torch.addmm(row_sum, window, self.taps.weight)
         return x + F.glu(torch.addmm(gates, F.elu(hidden), self.second), -1)
 
 
 class _PointBlock:
-    """A gated block around a 1x1 layer, which needs no cache."""
+    """Gated block around a 1x1 layer. It needs no cache."""
 
     def __init__(self, block: GatedBlock[nn.Linear]) -> None:
-        self.first, self.first_bias = _packed(block.first), block.first.bias
-        self.second, self.second_bias = _packed(block.second), block.second.bias
-        self.aside = None if block.aside is None else _packed(block.aside)
+        self.first, self.first_bias = transposed(block.first), block.first.bias
+        self.second, self.second_bias = transposed(block.second), block.second.bias
+        self.auxiliary = None if block.auxiliary is None else transposed(block.auxiliary)
 
-    def step(self, x: Tensor, aside: Tensor | None = None) -> Tensor:
-        before: Tensor = self.first_bias
-        if self.aside is not None and aside is not None:
-            before = torch.addmm(before, F.elu(aside), self.aside)
-        hidden = torch.addmm(before, F.elu(x), self.first)
+    def step(self, x: Tensor, auxiliary: Tensor | None = None) -> Tensor:
+        bias: Tensor = self.first_bias
+        if self.auxiliary is not None and auxiliary is not None:
+            bias = torch.addmm(bias, F.elu(auxiliary), self.auxiliary)
+        hidden = torch.addmm(bias, F.elu(x), self.first)
         return x + F.glu(torch.addmm(self.second_bias, F.elu(hidden), self.second), -1)
 
 
-class _Gate:
-    """What enters a block before its gate, along a row: the bias, the label's, and the coarser codes'."""
+class _GateBias:
+    """Terms added before a block's gate, for one row: bias, label and coarser codes."""
 
     def __init__(self, block: GatedBlock) -> None:
-        self.own, self.label, self.condition = block.second.bias, block.label, block.condition
-        self.bias: Tensor = self.own
+        self.second_bias, self.label, self.condition = block.second.bias, block.label, block.condition
+        self.bias: Tensor = self.second_bias
 
-    def begin(self, labels: Tensor | None) -> None:
+    def reset(self, labels: Tensor | None) -> None:
         if self.label is not None and labels is not None:
-            self.bias = (self.own + self.label(labels))[:, None]
+            self.bias = (self.second_bias + self.label(labels))[:, None]
 
     def row(self, condition: Tensor | None) -> Tensor:
         return self.bias if self.condition is None or condition is None else self.bias + self.condition(condition)
 
 
 class _Vertical:
-    """The vertical stack, a row at a time: it never looks into the row that is being drawn."""
+    """Vertical stack, one row at a time: it never reads the current row."""
 
     def __init__(self, stack: VerticalStack, batch: int, width: int) -> None:
         self.stem, self.stem_kernel = stack.stem, stack.stem.kernel
         self.stem_rows = _Rows(stack.stem, batch, width)
         self.blocks = [
-            (block, block.first.kernel, _Rows(block.first, batch, width), _Gate(block)) for block in stack.blocks
+            (block, block.first.kernel, _Rows(block.first, batch, width), _GateBias(block)) for block in stack.blocks
         ]
 
-    def begin(self, labels: Tensor | None) -> None:
+    def reset(self, labels: Tensor | None) -> None:
         self.stem_rows.clear()
-        for _, _, rows, gate in self.blocks:
+        for _, _, rows, gate_bias in self.blocks:
             rows.clear()
-            gate.begin(labels)
+            gate_bias.reset(labels)
 
-    def row(self, raw: Tensor, condition: Tensor | None) -> list[Tensor | None]:
-        """Return the features after each block; `raw` are the embedded codes of the row above."""
-        self.stem_rows.own.copy_(raw)
+    def row(self, code_embedding: Tensor, condition: Tensor | None) -> list[Tensor | None]:
+        """Return the features after each block. `code_embedding`, (B, W, C), is that of the row above."""
+        self.stem_rows.current.copy_(code_embedding)
         self.stem_rows.roll()
-        x = _convolve(self.stem_rows.all, self.stem_kernel) + self.stem.bias
-        after: list[Tensor | None] = []
-        for block, kernel, rows, gate in self.blocks:
+        x = _convolve(self.stem_rows.padded, self.stem_kernel) + self.stem.bias
+        outputs: list[Tensor | None] = []
+        for block, kernel, rows, gate_bias in self.blocks:
             rows.roll()
-            rows.own.copy_(F.elu(x))
-            hidden = F.elu(_convolve(rows.all, kernel) + block.first.bias)
-            x = x + F.glu(F.linear(hidden, block.second.weight) + gate.row(condition), -1)
-            after.append(x)
-        return after
+            rows.current.copy_(F.elu(x))
+            hidden = F.elu(_convolve(rows.padded, kernel) + block.first.bias)
+            x = x + F.glu(F.linear(hidden, block.second.weight) + gate_bias.row(condition), -1)
+            outputs.append(x)
+        return outputs
 
 
 class _Attention:
-    """Strict attention, a position at a time, over the keys and values of those before it."""
+    """Strict attention, one position at a time, over cached keys and values of earlier positions."""
 
     def __init__(self, attention: StrictAttention, positions: Tensor, batch: int, static: bool) -> None:
         channels = attention.query.weight.shape[0]
-        width = channels // attention.heads
-        length = positions.shape[0] * positions.shape[1] + 1  # entry 0 stands for "nothing"
+        head_dim = channels // attention.heads
+        length = positions.shape[0] * positions.shape[1] + 1
         self.heads = attention.heads
         self.query_block, self.key_block = _PointBlock(attention.query_block), _PointBlock(attention.key_block)
         self.merge = _PointBlock(attention.merge)
-        self.query = _packed(attention.query) * width**-0.5
-        self.key_value, self.raw = _packed(attention.key_value), _packed(attention.raw)
-        self.query_places = attention.query_position(positions)
-        self.key_places = attention.key_position(positions)
-        self.query_place = torch.zeros_like(self.query_places[0])
-        self.key_place = torch.zeros_like(self.key_places[0])
-        # The positions lie innermost: both products of a step then run along them.
-        self.kept = self.query.new_zeros(2, batch, self.heads, width, length)
-        self.keys, self.values = self.kept.flatten(1, 2)
-        self.seen = 1
+        self.query = transposed(attention.query) * head_dim**-0.5  # with the scale of the scores
+        self.key_value = transposed(attention.key_value)
+        self.code_projection = transposed(attention.code_projection)
+        # Embeddings of all positions, (H, W, C), and of the current row, (W, C).
+        self.query_positions = attention.query_position(positions)
+        self.key_positions = attention.key_position(positions)
+        self.row_query_position = torch.zeros_like(self.query_positions[0])
+        self.row_key_position = torch.zeros_like(self.key_positions[0])
+        # (2, B, heads, head_dim, 1 + H*W), keys and values; slot 0 is the null key. Slots are the innermost axis: both
+        # products of a step run along it.
+        self.kv_cache = self.query.new_zeros(2, batch, self.heads, head_dim, length)
+        self.keys, self.values = self.kv_cache.flatten(1, 2)  # (B x heads, head_dim, L) each, views
         self.static = static
-        self.open = self.query.new_empty(length)
-        self.next = torch.ones(1, dtype=torch.int64, device=self.query.device)
+        self.cache_len = 1  # filled slots, without `static`
+        # With `static`, the same on the device: fixed shapes and addresses.
+        self.mask = self.query.new_empty(length)  # 0 visible, -inf hidden
+        self.write_index = torch.ones(1, dtype=torch.int64, device=self.query.device)
 
-    def begin(self) -> None:
-        self.kept.zero_()
-        self.seen = 1
-        self.open.fill_(-torch.inf)
-        self.open[0] = 0
-        self.next.fill_(1)
+    def reset(self) -> None:
+        self.kv_cache.zero_()
+        self.cache_len = 1
+        self.mask.fill_(-torch.inf)
+        self.mask[0] = 0
+        self.write_index.fill_(1)
 
     def start_row(self, row: int) -> None:
-        self.query_place.copy_(self.query_places[row])
-        self.key_place.copy_(self.key_places[row])
+        self.row_query_position.copy_(self.query_positions[row])
+        self.row_key_position.copy_(self.key_positions[row])
 
     def step(self, x: Tensor, column: int) -> Tensor:
-        self.features = x
-        queries = torch.mm(self.query_block.step(x + self.query_place[column]), self.query)
-        queries = queries.view(self.keys.shape[0], 1, -1)
+        self.features = x  # `append` needs them
+        queries = torch.mm(self.query_block.step(x + self.row_query_position[column]), self.query)
+        queries = queries.view(self.keys.shape[0], 1, -1)  # (B x heads, 1, head_dim)
+        # softmax(Q K^T) V, over the filled slots or under the mask.
         if not self.static:
-            weights = torch.softmax(torch.bmm(queries, self.keys[:, :, : self.seen]), -1)
-            mixed = torch.bmm(self.values[:, :, : self.seen], weights.transpose(1, 2))
+            weights = torch.softmax(torch.bmm(queries, self.keys[:, :, : self.cache_len]), -1)
+            mixed = torch.bmm(self.values[:, :, : self.cache_len], weights.transpose(1, 2))
         else:
-            weights = torch.softmax(torch.bmm(queries, self.keys) + self.open, -1)
+            weights = torch.softmax(torch.bmm(queries, self.keys) + self.mask, -1)
             mixed = torch.bmm(self.values, weights.transpose(1, 2))
         return self.merge.step(x, mixed.view(x.shape))
 
-    def absorb(self, raw: Tensor, column: int) -> None:
-        seen = self.features + torch.addmm(self.key_place[column], raw, self.raw)
-        new = torch.mm(self.key_block.step(seen), self.key_value)
-        new = new.view(new.shape[0], 2, self.heads, -1).transpose(0, 1)
+    def append(self, code_embedding: Tensor, column: int) -> None:
+        """Add the key and value of the position of the last step, whose code is now chosen."""
+        position_and_code = torch.addmm(self.row_key_position[column], code_embedding, self.code_projection)
+        key_value = torch.mm(self.key_block.step(self.features + position_and_code), self.key_value)
+        key_value = key_value.view(key_value.shape[0], 2, self.heads, -1).transpose(0, 1)  # (2, B, heads, head_dim)
         if not self.static:
-            self.kept[..., self.seen].copy_(new)
-            self.seen += 1
+            self.kv_cache[..., self.cache_len].copy_(key_value)
+            self.cache_len += 1
         else:
-            self.kept.index_copy_(-1, self.next, new.unsqueeze(-1))
-            self.open.index_fill_(0, self.next, 0)
-            self.next.add_(1)
+            self.kv_cache.index_copy_(-1, self.write_index, key_value.unsqueeze(-1))
+            self.mask.index_fill_(0, self.write_index, 0)
+            self.write_index.add_(1)
 
 
-def _packed(layer: nn.Linear) -> Tensor:
-    """The weight as a step multiplies with it: inputs x outputs, contiguous."""
+def transposed(layer: nn.Linear) -> Tensor:
+    """Return a linear layer's weight as a contiguous matrix of (inputs, outputs), the layout of a step's products."""
     return layer.weight.t().contiguous()
 
 
 def _convolve(rows: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve padded rows, (B, rows, columns, inputs), down to one row, (B, W, outputs)."""
+    """Convolve padded rows, (B, rows, columns, inputs), to one row, (B, W, outputs)."""
     return F.conv2d(rows.permute(0, 3, 1, 2), kernel).permute(0, 2, 3, 1).squeeze(1)

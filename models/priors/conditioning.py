@@ -1,5 +1,6 @@
-"""What a prior knows of the coarser levels: one map of features, at its own grid, from all of their codes.
+"""Conditioning stack: one feature map, at a prior's grid, from the codes of all coarser levels.
 
+B grids, H x W positions, C channels.
 Source: Razavi et al. 2019, section 3.2 (residual conditioning stack).
 """
 
@@ -11,32 +12,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from models.residual import ResidualBlock
+
 
 class Grid(NamedTuple):
-    """The codes of a level: how many entries to choose from, and at how many positions."""
+    """Size of a level's grid of codes, and the number of its codebook's entries."""
 
     entries: int
     height: int
     width: int
 
 
-class ResidualBlock(nn.Module):
-    """Add to the features a 3x3 and a 1x1 convolution of them."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.second = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return x + self.second(F.relu(self.first(F.relu(x))))
-
-
 class ConditioningStack(nn.Module):
-    """Turn the codes of every coarser level into features at the grid of the level they condition.
+    """Network from the codes of every coarser level to features at the grid of the conditioned level.
 
-    Levels are brought to the finest of them, joined, and run through residual blocks there; a transposed convolution
-    then brings them to the conditioned grid. Nothing is causal here: coarser codes are all known.
+    Embedded codes are upsampled to the finest coarser grid, concatenated, and passed through residual blocks. A
+    transposed convolution then upsamples to the conditioned grid. Nothing here is causal: all coarser codes are drawn
+    before the first code of this level. Raises ValueError for grids that are not multiples of each other.
     """
 
     def __init__(self, coarser: Mapping[str, Grid], height: int, width: int, channels: int, hidden: int, blocks: int):
@@ -47,19 +39,24 @@ class ConditioningStack(nn.Module):
         factor = _factor(nearest, finest, height, width)
         if factor % 2:
             raise ValueError(
-                f"the grid is {height} x {width} and that of {nearest} {finest.height} x {finest.width}; "
-                "use a grid that is larger by an even factor"
+                f"the grid must be larger than that of {nearest}, {finest.height} x {finest.width}, by an even factor, "
+                f"got {height} x {width}"
             )
         self.size = finest.height, finest.width
-        self.embeddings = nn.ModuleDict({name: nn.Embedding(grid.entries, channels) for name, grid in coarser.items()})
+        # The prefix avoids the names of ModuleDict's own attributes.
+        self.embeddings = nn.ModuleDict(
+            {f"level_{name}": nn.Embedding(grid.entries, channels) for name, grid in coarser.items()}
+        )
+        self.levels = tuple(coarser)
         self.join = nn.Conv2d(len(coarser) * channels, channels, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(channels, hidden) for _ in range(blocks))
+        # kernel 2f, stride f, padding f / 2: each side grows by exactly f, which must be even.
         self.lift = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, padding=factor // 2)
 
     def forward(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]]) -> Float[Tensor, "B H W C"]:
         maps = [
             F.interpolate(embedding(coarser[name]).permute(0, 3, 1, 2), self.size)
-            for name, embedding in self.embeddings.items()
+            for name, embedding in zip(self.levels, self.embeddings.values(), strict=True)
         ]
         x = self.join(torch.cat(maps, 1))
         for block in self.blocks:
@@ -68,9 +65,10 @@ class ConditioningStack(nn.Module):
 
 
 def _factor(name: str, grid: Grid, height: int, width: int) -> int:
+    """Return how many times a finer grid is as large as `grid`."""
     if height % grid.height or width % grid.width or height // grid.height != width // grid.width:
         raise ValueError(
-            f"the grid is {height} x {width} and that of {name} {grid.height} x {grid.width}; "
-            "use grids that are larger by one whole factor along both sides, coarse to fine"
+            f"the grid must be larger than that of {name}, {grid.height} x {grid.width}, by one integer factor along "
+            f"both sides, got {height} x {width}; list levels coarse to fine"
         )
     return height // grid.height

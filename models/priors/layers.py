@@ -1,8 +1,8 @@
-"""What the priors are built of: a convolution that looks back in raster order, and the gated residual block around it.
+"""Layers of the priors: a convolution that is causal in raster order, and a gated residual block.
 
-B grids, H x W positions, C channels. Features lie as (B, H, W, C), so that a 1x1 convolution is a linear layer and
-attention reads them as a sequence without a copy.
-Source: Chen et al. 2018 (PixelSNAIL), gated residual layer; van den Oord et al. 2016 (Gated PixelCNN), the two stacks.
+B grids, H x W positions, C channels. Features have the layout (B, H, W, C): a 1x1 convolution is a linear layer, and
+attention reads the positions as a sequence without a copy.
+Source: Chen et al. 2018 (PixelSNAIL), gated residual layer; van den Oord et al. 2016 (Gated PixelCNN), two stacks.
 """
 
 from typing import Generic, TypeVar
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 
 class RasterConv(nn.Module):
-    """Convolve over the first `taps` places, in raster order, of a window that ends in a position's own row.
+    """Convolution over the first `taps` positions, in raster order, of a window whose last row is the position's row.
 
-    The window is `kernel` wide and reaches `kernel // 2` rows up; with `rows=1` it is the own row up to the position.
-    Only the live taps are stored, so no mask has to be kept zero. A grid is padded with zeros.
+    The window is `kernel` columns wide, centred on the position, and `rows` rows high. With `rows=1` it ends at the
+    position. Only the weights of these taps are stored, so no mask has to keep the others at zero. The grid is padded
+    with zeros.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rows: int, kernel: int, taps: int) -> None:
@@ -25,7 +26,7 @@ class RasterConv(nn.Module):
         self.rows = rows
         self.side = kernel // 2  # columns left of a position
         self.columns = kernel if rows > 1 else self.side + 1
-        bound = (inputs * taps) ** -0.5
+        bound = (inputs * taps) ** -0.5  # as in nn.Conv2d, with the fan-in of the stored taps
         self.weight = nn.Parameter(torch.empty(outputs, inputs, taps).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
@@ -36,7 +37,7 @@ class RasterConv(nn.Module):
 
     @property
     def kernel(self) -> Float[Tensor, "outputs inputs rows columns"]:
-        """The dense kernel: the live taps, then zeros."""
+        """Dense kernel: the stored taps, then zeros."""
         outputs, inputs, taps = self.weight.shape
         dense = F.pad(self.weight, (0, self.rows * self.columns - taps))
         return dense.view(outputs, inputs, self.rows, self.columns)
@@ -47,19 +48,29 @@ class RasterConv(nn.Module):
 
 
 def causal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-    """See the rows above and the own row up to the position (kernel 5: 13 taps). Strict: without the position."""
-    above, own = kernel // 2, kernel // 2 + 1
-    return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=above * kernel + own - strict)
+    """Build a convolution over the rows above and the row up to the position (kernel 5: 13 taps).
+
+    The strict one excludes the position itself.
+    """
+    above = kernel // 2
+    current = kernel // 2 + 1 - strict
+    return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=above * kernel + current)
 
 
 def vertical(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-    """See the rows above and the whole own row (kernel 5: 15 taps). Strict: only the rows above."""
+    """Build a convolution over the rows above and the whole current row (kernel 5: 15 taps).
+
+    The strict one excludes the current row.
+    """
     above = kernel // 2
     return RasterConv(inputs, outputs, rows=above + 1, kernel=kernel, taps=(above + 1 - strict) * kernel)
 
 
 def horizontal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) -> RasterConv:
-    """See the own row up to the position (kernel 5: 3 taps). Strict: without the position."""
+    """Build a convolution over the current row up to the position (kernel 5: 3 taps).
+
+    The strict one excludes the position itself.
+    """
     return RasterConv(inputs, outputs, rows=1, kernel=kernel, taps=kernel // 2 + 1 - strict)
 
 
@@ -67,10 +78,10 @@ First = TypeVar("First", RasterConv, nn.Linear)
 
 
 class GatedBlock(nn.Module, Generic[First]):
-    """Add to the features what a gate lets through: x + a * sigmoid(b).
+    """Gated residual block: x + a * sigmoid(b).
 
-    (a, b) come from two layers, of which the second is 1x1. Another stream enters between the two; coarser codes and
-    the label enter as a bias before the gate.
+    (a, b) are the output of two layers, the second of which is 1x1. An auxiliary stream (PixelSNAIL's term) is added
+    between them. Coarser codes and the label are added to (a, b) before the gate.
     """
 
     def __init__(
@@ -79,20 +90,20 @@ class GatedBlock(nn.Module, Generic[First]):
         first: First,
         *,
         dropout: float,
-        aside: int = 0,
+        auxiliary: int = 0,
         condition: int = 0,
         classes: int = 0,
     ) -> None:
-        """`aside` and `condition` are the channels of the streams that enter, 0 for none."""
+        """`auxiliary` and `condition` are the channels of these streams, 0 for none."""
         super().__init__()
         hidden = first.weight.shape[0]
         self.first: First = first
         self.second = nn.Linear(hidden, 2 * channels)
-        self.aside = nn.Linear(aside, hidden, bias=False) if aside else None
+        self.auxiliary = nn.Linear(auxiliary, hidden, bias=False) if auxiliary else None
         self.condition = nn.Linear(condition, 2 * channels, bias=False) if condition else None
         self.label = nn.Embedding(classes, 2 * channels) if classes else None
         self.dropout = dropout
-        # Each block starts close to the identity, so a deep network starts close to a shallow one.
+        # Small weights: each block starts close to the identity, so a deep network starts close to a shallow one.
         nn.init.zeros_(self.second.bias)
         with torch.no_grad():
             self.second.weight.mul_(0.1)
@@ -102,13 +113,13 @@ class GatedBlock(nn.Module, Generic[First]):
     def forward(
         self,
         x: Float[Tensor, "B H W C"],
-        aside: Float[Tensor, "B H W A"] | None = None,
+        auxiliary: Float[Tensor, "B H W A"] | None = None,
         condition: Float[Tensor, "B H W D"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B H W C"]:
         hidden = self.first(F.elu(x))
-        if self.aside is not None and aside is not None:
-            hidden = hidden + self.aside(F.elu(aside))
+        if self.auxiliary is not None and auxiliary is not None:
+            hidden = hidden + self.auxiliary(F.elu(auxiliary))
         gates = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
         if self.condition is not None:
             gates = gates + self.condition(condition)

@@ -1,6 +1,6 @@
-"""Gated PixelCNN: two stacks, one for the rows above and one for the own row, so that nothing in reach is missed.
+"""Gated PixelCNN: a vertical stack for the rows above and a horizontal stack for the current row, without a blind spot.
 
-Source: van den Oord et al. 2016; Razavi et al. 2019, section 3.2 (the lower levels' priors).
+Source: van den Oord et al. 2016; Razavi et al. 2019, section 3.2 (priors of the lower levels).
 """
 
 from models.priors.base import Prior
@@ -8,7 +8,7 @@ from models.priors.layers import horizontal
 
 
 class PixelCNN(Prior):
-    """Each block sees its own row up to the position and, through a vertical stack, the rows above."""
+    """Prior whose blocks see the current row up to the position and, through the vertical stack, the rows above."""
 
     two_stacks = True
     convolution = staticmethod(horizontal)

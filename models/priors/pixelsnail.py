@@ -1,7 +1,7 @@
-"""PixelSNAIL: one stack of causal convolutions, and attention for what lies beyond their reach.
+"""PixelSNAIL: one stack of causal convolutions, and attention for positions beyond their receptive field.
 
-A single stack never sees some codes to the upper right; attention sees all of them, so have some.
-Source: Chen et al. 2018; Razavi et al. 2019, section 3.2 (the top prior).
+A single stack has a blind spot at the upper right. Attention covers it, so use at least one attention layer.
+Source: Chen et al. 2018; Razavi et al. 2019, section 3.2 (top prior).
 """
 
 from models.priors.base import Prior
@@ -9,6 +9,6 @@ from models.priors.layers import causal
 
 
 class PixelSNAIL(Prior):
-    """Each block sees the rows above and its own row up to the position."""
+    """Prior whose blocks see the rows above and the current row up to the position."""
 
     convolution = staticmethod(causal)

@@ -1,24 +1,39 @@
-"""`vqvae2 run`: compose, check, ask DVC what is out of date, and bring it up to date as one tracked run."""
+"""`vqvae2 run`: compose settings, check them, ask DVC what is out of date, and run that as one tracked run."""
 
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
-from pipeline import dvc, dvc_yaml, ownership, params, params_header, preflight, shared_cluster, stage_runner
-from pipeline.fingerprint import code_of, digests, fingerprint_of, sections_of
-from pipeline.process import ENDING, handle_signals
+from pipeline import (
+    dvc,
+    dvc_yaml,
+    ownership,
+    params,
+    params_header,
+    preflight,
+    result_versions,
+    shared_cluster,
+    stage_runner,
+)
+from pipeline.compose import compose_settings, to_yaml
+from pipeline.drift import warn_drift, warn_reverted_overrides
+from pipeline.fingerprint import identify, sections_of
+from pipeline.process import STOP_SIGNALS, handle_signals
+from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
+from stages.formats.flatten import flatten
+
+REPORT = Path("artifacts/report/report.html")
 
 
 def run(
-    wanted: Sequence[str] = (),
+    names: Sequence[str] = (),
     *,
     overrides: Sequence[str] = (),
     force: bool = False,
@@ -26,229 +41,205 @@ def run(
     pull: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Bring the wanted stages and what they need, or all stages, up to date; return the exit status.
+    """Bring the named stages and their dependencies, or all stages, up to date; return the exit status.
 
-    `force` runs stages that are up to date too, from their first step, or from where such a run was interrupted;
-    `only` leaves alone what the stage needs.
+    `force` also runs stages that are up to date, from their first step or from where an interrupted forced run stopped.
+    `only` runs the named stages without their dependencies. Raises UserError if the run cannot succeed.
     """
-    if only and not wanted:
-        raise UserError("--only needs a stage.", where="--only", fix="Add one, such as --stage evaluate.", code=2)
-    with handle_signals(_stop), _alone() if overrides or not dry_run else nullcontext():
-        with _settings(overrides, keep=not dry_run) as settings:
+    if only and not names:
+        raise UserError(
+            "--only requires a stage.", where="--only", fix="Add a stage, such as --stage evaluate.", code=2
+        )
+    lock = ownership.exclusive_project(stage_runner.RUNS) if overrides or not dry_run else nullcontext()
+    with handle_signals(_stop), lock:
+        with _apply_settings(overrides, keep=not dry_run) as settings:
             stages = dvc_yaml.stages(params.read())
-            targets = [dvc_yaml.find(name, stages).name for name in wanted]
-            why = dvc.reasons(stages, targets, only=only)
+            targets = [dvc_yaml.find(name, stages).name for name in names]
+            result_versions.write(params.read(), settings)
+            reasons = dvc.out_of_date_reasons(stages, targets, only=only)
             if force:
-                forced = targets if only else dvc.needed(stages, targets or list(stages))
-                why |= {name: [*why.get(name, []), "forced"] for name in stages if name in forced}
-            if dry_run or not why:
-                _print_plan(why, stages)
-            if why:
+                forced = targets if only else dvc.with_dependencies(stages, targets or list(stages))
+                reasons |= {name: [*reasons.get(name, []), "forced"] for name in stages if name in forced}
+            for name in reasons:
+                result_versions.refuse_kept(stages[name], settings)
+            if dry_run or not reasons:
+                _print_plan(reasons, stages)
+            if reasons:
                 where = params_header.describe_source(overrides) if overrides else str(params.FILE)
-                preflight.check(settings, why, where, pull=pull)
-        if dry_run or not why:
+                preflight.check(settings, reasons, where, pull=pull)
+        if dry_run or not reasons:
             return 0
-        _remove_leftovers(settings)
-        return _reproduce(settings, stages, targets, why, force=force, only=only, pull=pull)
+        _remove_obsolete_priors(settings)
+        return _run_dvc(settings, stages, targets, reasons, force=force, only=only, pull=pull)
 
 
 def _stop(number: int, frame: object) -> None:
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)  # nothing may cut short what takes the settings back
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)  # a second signal must not interrupt the restoring of params.yaml
     raise SystemExit(stage_runner.stopped(number))
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other runs out of this folder: their stages read params.yaml when they start, and must find their own."""
-    with ownership.exclusive_lock(stage_runner.RUNS, dvc.BUSY):
-        for lock in sorted(stage_runner.RUNS.glob("*/lock")):
-            if holder := ownership.owner(lock.parent):  # started by dvc repro, or by hand
-                raise UserError(f"{dvc.BUSY}: {holder}.", where=lock, fix=ownership.WAIT, code=3)
-        yield
+def _apply_settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
+    """Write composed settings to params.yaml, where DVC reads them.
 
-
-def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], Params]:
-    """Compose conf/ with overrides; return the contents of params.yaml, and the settings they hold."""
-    from pipeline.compose import compose_params
-
-    data = compose_params(overrides)
-    return data, params.check(data, params_header.describe_source(overrides))
-
-
-def config(overrides: Sequence[str], *, write: bool) -> int:
-    """Print what conf/ composes to, or put it into params.yaml."""
-    from pipeline.compose import to_yaml
-
-    data, _ = compose(overrides)
-    if not write:
-        print(to_yaml(data, overrides), end="")
-        return 0
-    with _alone():
-        params_header.warn_reverted_overrides(overrides, data)
-        params.write(to_yaml(data, overrides).encode())
-    return 0
-
-
-@contextmanager
-def _settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
-    """Put composed settings in params.yaml, where DVC looks for them.
-
-    They are taken back unless they are to be kept, and when something is refused before it has begun.
+    Without overrides, params.yaml is used as it is. The former params.yaml is restored unless `keep` is set and the
+    block succeeds.
     """
     if not overrides:
         settings = params.load()
-        params_header.warn_drift()
+        warn_drift()
         yield settings
         return
-    from pipeline.compose import to_yaml
-
-    data, settings = compose(overrides)
-    params_header.warn_reverted_overrides(overrides, data)
+    data, settings = compose_settings(overrides)
+    warn_reverted_overrides(overrides, data)
     before = params.FILE.read_bytes() if params.FILE.is_file() else None
-    time = params.FILE.stat().st_mtime_ns if before is not None else 0
+    time_ns = params.FILE.stat().st_mtime_ns if before is not None else 0
+    succeeded = False
     try:
         params.write(to_yaml(data, overrides).encode())
         yield settings
-        kept = keep
-    except BaseException:
-        kept = False
-        raise
+        succeeded = True
     finally:
-        if not kept:
-            _take_back(before, time)
+        if not (succeeded and keep):
+            _restore_params(before, time_ns)
 
 
-def _take_back(before: bytes | None, time: int) -> None:
-    if before is None:
+def _restore_params(contents: bytes | None, time_ns: int) -> None:
+    if contents is None:
         params.FILE.unlink()
     else:
-        params.write(before)
-        os.utime(params.FILE, ns=(time, time))  # what is newer in conf/ is still to be noticed
+        params.write(contents)
+        os.utime(params.FILE, ns=(time_ns, time_ns))  # `drift` compares it with the times of conf/
 
 
-class _Failed(Exception):
-    """Tells the tracked run that DVC did not get to the end."""
+class _ReproFailed(Exception):
+    """Ends the tracked run as failed."""
 
 
-def _reproduce(
+def _run_dvc(
     settings: Params,
     stages: Mapping[str, dvc_yaml.Stage],
     targets: Sequence[str],
-    why: Mapping[str, Sequence[str]],
+    reasons: Mapping[str, Sequence[str]],
     *,
     force: bool,
     only: bool,
     pull: bool,
 ) -> int:
     outcome = dvc.Outcome()
-    with shared_cluster.SharedCluster() as meeting:
+    with shared_cluster.SharedCluster() as cluster:
         try:
             with _tracked(settings) as parent:
-                environment = {**os.environ, **parent, shared_cluster.FOLDER: str(meeting.folder)}
+                environment = {**os.environ, **parent, shared_cluster.FOLDER: str(cluster.folder)}
                 if force:
                     environment[stage_runner.FORCE_RESTART] = "1"
-                outcome = dvc.reproduce(
-                    targets, stages=stages, why=why, environment=environment, force=force, only=only, pull=pull
+                outcome = dvc.run_repro(
+                    targets, stages=stages, reasons=reasons, environment=environment, force=force, only=only, pull=pull
                 )
-                _link(outcome, settings, stages, parent)
-                if not outcome.stopped:
-                    _require_cached(outcome)
-                if outcome.status or outcome.stopped:
-                    raise _Failed(f"dvc repro ended with status {outcome.status}")
-        except _Failed:
-            if outcome.stopped:
-                return stage_runner.stopped(outcome.stopped)
-            if outcome.status < 0:  # it could say nothing itself
-                raise UserError(
-                    f"DVC was ended by {signal.Signals(-outcome.status).name}.",
-                    where=Path.cwd(),
-                    fix="Run the same command again; it goes on from what is saved.",
-                ) from None
-            if told := meeting.status():
-                return told
-            print("DVC did not get to the end. The same command goes on from what is saved.", file=sys.stderr)
-            return 1
-    _tidy(outcome, settings, stages)
-    report = Path("artifacts/report/report.html")
-    if report.is_file() and (not targets or "evaluate" in targets):
-        print(f"report        {report}")
+                _link_cached_stages(outcome, settings, stages, parent)
+                if not outcome.stop_signal:
+                    require_cached(outcome)
+                if outcome.status or outcome.stop_signal:
+                    raise _ReproFailed(f"dvc repro ended with status {outcome.status}")
+        except _ReproFailed:
+            return failure_status(outcome, cluster.exit_status())
+    clean_up(outcome, settings, stages)
+    if REPORT.is_file() and (not targets or "evaluate" in targets):
+        print(f"report        {REPORT}")
     return 0
 
 
-def _require_cached(outcome: dvc.Outcome) -> None:
-    """Refuse to have finished while what was made lies in artifacts/ alone."""
-    finished = outcome.ran[:-1] if outcome.status else outcome.ran
-    try:
-        lacking = dvc.uncached(finished)
-    except UserError as error:  # another dvc may be at work: no reason to fail what is done
-        print(f"note: whether DVC's cache has what was made is not known. {error.what}", file=sys.stderr)
-        return
-    if lacking:
+def failure_status(outcome: dvc.Outcome, stage_status: int) -> int:
+    """Return the exit status of a failed or stopped run, and print what the failed stage has not printed itself.
+
+    `stage_status` is the exit status that the failed stage recorded; 0 if none did. Raises UserError if a signal killed
+    DVC.
+    """
+    if outcome.stop_signal:
+        return stage_runner.stopped(outcome.stop_signal)
+    if outcome.status < 0:
         raise UserError(
-            f"DVC's cache lacks what {params_header.first_few(lacking)} made; DVC says above why. It lies in artifacts/ alone.",
+            f"DVC was killed by {signal.Signals(-outcome.status).name}.",
+            where=Path.cwd(),
+            fix="Run the same command again to resume.",
+        )
+    if stage_status:
+        return stage_status
+    print("DVC failed. Run the same command again to resume.", file=sys.stderr)
+    return 1
+
+
+def require_cached(
+    outcome: dvc.Outcome, missing_from_cache: Callable[[Sequence[str]], list[str]] = dvc.missing_from_cache
+) -> None:
+    """Raise UserError if the result of a finished stage is not in DVC's cache, for example because its disk is full."""
+    finished = outcome.ran[:-1] if outcome.status else outcome.ran  # the last one failed
+    try:
+        missing = missing_from_cache(finished)
+    except UserError as error:  # another dvc process may be running: no reason to fail a finished run
+        print(f"note: could not check that DVC's cache has all results. {error.what}", file=sys.stderr)
+        return
+    if missing:
+        raise UserError(
+            f"DVC's cache does not have the results of {first_few(missing)}; see DVC's message above. The only copy is "
+            "in artifacts/.",
             where=f"{Path.cwd()}: dvc cache dir",
-            fix="Make room there, but not in artifacts/ or runs/, then run: dvc commit -f " + " ".join(lacking),
+            fix="Free space there, but not in artifacts/ or runs/, then run: dvc commit -f " + " ".join(missing),
             code=3,
         )
 
 
 @contextmanager
 def _tracked(settings: Params) -> Iterator[dict[str, str]]:
-    """Record this run as the parent of its stages'; yield the environment that tells them so."""
+    """Record this run as the parent of its stages' runs; yield the environment variables that name it."""
     from stages.tracking import tracker
 
     command = " ".join(["vqvae2", *sys.argv[1:]])
-    with tracker.parent_run(params.flat(settings), {"command": command, "mlflow.runName": command}) as key:
-        yield {tracker.PARENT: key}
+    with tracker.track_pipeline(flatten(settings), {"command": command, "mlflow.runName": command}) as key:
+        yield {tracker.PARENT_RUN_VARIABLE: key}
 
 
-def _link(
+def _link_cached_stages(
     outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage], parent: Mapping[str, str]
 ) -> None:
-    """Show the stages that did not run in the tracked run too, so that comparing runs finds no holes."""
+    """Add stages that did not run to the tracked run, so that every run has all stages to compare."""
     from stages.tracking import tracker
 
-    for stage in (stages[name] for name in (*outcome.kept, *outcome.restored) if name in stages):
-        with suppress(UserError):  # an input is gone, so nobody can say which run made the output
-            inputs, fingerprint = _made_of(stage, settings)
-            tracker.link_cached(
-                parent[tracker.PARENT],
+    for stage in (stages[name] for name in (*outcome.unchanged, *outcome.restored) if name in stages):
+        with suppress(UserError):  # a missing input: the run that wrote the output is unknown
+            inputs, fingerprint = identify(stage, settings)
+            tracker.record_cached_stage(
+                parent[tracker.PARENT_RUN_VARIABLE],
                 stage.name,
                 fingerprint,
-                params=params.flat(sections_of(stage, settings)),
+                params=flatten(sections_of(stage, settings)),
                 inputs=inputs,
                 metrics=Path(stage.metrics[0]) if stage.metrics else None,
                 curves=curves.read(Path(stage.outs[0], curves.FILE)),
             )
 
 
-def _tidy(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage]) -> None:
-    """Remove what is of no more use once DVC has taken note of the whole: its parts, and that it was begun afresh."""
+def clean_up(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage]) -> None:
+    """Delete the parts of finished stages and their markers of a forced restart, after DVC has recorded the results."""
     for stage in (stages[name] for name in outcome.ran if name in stages):
-        with suppress(UserError):  # an input is gone already
-            work = stage_runner.RUNS / stage.cli_name / _made_of(stage, settings)[1][:16]
+        with suppress(UserError):  # an input has been deleted meanwhile
+            work = stage_runner.RUNS / stage.cli_name / identify(stage, settings)[1][:16]
             shutil.rmtree(work / "parts", ignore_errors=True)
             (work / stage_runner.RESTARTED_MARKER).unlink(missing_ok=True)
 
 
-def _made_of(stage: dvc_yaml.Stage, settings: Params) -> tuple[dict[str, str], str]:
-    """Digest the inputs of a stage, and name by its fingerprint what it makes of them."""
-    inputs = digests(stage, settings)
-    return inputs, fingerprint_of(stage, settings, inputs, code_of(stage))
-
-
-def _remove_leftovers(settings: Params) -> None:
-    """Remove priors of levels that the settings no longer have: `sample` reads the folder of all priors."""
+def _remove_obsolete_priors(settings: Params) -> None:
+    """Delete priors of levels that the settings do not have: `sample` reads all priors in the folder."""
     for folder in Path("artifacts/priors").glob("*"):
         if folder.is_dir() and folder.name not in settings.priors:
-            shutil.rmtree(folder)  # DVC restores it from its cache when the level is back
+            shutil.rmtree(folder)  # DVC restores it from its cache when the level is added again
 
 
-def _print_plan(why: Mapping[str, Sequence[str]], stages: Mapping[str, dvc_yaml.Stage]) -> None:
-    if not why:
+def _print_plan(reasons: Mapping[str, Sequence[str]], stages: Mapping[str, dvc_yaml.Stage]) -> None:
+    if not reasons:
         print("Everything is up to date.")
-    for name, found in why.items():
-        print(f"{stages[name].cli_name:<13} would run: {'; '.join(found)}")
-    if why:
-        print("A stage that has run with these very settings and inputs is restored from cache instead.")
+        return
+    for name, texts in reasons.items():
+        print(f"{stages[name].cli_name:<13} would run: {'; '.join(texts)}")
+    print("Stages that already ran with the same settings and inputs are restored from cache instead.")

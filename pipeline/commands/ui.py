@@ -1,4 +1,4 @@
-"""MLflow's pages, on this machine alone."""
+"""`vqvae2 ui`: MLflow's web interface, reachable from this machine only."""
 
 import os
 import socket
@@ -7,47 +7,50 @@ import sys
 from stages.errors import UserError
 
 HOST = "127.0.0.1"
-# What MLflow opens, by the scheme of the URI.
+# Schemes of the store URIs that MLflow supports.
 STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks", "databricks-uc")
 
 
 def serve(port: int) -> int:
-    """Become `mlflow server` over the project's own store."""
-    from stages.tracking import tracker
+    """Replace this process by `mlflow server` on the project's store.
 
-    uri = tracker.store_uri()
+    Raises UserError if MLFLOW_TRACKING_URI is a server or not supported, or if the port cannot be used.
+    """
+    from stages.tracking.mlflow_store import store_uri
+
+    uri = store_uri()
     require_store(uri)
     if uri.startswith(("http://", "https://", "databricks")):
         raise UserError(
-            "MLFLOW_TRACKING_URI names a server, which has pages of its own.",
+            "MLFLOW_TRACKING_URI is the address of a server, which has its own web interface.",
             where=uri.rpartition("@")[2],
             fix="Open that address in a browser.",
             code=2,
         )
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # MLflow's server sets it too
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise UserError(
                 f"Port {port} cannot be used: {error.strerror}.",
                 where=f"{HOST}:{port}",
-                fix=f"Open what runs there already, or choose another port: vqvae2 ui --port {port % 65_535 + 1}",
+                fix=f"Choose another port: vqvae2 ui --port {port % 65_535 + 1}",
                 code=3,
             ) from None
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # a dozen idle processes otherwise
-    print(f"http://{HOST}:{port}  (end it with Ctrl-C)", flush=True)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # it would start a dozen processes that stay idle
+    print(f"http://{HOST}:{port}  (stop it with Ctrl-C)", flush=True)
     arguments = ["--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", uri]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
 
 
 def require_store(uri: str) -> None:
-    """Refuse a URI that names no store of MLflow's."""
+    """Raise UserError if MLflow does not support a store URI."""
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "file"  # mysql+pymysql
     if scheme not in STORES:
         raise UserError(
-            f"MLFLOW_TRACKING_URI begins with {scheme}://, which MLflow cannot open.",
+            f"MLFLOW_TRACKING_URI must start with one of {', '.join(STORES)}, got {scheme}://.",
             where=uri.rpartition("@")[2],
-            fix=f"Use a URI of one of {', '.join(STORES)}, or unset it: runs are then kept in mlflow.db here.",
+            fix="Correct it, or unset it to track runs in mlflow.db in this folder.",
             code=2,
         )

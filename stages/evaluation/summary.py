@@ -1,6 +1,8 @@
-"""From what the parts of an evaluation measured to its numbers: pure functions, one per heading of metrics.json.
+"""Metrics of an evaluation, computed from sums, counts and features: one function per section of metrics/evaluate.json.
 
-Names say what is measured on what, each with its number of images. Keys that end in `_se` are standard errors.
+Each section states its number of images. Keys that end in `_se` are standard errors.
+
+Axes: N images, D features, K codebook entries.
 """
 
 import csv
@@ -17,107 +19,118 @@ from stages.metrics import COMPARISONS, distortion, rate, usage
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
 
-Numbers = dict[str, Any]
+Metrics = dict[str, Any]  # nested, as JSON has them
+RATE_DISTORTION_COLUMNS = ["levels", "rate", "bits_per_pixel", "mse", "psnr"]
 
 
-def reconstruction(sums: Mapping[str, Mapping[str, DistortionSums]]) -> Numbers:
-    """Distortion by split, and by prefix of levels and what fills the rest: split -> "top/zeros" -> sums."""
-    numbers: Numbers = {}
-    for split, found in sums.items():
-        whole = list(found)[-1]
-        numbers[split] = {"images": int(found[whole].images), **distortion.summarize(found[whole])}
-        for name, part in found.items():
-            if name != whole:
-                numbers[split][name.replace("/", "_filled_with_")] = distortion.summarize(part)
-    if "train" in numbers and "validation" in numbers and numbers["train"]["mse"] > 0:
-        numbers["mse_validation_to_train"] = numbers["validation"]["mse"] / numbers["train"]["mse"]
-    return numbers
+def reconstruction(sums: Mapping[str, Mapping[str, DistortionSums]]) -> Metrics:
+    """Compute distortion by split, and by prefix of levels: split -> prefix and fill, such as "top/zeros" -> sums.
+
+    The last prefix has all levels; its metrics are those of the split itself.
+    """
+    metrics: Metrics = {}
+    for split, by_prefix in sums.items():
+        all_levels = list(by_prefix)[-1]
+        metrics[split] = {"images": int(by_prefix[all_levels].images), **distortion.summarize(by_prefix[all_levels])}
+        for name, prefix_sums in by_prefix.items():
+            if name != all_levels:
+                metrics[split][name.replace("/", "_filled_with_")] = distortion.summarize(prefix_sums)
+    if "train" in metrics and "validation" in metrics and metrics["train"]["mse"] > 0:
+        metrics["mse_validation_to_train"] = metrics["validation"]["mse"] / metrics["train"]["mse"]
+    return metrics
 
 
-def codebook(counts: Mapping[str, Mapping[str, np.ndarray]]) -> Numbers:
-    """Usage by level and split: level -> split -> counts of entries."""
-    numbers: Numbers = {}
-    for level, splits in counts.items():
-        numbers[level] = {"entries": len(splits["train"]), "collapsed": int(usage.is_collapsed(splits["train"]))}
-        numbers[level] |= {split: usage.summarize(found) for split, found in splits.items() if found.any()}
-    return numbers
+def codebook(counts: Mapping[str, Mapping[str, np.ndarray]]) -> Metrics:
+    """Compute codebook usage: level -> split -> occurrences of each entry, (K,)."""
+    metrics: Metrics = {}
+    for level, by_split in counts.items():
+        metrics[level] = {"entries": len(by_split["train"]), "collapsed": int(usage.is_collapsed(by_split["train"]))}
+        metrics[level] |= {
+            split: usage.summarize(split_counts) for split, split_counts in by_split.items() if split_counts.any()
+        }
+    return metrics
 
 
-def likelihood(sums: Mapping[str, Mapping[str, LikelihoodSums]], levels: Mapping[str, Grid]) -> Numbers:
-    """NLL per code by level and split, what a uniform prior would give, and the gap that overfitting opens."""
-    numbers: Numbers = {}
-    for level, splits in sums.items():
-        numbers[level] = {"uniform_nats_per_code": math.log(levels[level].entries)}
-        for split, found in splits.items():
-            numbers[level][split] = {"images": int(found.images), **rate.summarize(found)}
-        if "train" in splits and "validation" in splits:
-            numbers[level]["gap_nats_per_code"] = (
-                numbers[level]["validation"]["nats_per_code"] - numbers[level]["train"]["nats_per_code"]
+def likelihood(sums: Mapping[str, Mapping[str, LikelihoodSums]], levels: Mapping[str, Grid]) -> Metrics:
+    """Compute the NLL per code: level -> split -> sums.
+
+    Adds the NLL of a uniform prior, ln K, and the generalization gap, validation minus train.
+    """
+    metrics: Metrics = {}
+    for level, by_split in sums.items():
+        metrics[level] = {"uniform_nats_per_code": math.log(levels[level].entries)}
+        for split, split_sums in by_split.items():
+            metrics[level][split] = {"images": int(split_sums.images), **rate.summarize(split_sums)}
+        if "train" in by_split and "validation" in by_split:
+            metrics[level]["gap_nats_per_code"] = (
+                metrics[level]["validation"]["nats_per_code"] - metrics[level]["train"]["nats_per_code"]
             )
-    return numbers
+    return metrics
 
 
 def rates(
     levels: Mapping[str, Grid],
-    likelihoods: Numbers,
+    likelihoods: Metrics,
     mse: float,
     *,
     split: str,
     image_size: int,
     column_bytes: Mapping[str, int],
     rows: int,
-) -> Numbers:
-    """Bits per image by level and in total: at log2 K per code, under the priors (of `split`), and in the files.
+) -> Metrics:
+    """Compute bits per image by level and in total: fixed (log2 K per code), under the priors, and in the files.
 
-    `rows` are the rows of the files that `column_bytes` measures. `mse` is that of the reconstructions of `split`.
+    `likelihoods` is the result of `likelihood`; its values of `split` are used. `mse` is that of the reconstructions of
+    `split`. `column_bytes` are the bytes of each level's column in the files of codes, which have `rows` rows.
     """
     bits: dict[str, dict[str, float]] = {}
-    for level, shape in levels.items():
-        codes = shape.height * shape.width
-        bits[level] = {"fixed": rate.fixed_bits(shape.entries, codes)}
+    for level, grid in levels.items():
+        codes_per_image = grid.height * grid.width
+        bits[level] = {"fixed": rate.fixed_bits(grid.entries, codes_per_image)}
         if split in likelihoods.get(level, {}):
-            bits[level]["prior"] = codes * likelihoods[level][split]["bits_per_code"]
+            bits[level]["prior"] = codes_per_image * likelihoods[level][split]["bits_per_code"]
         if rows and level in column_bytes:
             bits[level]["files"] = 8 * column_bytes[level] / rows
-    kinds = [kind for kind in ("fixed", "prior", "files") if all(kind in found for found in bits.values())]
+    kinds = [kind for kind in ("fixed", "prior", "files") if all(kind in by_kind for by_kind in bits.values())]
     bits["total"] = {kind: sum(bits[level][kind] for level in levels) for kind in kinds}
-    numbers: Numbers = {
-        name: {kind: rate.summarize_bits(found, image_size) for kind, found in kinds.items()}
-        for name, kinds in bits.items()
+    metrics: Metrics = {
+        level: {kind: rate.summarize_bits(bits_per_image, image_size) for kind, bits_per_image in by_kind.items()}
+        for level, by_kind in bits.items()
     }
     if mse > 0:
-        numbers["pixels"] = {
+        metrics["pixels"] = {
             f"bits_per_dimension_{kind}": rate.pixel_bits_per_dimension(mse, bits["total"][kind], image_size)
             for kind in kinds
             if kind != "files"
         }
-    return numbers
+    return metrics
 
 
 def comparisons(
     pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], network: str, config: EvaluateConfig, seed: int
-) -> Numbers:
-    """Hold features against a reference's, by every line of COMPARISONS that has images enough.
+) -> Metrics:
+    """Compute each measure of COMPARISONS that has enough images, for each pair of feature sets.
 
-    `pairs` maps a name to the features of the reference, and of the images.
+    `pairs` maps a name to the features of the reference images and of the compared images, (N, D) each. `network` is
+    the name of the feature network and becomes a part of the keys.
     """
-    numbers: Numbers = {}
+    metrics: Metrics = {}
     for name, (reference, features) in pairs.items():
-        numbers[name] = {"images": len(features), "reference_images": len(reference)}
+        metrics[name] = {"images": len(features), "reference_images": len(reference)}
         for measure, comparison in COMPARISONS.items():
-            if min(len(features), len(reference)) < comparison.fewest(config):
+            if min(len(features), len(reference)) < comparison.min_images(config):
                 continue
-            found = comparison.measure(reference, features, config, seed)
-            value, error = found if isinstance(found, tuple) else (found, math.nan)
-            numbers[name][f"{measure}_{network}"] = value
-            if not math.isnan(error):
-                numbers[name][f"{measure}_{network}_se"] = error
-    return numbers
+            result = comparison.compute(reference, features, config, seed)
+            value, standard_error = result if isinstance(result, tuple) else (result, math.nan)
+            metrics[name][f"{measure}_{network}"] = value
+            if not math.isnan(standard_error):
+                metrics[name][f"{measure}_{network}_se"] = standard_error
+    return metrics
 
 
-def ratios(compared: Numbers, network: str) -> Numbers:
-    """KID of the samples as a share of each control's: well below 1 where the priors have learnt something."""
-    kids = {name: found.get(f"kid_{network}") for name, found in compared.items()}
+def kid_ratios(compared: Metrics, network: str) -> Metrics:
+    """Divide the KID of the samples by that of each control. A good prior gives a ratio far below 1."""
+    kids = {name: values.get(f"kid_{network}") for name, values in compared.items()}
     return {
         f"kid_samples_to_{control}": kids["samples"] / kids[control]
         for control in ("random_codes", "shuffled_codes")
@@ -125,91 +138,84 @@ def ratios(compared: Numbers, network: str) -> Numbers:
     }
 
 
-def memorization(distances: Mapping[str, Mapping[str, np.ndarray]]) -> Numbers:
-    """How near the nearest training image is: space -> set -> distance of every image to its nearest."""
-    numbers: Numbers = {}
-    for space, sets in distances.items():
-        numbers[space] = {"images": min(len(found) for found in sets.values())}
-        numbers[space] |= {f"{name}_to_train_median": float(np.median(found)) for name, found in sets.items()}
-        numbers[space] |= {f"{name}_copies": int((found == 0).sum()) for name, found in sets.items()}
-    return numbers
+def memorization(distances: Mapping[str, Mapping[str, np.ndarray]]) -> Metrics:
+    """Summarize the distances, (N,), to the nearest training image: space -> image set -> distances.
+
+    A distance of 0 is an exact copy. Samples closer than validation images indicate memorization.
+    """
+    metrics: Metrics = {}
+    for space, by_set in distances.items():
+        metrics[space] = {"images": min(len(values) for values in by_set.values())}
+        metrics[space] |= {f"{name}_to_train_median": float(np.median(values)) for name, values in by_set.items()}
+        metrics[space] |= {f"{name}_copies": int((values == 0).sum()) for name, values in by_set.items()}
+    return metrics
 
 
-def notes(numbers: Numbers, compared: int, config: EvaluateConfig) -> list[str]:
-    """Say in sentences what a reader must not miss."""
-    said = []
-    for level, found in numbers["codebook"].items():
-        if found["collapsed"]:
-            said.append(
-                f"Level {level} is collapsed: its perplexity is {found['train']['perplexity']:.1f} of "
-                f"{found['entries']} entries, below a quarter, so it leaves its prior little to learn."
+def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[str]:
+    """Return warnings for the reader: collapsed levels, omitted measures, missing validation images, exact copies."""
+    warnings = []
+    for level, values in metrics["codebook"].items():
+        if values["collapsed"]:
+            warnings.append(
+                f"Level {level} is collapsed: its perplexity is {values['train']['perplexity']:.1f} of "
+                f"{values['entries']} entries, below {usage.COLLAPSED_BELOW:.0%}. Its prior has little to learn."
             )
     for name, comparison in COMPARISONS.items():
-        needed = comparison.fewest(config)
-        if compared < needed:
-            said.append(f"{comparison.label} ({name}) needs {needed} images of each set; here there are {compared}.")
-    if numbers["reference"] == "train":
-        said.append("There are few validation images, so sets of images are held against training images.")
-    copies = numbers["neighbours"].get("pixels", {}).get("samples_copies", 0)
+        min_images = comparison.min_images(config)
+        if num_compared < min_images:
+            warnings.append(
+                f"{comparison.label} ({name}) is omitted: it needs {min_images} images of each set, got {num_compared}."
+            )
+    if metrics["reference"] == "train":
+        warnings.append("There are few validation images, so image sets are compared with training images instead.")
+    copies = metrics["neighbours"].get("pixels", {}).get("samples_copies", 0)
     if copies:
-        said.append(f"{copies} samples are, pixel by pixel, training images.")
-    return said
+        warnings.append(f"{copies} samples are exact copies of training images, pixel by pixel.")
+    return warnings
 
 
-def write_plots(folder: Path, numbers: Numbers, counts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write what DVC draws: rate against distortion, likelihoods, and each level's usage."""
+def write_plots(folder: Path, metrics: Metrics, counts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write the CSV files that DVC plots: rate-distortion, likelihood, and the codebook usage of each level."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "rate_distortion.csv", RATE_DISTORTION, rate_distortion(numbers))
-    _write(
+    _write_csv(folder / "rate_distortion.csv", RATE_DISTORTION_COLUMNS, rate_distortion(metrics))
+    _write_csv(
         folder / "nll.csv",
         ["level", "split", "nats_per_code", "bits_per_code"],
         [
-            [level, split, found[split]["nats_per_code"], found[split]["bits_per_code"]]
-            for level, found in numbers["likelihood"].items()
+            [level, split, by_split[split]["nats_per_code"], by_split[split]["bits_per_code"]]
+            for level, by_split in metrics["likelihood"].items()
             for split in ("train", "validation")
-            if split in found
+            if split in by_split
         ],
     )
-    for level, splits in counts.items():
-        order = np.argsort(-splits["train"], kind="stable")
-        shares = {split: found[order] / max(1, found.sum()) for split, found in splits.items()}
+    for level, by_split in counts.items():
+        order = np.argsort(-by_split["train"], kind="stable")  # most used entry first
+        shares = {split: split_counts[order] / max(1, split_counts.sum()) for split, split_counts in by_split.items()}
         columns = zip(*(share.tolist() for share in shares.values()), strict=True)
-        _write(
+        _write_csv(
             folder / f"usage_{level}.csv",
             ["rank", *shares],
             [[rank, *row] for rank, row in enumerate(columns, 1)],
         )
 
 
-RATE_DISTORTION = ["levels", "rate", "bits_per_pixel", "mse", "psnr"]
+def rate_distortion(metrics: Metrics) -> list[list[Any]]:
+    """Return one row of RATE_DISTORTION_COLUMNS per prefix of levels and kind of rate ("fixed", "prior").
 
-
-def rate_distortion(numbers: Numbers) -> list[list[Any]]:
-    """A row per prefix of levels and kind of rate, finer levels filled with their mean: the columns above."""
-    split = numbers["reference"]
-    found, rows = numbers["reconstruction"][split], []
-    levels = list(numbers["codebook"])
+    The levels after the prefix are filled with their mean entry.
+    """
+    distortions, levels = metrics["reconstruction"][metrics["reference"]], list(metrics["codebook"])
+    rows = []
     for count in range(1, len(levels) + 1):
         name = "+".join(levels[:count])
-        shown = found if count == len(levels) else found[f"{name}_filled_with_mean"]
+        values = distortions if count == len(levels) else distortions[f"{name}_filled_with_mean"]
         for kind in ("fixed", "prior"):
-            if all(kind in numbers["rate"][level] for level in levels[:count]):
-                bits = sum(numbers["rate"][level][kind]["bits_per_pixel"] for level in levels[:count])
-                rows.append([name, kind, bits, shown["mse"], shown.get("psnr", "")])
+            if all(kind in metrics["rate"][level] for level in levels[:count]):
+                bits = sum(metrics["rate"][level][kind]["bits_per_pixel"] for level in levels[:count])
+                rows.append([name, kind, bits, values["mse"], values.get("psnr", "")])
     return rows
 
 
-def flat(numbers: Mapping[str, Any], path: str = "") -> dict[str, float]:
-    """Join nested names by dots, and leave out what is no number."""
-    found: dict[str, float] = {}
-    for name, value in numbers.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{path}{name}.")
-        elif isinstance(value, int | float):
-            found[f"{path}{name}"] = float(value)
-    return found
-
-
-def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -1,169 +1,89 @@
-"""What one worker of `evaluate` does: run a network over a range of images, and hand back sums, features or pictures.
+"""Evaluation worker: runs the networks over a part, a range of images, and returns sums, features or images.
 
-Every part's result lies in a file named after the part, so a run that was interrupted measures only what is missing.
+The result of each part is saved to a file named after the part, so an interrupted run measures only the missing parts.
+
+Axes: N images, H rows, W columns (of an image, or of a level's grid of codes), D features, k nearest images.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.priors import Prior, nll
-from models.vqvae import VQVAE
-from stages.config import EvaluateConfig
-from stages.errors import UserError
-from stages.formats import artifact, model_file
-from stages.formats.codes import Codes, CodeSet, joined, open_codes
-from stages.formats.samples import Samples, open_samples
-from stages.formats.shards import ImageSet, Shards, open_shards
-from stages.images.contact_sheet import to_uint8
-from stages.images.tensors import to_float
+from models.priors import nll
+from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
+from stages.formats import artifact
+from stages.formats.codes import CodeSet
+from stages.images.tensors import to_float, to_uint8
 from stages.mapping.parts import Part, Result, pack, unpack
 from stages.metrics import distortion, neighbours, rate
+from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import FeatureNetwork
-
-SETS = ("samples", "reconstructions", "random_codes", "shuffled_codes")  # held against the reference images
-Fill = Literal["zeros", "mean"]
+from stages.runtime.device import best_device
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The artifacts that are measured, each opened when it is first asked for."""
+class EvaluationWorker:
+    """Measures one part after another. Each process has its own copy of the networks.
 
-    shards_folder: Path
-    vqvae_folder: Path
-    codes_folder: Path
-    priors_folder: Path
-    samples_folder: Path
+    An image set is a split of the shards ("train", "validation") or one of COMPARED_SETS.
+    """
 
-    @cached_property
-    def shards(self) -> Shards:
-        return open_shards(self.shards_folder)
-
-    @cached_property
-    def vqvae(self) -> VQVAE:
-        return model_file.load_vqvae(self.vqvae_folder)[0]
-
-    @cached_property
-    def codes(self) -> Codes:
-        return open_codes(self.codes_folder)
-
-    @cached_property
-    def samples(self) -> Samples:
-        return open_samples(self.samples_folder)
-
-    def prior(self, level: str) -> Prior:
-        return model_file.load_prior(self.priors_folder / level, level)[0]
-
-    def check(self) -> None:
-        """Refuse damaged samples, and what another VQ-VAE made: its codes mean nothing to this one."""
-        here = artifact.read(self.vqvae_folder, "vqvae", "vqvae").digest
-        made = {"codes": (self.codes.vqvae, self.codes_folder), "sample": (self.samples.vqvae, self.samples_folder)}
-        for level in self.codes.levels:
-            folder = self.priors_folder / level
-            made[f"prior_{level}"] = artifact.read(folder, "prior", f"prior_{level}").meta["vqvae"], folder
-        for stage, (vqvae, folder) in made.items():
-            if vqvae != here:
-                raise UserError(
-                    f"{folder.name} was made with VQ-VAE {vqvae[:12]}, but this one is {here[:12]}.",
-                    where=folder,
-                    fix=f"Run: vqvae2 run --stage {stage}",
-                    code=5,
-                )
-        self.samples.found.verify()  # the others are checked where they are read
-
-    def images(self, split: str) -> ImageSet:
-        return self.shards.split(split)
-
-    def plain_codes(self, split: str, count: int) -> CodeSet:
-        """The codes of a split's first images as they are, in the images' order; reads no further than they reach."""
-        keys = self.images(split).keys[:count].tolist()
-        rows: dict[str, int] = {}
-        parts: list[CodeSet] = []
-        for part in self.codes.parts(split):
-            parts.append(part.plain())
-            rows |= {key: row for row, key in enumerate(parts[-1].keys, len(rows))}
-            if len(rows) >= len(keys):
-                break
-        missing = [key for key in keys if key not in rows]
-        if missing:
-            raise UserError(
-                f"The codes hold no image {missing[0]} of the {split} images: they come from other shards.",
-                where=self.codes_folder,
-                fix="Run: vqvae2 run --stage codes",
-                code=4,
-            )
-        return joined(parts).take(np.array([rows[key] for key in keys], dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What every part of one evaluation has in common."""
-
-    reference: str  # the split that samples are held against
-    compared: int  # N: images of every set that is compared
-    queries: int  # images of a set whose nearest training images are looked for
-    shown: int  # reconstructions to look at
-    config: EvaluateConfig
-    seed: int
-
-
-class Measurer:
-    """A worker's own copy of the networks, called on one part after another."""
-
-    def __init__(self, inputs: dict[str, Path], plan: Plan, work: Path):
-        self.inputs, self.plan, self.work = Inputs(**inputs), plan, work
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, inputs: dict[str, Path], plan: EvaluationPlan, results_folder: Path):
+        self.inputs, self.plan, self.results_folder = EvaluationInputs(**inputs), plan, results_folder
+        self.device = best_device()
+        # Each is loaded or computed on first use and then kept by this process.
         self.vqvae = cache(lambda: self.inputs.vqvae.to(self.device).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self.prior = cache(lambda level: self.inputs.prior(level).to(self.device))
-        self.network = cache(lambda: FeatureNetwork(plan.config.feature_weights, self.device))
+        self.feature_network = cache(lambda: FeatureNetwork(plan.config.feature_weights, self.device))
         self.codes = cache(self._codes)
-        self.image_set = cache(self.inputs.images)
-        self.queries = cache(lambda of: self.images(of, 0, plan.queries))
+        self.split_images = cache(self.inputs.images)
+        self.queries = cache(lambda image_set: self.images(image_set, 0, plan.num_queries))
 
     @torch.inference_mode()
     def __call__(self, part: Part) -> Result:
-        measure, of, start, stop = part["measure"], part["of"], part["start"], part["stop"]
-        kept = self.work / f"{measure}-{of}-{start}-{stop}.npz"
-        if not artifact.is_sealed(kept):
-            measures: dict[str, Callable[[str, int, int], dict[str, Any]]] = {
-                "distortion": self.distortion,
-                "likelihood": self.likelihood,
-                "features": self.features,
-                "nearest": self.nearest,
-                "shown": self.shown,
-            }
-            with artifact.atomic_write(kept) as temporary:
-                temporary.write_bytes(pack(measures[measure](of, start, stop)))
-            artifact.seal(kept)
-        return unpack(kept.read_bytes())
+        names = [part["measure"], part["image_set"], *([part["level"]] if "level" in part else [])]
+        path = self.results_folder / f"{'-'.join(names)}-{part['start']}-{part['stop']}.npz"
+        if not artifact.has_valid_checksum(path):
+            with artifact.atomic_write(path) as temporary:
+                temporary.write_bytes(pack(self._measure(part)))
+            artifact.write_checksum(path)
+        return unpack(path.read_bytes())
+
+    def _measure(self, part: Part) -> dict[str, Any]:
+        image_set, start, stop = part["image_set"], part["start"], part["stop"]
+        match part["measure"]:
+            case "distortion":
+                return self.distortion(image_set, start, stop)
+            case "likelihood":
+                return self.likelihood(image_set, part["level"], start, stop)
+            case "features":
+                return self.features(image_set, start, stop)
+            case "nearest":
+                return self.nearest(image_set, start, stop)
+            case "examples":
+                return self.examples(image_set, start, stop)
+        raise ValueError(f"measure must be that of a part of `evaluate`, got {part['measure']!r}")
 
     def distortion(self, split: str, start: int, stop: int) -> dict[str, Any]:
-        """Hold images against what each prefix of levels decodes to, finer levels filled with zeros or their mean."""
-        names = list(self.inputs.codes.levels)
-        sums: dict[str, distortion.DistortionSums] = {}
+        """Sum the distortion of images decoded from each prefix of levels: "top/zeros" -> DistortionSums as a list."""
+        sums: dict[str, DistortionSums] = {}
         for first, last in self._batches(start, stop):
-            pixels = self._pixels(self.images(split, first, last))
-            for count in range(1, len(names) + 1):
-                for fill in _fills(count, names):
-                    decoded = self._decode(split, first, last, names[:count], fill)
-                    found = distortion.measure(pixels, decoded)
-                    name = f"{prefix(names[:count])}/{fill}"
-                    sums[name] = distortion.add([sums[name], found]) if name in sums else found
-        return {name: list(found) for name, found in sums.items()}
+            images = to_float(torch.from_numpy(self.images(split, first, last)), self.device)
+            for name, decoded in self._decode_prefixes(split, first, last):
+                batch_sums = distortion.measure(images, decoded)
+                sums[name] = distortion.add([sums[name], batch_sums]) if name in sums else batch_sums
+        return {name: list(prefix_sums) for name, prefix_sums in sums.items()}
 
-    def likelihood(self, of: str, start: int, stop: int) -> dict[str, Any]:
-        """Score a level's codes under its prior; `of` is "split.level"."""
-        split, level = of.split(".", 1)
+    def likelihood(self, split: str, level: str, start: int, stop: int) -> dict[str, Any]:
+        """Sum the negative log-likelihood of a level's codes under its prior."""
         prior = self.prior(level)
         nats = []
         for first, last in self._batches(start, stop):
-            codes = self._grids(split, first, last)
+            codes = self._code_grids(split, first, last)
             labels = self.codes(split).labels[first:last]
             logits = prior(
                 codes[level],
@@ -171,100 +91,102 @@ class Measurer:
                 torch.from_numpy(labels).to(self.device) if prior.classes else None,
             )
             nats.append(nll(logits, codes[level]).cpu().numpy())
-        shape = self.inputs.codes.levels[level]
-        return {"sums": list(rate.measure(np.concatenate(nats), shape.height * shape.width))}
+        grid = self.inputs.codes.levels[level]
+        return {"sums": list(rate.measure(np.concatenate(nats), grid.height * grid.width))}
 
-    def features(self, of: str, start: int, stop: int) -> dict[str, Any]:
-        """See images of a split or of one of the sets as the feature network does."""
-        network = self.network()
-        found = [network(self.images(of, first, last)) for first, last in self._batches(start, stop)]
-        return {"features": np.concatenate(found)}
+    def features(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
+        """Compute the features, (N, D), of images."""
+        network = self.feature_network()
+        batches = [network(self.images(image_set, first, last)) for first, last in self._batches(start, stop)]
+        return {"features": np.concatenate(batches)}
 
-    def nearest(self, of: str, start: int, stop: int) -> dict[str, Any]:
-        """Find, among some training images, those whose pixels are nearest to each image of a set."""
-        queries = self.queries(of)
+    def nearest(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
+        """Search training images [start, stop) for those nearest, by pixels, to each query: distances, indices (N, k).
+
+        A distance is a root mean square over pixels and colours, in 8-bit levels.
+        """
+        queries = self.queries(image_set)
         distances, indices = neighbours.nearest(
             queries, self.images("train", start, stop), self.plan.config.nearest_images
         )
-        values = queries[0].size
-        return {"distances": distances / np.sqrt(values), "indices": indices + start}  # root mean square, 8-bit levels
+        return {"distances": distances / np.sqrt(queries[0].size), "indices": indices + start}
 
-    def shown(self, split: str, start: int, stop: int) -> dict[str, Any]:
-        """Draw what each prefix of levels decodes to."""
-        names = list(self.inputs.codes.levels)
-        drawn = {
-            f"{prefix(names[:count])}/{fill}": to_uint8(
-                self._decode(split, start, stop, names[:count], fill).cpu().numpy()
-            )
-            for count in range(1, len(names) + 1)
-            for fill in _fills(count, names)
+    def examples(self, split: str, start: int, stop: int) -> dict[str, Any]:
+        """Return images, and what each prefix of levels decodes to: name -> uint8 (N, H, W, 3)."""
+        decoded: dict[str, list[np.ndarray]] = {}
+        for first, last in self._batches(start, stop):
+            for name, batch in self._decode_prefixes(split, first, last):
+                decoded.setdefault(name, []).append(to_uint8(batch.cpu().numpy()))
+        return {
+            "images": self.images(split, start, stop),
+            **{name: np.concatenate(batches) for name, batches in decoded.items()},
         }
-        return {"images": self.images(split, start, stop), **drawn}
 
-    def images(self, of: str, start: int, stop: int) -> np.ndarray:
-        """Read or decode images, uint8 (N, H, W, 3), of a split or of a set."""
-        if of == "samples":
+    def images(self, image_set: str, start: int, stop: int) -> np.ndarray:
+        """Read or decode images [start, stop) of an image set: uint8 (N, H, W, 3)."""
+        if image_set == "samples":
             return self.inputs.samples.images(start, stop)
-        if of in SETS:
-            return to_uint8(self._decode(of, start, stop, list(self.inputs.codes.levels), "zeros").cpu().numpy())
-        found = self.image_set(of)
-        return np.stack([found.read(position) for position in range(start, stop)])
+        if image_set in COMPARED_SETS:
+            batches = [
+                self.vqvae().decode(self._code_grids(image_set, first, last))
+                for first, last in self._batches(start, stop)
+            ]
+            return to_uint8(torch.cat(batches).cpu().numpy())
+        images = self.split_images(image_set)
+        return np.stack([images.read(position) for position in range(start, stop)])
 
-    def _codes(self, of: str) -> CodeSet:
-        """The codes behind a split or a set, made once per worker."""
-        if of not in SETS:
-            return self.inputs.plain_codes(of, max(self.plan.config.max_images, self.plan.shown))
-        real = self.codes(self.plan.reference).take(np.arange(self.plan.compared))
-        if of == "reconstructions":
+    def _codes(self, image_set: str) -> CodeSet:
+        """Read or draw the codes that an image set is decoded from."""
+        if image_set not in COMPARED_SETS:
+            count = max(self.plan.config.max_images, self.plan.num_examples)
+            return self.inputs.codes_of_first_images(image_set, count)
+        real = self.codes(self.plan.reference).take(np.arange(self.plan.num_compared))
+        if image_set == "reconstructions":
             return real
-        generator = np.random.default_rng([self.plan.seed, SETS.index(of)])
+        generator = np.random.default_rng([self.plan.seed, COMPARED_SETS.index(image_set)])
         levels = self.inputs.codes.levels
-        made = {
+        control = {
             level: generator.integers(levels[level].entries, size=grids.shape)
-            if of == "random_codes"
-            else shuffled(grids, generator)
+            if image_set == "random_codes"
+            else shuffle_codes(grids, generator)
             for level, grids in real.codes.items()
         }
-        return CodeSet(made, real.labels, real.copies, real.keys)
+        return CodeSet(control, real.labels, real.copies, real.keys)
 
-    def _grids(self, of: str, start: int, stop: int) -> dict[str, Tensor]:
+    def _code_grids(self, image_set: str, start: int, stop: int) -> dict[str, Tensor]:
+        """Return codes [start, stop) of an image set on the device: level -> int64 (N, H, W), coarse to fine."""
         return {
             level: torch.from_numpy(grids[start:stop].astype(np.int64)).to(self.device)
-            for level, grids in self.codes(of).codes.items()
+            for level, grids in self.codes(image_set).codes.items()
         }
 
-    def _decode(self, of: str, start: int, stop: int, levels: list[str], fill: Fill) -> Tensor:
-        decoded = []
-        for first, last in self._batches(start, stop):
-            codes = self._grids(of, first, last)
-            decoded.append(self.vqvae().decode({level: codes[level] for level in levels}, fill=fill))
-        return torch.cat(decoded)
-
-    def _pixels(self, images: np.ndarray) -> Tensor:
-        return to_float(torch.from_numpy(images), self.device)
+    def _decode_prefixes(self, split: str, start: int, stop: int) -> Iterator[tuple[str, Tensor]]:
+        """Decode each prefix of levels, coarse to fine, with each fill of the finer levels: "top/zeros", "top/mean"."""
+        levels = list(self.inputs.codes.levels)
+        codes = self._code_grids(split, start, stop)
+        with_zeros = self.vqvae().decode_prefixes(codes)
+        # The prefix of all levels leaves nothing to fill, so it is decoded once only.
+        with_mean = self.vqvae().decode_prefixes({level: codes[level] for level in levels[:-1]}, fill="mean")
+        for index in range(len(levels)):
+            prefix = "+".join(levels[: index + 1])
+            yield f"{prefix}/zeros", with_zeros[index]
+            if index < len(with_mean):
+                yield f"{prefix}/mean", with_mean[index]
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         size = self.plan.config.batch_size
         return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def prefix(levels: list[str]) -> str:
-    """Name the first levels, coarse to fine."""
-    return "+".join(levels)
+def shuffle_codes(grids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Give each position of each image the code that another random image has at this position: (N, H, W).
 
-
-def shuffled(grids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Give each position the code that another image, drawn at random, has there: `(N, H, W)`.
-
-    How often an entry occurs at a position stays the same; how codes hang together is lost.
+    The histogram of codes at each position stays the same; the dependence between positions is lost.
     """
-    flat = grids.reshape(len(grids), -1)
-    # Images stand in a random circle per position and each takes its neighbour's code, so that none keeps its own.
-    circle = np.argsort(generator.random(flat.shape), axis=0)
-    made = np.empty_like(flat)
-    np.put_along_axis(made, circle, np.take_along_axis(flat, np.roll(circle, 1, axis=0), axis=0), axis=0)
-    return made.reshape(grids.shape)
-
-
-def _fills(count: int, names: list[str]) -> tuple[Fill, ...]:
-    return ("zeros", "mean") if count < len(names) else ("zeros",)  # nothing is left to fill
+    codes = grids.reshape(len(grids), -1)  # (N, HW)
+    # Sort the images into a random cycle per position and give each image its predecessor's code: with two or more
+    # images, none keeps its own. A random permutation would leave some in place.
+    cycle = np.argsort(generator.random(codes.shape), axis=0)
+    shuffled = np.empty_like(codes)
+    np.put_along_axis(shuffled, cycle, np.take_along_axis(codes, np.roll(cycle, 1, axis=0), axis=0), axis=0)
+    return shuffled.reshape(grids.shape)

@@ -1,12 +1,12 @@
-"""A folder that is whole or absent: what a stage leaves behind, and a checkpoint while it trains.
+"""Artifact: a folder of files with a manifest, written atomically. Stage outputs and checkpoints are artifacts.
 
-Files are written into a hidden neighbour, hashed into `manifest.json`, and made real by one rename, so that a
-process killed at any moment leaves the folder as it was. A folder without a manifest does not exist for readers.
+Files are written into a hidden folder beside the target, hashed into `manifest.json`, and committed by one rename: a
+process killed at any moment leaves the previous folder intact. Readers reject a folder without a manifest.
 
     manifest.json   {"format": 1, "kind": ..., "meta": {...}, "files": {name: {"bytes": n, "sha256": ...}}}
 
-The digest of an artifact is the SHA-256 of its manifest, which names the hash of every file: two artifacts of one
-digest are the same bytes.
+The digest of an artifact is the SHA-256 of its manifest. The manifest holds the hash of every file, so artifacts of
+equal digests are byte-identical.
 """
 
 import errno
@@ -26,90 +26,95 @@ from safetensors import SafetensorError
 from stages.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 1  # version of the manifest's layout
 
 
-class _Meta(dict[str, Any]):
-    """What a manifest says, which refuses to be asked for what it does not."""
+class _RequiredKeys(dict[str, Any]):
+    """Metadata of a manifest. Raises UserError instead of KeyError for a missing key."""
 
-    def __init__(self, said: Mapping[str, Any], path: Path, fix: str):
-        super().__init__(said)
+    def __init__(self, meta: Mapping[str, Any], path: Path, fix: str):
+        super().__init__(meta)
         self.path, self.fix = path, fix
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"The manifest does not say {key!r}.", where=self.path, fix=self.fix, code=4)
+        raise UserError(f"The manifest has no key {key!r}.", where=self.path, fix=self.fix, code=4)
 
-    def __reduce__(self):  # to other processes, too
-        return _Meta, (dict(self), self.path, self.fix)
+    def __reduce__(self):  # pickle would call __init__ without path and fix
+        return _RequiredKeys, (dict(self), self.path, self.fix)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A committed folder."""
+    """Handle of a committed folder."""
 
     folder: Path
-    kind: str
-    meta: Mapping[str, Any]  # what the writer had to say, as JSON
+    kind: str  # such as "codes"
+    meta: Mapping[str, Any]  # JSON values set by the writer
     files: Mapping[str, Mapping[str, Any]]  # name relative to the folder -> bytes, sha256
     digest: str  # SHA-256 of the manifest
 
     def path(self, name: str) -> Path:
+        """Return the path of a file by its name in the folder."""
         return self.folder / name
 
     def verify(self, *names: str) -> None:
-        """Hash the named files, or all, and refuse those that are not as they were written."""
+        """Hash the named files, by default all. Raises UserError if one differs from the manifest."""
         for name in names or self.files:
             try:
                 intact = sha256(self.folder / name) == self.files[name]["sha256"]
-            except OSError:  # the disk gives no answer, or the file has gone meanwhile
+            except OSError:  # the disk fails, or the file was deleted after the manifest was read
                 intact = False
             if not intact:
                 raise UserError(
-                    f"{name} is damaged: its contents are not what was written.",
+                    f"{name} is damaged: its contents differ from the manifest.",
                     where=self.folder,
-                    fix=f"Delete {self.folder} and run: vqvae2 run. It is made anew or restored.",
+                    fix=f"Delete {self.folder} and run: vqvae2 run. It regenerates or restores the folder.",
                     code=5,
                 )
 
 
 def sha256(path: Path) -> str:
+    """Hash a file; return hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield another name to write a file under; the file becomes `path` once it is whole and on the disk."""
+    """Yield a temporary path to write to; rename it to `path` when the block ends without an error.
+
+    Raises OSError that names `path` if the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _naming(path):
+        with _full_disk_errors_name(path):
             yield temporary
-            fsync(temporary)  # else it could turn out empty after a power cut
+            fsync(temporary)  # without it, the file could be empty after a power failure
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def seal(path: Path) -> None:
-    """Note down beside a file what it holds, so that it can be told from what becomes of it."""
-    with atomic_write(_seal(path)) as temporary:
+def write_checksum(path: Path) -> None:
+    """Write the SHA-256 of a finished file to `path`.sha256, which `has_valid_checksum` compares."""
+    with atomic_write(_checksum_path(path)) as temporary:
         temporary.write_text(sha256(path), encoding="utf-8")
 
 
-def is_sealed(path: Path) -> bool:
-    """Say whether a file is here, and still what it was when it was sealed."""
+def has_valid_checksum(path: Path) -> bool:
+    """Return True if a file exists, and its contents are those that `write_checksum` hashed."""
     try:
-        return _seal(path).read_text(encoding="utf-8") == sha256(path)
+        return _checksum_path(path).read_text(encoding="utf-8") == sha256(path)
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _seal(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy where its disk allows none, as where it is another."""
+    """Hard-link a file to `target`; copy it where the file system does not allow that, such as across disks."""
     try:
         os.link(source, target)
     except OSError:
@@ -118,15 +123,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def commit_folder(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder to write into; commit it as `folder` when the block ends without an error.
+    """Yield an empty folder to write to; commit it as `folder` when the block ends without an error.
 
-    `meta` is read at the end, so the block may add to it. What stood at `folder` before is replaced.
+    Replaces an existing `folder`. `meta` is written at the end, so the block may add to it. Raises OSError that names
+    `folder` if the disk is full.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with _naming(folder):
+        with _full_disk_errors_name(folder):
             yield temporary
             commit(temporary, folder, kind, meta)
     except BaseException:
@@ -135,14 +141,14 @@ def commit_folder(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Pat
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Have a full disk tell what was written to it: the system names only what cannot be opened."""
+def _full_disk_errors_name(path: Path) -> Iterator[None]:
+    """Add `path` to errors of a full disk. The operating system names a file only in errors of opening it."""
     try:
         yield
-    except SafetensorError as error:  # quotes the system
-        if not (quoted := re.search(r"\(os error (\d+)\)", str(error))):
+    except SafetensorError as error:  # its message quotes the error of the operating system
+        if not (match := re.search(r"\(os error (\d+)\)", str(error))):
             raise
-        number = int(quoted[1])
+        number = int(match[1])
         raise OSError(number, os.strerror(number), str(path)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
@@ -151,7 +157,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def commit(temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
-    """Hash what lies in `temporary` into a manifest, and make it `folder` by one rename."""
+    """Write the manifest of the files in `temporary`, then rename `temporary` to `folder`."""
     paths = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name != MANIFEST)
     files = {}
     for path in paths:
@@ -161,25 +167,26 @@ def commit(temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any]) ->
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     fsync(temporary / MANIFEST)
     for path in {temporary, *(path.parent for path in paths)}:
-        fsync(path)  # the names in a folder are contents of it
+        fsync(path)  # the file names are contents of their folder
     if folder.exists():
-        # A folder cannot replace a full one in one step: the old one steps aside first, whole, and goes last.
-        aside = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        # A rename cannot replace a folder that has files: rename the previous one first and delete it last.
+        previous = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
         temporary.rename(folder)
-        shutil.rmtree(aside)
+        shutil.rmtree(previous)
     else:
         temporary.rename(folder)
     fsync(folder.parent)
 
 
-def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
-    """Read a folder's manifest, and check that it is of this kind and that no file is missing or of another length.
+def read(folder: Path, kind: str, stage: str = "") -> Artifact:
+    """Read an artifact's manifest. `stage` is the stage that writes it, for the fix of an error.
 
-    Hashes are checked by `Artifact.verify`, where the contents are read.
+    Raises UserError if the manifest is missing, invalid or of another kind, or if a file is missing or of another
+    length. `Artifact.verify` checks the hashes, which takes reading every file.
     """
-    fix = f"Run: vqvae2 run --stage {made_by}" if made_by else "Run the stage that makes it."
+    fix = f"Run: vqvae2 run --stage {stage}" if stage else "Run the stage that writes it."
     path = folder / MANIFEST
     if not path.is_file():
         state = "is not complete" if folder.is_dir() else "does not exist"
@@ -187,41 +194,44 @@ def read(folder: Path, kind: str, made_by: str = "") -> Artifact:
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
-        kind_found, version = manifest["kind"], manifest["format"]
-        meta = _Meta(dict(manifest["meta"].items()), path, fix)
-        files = listed(manifest)
+        manifest_kind, version = manifest["kind"], manifest["format"]
+        meta = _RequiredKeys(dict(manifest["meta"].items()), path, fix)
+        files = manifest_files(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("The manifest cannot be read.", where=path, fix=fix, code=4) from error
-    if version != FORMAT or kind_found != kind:
+    if version != FORMAT or manifest_kind != kind:
         raise UserError(
-            f"This is {kind_found!r} of format {version}, not {kind!r} of format {FORMAT}.", where=path, fix=fix, code=4
+            f"The artifact must be {kind!r} of format {FORMAT}, got {manifest_kind!r} of format {version}.",
+            where=path,
+            fix=fix,
+            code=4,
         )
-    for name, entry in files.items():
+    for name, properties in files.items():
         try:
-            found = (folder / name).stat().st_size
+            size = (folder / name).stat().st_size
         except OSError:
             raise UserError(f"{name} is missing.", where=folder, fix=fix, code=4) from None
-        if found != entry["bytes"]:
-            raise UserError(f"{name} holds {found} bytes, not {entry['bytes']}.", where=folder, fix=fix, code=4)
+        if size != properties["bytes"]:
+            raise UserError(f"{name} must have {properties['bytes']} bytes, got {size}.", where=folder, fix=fix, code=4)
     return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
 
 
-def listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read the length and the hash of every file from a manifest; refuse a name that leads out of the folder."""
+def manifest_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the bytes and sha256 of every file in a manifest. Raises ValueError if a name leads outside the folder."""
     return {
-        _inside(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-        for name, entry in manifest["files"].items()
+        _check_inside(name): {"bytes": int(properties["bytes"]), "sha256": str(properties["sha256"])}
+        for name, properties in manifest["files"].items()
     }
 
 
-def _inside(name: str) -> str:
+def _check_inside(name: str) -> str:
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"{name} leads out of the folder")
+        raise ValueError(f"a file name must be inside the folder, got {name}")
     return name
 
 
 def fsync(path: Path) -> None:
-    """Wait until the disk holds a file's contents, or a folder's names."""
+    """Flush a file's contents, or a folder's file names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

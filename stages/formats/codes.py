@@ -1,14 +1,16 @@
 """Codes in Parquet: one row per image and copy, a grid of codes per level.
 
-    {split}-{number:05d}.parquet    as the shards they come from
+    {split}-{number:05d}.parquet    one file per shard of the same name
         key      string             the image's key in its shard
-        copy     uint16             0: the image as it is; 1, 2, ...: augmented copies of it
-        label    int32              index into the classes; -1 where there are none
+        copy     uint16             0: the original image; 1, 2, ...: augmented copies of it
+        label    int32              index into the classes; -1 without classes
         <level>  fixed-shape tensor of uint16, H x W, for each level coarse to fine
-    manifest.json   meta: levels (entries, grid), classes, and the digest of the VQ-VAE that made them
+    manifest.json   meta: levels (entries, grid), classes, and the digest of the VQ-VAE that encoded the images
 
-Codes are dictionary-encoded, so that Parquet stores one of 512 entries in 9 bits, and every page carries a checksum
-that is verified when it is read. Plain pyarrow and Ray Data read the files; see docs/formats.md.
+Codes are dictionary-encoded: Parquet stores one of 512 entries in 9 bits. Every page has a checksum, which is verified
+on reading. Plain pyarrow and Ray Data can read the files; see docs/formats.md.
+
+Axes: N rows, H x W grid of codes of a level.
 """
 
 import json
@@ -27,28 +29,28 @@ from stages.formats import artifact
 from stages.formats.artifact import Artifact
 
 KIND = "codes"
-_BESIDE = {"key": pa.string(), "copy": pa.uint16(), "label": pa.int32()}  # the levels
-ROWS_PER_GROUP = 16_384  # large enough that each group's own dictionary of entries weighs little
+_COLUMNS = {"key": pa.string(), "copy": pa.uint16(), "label": pa.int32()}  # beside one column per level
+ROWS_PER_GROUP = 16_384  # each row group stores a dictionary of entries: many rows make its size negligible
 
 
 @dataclass(frozen=True)
 class CodeSet:
-    """The codes of one split, in memory."""
+    """Codes of N images or copies of images, in memory."""
 
     codes: Mapping[str, np.ndarray]  # level -> (N, H, W) uint16
     labels: np.ndarray  # (N,) int64, -1 without classes
     copies: np.ndarray  # (N,) uint16
-    keys: Sequence[str]
+    keys: Sequence[str]  # N
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def plain(self) -> "CodeSet":
-        """Leave out augmented copies."""
+    def originals(self) -> "CodeSet":
+        """Return the rows of original images, without augmented copies."""
         return self.take(np.flatnonzero(self.copies == 0)) if self.copies.any() else self
 
     def take(self, rows: np.ndarray) -> "CodeSet":
-        """Keep the rows at these places, in this order."""
+        """Return the rows at these indices, in this order."""
         return CodeSet(
             {level: codes[rows] for level, codes in self.codes.items()},
             self.labels[rows],
@@ -59,74 +61,76 @@ class CodeSet:
 
 @dataclass(frozen=True)
 class Codes:
-    """A folder of codes."""
+    """Handle of a folder of codes."""
 
-    found: Artifact
+    artifact: Artifact
     levels: Mapping[str, Grid]  # coarse to fine
     classes: tuple[str, ...]
-    vqvae: str  # digest of the VQ-VAE that made them
+    vqvae: str  # digest of the VQ-VAE that encoded the images
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
         return tuple(dict.fromkeys(name.rsplit("-", 1)[0] for name in self.files()))
 
     def files(self, split: str = "") -> list[str]:
-        """Name the Parquet files, of one split or of all."""
-        return [name for name in self.found.files if name.endswith(".parquet") and name.startswith(split)]
+        """List the Parquet files whose names begin with `split`."""
+        return [name for name in self.artifact.files if name.endswith(".parquet") and name.startswith(split)]
 
     def split(self, split: str, levels: Iterable[str] | None = None) -> CodeSet:
-        """Read the codes of a split, of some levels or of all, verifying every page's checksum and every code's range.
+        """Read the codes of a split, by default of all levels.
 
-        Nothing is held twice: at 5,120 codes each, the codes of a million images take 10 GB.
+        Raises UserError if the split has no codes, a page's checksum is wrong, or a code is out of range.
         """
-        wanted = {level: self.levels[level] for level in (self.levels if levels is None else levels)}
-        files = [_Opened(self.found.path(name)) for name in self.files(f"{split}-")]
+        grids = {level: self.levels[level] for level in (self.levels if levels is None else levels)}
+        files = [_CodesFile(self.artifact.path(name)) for name in self.files(f"{split}-")]
         if not files:
             raise UserError(
                 f"There are no codes of split {split!r}.",
-                where=self.found.folder,
+                where=self.artifact.folder,
                 fix="Run: vqvae2 run --force --stage codes",
                 code=4,
             )
-        rows = sum(file.rows for file in files)
-        codes = {level: np.empty((rows, shape.height, shape.width), np.uint16) for level, shape in wanted.items()}
-        labels, copies = np.empty(rows, np.int64), np.empty(rows, np.uint16)
+        # Allocate once and fill: concatenation would double the memory, and a million images at 5,120 codes take 10 GB.
+        count = sum(file.rows for file in files)
+        codes = {level: np.empty((count, grid.height, grid.width), np.uint16) for level, grid in grids.items()}
+        labels, copies = np.empty(count, np.int64), np.empty(count, np.uint16)
         keys: list[str] = []
         start = 0
         for file in files:
-            part = file.read(wanted)
-            here = slice(start, start + len(part))
-            for level, grids in part.codes.items():
-                codes[level][here] = grids
-            labels[here], copies[here] = part.labels, part.copies
-            keys += part.keys
-            start += len(part)
+            file_codes = file.read(grids)
+            rows = slice(start, start + len(file_codes))
+            for level in grids:
+                codes[level][rows] = file_codes.codes[level]
+            labels[rows], copies[rows] = file_codes.labels, file_codes.copies
+            keys += file_codes.keys
+            start += len(file_codes)
         return CodeSet(codes, labels, copies, keys)
 
-    def parts(self, split: str) -> Iterator[CodeSet]:
-        """Read the codes of a split one file after the other, in the order of the images."""
-        return (_Opened(self.found.path(name)).read(self.levels) for name in self.files(f"{split}-"))
+    def by_file(self, split: str) -> Iterator[CodeSet]:
+        """Read the codes of a split file by file, in the order of the images. Raises UserError as `split` does."""
+        return (_CodesFile(self.artifact.path(name)).read(self.levels) for name in self.files(f"{split}-"))
 
 
-def joined(parts: Sequence[CodeSet]) -> CodeSet:
-    """Put sets of the same levels one behind the other."""
+def concatenate(sets: Sequence[CodeSet]) -> CodeSet:
+    """Concatenate code sets of the same levels."""
     return CodeSet(
-        {level: np.concatenate([part.codes[level] for part in parts]) for level in parts[0].codes},
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.copies for part in parts]),
-        [key for part in parts for key in part.keys],
+        {level: np.concatenate([codes.codes[level] for codes in sets]) for level in sets[0].codes},
+        np.concatenate([codes.labels for codes in sets]),
+        np.concatenate([codes.copies for codes in sets]),
+        [key for codes in sets for key in codes.keys],
     )
 
 
 def open_codes(folder: Path) -> Codes:
-    """Open a folder of codes."""
-    found = artifact.read(folder, KIND, "codes")
-    meta = found.meta
-    levels = {name: Grid(**shape) for name, shape in meta["levels"].items()}
-    return Codes(found, levels, tuple(meta["classes"]), meta["vqvae"])
+    """Open a folder of codes. Raises UserError if it is missing or incomplete."""
+    handle = artifact.read(folder, KIND, "codes")
+    meta = handle.meta
+    levels = {name: Grid(**grid) for name, grid in meta["levels"].items()}
+    return Codes(handle, levels, tuple(meta["classes"]), meta["vqvae"])
 
 
-def write_part(
+def write_codes_file(
     path: Path,
     levels: Mapping[str, Grid],
     codes: Mapping[str, np.ndarray],
@@ -135,67 +139,71 @@ def write_part(
     keys: Sequence[str],
     meta: Mapping[str, Any],
 ) -> None:
-    """Write one file of codes, whole or not at all. `meta` is kept in the file's own schema."""
+    """Write one file of codes atomically: N keys, copies, labels, and (N, H, W) codes per level.
+
+    `meta` is JSON that is stored in the Parquet schema.
+    """
     columns: dict[str, pa.Array] = {
-        name: pa.array(values, kind)
-        for (name, kind), values in zip(_BESIDE.items(), (keys, copies, labels), strict=True)
+        name: pa.array(values, column_type)
+        for (name, column_type), values in zip(_COLUMNS.items(), (keys, copies, labels), strict=True)
     }
-    for level, shape in levels.items():
-        grids = np.ascontiguousarray(codes[level], dtype=np.uint16).reshape(-1, shape.height, shape.width)
+    for level, grid in levels.items():
+        grids = np.ascontiguousarray(codes[level], dtype=np.uint16).reshape(-1, grid.height, grid.width)
         columns[level] = pa.FixedShapeTensorArray.from_numpy_ndarray(grids)
     table = pa.table(columns).replace_schema_metadata({"vqvae2": json.dumps(dict(meta))})
-    with artifact.atomic_write(path) as new:
+    with artifact.atomic_write(path) as temporary:
         pq.write_table(
-            table, new, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True, store_schema=True
+            table,
+            temporary,
+            compression="zstd",
+            row_group_size=ROWS_PER_GROUP,
+            write_page_checksum=True,
+            store_schema=True,
         )
 
 
-class _Opened:
-    """One file of codes."""
+class _CodesFile:
+    """Parquet file of codes, which may come from someone else: every column is validated."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             self.rows = pq.read_metadata(path).num_rows
         except (OSError, pa.ArrowException) as error:
-            raise self._wrong(f"The codes cannot be read: {error}") from error
+            raise self._error(f"The codes cannot be read: {error}") from error
 
     def read(self, levels: Mapping[str, Grid]) -> CodeSet:
+        """Read some levels. Raises UserError if the file is damaged or a column is not valid."""
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                table = file.read([*_BESIDE, *levels])
+                table = file.read([*_COLUMNS, *levels])
         except (OSError, pa.ArrowException) as error:
-            raise self._wrong(f"The codes cannot be read: {error}") from error
-        for name, kind in _BESIDE.items():
-            self._check(table, name, kind)
-        codes = {level: self._checked(table, level, shape) for level, shape in levels.items()}
+            raise self._error(f"The codes cannot be read: {error}") from error
+        for name, column_type in _COLUMNS.items():
+            self._check_column(table, name, column_type)
+        codes = {level: self._read_level(table, level, grid) for level, grid in levels.items()}
         labels, copies = table["label"].to_numpy().astype(np.int64), table["copy"].to_numpy()
         return CodeSet(codes, labels, copies, table["key"].to_pylist())
 
-    def _check(self, table: pa.Table, name: str, kind: pa.DataType) -> None:
-        times = table.schema.names.count(name)
-        found = table.schema.field(name).type if times == 1 else "too much" if times else "nothing"
-        if found == kind and table[name].null_count:
-            found = "gaps"
-        if found != kind:
-            raise self._wrong(f"Column {name} holds {found}, not {kind}.")
+    def _check_column(self, table: pa.Table, name: str, expected: pa.DataType) -> None:
+        count = table.schema.names.count(name)
+        if count != 1:
+            raise self._error(f"The file must have one column {name}, got {count}.")
+        actual = table.schema.field(name).type
+        if actual != expected:
+            raise self._error(f"Column {name} must be {expected}, got {actual}.")
+        if table[name].null_count:
+            raise self._error(f"Column {name} must have no missing values, got {table[name].null_count}.")
 
-    def _checked(self, table: pa.Table, level: str, shape: Grid) -> np.ndarray:
-        self._check(table, level, pa.fixed_shape_tensor(pa.uint16(), (shape.height, shape.width)))
-        grids = _grids(table, level, shape)
-        if grids.size and grids.max() >= shape.entries:
-            raise self._wrong(f"Column {level} holds code {grids.max()}, but its codebook has {shape.entries} entries.")
+    def _read_level(self, table: pa.Table, level: str, grid: Grid) -> np.ndarray:
+        """Return the codes of a level, (N, H, W) uint16."""
+        self._check_column(table, level, pa.fixed_shape_tensor(pa.uint16(), (grid.height, grid.width)))
+        # Empty chunks cannot be converted to arrays.
+        chunks = [chunk.to_numpy_ndarray() for chunk in table[level].chunks if len(chunk)]
+        grids = np.concatenate(chunks) if chunks else np.empty((0, grid.height, grid.width), np.uint16)
+        if grids.size and grids.max() >= grid.entries:
+            raise self._error(f"Codes of {level} must be below {grid.entries}, its entries, got {grids.max()}.")
         return grids
 
-    def _wrong(self, what: str) -> UserError:
+    def _error(self, what: str) -> UserError:
         return UserError(what, where=self.path, fix="Run: vqvae2 run --stage codes --force", code=4)
-
-
-def _grids(table: pa.Table, level: str, shape: Grid) -> np.ndarray:
-    chunks = [chunk.to_numpy_ndarray() for chunk in _chunks(table[level])]
-    empty = np.empty((0, shape.height, shape.width), np.uint16)
-    return np.concatenate(chunks) if chunks else empty
-
-
-def _chunks(column: pa.ChunkedArray) -> Iterator[pa.FixedShapeTensorArray]:
-    return (chunk for chunk in column.chunks if len(chunk))

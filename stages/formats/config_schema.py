@@ -1,4 +1,4 @@
-"""Check plain data against the settings' dataclasses, from outside: neither they nor `models/` know pydantic."""
+"""Validation of plain data against settings dataclasses. Only this file knows pydantic; the dataclasses do not."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from pydantic import ConfigDict, TypeAdapter
 
 @cache
 def adapter(kind: type) -> TypeAdapter[Any]:
-    """Build what checks data for a dataclass and those within it: types, and that every key is known."""
-    for each in _dataclasses(kind):
-        each.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    """Build a validator for a dataclass and its nested dataclasses: checks types, and rejects unknown keys."""
+    for dataclass in _dataclasses(kind):
+        dataclass.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     return TypeAdapter(kind)
 
 

@@ -1,4 +1,4 @@
-"""What was measured while a network learnt: rows of step, name and value, and what DVC shows of them."""
+"""Training curves: rows of step, metric name and value; and the metrics and plots files of DVC."""
 
 import csv
 import json
@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]  # step, name such as "validation/mse", value
-FILE = "curves.csv"  # beside a network: all rows
+Rows = Sequence[Mapping[str, Any]]  # keys: step; name, "SPLIT/METRIC" such as "validation/mse"; value
+FILE = "curves.csv"  # in a model folder
 
 
 def write_metrics(path: Path, values: Mapping[str, Any]) -> None:
-    """Write numbers as JSON for `dvc metrics show`."""
+    """Write metrics as JSON for `dvc metrics show`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write(path: Path, rows: Rows) -> None:
-    """Write all rows as CSV."""
+    """Write rows as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["step", "name", "value"], lineterminator="\n")
         writer.writeheader()
@@ -25,7 +25,7 @@ def write(path: Path, rows: Rows) -> None:
 
 
 def read(path: Path) -> list[tuple[int, str, float]]:
-    """Read steps, names and values; none where there is no file."""
+    """Read steps, names and values; an empty list if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -33,7 +33,7 @@ def read(path: Path) -> list[tuple[int, str, float]]:
 
 
 def last(rows: Rows) -> dict[str, dict[str, float]]:
-    """Give the last value of each name, split by split."""
+    """Return the last value of each metric: split -> metric -> value."""
     values: dict[str, dict[str, float]] = {}
     for row in rows:
         split, _, name = row["name"].partition("/")
@@ -42,7 +42,7 @@ def last(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def write_plot(path: Path, rows: Rows) -> None:
-    """Write curves as CSV for `dvc plots`: one line per step and split, one column per measurement."""
+    """Write curves as CSV for `dvc plots`: one line per step and split, one column per metric."""
     lines: dict[tuple[int, str], dict[str, Any]] = {}
     for row in rows:
         split, _, name = row["name"].partition("/")

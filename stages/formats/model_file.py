@@ -1,11 +1,11 @@
-"""A trained network on disk: weights as safetensors, and beside them all that is needed to build it again.
+"""Trained network on disk: weights as safetensors, and the metadata to rebuild the network.
 
     model.safetensors   the weights; no pickle
-    curves.csv          step,name,value: what was measured while it learnt
-    *.png               what it draws once it has learnt
-    manifest.json       meta: the network's settings, the grids, the classes, and the digests of what it learnt from
+    curves.csv          step,name,value: metrics during training
+    *.png               images of the trained network, such as reconstructions
+    manifest.json       meta: the network's settings, the grids, the classes, and the digests of its training data
 
-The digest of the folder (see artifact.py) is the model's fingerprint: codes name the VQ-VAE that made them by it.
+The digest of the folder (see artifact.py) identifies the model: codes store the digest of their VQ-VAE.
 """
 
 import json
@@ -38,62 +38,62 @@ def write(
     meta: Mapping[str, Any],
     *,
     history: list[dict[str, Any]],
-    pictures: Mapping[str, bytes],
+    images: Mapping[str, bytes],
 ) -> None:
-    """Commit a model folder of `kind` "vqvae" or "prior"."""
+    """Write a model folder of `kind` "vqvae" or "prior". `images` are PNGs by name, without extension."""
     with artifact.commit_folder(folder, kind, dict(meta)) as out:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, out / WEIGHTS)
         curves.write(out / curves.FILE, history)
-        for name, png in pictures.items():
+        for name, png in images.items():
             (out / f"{name}.png").write_bytes(png)
 
 
 def load_vqvae(folder: Path) -> tuple[VQVAE, Artifact]:
-    """Build a trained VQ-VAE, ready to encode and decode."""
-    found = artifact.read(folder, "vqvae", "vqvae")
-    config = _config(VQVAEConfig, found.meta["network"], folder)
-    return _with_weights(VQVAE(config), found), found
+    """Load a trained VQ-VAE in evaluation mode. Raises UserError if the folder is missing, damaged or incompatible."""
+    handle = artifact.read(folder, "vqvae", "vqvae")
+    config = _network_config(VQVAEConfig, handle.meta["network"], folder)
+    return _load_weights(VQVAE(config), handle), handle
 
 
 def load_prior(folder: Path, level: str) -> tuple[Prior, Artifact]:
-    """Build a trained prior, ready to score and sample."""
-    found = artifact.read(folder, "prior", f"prior_{level}")
-    config = _config(PriorConfig, found.meta["network"], folder)
-    meta = found.meta
+    """Load a trained prior in evaluation mode. Raises UserError if the folder is missing, damaged or incompatible."""
+    handle = artifact.read(folder, "prior", f"prior_{level}")
+    meta = handle.meta
+    config = _network_config(PriorConfig, meta["network"], folder)
     coarser = {name: Grid(**grid) for name, grid in meta["coarser"].items()}
     prior = build(
         config, entries=meta["entries"], grid=tuple(meta["grid"]), coarser=coarser, classes=len(meta["classes"])
     )
-    return _with_weights(prior, found), found
+    return _load_weights(prior, handle), handle
 
 
 def network_meta(config: VQVAEConfig | PriorConfig) -> dict[str, Any]:
-    """A network's settings as they are kept in a manifest: JSON, levels in their order."""
+    """Convert a network's settings to JSON for a manifest. The order of levels is preserved."""
     return json.loads(json.dumps(asdict(config)))
 
 
-def _config(kind: type, settings: Any, folder: Path) -> Any:
+def _network_config(kind: type, settings: Any, folder: Path) -> Any:
     try:
         return adapter(kind).validate_json(json.dumps(settings), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            f"The network's setting {'.'.join(map(str, first['loc']))} is not understood: {first['msg']}.",
+            f"The network's setting {'.'.join(map(str, first['loc']))} is not valid in this version: {first['msg']}.",
             where=folder / artifact.MANIFEST,
-            fix="Train the stage again with this version.",
+            fix="Train the model again with this version.",
             code=5,
         ) from error
 
 
-def _with_weights(network: Network, found: Artifact) -> Network:
-    found.verify(WEIGHTS)
+def _load_weights(network: Network, handle: Artifact) -> Network:
+    handle.verify(WEIGHTS)
     try:
-        network.load_state_dict(load_file(found.path(WEIGHTS)))
+        network.load_state_dict(load_file(handle.path(WEIGHTS)))
     except (RuntimeError, SafetensorError) as error:
         raise UserError(
-            "The weights do not fit this version's network.",
-            where=found.path(WEIGHTS),
-            fix="Train the stage again with this version.",
+            "The weights do not match the network of this version.",
+            where=handle.path(WEIGHTS),
+            fix="Train the model again with this version.",
             code=5,
         ) from error
     return network.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
 """Samples on disk: images as shards, and the codes they were decoded from.
 
-samples-{number:05d}.tar        KEY.png, and KEY.cls where there are classes; KEY is the sample's number
+samples-{number:05d}.tar        KEY.png, KEY.json, and KEY.cls with classes; KEY is the sample's number
 samples-{number:05d}.parquet    their codes, as in codes.py
-grid.png                        the first samples, to look at
+grid.png                        contact sheet of the first samples
 manifest.json                   meta: count, classes, image size, settings, the digests of the models
 """
 
@@ -19,88 +19,89 @@ from PIL import Image
 
 from models.priors import Grid
 from stages.errors import UserError
-from stages.formats import artifact, codes
+from stages.formats import artifact
 from stages.formats.artifact import Artifact
-from stages.formats.codes import CodeSet
+from stages.formats.codes import Codes, CodeSet
 
 KIND = "samples"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A folder of samples."""
+    """Handle of a folder of samples."""
 
-    found: Artifact
+    artifact: Artifact
     count: int
     classes: tuple[str, ...]
-    image_size: int
-    levels: Mapping[str, Grid]
-    vqvae: str  # digest of the VQ-VAE that decoded them
+    image_size: int  # side in pixels
+    levels: Mapping[str, Grid]  # coarse to fine
+    vqvae: str  # digest of the VQ-VAE that decoded the samples
 
     @cached_property
-    def drawn(self) -> CodeSet:
-        """The samples' codes and labels."""
-        # The Parquet files are those of a folder of codes with the one split "samples".
-        return codes.Codes(self.found, self.levels, self.classes, self.vqvae).split("samples")
+    def codes(self) -> CodeSet:
+        """Codes and labels of all samples. Raises UserError if a file is damaged."""
+        # The Parquet files are those of a folder of codes with a single split, "samples".
+        return Codes(self.artifact, self.levels, self.classes, self.vqvae).split("samples")
 
     @property
     def labels(self) -> np.ndarray:
-        return self.drawn.labels
+        """Labels of all samples, (count,) int64; -1 without classes."""
+        return self.codes.labels
 
     @cached_property
-    def places(self) -> "dict[int, Place]":
-        return places(self.found.path(name) for name in sorted(self.found.files) if name.endswith(".tar"))
+    def _tar_members(self) -> "dict[int, TarMember]":
+        return index_tars(self.artifact.path(name) for name in sorted(self.artifact.files) if name.endswith(".tar"))
 
     def images(self, start: int, stop: int) -> np.ndarray:
-        """Decode samples [start, stop) to (N, H, W, 3) uint8."""
-        return self.images_of(range(start, stop))
+        """Read the images of samples [start, stop), (N, H, W, 3) uint8. Raises UserError as `read_images`."""
+        return self.read_images(range(start, stop))
 
-    def images_of(self, numbers: Iterable[int]) -> np.ndarray:
-        """Decode the samples of these numbers to (N, H, W, 3) uint8."""
-        wanted = [int(number) for number in numbers]
-        missing = [number for number in wanted if number not in self.places]
+    def read_images(self, sample_numbers: Iterable[int]) -> np.ndarray:
+        """Read the images of these samples, (N, H, W, 3) uint8. Raises UserError if a sample is missing."""
+        numbers = [int(number) for number in sample_numbers]
+        missing = [number for number in numbers if number not in self._tar_members]
         if missing:
             raise UserError(
                 f"{len(missing)} samples are missing, first number {missing[0]}.",
-                where=self.found.folder,
+                where=self.artifact.folder,
                 fix="Run: vqvae2 run --stage sample --force",
                 code=4,
             )
-        return np.stack([read_image(self.places[number]) for number in wanted])
+        return np.stack([read_image(self._tar_members[number]) for number in numbers])
 
 
-class Place(NamedTuple):
-    """Where the image of a sample lies: in which tar, and at which bytes of it."""
+class TarMember(NamedTuple):
+    """Location of a file's contents in a tar."""
 
     tar: Path
-    offset: int
-    length: int
+    offset: int  # bytes
+    length: int  # bytes
 
 
-def places(tars: Iterable[Path]) -> dict[int, Place]:
-    """Find the images in some tars, by the samples' numbers. Do it once: every tar is read through."""
-    found: dict[int, Place] = {}
+def index_tars(tars: Iterable[Path]) -> dict[int, TarMember]:
+    """Return the location of each image by sample number. Reads every header of every tar, so keep the result."""
+    members: dict[int, TarMember] = {}
     for path in tars:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 stem, _, extension = member.name.partition(".")
                 if extension == "png" and stem.isdecimal():
-                    found[int(stem)] = Place(path, member.offset_data, member.size)
-    return found
+                    members[int(stem)] = TarMember(path, member.offset_data, member.size)
+    return members
 
 
-def read_image(place: Place) -> np.ndarray:
-    """Decode one image, (H, W, 3) uint8."""
-    with place.tar.open("rb") as file:
-        file.seek(place.offset)
-        data = file.read(place.length)
+def read_image(member: TarMember) -> np.ndarray:
+    """Read one image, (H, W, 3) uint8."""
+    with member.tar.open("rb") as file:
+        file.seek(member.offset)
+        data = file.read(member.length)
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def open_samples(folder: Path) -> Samples:
-    """Open a folder of samples."""
-    found = artifact.read(folder, KIND, "sample")
-    meta = found.meta
-    levels = {name: Grid(**shape) for name, shape in meta["levels"].items()}
-    return Samples(found, meta["count"], tuple(meta["classes"]), meta["image_size"], levels, meta["vqvae"])
+    """Open a folder of samples. Raises UserError if it is missing or incomplete."""
+    handle = artifact.read(folder, KIND, "sample")
+    meta = handle.meta
+    levels = {name: Grid(**grid) for name, grid in meta["levels"].items()}
+    return Samples(handle, meta["count"], tuple(meta["classes"]), meta["image_size"], levels, meta["vqvae"])

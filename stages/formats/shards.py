@@ -1,13 +1,13 @@
 """Image shards: WebDataset tars, read by random access through an index.
 
-    {split}-{number}.tar   per image KEY: KEY.png or KEY.jpg, KEY.cls (its class, if any), KEY.json (its origin)
+    {split}-{number}.tar   per image KEY: KEY.png or KEY.jpg, KEY.cls (its class, if any), KEY.json (its source file)
     index.parquet          one row per image, one row group per shard; columns: see SCHEMA
-    rejected.csv           name,reason of every file that was left out
+    rejected.csv           name,reason of every image file that is not used
     manifest.json          image_size, classes, counts and settings; see formats/artifact.py
 
-Any WebDataset reader can stream the tars. Ours goes through the index instead, so that a position in a split names
-one image for good, and each image is held against its hash when it is read: a damaged shard cannot lose images
-quietly. Nothing here is ever unpickled.
+Any WebDataset reader can stream the tars. `ImageSet` reads through the index instead: a position in a split is always
+the same image, and each image is checked against its hash, so a damaged shard cannot silently lose images. No file is
+unpickled.
 """
 
 import hashlib
@@ -36,32 +36,32 @@ INDEX = "index.parquet"
 REJECTED = "rejected.csv"
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()),  # a number that no other image of the data set has
+        ("key", pa.string()),  # a number, unique in the dataset
         ("split", pa.string()),
         ("label", pa.int32()),  # index into the classes; -1: none
         ("shard", pa.string()),  # name of the tar
         ("offset", pa.int64()),  # of the encoded image in the tar
         ("length", pa.int64()),  # in bytes
         ("sha256", pa.binary(32)),  # of the encoded image
-        ("source", pa.string()),  # the file it was made from, unprintable characters escaped
+        ("source", pa.string()),  # name of the source file, unprintable characters escaped
     ]
 )
-_MADE_BY = "shard"
-_KEPT_OPEN = 64  # shards per process
+_STAGE = "shard"
+_MAX_OPEN_FILES = 64  # shards per ImageSet; far below the usual limit of 1024 descriptors per process
 
 
-class Encoded(NamedTuple):
-    """One encoded image on its way into a shard."""
+class EncodedImage(NamedTuple):
+    """Encoded image to write to a shard."""
 
     key: str
     data: bytes
     extension: str  # "png" or "jpg"
     label: int  # -1: none
-    origin: Mapping[str, str]  # becomes KEY.json
+    origin: Mapping[str, str]  # written as KEY.json: name of the source file, and class
 
 
-class Row(NamedTuple):
-    """One image of the index; the fields are the columns of SCHEMA, and plain JSON."""
+class IndexRow(NamedTuple):
+    """Row of the index. The fields are the columns of SCHEMA, as plain JSON."""
 
     key: str
     split: str
@@ -69,16 +69,16 @@ class Row(NamedTuple):
     shard: str
     offset: int
     length: int
-    sha256: str  # in hex
+    sha256: str  # hexadecimal
     source: str
 
 
-def write_shard(path: Path, images: Iterable[Encoded]) -> dict[str, tuple[int, int]]:
-    """Write images into a new tar; return offset and length by key. Equal images give equal bytes."""
-    os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pickles, no shell commands
-    from webdataset.writer import TarWriter  # imports torch, which no reader needs
+def write_shard(path: Path, images: Iterable[EncodedImage]) -> dict[str, tuple[int, int]]:
+    """Write images to a new tar; return offset and length in bytes by key. Equal images give equal bytes."""
+    os.environ.setdefault("WDS_SECURE", "1")  # webdataset reads it on import: no pickles, no shell commands
+    from webdataset.writer import TarWriter  # imports torch, which readers of shards do not need
 
-    names = {}
+    keys = {}  # tar member -> key
     with path.open("wb") as stream:
         with TarWriter(stream, encoder=False, compress=False, mtime=0.0) as writer:
             for image in images:
@@ -90,104 +90,109 @@ def write_shard(path: Path, images: Iterable[Encoded]) -> dict[str, tuple[int, i
                 if image.label >= 0:
                     members["cls"] = str(image.label).encode()
                 writer.write(members)
-                names[f"{image.key}.{image.extension}"] = image.key
+                keys[f"{image.key}.{image.extension}"] = image.key
         stream.flush()
         os.fsync(stream.fileno())
     with tarfile.open(path, "r:") as tar:
-        return {names[member.name]: (member.offset_data, member.size) for member in tar if member.name in names}
+        return {keys[member.name]: (member.offset_data, member.size) for member in tar if member.name in keys}
 
 
-def write_index(path: Path, shards: Iterable[list[Row]]) -> None:
-    """Write the rows of each shard as one row group."""
+def write_index(path: Path, shards: Iterable[list[IndexRow]]) -> None:
+    """Write the index, with the rows of each shard as one row group."""
     with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for rows in shards:
-            columns = {name: list(column) for name, column in zip(Row._fields, zip(*rows, strict=True), strict=True)}
+            columns = {
+                name: list(column) for name, column in zip(IndexRow._fields, zip(*rows, strict=True), strict=True)
+            }
             columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"]]
             writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(rows))
 
 
-class Part(NamedTuple):
-    """One shard as a piece of work. `_asdict()` is plain JSON."""
+class ShardRef(NamedTuple):
+    """Reference to one shard, as the part of a mapped stage. `_asdict()` is plain JSON."""
 
     folder: str
     split: str
-    shard: str
-    image_size: int
+    shard: str  # name of the tar
+    image_size: int  # pixels
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by position. Survives pickling, forking and threads: files open when first read, and share no position."""
+    """Random access to N images by position.
+
+    Safe to pickle, to fork and to share between threads: files are opened on first use and read by absolute offset.
+    """
 
     folder: Path
-    image_size: int
-    keys: np.ndarray  # str
-    labels: np.ndarray  # int64; -1: none
-    shards: tuple[str, ...]
-    shard: np.ndarray  # which of `shards` holds the image
-    offsets: np.ndarray
-    lengths: np.ndarray
-    hashes: np.ndarray  # 32 bytes each
-    _open: dict[int, "_Descriptor"] = field(default_factory=dict, repr=False, compare=False)
+    image_size: int  # side in pixels
+    keys: np.ndarray  # (N,) str
+    labels: np.ndarray  # (N,) int64; -1: none
+    shards: tuple[str, ...]  # names of the tars
+    shard: np.ndarray  # (N,) index into `shards`
+    offsets: np.ndarray  # (N,) bytes
+    lengths: np.ndarray  # (N,) bytes
+    hashes: np.ndarray  # (N, 32) uint8: SHA-256
+    _open_files: dict[int, "_OpenFile"] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open_files": {}}
 
-    def encoded(self, position: int) -> bytes:
-        """Read an image as it lies in its shard, and hold it against its hash."""
+    def read_encoded(self, position: int) -> bytes:
+        """Read an image as encoded bytes. Raises UserError if its hash differs from the index."""
         shard, length = int(self.shard[position]), int(self.lengths[position])
-        data = self._descriptor(shard).read(length, int(self.offsets[position]))
+        data = self._file(shard).read(length, int(self.offsets[position]))
         if hashlib.sha256(data).digest() != self.hashes[position].tobytes():
             raise UserError(
-                f"Image {self.keys[position]} in {self.shards[shard]} is damaged: its bytes are not what was written.",
+                f"Image {self.keys[position]} in {self.shards[shard]} is damaged: its hash differs from the index.",
                 where=self.folder / self.shards[shard],
-                fix=f"Delete {self.folder} and run: vqvae2 run --stage {_MADE_BY}",
+                fix=f"Delete {self.folder} and run: vqvae2 run --stage {_STAGE}",
                 code=4,
             )
         return data
 
     def read(self, position: int) -> np.ndarray:
-        """Read an image as uint8, height x width x RGB."""
-        with Image.open(io.BytesIO(self.encoded(position)), formats=("PNG", "JPEG")) as image:
+        """Read an image as (H, W, 3) uint8. Raises UserError if it is damaged."""
+        with Image.open(io.BytesIO(self.read_encoded(position)), formats=("PNG", "JPEG")) as image:
             return np.asarray(image.convert("RGB"))
 
-    def _descriptor(self, shard: int) -> "_Descriptor":
-        found = self._open.get(shard)
-        if found is None:
-            if len(self._open) >= _KEPT_OPEN:
-                self._open.clear()  # each stays open for a thread that reads it just now
-            found = self._open[shard] = _Descriptor(self.folder / self.shards[shard])
-        return found
+    def _file(self, shard: int) -> "_OpenFile":
+        file = self._open_files.get(shard)
+        if file is None:
+            if len(self._open_files) >= _MAX_OPEN_FILES:
+                self._open_files.clear()  # a thread that is reading a file holds a reference to it
+            file = self._open_files[shard] = _OpenFile(self.folder / self.shards[shard])
+        return file
 
 
-class _Descriptor:
-    """An open file that closes when nobody reads it any more."""
+class _OpenFile:
+    """File descriptor that closes when its last reference is dropped."""
 
     def __init__(self, path: Path):
         try:
-            self._number = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(
                 f"{path.name} cannot be opened: {error.strerror}.",
                 where=path.parent,
-                fix=f"Run: vqvae2 run --stage {_MADE_BY}",
+                fix=f"Run: vqvae2 run --stage {_STAGE}",
                 code=4,
             ) from None
 
     def read(self, length: int, offset: int) -> bytes:
-        return os.pread(self._number, length, offset)
+        return os.pread(self._descriptor, length, offset)
 
     def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A folder of shards whose index is intact and whose files have their lengths."""
+    """Handle of a folder of shards. `open_shards` has verified the index and the file lengths."""
 
     artifact: artifact.Artifact
     index: pa.Table
@@ -205,66 +210,72 @@ class Shards:
         return self.artifact.digest
 
     def split(self, name: str) -> ImageSet:
-        """The images of train, validation or test; none if the data set has no such split."""
+        """Return the images of train, validation or test; an empty set if the dataset has no such split."""
         assert name in SPLITS, f"{name} is not one of {SPLITS}"
         rows = self.index.filter(pc.equal(self.index["split"], name))
         return _image_set(self.artifact.folder, self.image_size, rows)
 
-    def parts(self) -> list[Part]:
-        """One part per shard, in the order of the index."""
-        seen = dict.fromkeys(zip(self.index["split"].to_pylist(), self.index["shard"].to_pylist(), strict=True))
-        return [Part(str(self.artifact.folder), split, shard, self.image_size) for split, shard in seen]
+    def shard_refs(self) -> list[ShardRef]:
+        """Return one reference per shard, in the order of the index."""
+        # A dict keeps the order of first occurrence, a set would not.
+        shards = dict.fromkeys(zip(self.index["split"].to_pylist(), self.index["shard"].to_pylist(), strict=True))
+        return [ShardRef(str(self.artifact.folder), split, shard, self.image_size) for split, shard in shards]
 
     def verify(self) -> None:
-        """Hash every file; refuse the folder, naming the file, if one is not what was written."""
+        """Hash every file. Raises UserError if one differs from the manifest."""
         self.artifact.verify()
 
 
 def open_shards(folder: Path) -> Shards:
-    """Open shards; refuse, naming it, a file that is missing, of another length, or not listed, and a damaged index."""
-    found = artifact.read(folder, KIND, made_by=_MADE_BY)
+    """Open a folder of shards.
+
+    Raises UserError if a file is missing, of another length or not in the manifest, or if the index is damaged.
+    """
+    handle = artifact.read(folder, KIND, _STAGE)
     for path in sorted(folder.glob("*.tar")):
-        if path.name not in found.files:
+        if path.name not in handle.files:
             raise UserError(
-                f"{path.name} does not belong to these shards: the manifest does not list it.",
+                f"{path.name} is not listed in the manifest of these shards.",
                 where=folder,
                 fix=f"Remove {path}",
                 code=4,
             )
-    found.verify(INDEX)
+    handle.verify(INDEX)
     index = _read_index(folder)
-    ends = index.group_by("shard").aggregate(
+    # The index may come from someone else: check per shard that no image is outside its tar, before any allocation.
+    ranges = index.group_by("shard").aggregate(
         [("offset", "min"), ("length", "min"), ("offset", "max"), ("length", "max")]
     )
-    for row in ends.to_pylist():
-        size = found.files.get(row["shard"], {"bytes": 0})["bytes"]
+    for row in ranges.to_pylist():
+        size = handle.files.get(row["shard"], {"bytes": 0})["bytes"]
         if min(row["offset_min"], row["length_min"]) < 0 or max(row["offset_max"], row["length_max"]) > size:
             raise UserError(
-                f"{INDEX} names places that these shards do not have, in {printable(row['shard'])}.",
+                f"{INDEX} lists images outside {printable(row['shard'])}, which has {size} bytes.",
                 where=folder,
-                fix=f"Delete {folder} and run: vqvae2 run --stage {_MADE_BY}",
+                fix=f"Delete {folder} and run: vqvae2 run --stage {_STAGE}",
                 code=4,
             )
-    return Shards(found, index)
+    return Shards(handle, index)
 
 
-def read_part(part: Part) -> ImageSet:
-    """The images of one shard."""
-    folder = Path(part.folder)
-    return _image_set(folder, part.image_size, _read_index(folder, [("shard", "=", part.shard)]))
+def read_shard(ref: ShardRef) -> ImageSet:
+    """Open the images of one shard. Raises UserError if the index is damaged."""
+    folder = Path(ref.folder)
+    return _image_set(folder, ref.image_size, _read_index(folder, [("shard", "=", ref.shard)]))
 
 
 def _read_index(folder: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
     try:
         table = pq.read_table(folder / INDEX, schema=SCHEMA, filters=filters, page_checksum_verification=True)
-        if gaps := [name for name in SCHEMA.names if table[name].null_count]:  # so is a column that is not there
-            raise pa.ArrowInvalid(f"it lacks values of {', '.join(gaps)}")
+        # Arrow reads a missing column as nulls.
+        if incomplete := [name for name in SCHEMA.names if table[name].null_count]:
+            raise pa.ArrowInvalid(f"it has missing values of {', '.join(incomplete)}")
         return table
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{INDEX} cannot be read: {error}",
             where=folder,
-            fix=f"Delete {folder} and run: vqvae2 run --stage {_MADE_BY}",
+            fix=f"Delete {folder} and run: vqvae2 run --stage {_STAGE}",
             code=4,
         ) from error
 

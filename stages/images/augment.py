@@ -1,4 +1,4 @@
-"""Random changes of images, each a pure function of a seed."""
+"""Random augmentation of training images: each result is a pure function of a seed."""
 
 import numpy as np
 
@@ -6,16 +6,17 @@ from stages.config import AugmentConfig
 
 
 def augment(image: np.ndarray, config: AugmentConfig, *seed: int) -> np.ndarray:
-    """Flip and shift an (H, W, 3) image as the numbers of `seed` decide; edges repeat outwards."""
+    """Flip and shift an (H, W, 3) image at random, seeded by `seed`. Shifting repeats the edge pixels."""
     if not (config.flip or config.max_shift):
         return image
     random = np.random.Generator(np.random.PCG64(seed))
     if config.flip and random.random() < 0.5:
         image = image[:, ::-1]
     if config.max_shift:
+        # A crop from the edge-padded image: offset `max_shift` is no shift, 0 and 2 * max_shift are the extremes.
         margin = config.max_shift
-        down, right = random.integers(0, 2 * margin + 1, size=2)
+        top, left = random.integers(0, 2 * margin + 1, size=2)
         height, width, _ = image.shape
         padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-        image = padded[down : down + height, right : right + width]
+        image = padded[top : top + height, left : left + width]
     return image

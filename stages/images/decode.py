@@ -1,7 +1,7 @@
-"""Image files in, square RGB pixels out: which files are taken, and what is done to each kind.
+"""Decoder of image files: bytes to square RGB pixels of one size.
 
-Every rule here stands in docs/data.md. Nothing is guessed in silence: what a picture needed is noted, and a picture
-that cannot be shown faithfully is rejected with the reason.
+docs/data.md lists every rule. A conversion that changes pixels is reported in `Decoded.conversions`; an image that
+cannot be converted faithfully is rejected with a reason.
 """
 
 import io
@@ -14,11 +14,11 @@ from PIL import Image, ImageColor, ImageOps
 
 from stages.config import DatasetConfig
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are rejected
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_ADVICE = "use JPEG, PNG, WebP, BMP, GIF or TIFF"
-_OTHERS = {  # first bytes of what people try, to name it in the reason
+_USE_FORMATS = "use JPEG, PNG, WebP, BMP, GIF or TIFF"
+_UNSUPPORTED_SIGNATURES = {  # first bytes -> format, to name the format in the reason
     b"%!PS": "EPS",
     b"%PDF": "PDF",
     b"8BPS": "PSD",
@@ -29,46 +29,47 @@ _OTHERS = {  # first bytes of what people try, to name it in the reason
     b"SIMPLE": "FITS",
     b"\xd7\xcd\xc6\x9a": "WMF",
 }
+_EXIF_ORIENTATION = 0x0112  # tag; 1 is upright, 2 to 8 are flips and rotations
 
 
 class RejectedImage(Exception):
-    """This file is no picture that can be used; the message says why."""
+    """An image file that cannot be used. The message is the reason."""
 
 
 class Decoded(NamedTuple):
-    """A square picture, and what had to be done for it."""
+    """Decoded image, and the conversions that were applied to it."""
 
-    pixels: np.ndarray  # uint8, height x width x RGB
-    notes: tuple[str, ...]
+    pixels: np.ndarray  # uint8, (image_size, image_size, 3)
+    conversions: tuple[str, ...]  # such as "colour mode L: converted to RGB"
 
 
 def decode(data: bytes, config: DatasetConfig) -> Decoded:
-    """Decode one file and fit it to image_size; raise RejectedImage if it cannot be shown faithfully."""
+    """Decode one file and fit it to `config.image_size`. Raises RejectedImage if it cannot be converted faithfully."""
     if not data:
         raise RejectedImage("the file is empty")
-    Image.MAX_IMAGE_PIXELS = config.max_pixels  # at twice of which Pillow gives up, and we at once
-    notes: list[str] = []
+    Image.MAX_IMAGE_PIXELS = config.max_pixels  # Pillow raises at twice this; _check_size rejects at once this
+    conversions: list[str] = []
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, config)
             if getattr(image, "is_animated", False):
-                notes.append("several frames: the first is used")
+                conversions.append("several frames: the first is used")
                 image.seek(0)
-            image.load()  # not verify(), which accepts truncated files
-            flat = _flatten(_upright(image, notes), config.background, notes)
-        return Decoded(np.asarray(_fit(flat, config, notes)), tuple(notes))
+            image.load()  # verify() would accept truncated files
+            rgb = _to_rgb(_upright(image, conversions), config.background, conversions)
+        return Decoded(np.asarray(_fit(rgb, config, conversions)), tuple(conversions))
     except RejectedImage:
         raise
     except Image.UnidentifiedImageError:
-        raise RejectedImage(_unknown(data)) from None
+        raise RejectedImage(_unidentified(data)) from None
     except Image.DecompressionBombError:
         raise RejectedImage(f"more than max_pixels, which is {config.max_pixels}") from None
-    except Exception as error:  # decoders meet hostile bytes here, and raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of any type on damaged bytes
         raise RejectedImage(f"cannot be decoded: {error or type(error).__name__}") from None
 
 
 def encode(pixels: np.ndarray, config: DatasetConfig) -> bytes:
-    """Encode uint8 RGB pixels as they are kept in shards."""
+    """Encode uint8 RGB pixels, (H, W, 3), in the image format of the shards."""
     buffer = io.BytesIO()
     if config.image_format == "png":
         Image.fromarray(pixels).save(buffer, "PNG")
@@ -78,61 +79,64 @@ def encode(pixels: np.ndarray, config: DatasetConfig) -> bytes:
 
 
 def _check_size(image: Image.Image, config: DatasetConfig) -> None:
-    width, height = image.size  # from the header: nothing is decoded yet
+    width, height = image.size  # from the header, before any pixel is decoded
     if width * height > config.max_pixels:
         raise RejectedImage(f"{width} x {height} pixels is more than max_pixels, which is {config.max_pixels}")
 
 
-def _unknown(data: bytes) -> str:
+def _unidentified(data: bytes) -> str:
+    """Return the reason for bytes that Pillow does not identify."""
     head = data[:256].lstrip()
-    name = next((name for start, name in _OTHERS.items() if data.startswith(start) or head.startswith(start)), "")
+    signatures = _UNSUPPORTED_SIGNATURES.items()
+    name = next((name for start, name in signatures if data.startswith(start) or head.startswith(start)), "")
     if data[4:8] == b"ftyp":
         name = "HEIC or AVIF"
-    return f"format {name} is not allowed; {_ADVICE}" if name else f"not a readable picture; {_ADVICE}"
+    return f"format {name} is not supported; {_USE_FORMATS}" if name else f"not a readable image; {_USE_FORMATS}"
 
 
-def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+def _upright(image: Image.Image, conversions: list[str]) -> Image.Image:
+    """Apply the EXIF orientation."""
     try:
-        turned = ImageOps.exif_transpose(image)
-    except Exception:  # metadata that cannot be read must not cost the picture
-        notes.append("EXIF unreadable: taken as it lies")
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # unreadable metadata is no reason to reject the pixels
+        conversions.append("EXIF unreadable: orientation ignored")
         return image
-    if image.getexif().get(0x0112, 1) in range(2, 9):  # Orientation
-        notes.append("turned upright by EXIF")
-    return turned
+    if image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
+        conversions.append("turned upright by EXIF")
+    return upright
 
 
-def _flatten(image: Image.Image, background: str, notes: list[str]) -> Image.Image:
-    """Turn any colour mode into RGB on the background."""
+def _to_rgb(image: Image.Image, background: str, conversions: list[str]) -> Image.Image:
+    """Convert any colour mode to RGB; composite transparent pixels on the background."""
     if image.mode in ("I", "F"):
-        kind = "32-bit" if image.mode == "I" else "float"
-        raise RejectedImage(f"{kind} pixels have no fixed range; save the picture as 8 or 16 bit")
+        pixel_type = "32-bit" if image.mode == "I" else "float"
+        raise RejectedImage(f"{pixel_type} pixels have no fixed range; save the image as 8 or 16 bit")
     if image.mode.startswith("I;16"):
-        notes.append("16-bit grey: scaled to 8 bit")
-        values, clear = np.asarray(image), image.info.get("transparency")
-        # convert() would clip at 255. 65535 / 257 is 255.
+        conversions.append("16-bit grey: scaled to 8 bit")
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        # Pillow's convert() would clip at 255 instead of scaling; 65535 / 257 = 255.
         image = Image.fromarray(np.rint(values.astype(np.float64) / 257).astype(np.uint8))
-        if clear is not None:  # one of the 65,536 values
-            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        if transparent is not None:  # one 16-bit value: compare before scaling, which merges 257 values
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
-        notes.append("transparency: laid on the background")
-        below = Image.new("RGBA", image.size, ImageColor.getrgb(background))
-        return Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
+        conversions.append("transparency: composited on the background")
+        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     if image.mode != "RGB":
-        notes.append(f"colour mode {image.mode}: converted to RGB")
+        conversions.append(f"colour mode {image.mode}: converted to RGB")
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, config: DatasetConfig, notes: list[str]) -> Image.Image:
-    """Make it square by config.resize_mode, each output pixel an antialiased average of its source (Lanczos)."""
+def _fit(image: Image.Image, config: DatasetConfig, conversions: list[str]) -> Image.Image:
+    """Make an image square by `config.resize_mode` and resize it with an antialiased Lanczos filter."""
     size, (width, height) = config.image_size, image.size
     if min(width, height) < size:
-        notes.append("smaller than image_size: enlarged")
+        conversions.append("smaller than image_size: enlarged")
     if width != height:
-        notes.append(f"not square: {config.resize_mode}")
+        conversions.append(f"not square: {config.resize_mode}")
     if config.resize_mode == "pad":
         scale = size / max(width, height)
-        inner = max(1, math.floor(width * scale + 0.5)), max(1, math.floor(height * scale + 0.5))
+        inner = max(1, math.floor(width * scale + 0.5)), max(1, math.floor(height * scale + 0.5))  # round half up
         square = Image.new("RGB", (size, size), ImageColor.getrgb(config.background)[:3])
         square.paste(image.resize(inner, Image.Resampling.LANCZOS), ((size - inner[0]) // 2, (size - inner[1]) // 2))
         return square

@@ -1,7 +1,7 @@
-"""Signs of life of processes that map parts: one that stands still is ended, so that others do its part.
+"""Heartbeat monitor for Ray Data workers: kills workers that hang, so that their parts run again elsewhere.
 
-Ray replaces a process that dies; for one that hangs it waits without end. Each process leaves a sign at the desk every
-second, from a thread of its own, however long its part takes.
+Ray replaces a process that dies, but waits without end for one that hangs. Each worker sends a heartbeat to the control
+actor every second from its own thread, so a long part does not delay it.
 """
 
 import math
@@ -9,117 +9,131 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.runtime.control import background_thread
 
-EVERY_SECONDS = 1.0
-CALL_TIMEOUT_S = 3.0  # that an answer may take before it is asked for again
-PATIENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # the same for workers that train
-PATIENCE_SECONDS, MIN_TIMEOUT_S = 60.0, 10.0  # unless that says otherwise; a living process may be slow
+HEARTBEAT_INTERVAL_S = 1.0
+CALL_TIMEOUT_S = 3.0  # for one answer of the control actor; the call is then repeated
+TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train reads it for training workers
+HEARTBEAT_TIMEOUT_S = 60.0  # default; a live process may be slow, and killing it costs its part
+MIN_TIMEOUT_S = 10.0  # several heartbeats, so that one late heartbeat kills nothing
 
 
-class Process(NamedTuple):
-    """One process of the cluster, whoever else gets its number later."""
+class WorkerProcess(NamedTuple):
+    """Identity of a process of the cluster. The start time tells it from a later process with the same pid."""
 
-    node: str
-    number: int
-    began: str
+    node_id: str
+    pid: int
+    start_time: str
 
     @classmethod
-    def current(cls) -> "Process":
-        """Name this process, a worker of Ray's."""
+    def current(cls) -> "WorkerProcess":
+        """Return the identity of this Ray worker."""
         import ray
 
-        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), _began(os.getpid()))
+        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), _start_time(os.getpid()))
 
 
-def start_heartbeat(desk: Any) -> None:
-    """Leave a sign of life at the desk until this process ends, or the desk does."""
+def start_heartbeat(control: Any) -> None:
+    """Send heartbeats to the control actor from a thread, until this process or the actor ends."""
     import ray
 
-    here = Process.current()
+    process = WorkerProcess.current()
 
-    def leave_signs() -> None:
-        with suppress(ray.exceptions.RayError):
-            while True:
-                with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # a bad moment
-                    ray.get(desk.sign.remote(here), timeout=CALL_TIMEOUT_S)
-                time.sleep(EVERY_SECONDS)
+    def send() -> None:
+        ray.get(control.heartbeat.remote(process), timeout=CALL_TIMEOUT_S)
 
-    threading.Thread(target=leave_signs, name="pulse", daemon=True).start()
+    threading.Thread(target=_send_heartbeats, args=(send,), name="heartbeat", daemon=True).start()
+
+
+def _send_heartbeats(send: Callable[[], None], interval_s: float = HEARTBEAT_INTERVAL_S) -> None:
+    """Call `send` at an interval until the control actor or the cluster is gone."""
+    from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+
+    with suppress(RayError):
+        while True:
+            # One missed answer must not end the heartbeats: the monitor would kill a live worker.
+            with suppress(ActorUnavailableError, GetTimeoutError):
+                send()
+            time.sleep(interval_s)
 
 
 @contextmanager
-def kill_stale_workers(desk: Any, note: Callable[[str], None]) -> Iterator[None]:
-    """End what has left no sign for too long, for the length of the block, and say so."""
+def kill_stale_workers(control: Any, notify: Callable[[str], None]) -> Iterator[None]:
+    """Kill workers without a heartbeat during the block, with one message for each.
+
+    The timeout is RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S, as for training workers.
+    """
     import ray
 
-    patience = _patience()
+    timeout_s = _timeout_s(os.environ)
 
-    def watch(over: threading.Event) -> None:
-        with suppress(ray.exceptions.RayError):  # the cluster is gone; the map itself says so
-            while not over.wait(EVERY_SECONDS):
-                with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # a bad moment
-                    silent = ray.get(desk.silent.remote(patience), timeout=CALL_TIMEOUT_S)
-                    if silent and not over.is_set():
-                        for _ in range(_end(silent, desk)):
-                            note(f"A worker has given no sign of life for {patience:g} s: it was ended.")
+    def monitor(block_ended: threading.Event) -> None:
+        with suppress(ray.exceptions.RayError):  # the cluster is gone; the map raises the error
+            while not block_ended.wait(HEARTBEAT_INTERVAL_S):
+                with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):  # ask again
+                    stale = ray.get(control.stale_workers.remote(timeout_s), timeout=CALL_TIMEOUT_S)
+                    if stale and not block_ended.is_set():
+                        for _ in range(_kill_workers(stale, control)):
+                            notify(f"A worker sent no heartbeat for {timeout_s:g} s and was killed.")
 
-    with background_thread(watch, "pulses"):  # to its end: then Ray may be shut down
+    with background_thread(monitor, "heartbeat-monitor"):  # joined without a timeout: Ray may shut down only after it
         yield
 
 
-def _patience() -> float:
+def _timeout_s(environment: Mapping[str, str]) -> float:
+    """Return the timeout of an environment. A value that is not a finite number gives the default."""
     try:
-        seconds = float(os.environ.get(PATIENCE, ""))
+        timeout_s = float(environment.get(TIMEOUT_VARIABLE, ""))
     except ValueError:
-        return PATIENCE_SECONDS
-    return max(seconds, MIN_TIMEOUT_S) if math.isfinite(seconds) else PATIENCE_SECONDS
+        return HEARTBEAT_TIMEOUT_S
+    return max(timeout_s, MIN_TIMEOUT_S) if math.isfinite(timeout_s) else HEARTBEAT_TIMEOUT_S
 
 
-def _end(processes: Sequence[Process], desk: Any) -> int:
-    """End processes, of which Ray Data alone has handles, on whatever nodes they are; count those still there.
+def _kill_workers(processes: Sequence[WorkerProcess], control: Any) -> int:
+    """Kill processes on their nodes by Ray tasks, since only Ray Data has handles of them; return how many were alive.
 
-    Whatever fails is tried again when the patience with it is over once more.
+    The control actor reports a process that could not be killed again after another timeout.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    tasks = {}
+    processes_by_task = {}
     for process in processes:
-        there = NodeAffinitySchedulingStrategy(process.node, soft=False)
-        tasks[ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)] = process
-    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=CALL_TIMEOUT_S)
-    for task in late:  # once its node wakes, the process may have woken, too
+        same_node = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+        kill = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=same_node)
+        processes_by_task[kill.remote(process)] = process
+    finished, unfinished = ray.wait(list(processes_by_task), num_returns=len(processes_by_task), timeout=CALL_TIMEOUT_S)
+    for task in unfinished:  # its node is paused; when the node resumes, so does the process
         ray.cancel(task, force=True)
-    ended = 0
-    for task in done:
-        with suppress(ray.exceptions.RayError):  # its node may have gone with it
-            ended += ray.get(task)
-            desk.forget.remote(tasks[task])
-    return ended
+    killed = 0
+    for task in finished:
+        with suppress(ray.exceptions.RayError):  # the node may be gone
+            killed += ray.get(task)
+            control.unregister.remote(processes_by_task[task])
+    return killed
 
 
-def _kill(process: Process) -> bool:
-    """End a process of this node; say whether it was still there."""
+def _kill(process: WorkerProcess) -> bool:
+    """Kill a process of this node. Return False if it had already ended."""
     import psutil
 
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if _began(process.number) == process.began:
-            os.kill(process.number, signal.SIGKILL)
+        if _start_time(process.pid) == process.start_time:
+            os.kill(process.pid, signal.SIGKILL)
             return True
     return False
 
 
-def _began(number: int) -> str:
-    """Tell when a process began: on Linux by a clock that nobody can set, elsewhere by that of the system."""
+def _start_time(pid: int) -> str:
+    """Return the start time of a process: on Linux in clock ticks since boot, which no clock change can alter."""
     import psutil
 
     try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): starttime
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): starttime
     except FileNotFoundError:
-        return str(psutil.Process(number).create_time())
+        return str(psutil.Process(pid).create_time())

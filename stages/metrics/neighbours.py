@@ -1,61 +1,61 @@
-"""Nearest neighbours, exact: which training images a sample is closest to, and how close.
+"""Exact nearest neighbours: the training images closest to a sample, and their distances.
 
-Samples that are nearer to the training images than held-out images are, have been learnt by heart.
+Samples that are closer to the training images than validation images are indicate memorization.
+
+Axes: N queries, M candidates, D values of a vector, k nearest, C nearest by the fast distance.
 """
 
 import numpy as np
 
-CHUNK = 2**25  # numbers held at once of either side, as floats: bounds memory whatever the size of images
-Neighbours = tuple[np.ndarray, np.ndarray]  # distances and indices, nearest first
-SPARE = 8  # extra candidates kept by the fast distance and ranked by the exact one
+# Values of queries, and of candidates, converted to float at once: 128 MiB as float32. Bounds memory at any image size.
+CHUNK_VALUES = 2**25
+EXTRA_CANDIDATES = 8  # selected by the fast distance beyond k, so that its rounding does not lose one of the k nearest
+Neighbours = tuple[np.ndarray, np.ndarray]  # distances and indices, (N, k) each, nearest first
 
 
-def nearest(queries: np.ndarray, candidates: np.ndarray, k: int) -> Neighbours:
-    """Find the k candidates nearest to each query by Euclidean distance: distances and indices, `(N, k)` each.
+def nearest(queries: np.ndarray, candidates: np.ndarray, k: int, *, chunk_values: int = CHUNK_VALUES) -> Neighbours:
+    """Find the k candidates nearest to each query by Euclidean distance.
 
-    Fewer than k candidates give as many columns as there are. Equal vectors are at distance 0 exactly; ties go to the
-    lower index. Rows may be of any numeric type.
+    Takes (N, ...) and (M, ...) of any numeric type; returns distances and indices, (N, min(k, M)) each, nearest first.
+    Equal vectors have distance 0 exactly. Of candidates at equal distance, the one with the lower index comes first.
     """
     queries = queries.reshape(len(queries), -1)
     candidates = candidates.reshape(len(candidates), -1)
-    size = max(1, CHUNK // max(1, queries.shape[1]))
-    return _stack(
-        [_among(queries[start : start + size], candidates, k, size) for start in range(0, len(queries), size)]
-    )
+    rows = max(1, chunk_values // max(1, queries.shape[1]))
+    chunks = [_search(queries[start : start + rows], candidates, k, rows) for start in range(0, len(queries), rows)]
+    return np.concatenate([distances for distances, _ in chunks]), np.concatenate([indices for _, indices in chunks])
 
 
-def _among(queries: np.ndarray, candidates: np.ndarray, k: int, size: int) -> Neighbours:
-    found: Neighbours = np.empty((len(queries), 0)), np.empty((len(queries), 0), dtype=np.int64)
-    for start in range(0, len(candidates), size):
-        distances, indices = _nearest(queries, candidates[start : start + size], k)
-        found = merge([found, (distances, indices + start)], k)
-    return found
-
-
-def _stack(found: list[Neighbours]) -> Neighbours:
-    return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
-
-
-def merge(found: list[Neighbours], k: int) -> Neighbours:
-    """Keep the k nearest of what was found in several parts."""
-    distances = np.concatenate([part[0] for part in found], axis=1)
-    indices = np.concatenate([part[1] for part in found], axis=1)
+def merge(results: list[Neighbours], k: int) -> Neighbours:
+    """Merge the results of the same queries on several sets of candidates: the k nearest of all."""
+    distances = np.concatenate([distances for distances, _ in results], axis=1)
+    indices = np.concatenate([indices for _, indices in results], axis=1)
     order = np.lexsort((indices, distances), axis=1)[:, :k]
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
 
-def _nearest(queries: np.ndarray, candidates: np.ndarray, k: int) -> Neighbours:
-    # |q - c|^2 = |q|^2 - 2 q.c + |c|^2 is one matrix product, but cancels: a copy would not be at 0. So it only picks
-    # the best few, whose differences are then taken one by one. |q|^2 ranks nothing, and is left out.
-    centre = candidates.mean(axis=0, dtype=np.float64).astype(np.float32)
-    shifted = candidates.astype(np.float32) - centre
-    fast = np.square(shifted).sum(axis=1) - 2 * ((queries.astype(np.float32) - centre) @ shifted.T)
-    kept = min(k + SPARE, len(candidates))
-    picked = np.argpartition(fast, kept - 1, axis=1)[:, :kept] if kept < len(candidates) else None
-    distances = np.empty((len(queries), kept))
-    indices = np.empty((len(queries), kept), dtype=np.int64)
+def _search(queries: np.ndarray, candidates: np.ndarray, k: int, rows: int) -> Neighbours:
+    """Search the candidates in chunks of `rows`."""
+    result: Neighbours = np.empty((len(queries), 0)), np.empty((len(queries), 0), dtype=np.int64)
+    for start in range(0, len(candidates), rows):
+        distances, indices = _search_chunk(queries, candidates[start : start + rows], k)
+        result = merge([result, (distances, indices + start)], k)
+    return result
+
+
+def _search_chunk(queries: np.ndarray, candidates: np.ndarray, k: int) -> Neighbours:
+    # |q - c|^2 = |q|^2 - 2 q.c + |c|^2 is one matrix product, but suffers from cancellation: an exact copy would not
+    # get distance 0. So it only selects C candidates, whose distances are then computed exactly. |q|^2 does not change
+    # the ranking of candidates and is left out. Subtracting the mean makes the terms, and so the cancellation, smaller.
+    mean = candidates.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = candidates.astype(np.float32) - mean
+    fast = np.square(centred).sum(axis=1) - 2 * ((queries.astype(np.float32) - mean) @ centred.T)  # (N, M)
+    count = min(k + EXTRA_CANDIDATES, len(candidates))  # C
+    selected = np.argpartition(fast, count - 1, axis=1)[:, :count] if count < len(candidates) else None
+    distances = np.empty((len(queries), count))
+    indices = np.empty((len(queries), count), dtype=np.int64)
     for row, query in enumerate(queries):
-        indices[row] = np.arange(kept) if picked is None else picked[row]
+        indices[row] = np.arange(count) if selected is None else selected[row]
         difference = candidates[indices[row]].astype(np.float64) - query.astype(np.float64)
         distances[row] = np.sqrt(np.square(difference).sum(axis=1))
     return merge([(distances, indices)], k)

@@ -1,6 +1,9 @@
-"""Usage: how evenly a level's codes spread over its codebook. A collapsed level leaves its prior nothing to learn.
+"""Codebook usage: how evenly codes use the entries. A collapsed level leaves its prior little to learn.
 
-Perplexity = exp(-sum p ln p) with p the share of positions that hold an entry: from 1 (one entry) to K (all alike).
+Perplexity = exp(-sum p ln p), where p is the relative frequency of an entry. It ranges from 1 (one entry is used) to K
+(all entries are used equally).
+
+Axes: K codebook entries.
 """
 
 import numpy as np
@@ -8,24 +11,24 @@ import torch
 
 from models import quantizer
 
-COLLAPSED_BELOW = 0.25  # perplexity as a share of the entries
+COLLAPSED_BELOW = 0.25  # perplexity / K; a rule of thumb, reported and never enforced
 
 
 def count(codes: np.ndarray, entries: int) -> np.ndarray:
-    """Count how often each entry occurs, `(K,)` int64. Counts add up."""
+    """Count the occurrences of each entry: codes of any shape -> (K,) int64. Additive over parts."""
     return np.bincount(codes.ravel(), minlength=entries)
 
 
 def perplexity(counts: np.ndarray) -> float:
-    """Say how many evenly used entries would be as unpredictable as these counts; 0 without any codes."""
+    """Compute the perplexity of counts (K,); 0 if all are 0."""
     return quantizer.perplexity(torch.from_numpy(counts)) if counts.any() else 0.0
 
 
 def summarize(counts: np.ndarray) -> dict[str, float]:
-    """Give the perplexity, and the number of entries that occur at all."""
+    """Compute the perplexity, and the number of entries used at least once, of counts (K,)."""
     return {"perplexity": perplexity(counts), "used_entries": int((counts > 0).sum())}
 
 
 def is_collapsed(counts: np.ndarray) -> bool:
-    """Tell whether a level uses less of its codebook than a quarter, by perplexity."""
+    """Return whether the perplexity is below COLLAPSED_BELOW of the number of entries."""
     return perplexity(counts) < COLLAPSED_BELOW * len(counts)

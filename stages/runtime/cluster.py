@@ -1,7 +1,7 @@
-"""The Ray cluster a stage runs on: the one named by RAY_ADDRESS, or a private one on this machine.
+"""Ray cluster of a stage: the cluster at RAY_ADDRESS, or a private one on this machine.
 
-A whole pipeline run starts one private cluster and ends it, since each start costs seconds; its stages find it by
-RAY_ADDRESS. Every cluster started here asks for a token and listens on this machine alone.
+A pipeline run starts one private cluster for all its stages, because each start costs seconds. The stages find it by
+RAY_ADDRESS. A private cluster requires a token and listens on loopback only.
 """
 
 import logging
@@ -11,7 +11,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,120 +20,146 @@ from stages.config import ClusterConfig
 from stages.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
-OURS = "VQVAE2_PRIVATE_CLUSTER"  # set beside RAY_ADDRESS when the cluster was started here
-PACKAGES = Path(__file__).parents[2]  # where pipeline/, stages/ and models/ lie
-LOOPBACK, LOOPBACK_ONLY = "127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens there on any system
+OBJECT_STORE_BYTES = 500 * 2**20  # enough for batches in flight; Ray's default is 30% of the memory
+PRIVATE_CLUSTER_VARIABLE = "VQVAE2_PRIVATE_CLUSTER"  # set together with RAY_ADDRESS for a cluster started here
+PACKAGE_ROOT = Path(__file__).parents[2]  # folder of pipeline/, stages/ and models/
+LOOPBACK_ADDRESS = "127.0.0.1"
+OTHER_NODES_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback only, on every system
 if not os.environ.get("RAY_ADDRESS"):
-    # Here rather than where the cluster is started: Ray reads all this when it is first imported, by whomever.
-    os.environ.setdefault(LOOPBACK_ONLY, "0")
+    # Ray reads these variables when it is first imported, which happens before a cluster starts.
+    os.environ.setdefault(OTHER_NODES_VARIABLE, "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-# Environment a worker elsewhere needs as well.
-STORES = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_")
-FORWARDED = (*STORES, "GLOO_", "MALLOC_", "MLFLOW_", "NCCL_", "OMP_", "RAY_TRAIN_", "VQVAE2_FAULT")
+# Prefixes of the environment variables that workers on other nodes need as well.
+OBJECT_STORE_PREFIXES = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_")
+FORWARDED_PREFIXES = (
+    *OBJECT_STORE_PREFIXES,
+    "GLOO_",
+    "MALLOC_",
+    "MLFLOW_",
+    "NCCL_",
+    "OMP_",
+    "RAY_TRAIN_",
+    "VQVAE2_FAULT",
+)
 
 
 @contextmanager
 def local_cluster(config: ClusterConfig) -> Iterator[dict[str, str]]:
-    """Start a cluster on this machine; yield the environment by which other processes join it."""
-    with _started(config) as address:
+    """Start a private cluster for the length of the block.
+
+    Yields the environment variables with which other processes join it.
+    """
+    with _private_cluster(config) as address:
+        settings = ("RAY_AUTH_", OTHER_NODES_VARIABLE)
         yield {
             "RAY_ADDRESS": address,
-            **{name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH_", LOOPBACK_ONLY))},
-            OURS: "1",
+            **{name: value for name, value in os.environ.items() if name.startswith(settings)},
+            PRIVATE_CLUSTER_VARIABLE: "1",
         }
 
 
 @contextmanager
 def connect_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster at RAY_ADDRESS, or start one for the length of the block; check that it is large enough."""
+    """Connect to the cluster at RAY_ADDRESS, or start a private one, for the length of the block.
+
+    Raises UserError if the cluster cannot be reached, has another version of Ray or Python, or is too small.
+    """
     import ray
 
     if ray.is_initialized():
-        check(config)
+        check_resources(config)
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        with _started(config):
-            check(config)
+        with _private_cluster(config):
+            check_resources(config)
             yield
         return
     runtime_env = {}
-    if OURS not in os.environ:
+    is_private = PRIVATE_CLUSTER_VARIABLE in os.environ
+    if not is_private:
         # Other machines have neither this code nor this environment.
         runtime_env = {
-            "py_modules": [str(PACKAGES / package) for package in ("stages", "models")],
+            "py_modules": [str(PACKAGE_ROOT / package) for package in ("stages", "models")],
             "excludes": ["__pycache__"],
-            "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)},
-            "worker_process_setup_hook": f"{__name__}.{name_interface.__name__}",
+            "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)},
+            "worker_process_setup_hook": f"{__name__}.{set_gloo_interface.__name__}",
         }
     try:
-        _reach(address)
-        _init(address=address, runtime_env=runtime_env)
-    except Exception as error:  # Ray raises many kinds here, none of them meant for users
-        if str(error).startswith("Version mismatch"):
-            raise UserError(
-                " ".join(str(error).split()).rstrip(".") + ".",
-                where=f"RAY_ADDRESS={address}",
-                fix="Install the cluster's versions of Ray and Python here, or these there.",
-                code=3,
-            ) from error
-        raise UserError(
-            f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
-            where=f"RAY_ADDRESS={address}",
-            fix="Run the same command again; it starts another."
-            if OURS in os.environ
-            else "Check the address and the token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS "
-            "to run on this machine.",
-            code=3,
-        ) from error
+        _check_reachable(address)
+        _init_ray(address=address, runtime_env=runtime_env)
+    except Exception as error:  # Ray raises many types, with texts that are not meant for users
+        raise connection_error(error, address, is_private) from error
     try:
-        check(config)
+        check_resources(config)
         yield
     finally:
         ray.shutdown()
 
 
-def name_interface() -> None:
-    """Tell gloo which interface leads to the other nodes, in a worker that has just started.
+def connection_error(error: Exception, address: str, is_private: bool) -> UserError:
+    """Create the error for a cluster that cannot be joined, from the error that Ray raised."""
+    if str(error).startswith("Version mismatch"):
+        return UserError(
+            " ".join(str(error).split()).rstrip(".") + ".",
+            where=f"RAY_ADDRESS={address}",
+            fix="Install the cluster's versions of Ray and Python here, or this machine's versions there.",
+            code=3,
+        )
+    return UserError(
+        f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
+        where=f"RAY_ADDRESS={address}",
+        fix="Run the same command again; it starts another cluster."
+        if is_private
+        else "Check the address and the token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS "
+        "to run on this machine.",
+        code=3,
+    )
 
-    Left alone it takes what the host's name resolves to, which is loopback on many systems.
+
+def set_gloo_interface() -> None:
+    """Set GLOO_SOCKET_IFNAME to the network interface that leads to the other nodes, in a worker that just started.
+
+    By default gloo uses the address of the host's name, which is loopback on many systems. A value that the user has
+    set stays.
     """
     import ray.util
 
-    _name_interface(ray.util.get_node_ip_address())
+    _set_gloo_interface(ray.util.get_node_ip_address(), os.environ)
 
 
-def _name_interface(here: str) -> None:
+def _set_gloo_interface(node_address: str, environment: MutableMapping[str, str]) -> None:
     import psutil
 
-    for name, addresses in psutil.net_if_addrs().items():
-        if here in (address.address for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if node_address in (address.address for address in addresses):
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def _reach(address: str) -> None:
-    """Fail in seconds where nobody listens; Ray tries for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise OSError within seconds if nothing listens at the address; Ray itself retries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdecimal():  # "auto" and the like are Ray's to find
+    if port.isdecimal():  # Ray resolves other forms, such as "auto"
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager
-def _started(config: ClusterConfig) -> Iterator[str]:
+def _private_cluster(config: ClusterConfig) -> Iterator[str]:
+    """Start a cluster on this machine for the length of the block; yield its address."""
     import ray
 
-    if os.environ.get(LOOPBACK_ONLY) == "0":
-        _name_interface(LOOPBACK)
-    _init(
+    if os.environ.get(OTHER_NODES_VARIABLE) == "0":
+        _set_gloo_interface(LOOPBACK_ADDRESS, os.environ)
+    _init_ray(
         address="local",
-        # One CPU more than the workers take: the processes that only coordinate must never wait for one.
+        # One spare CPU, because the processes that only coordinate must never wait for the workers.
         num_cpus=int(config.workers * config.cpus_per_worker) + 1,
         include_dashboard=False,
-        object_store_memory=500 * 2**20,
+        object_store_memory=OBJECT_STORE_BYTES,
     )
     try:
         yield ray.get_runtime_context().gcs_address
@@ -141,57 +167,69 @@ def _started(config: ClusterConfig) -> Iterator[str]:
         ray.shutdown()
 
 
-def _init(**options: Any) -> None:
-    """Join or start a cluster; nothing of what its processes say reaches the terminal."""
+def _init_ray(**options: Any) -> None:
+    """Call `ray.init` with the output of Ray and of its workers kept off the terminal."""
     import ray
 
-    # Pages about a node that has died, in yellow: what comes of it for a stage, the stage says in a line.
+    # Otherwise Ray prints pages about a dead node. The stage reports what the loss means in one line.
     ray._private.worker._worker_logs_enabled = False
-    with _our_signals():
+    with _keep_sigterm_handler():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
 
 
 @contextmanager
-def _our_signals() -> Iterator[None]:
-    """Keep our own answer to SIGTERM: Ray puts one in its place that prints a stack trace."""
-    before = signal.getsignal(signal.SIGTERM)
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore the SIGTERM handler after the block: `ray.init` installs one that prints a stack trace."""
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)
 
 
-def check(config: ClusterConfig) -> None:
-    """Refuse in seconds what Ray would wait for without end: what all nodes together lack, or what fits on none."""
+def check_resources(config: ClusterConfig) -> None:
+    """Raise UserError if the cluster has too few CPUs or GPUs for the workers, in total or on each node.
+
+    Ray would wait for the missing resources without end.
+    """
     import ray
 
-    has = ray.cluster_resources()
-    for what, needed in (
+    check_capacity(config, ray.cluster_resources(), ray.nodes())
+
+
+def check_capacity(config: ClusterConfig, total: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError if the workers do not fit into `total`, or into the live ones of `nodes` as Ray lists them."""
+    for resource, needed in (
         ("CPU", config.workers * config.cpus_per_worker),
         ("GPU", config.workers * config.gpus_per_worker),
     ):
-        if has.get(what, 0) < needed:
-            fewer = "cluster.workers=1" if config.workers > 1 else "cluster.cpus_per_worker=1"
-            less = "cluster=local" if what == "GPU" else fewer
+        available = total.get(resource, 0)
+        if available < needed:
+            fewer_cpus = "cluster.workers=1" if config.workers > 1 else "cluster.cpus_per_worker=1"
+            override = "cluster=local" if resource == "GPU" else fewer_cpus
             raise UserError(
-                f"{config.workers} workers need {needed:g} {what}s; the cluster has {has.get(what, 0):g}.",
+                f"{config.workers} workers need {needed:g} {resource}s; the cluster has {available:g}.",
                 where="params.yaml: cluster",
-                fix=f"Ask for less, such as -S {less}, or add nodes.",
+                fix=f"Ask for less, such as -S {override}, or add nodes.",
                 code=3,
             )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if (fit := sum(_room(node, config) for node in nodes)) < config.workers:
+    capacity = sum(_worker_capacity(node["Resources"], config) for node in nodes if node["Alive"])
+    if capacity < config.workers:
         gpus = f" and {config.gpus_per_worker:g} GPUs" if config.gpus_per_worker else ""
         raise UserError(
-            f"{config.workers} workers of {config.cpus_per_worker:g} CPUs{gpus} are to run; nodes have room for {fit}.",
+            f"{config.workers} workers need {config.cpus_per_worker:g} CPUs{gpus} each; "
+            f"the nodes have room for {capacity} such workers.",
             where="params.yaml: cluster",
             fix="Ask for fewer workers or smaller ones: cluster.workers, cluster.cpus_per_worker.",
             code=3,
         )
 
 
-def _room(node: Mapping[str, float], config: ClusterConfig) -> int:
-    """Count the workers that fit on a node."""
+def _worker_capacity(node_resources: Mapping[str, float], config: ClusterConfig) -> int:
+    """Return the number of workers that fit on a node."""
     needs = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    return min(math.floor(node.get(what, 0) / needed + 1e-6) for what, needed in needs.items() if needed)
+    # The small number keeps 0.6 / 0.2, which is 2.9999999999999996, from being rounded down to 2.
+    return min(
+        math.floor(node_resources.get(resource, 0) / needed + 1e-6) for resource, needed in needs.items() if needed
+    )

@@ -1,7 +1,7 @@
-"""One stage executed once: where it keeps its state, what it reports, and to whom.
+"""Stage context: settings and services of one execution of a stage.
 
-A stage receives a `Run` and knows nothing of MLflow, terminals or other stages. `Reporter` is what stands behind
-it; the base class keeps silent, which is what unit tests use.
+A stage gets a `StageContext` and reports through its `Reporter`, so it knows nothing of MLflow, the terminal or other
+stages.
 """
 
 from collections.abc import Mapping
@@ -13,33 +13,37 @@ from stages.runtime.storage import Storage
 
 
 class Reporter:
-    """Who hears of a run. Every method may be called at any time and returns at once."""
+    """Receives progress, metrics, images and messages of a run.
+
+    Every method may be called at any time and returns at once. The methods of this class do nothing, which suits unit
+    tests.
+    """
 
     def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
-        """`done` of `total` units are finished; `numbers` are worth a glance beside the bar."""
+        """Report that `done` of `total` units are finished, with a few `numbers` to show beside the bar."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Values at a step, to be drawn as curves."""
+        """Report values at a step, to be drawn as curves."""
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        """A picture at a step."""
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Report a PNG image at a step."""
 
-    def note(self, text: str) -> None:
-        """One line the user should see."""
+    def message(self, text: str) -> None:
+        """Report one line of text for the user."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage needs besides its inputs and settings."""
+    """Identity, work folder, cluster and reporter of one execution of a stage."""
 
-    stage: str  # as in dvc.yaml, such as "vqvae" or "prior@top"
-    fingerprint: str  # of the settings, the inputs' digests and the code: equal fingerprints make equal artifacts
-    work: Path  # resumable state, outside of what DVC deletes; holds nothing of another fingerprint
+    stage: str  # name in dvc.yaml, such as "vqvae" or "prior@top"
+    fingerprint: str  # hash of the settings, the inputs' digests and the code: equal fingerprints give equal artifacts
+    work_dir: Path  # resumable state of this fingerprint only, outside the outputs, which DVC deletes before a run
     cluster: ClusterConfig
     reporter: Reporter = field(default_factory=Reporter)
 
     @property
     def storage(self) -> Storage | None:
-        """Where the nodes meet for this run; None if `work` is the same folder for all of them."""
+        """Storage folder of this run for nodes without a shared disk; None if all nodes see the same `work_dir`."""
         url = self.cluster.storage
-        return Storage(url).under("runs", self.stage, self.fingerprint[:16]) if url else None
+        return Storage(url).child("runs", self.stage, self.fingerprint[:16]) if url else None

@@ -1,6 +1,7 @@
-"""Where workers and the process that started them leave word for one another, whatever disks they share.
+"""Control actor: a Ray actor through which workers and the process that started them exchange messages.
 
-It is an actor of Ray on the node of that process: no other node's end takes it away.
+It carries reports, stop requests, fatal errors and heartbeats, so the nodes need no shared disk. It runs on the node of
+the process that started it, because the loss of another node must not take it away.
 """
 
 import asyncio
@@ -13,82 +14,91 @@ from typing import Any
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 
-POLL_INTERVAL_S = 0.5
-PATIENCE_SECONDS = 15.0  # with a cluster that may be gone
+POLL_INTERVAL_S = 0.5  # between two looks for new reports
+SHUTDOWN_TIMEOUT_S = 15.0  # for the last reports: a dead cluster may never answer
 
 
 class ControlActor:
-    """The actor. Each method is one message; `open_desk` starts one."""
+    """Message board of one stage's workers. `start_control_actor` starts it as a Ray actor.
 
-    def __init__(self) -> None:
+    The methods are coroutines of one event loop, so `wait_for_stop` and `wait_for_save` block no other call.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock  # seconds
         self._reports: list[tuple[str, tuple[Any, ...]]] = []
-        self._stop, self._saved = asyncio.Event(), asyncio.Event()
-        self._refusal: UserError | None = None
-        self._signs: dict[Hashable, float] = {}
-        self._asked = time.monotonic()
+        self._stop_requested, self._saved = asyncio.Event(), asyncio.Event()
+        self._fatal_error: UserError | None = None
+        self._last_heartbeat: dict[Hashable, float] = {}  # time by worker
+        self._last_check = clock()
 
     async def report(self, method: str, *arguments: Any) -> None:
-        """Leave a call of a `Reporter`'s method."""
+        """Queue a call of a `Reporter` method."""
         self._reports.append((method, arguments))
 
     async def take_reports(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """Take what was reported since the last time."""
-        taken, self._reports = self._reports, []
-        return taken
+        """Return the queued reports and empty the queue."""
+        reports, self._reports = self._reports, []
+        return reports
 
-    async def stop(self) -> None:
-        """Ask the workers to save and end."""
-        self._stop.set()
+    async def request_stop(self) -> None:
+        """Ask the workers to save and stop."""
+        self._stop_requested.set()
 
-    async def stopping(self) -> None:
-        """Answer only once somebody asks the workers to stop."""
-        await self._stop.wait()
+    async def wait_for_stop(self) -> None:
+        """Return once `request_stop` was called."""
+        await self._stop_requested.wait()
 
-    async def saved(self) -> None:
-        """Say that what was asked to stop has saved its state."""
+    async def mark_saved(self) -> None:
+        """Record that the workers have saved after a stop request."""
         self._saved.set()
 
-    async def saving(self) -> None:
-        """Answer only once that is so."""
+    async def wait_for_save(self) -> None:
+        """Return once `mark_saved` was called."""
         await self._saved.wait()
 
-    async def refuse(self, error: UserError) -> None:
-        """Say why trying again is of no use."""
-        self._refusal = self._refusal or error
+    async def set_fatal_error(self, error: UserError) -> None:
+        """Record an error that a retry cannot fix. The first one stays."""
+        self._fatal_error = self._fatal_error or error
 
-    async def refusal(self) -> UserError | None:
-        """Tell what was refused."""
-        return self._refusal
+    async def get_fatal_error(self) -> UserError | None:
+        """Return the recorded fatal error, or None."""
+        return self._fatal_error
 
-    async def sign(self, process: Hashable) -> None:
-        """Leave a sign of life."""
-        self._signs[process] = time.monotonic()
+    async def heartbeat(self, worker: Hashable) -> None:
+        """Record a heartbeat of a worker."""
+        self._last_heartbeat[worker] = self._clock()
 
-    async def silent(self, seconds: float) -> list[Hashable]:
-        """Name who left one, and none for that long since; each again after as long."""
-        now = time.monotonic()
-        if now - self._asked > 0.75 * seconds:  # whoever asks, or this desk, stood still too: so may all others have
-            self._signs = dict.fromkeys(self._signs, now)
-        self._asked = now
-        found = [process for process, at in self._signs.items() if now - at > seconds]
-        self._signs |= dict.fromkeys(found, now)
-        return found
+    async def stale_workers(self, timeout_s: float) -> list[Hashable]:
+        """Return the workers without a heartbeat for `timeout_s`. Each is returned again only after another timeout.
 
-    async def forget(self, process: Hashable) -> None:
-        """Name a process no more: it has ended."""
-        self._signs.pop(process, None)
+        Call it much more often than every `timeout_s`: a long gap between two calls restarts all timers.
+        """
+        now = self._clock()
+        # A long gap means that the caller or this actor was paused, as on a frozen machine. Then the workers were
+        # probably paused as well, and their missing heartbeats prove nothing.
+        if now - self._last_check > 0.75 * timeout_s:
+            self._last_heartbeat = dict.fromkeys(self._last_heartbeat, now)
+        self._last_check = now
+        stale = [worker for worker, last in self._last_heartbeat.items() if now - last > timeout_s]
+        self._last_heartbeat |= dict.fromkeys(stale, now)
+        return stale
+
+    async def unregister(self, worker: Hashable) -> None:
+        """Stop watching a worker that has ended."""
+        self._last_heartbeat.pop(worker, None)
 
 
 class RemoteReporter(Reporter):
-    """Hands what a worker reports to the process that started the workers."""
+    """Reporter of a worker: sends every call to the control actor."""
 
-    def __init__(self, desk: Any):
-        self.desk = desk
+    def __init__(self, control: Any):
+        self.control = control
 
     def _report(self, *report: Any) -> None:
         import ray
 
-        ray.get(self.desk.report.remote(*report))
+        ray.get(self.control.report.remote(*report))
 
     def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
         self._report("progress", done, total, unit, dict(numbers))
@@ -96,77 +106,89 @@ class RemoteReporter(Reporter):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self._report("metrics", dict(values), step)
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        self._report("picture", name, png, step)
+    def image(self, name: str, png: bytes, step: int) -> None:
+        self._report("image", name, png, step)
 
-    def note(self, text: str) -> None:
-        self._report("note", text)
+    def message(self, text: str) -> None:
+        self._report("message", text)
 
 
 def start_control_actor() -> Any:
-    """Start a desk on this node; return its handle, which may travel to any other."""
+    """Start a control actor on this node and return its handle, which can be sent to any node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(ControlActor).options(num_cpus=0, scheduling_strategy=here).remote()
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(ControlActor).options(num_cpus=0, scheduling_strategy=this_node).remote()
 
 
-def stop_requested(desk: Any) -> Callable[[], bool]:
-    """Ask once, and look at each step whether the answer has come: that takes no time and no message."""
+def stop_requested(control: Any) -> Callable[[], bool]:
+    """Return a function that tells whether a stop was requested.
+
+    It is cheap enough for every training step: one pending call waits for the stop, and each check only looks at it.
+    """
     import ray
 
-    answer = desk.stopping.remote()
-    return lambda: bool(ray.wait([answer], timeout=0)[0])
+    pending_stop = control.wait_for_stop.remote()
+    return lambda: bool(ray.wait([pending_stop], timeout=0)[0])
 
 
 @contextmanager
 def background_thread(
-    work: Callable[[threading.Event], None], name: str, patience: float | None = None
+    target: Callable[[threading.Event], None], name: str, join_timeout_s: float | None = None
 ) -> Iterator[None]:
-    """Work in a thread until the block ends, of which an event tells it; then wait for it, up to `patience` seconds."""
-    ended = threading.Event()
-    thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
+    """Run `target` in a thread for the length of the block.
+
+    When the block ends, the event given to `target` is set and the thread is joined, for up to `join_timeout_s`.
+    """
+    block_ended = threading.Event()
+    thread = threading.Thread(target=target, args=(block_ended,), name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
-        thread.join(patience)
+        block_ended.set()
+        thread.join(join_timeout_s)
 
 
 @contextmanager
-def forwarding(desk: Any, reporter: Reporter) -> Iterator[None]:
-    """Hand on what the workers report, until the block ends and the desk is empty."""
+def forward_reports(control: Any, reporter: Reporter) -> Iterator[None]:
+    """Pass the workers' reports from the control actor to `reporter` during the block.
+
+    The last reports are passed on when the block ends.
+    """
     import ray
 
-    def forward(ended: threading.Event) -> None:
+    def forward(block_ended: threading.Event) -> None:
         while True:
-            last = ended.is_set()
+            is_last_pass = block_ended.is_set()
             try:
-                reports = ray.get(desk.take_reports.remote())
-            except ray.exceptions.RayError:  # the cluster is gone; training itself says so
+                reports = ray.get(control.take_reports.remote())
+            except ray.exceptions.RayError:  # the cluster is gone; training raises the error
                 return
             for method, arguments in reports:
                 getattr(reporter, method)(*arguments)
-            if last:
+            if is_last_pass:
                 return
-            ended.wait(POLL_INTERVAL_S)
+            block_ended.wait(POLL_INTERVAL_S)
 
-    with background_thread(forward, "reports", PATIENCE_SECONDS):
+    with background_thread(forward, "forward-reports", SHUTDOWN_TIMEOUT_S):
         yield
 
 
 @contextmanager
-def fail_without_retry(desk: Any) -> Iterator[None]:
-    """Keep what only the user can mend, and raise it at once when Ray Train, which cannot tell, tries again."""
+def fail_without_retry(control: Any) -> Iterator[None]:
+    """Record a UserError of the block as fatal, and raise it again at once in every later attempt.
+
+    Ray Train retries every failure. It cannot tell an error that only the user can fix from a lost worker.
+    """
     import ray
 
-    if refusal := ray.get(desk.refusal.remote()):
-        raise refusal
+    if fatal_error := ray.get(control.get_fatal_error.remote()):
+        raise fatal_error
     try:
         yield
     except UserError as error:
         with suppress(ray.exceptions.RayError):
-            ray.get(desk.refuse.remote(error.with_traceback(None)))
+            ray.get(control.set_fatal_error.remote(error.with_traceback(None)))
         raise

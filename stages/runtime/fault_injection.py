@@ -1,10 +1,11 @@
-"""Faults on demand, for whoever doubts that nothing is lost: off unless the environment variable is set.
+"""Fault injection for tests of fault tolerance, controlled by the environment variable VQVAE2_FAULT.
 
     VQVAE2_FAULT=kill@vqvae:0:13,full@prior_top:0:20 vqvae2 run
 
-is one fault or several, each `kind@stage:rank:step`: just before that stage's worker of that rank begins that step.
-Steps count from 0, so 13 have been made when the one above comes; where a stage maps parts, they are its steps, and
-the rank is 0. A fault comes once per work folder, where it leaves a marker, so that the same command then resumes.
+The value lists faults as `kind@stage:rank:step`. A fault happens just before the worker of that stage and rank begins
+that step. Steps count from 0, so the first fault above happens after 13 steps. In a stage that maps parts, the step is
+the number of the part and the rank is 0. A fault leaves a marker file in the work folder and happens once per work
+folder, so the same command then resumes.
 """
 
 import errno
@@ -18,12 +19,12 @@ from typing import NamedTuple
 
 from stages.errors import UserError
 
-VARIABLE = "VQVAE2_FAULT"
-SLOW_FAULT_S = 5.0
+FAULT_VARIABLE = "VQVAE2_FAULT"
+SLOW_FAULT_S = 5.0  # longer than it takes to write a checkpoint, and to send a signal by hand
 
 
 class Fault(NamedTuple):
-    """What happens, and where."""
+    """Kind of fault, and the worker and step it happens at."""
 
     kind: str
     stage: str  # as on the command line: prior_top
@@ -32,90 +33,98 @@ class Fault(NamedTuple):
 
     @property
     def marker(self) -> str:
-        """The file in the work folder that says it has come."""
+        """Name of the marker file in the work folder."""
         return f"fault-{self.kind}-{self.rank}-{self.step}"
 
 
-def at(stage: str, rank: int, step: int, work: Path) -> bool:
-    """Let come what is due before a step; say whether the step's numbers are to be spoilt, which the caller does."""
+def inject_faults(stage: str, rank: int, step: int, work_dir: Path) -> bool:
+    """Trigger the faults due before a step. Return True if the caller must replace the step's loss by NaN.
+
+    Raises UserError if the variable is malformed.
+    """
     inject_nan = False
-    for fault in asked_for():
-        if (fault.stage, fault.rank, fault.step) == (stage.replace("@", "_"), rank, step) and _first(work, fault):
+    for fault in requested_faults():
+        is_due = (fault.stage, fault.rank, fault.step) == (stage.replace("@", "_"), rank, step)
+        if is_due and _mark_triggered(work_dir, fault):
             inject_nan |= fault.kind == NAN
-            KINDS[fault.kind]()
+            ACTIONS[fault.kind]()
     return inject_nan
 
 
-def asked_for(stages: Collection[str] = ()) -> list[Fault]:
-    """Read the variable; raise UserError if it cannot be read, or names none of the stages, where these are given."""
-    text = os.environ.get(VARIABLE)
-    found = [_parsed(entry.strip()) for entry in text.split(",")] if text else []
-    for fault in found:
+def requested_faults(stages: Collection[str] = ()) -> list[Fault]:
+    """Parse the environment variable.
+
+    Raises UserError if it is malformed, or names none of `stages` where those are given.
+    """
+    text = os.environ.get(FAULT_VARIABLE)
+    faults = [_parse_fault(item.strip()) for item in text.split(",")] if text else []
+    for fault in faults:
         if stages and fault.stage not in stages:
             raise UserError(
-                f"{VARIABLE} names the stage {fault.stage!r}, which is none of {', '.join(stages)}.",
-                where=f"{VARIABLE}={text}",
-                fix=f"Write it as in {VARIABLE}=kill@vqvae:0:13, or unset it.",
+                f"{FAULT_VARIABLE} must name one of the stages {', '.join(stages)}, got {fault.stage!r}.",
+                where=f"{FAULT_VARIABLE}={text}",
+                fix=f"Write it as in {FAULT_VARIABLE}=kill@vqvae:0:13, or unset it.",
                 code=2,
             )
-    return found
+    return faults
 
 
-def _parsed(entry: str) -> Fault:
-    found = re.fullmatch(r"(\w+)@(\w+(?:@\w+)?):(\d+):(\d+)", entry)
-    if not found or found[1] not in KINDS:
+def _parse_fault(text: str) -> Fault:
+    match = re.fullmatch(r"(\w+)@(\w+(?:@\w+)?):(\d+):(\d+)", text)
+    if not match or match[1] not in ACTIONS:
         raise UserError(
-            f"{VARIABLE} holds {entry!r}, which is not kind@stage:rank:step with a kind of {', '.join(KINDS)}.",
-            where=VARIABLE,
-            fix=f"Write it as in {VARIABLE}=kill@vqvae:0:13, or unset it.",
+            f"{FAULT_VARIABLE} must hold kind@stage:rank:step with a kind of {', '.join(ACTIONS)}, got {text!r}.",
+            where=FAULT_VARIABLE,
+            fix=f"Write it as in {FAULT_VARIABLE}=kill@vqvae:0:13, or unset it.",
             code=2,
         )
-    return Fault(found[1], found[2].replace("@", "_"), int(found[3]), int(found[4]))
+    return Fault(match[1], match[2].replace("@", "_"), int(match[3]), int(match[4]))
 
 
-def _first(work: Path, fault: Fault) -> bool:
+def _mark_triggered(work_dir: Path, fault: Fault) -> bool:
+    """Create the marker file. Return False if it exists, because the fault has already happened."""
     try:
-        (work / fault.marker).touch(exist_ok=False)
+        (work_dir / fault.marker).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
 
 
-def _signal(number: signal.Signals) -> Callable[[], None]:
+def _signal_self(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
 def _raise() -> None:
-    raise RuntimeError(f"a fault that {VARIABLE} asked for")
+    raise RuntimeError(f"fault requested by {FAULT_VARIABLE}")
 
 
 def _exit() -> None:
     os._exit(1)
 
 
-def _full() -> None:
-    """Fail the next time that this process wants to be sure of a file, as a full disk does."""
-    real = os.fsync
+def _fill_disk() -> None:
+    """Make the next fsync of this process fail as on a full disk."""
+    real_fsync = os.fsync
 
-    def once(file: int) -> None:
-        os.fsync = real
+    def fail_once(file: int) -> None:
+        os.fsync = real_fsync
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    os.fsync = once  # type: ignore[assignment]
+    os.fsync = fail_once  # type: ignore[assignment]
 
 
-def _slow() -> None:
+def _sleep() -> None:
     time.sleep(SLOW_FAULT_S)
 
 
 NAN = "nan"
-KINDS: dict[str, Callable[[], None]] = {
-    "kill": _signal(signal.SIGKILL),
-    "term": _signal(signal.SIGTERM),
-    "stop": _signal(signal.SIGSTOP),
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _signal_self(signal.SIGKILL),
+    "term": _signal_self(signal.SIGTERM),
+    "stop": _signal_self(signal.SIGSTOP),
     "raise": _raise,
     "exit": _exit,
-    "full": _full,
+    "full": _fill_disk,
     NAN: lambda: None,
-    "slow": _slow,
+    "slow": _sleep,
 }

@@ -1,13 +1,13 @@
-"""Artifact folders in an object store, where the nodes of a cluster meet that share no disk.
+"""Artifact folders in an object store, for nodes without a shared disk.
 
-A folder is uploaded file by file and its manifest last, so that there, too, it is whole or absent. A store is not
-believed: what is written is read back and hashed before it counts, and hashed once more by whoever fetches it.
+An upload writes the manifest last, so an artifact in the store is complete or absent. A store is not trusted: every
+write is read back and hashed, and every download is hashed again.
 
-    URL/inputs/DIGEST/                              an artifact under its digest: uploaded once, for all runs
+    URL/inputs/DIGEST/                              an input artifact, uploaded once for all runs
     URL/runs/STAGE/FINGERPRINT/step-000001000/      a checkpoint
-    URL/runs/STAGE/FINGERPRINT/parts/DIGEST/        what one part of a stage has made
+    URL/runs/STAGE/FINGERPRINT/parts/DIGEST/        the output of one part of a stage
 
-URL is what fsspec understands, such as s3://bucket/prefix; endpoints and keys come from the environment.
+URL is an fsspec URL such as s3://bucket/prefix. Endpoints and keys come from the environment.
 """
 
 import errno
@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,296 +30,318 @@ from stages.formats import artifact
 from stages.formats.artifact import MANIFEST, Artifact
 
 MAX_ATTEMPTS = 7
-FIRST_RETRY_DELAY_S = 1.0  # between tries; each is twice the one before: a store may be away for a minute
-PATTERNS = "*?["  # to fsspec these stand for other names, of which it would read and remove all that fit
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # what only the disk that is written to can mean
+FIRST_RETRY_DELAY_S = 1.0  # doubles with each retry: 63 s in total, for a store that is away for a minute
+DOWNLOAD_ATTEMPTS = 2  # of a file with a wrong hash: the transfer may have damaged it
+GLOB_CHARACTERS = "*?["  # fsspec expands them in names, so a delete would reach other folders
+LOCAL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # only a local disk raises these while downloading
 
 
-class Damaged(UserError):
-    """What lies in the store is not what was put there."""
+class CorruptArtifactError(UserError):
+    """Contents of the store that differ from what was uploaded."""
 
 
-class Unreachable(UserError):
-    """The store does not answer, or refuses."""
+class StorageUnavailableError(UserError):
+    """Store that does not answer, or refuses access."""
 
 
-class Unwritable(UserError):
-    """This node's own disk does not take what comes from the store."""
+class LocalDiskError(UserError):
+    """Local disk that cannot hold a download."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """One folder of an object store, full of artifact folders."""
+    """Folder of an object store that holds artifact folders.
+
+    Every method that reaches the store retries failures, and raises StorageUnavailableError if they last.
+    """
 
     url: str
+    retry_delay_s: float = FIRST_RETRY_DELAY_S
 
-    def under(self, *names: str) -> "Storage":
-        return Storage("/".join((self.url.rstrip("/"), *names)))
+    def child(self, *names: str) -> "Storage":
+        """Return a subfolder. It need not exist."""
+        return replace(self, url="/".join((self.url.rstrip("/"), *names)))
 
-    def opened(self) -> tuple[Any, str]:
-        """Return fsspec's file system, and this folder's path in it."""
+    def filesystem(self) -> tuple[Any, str]:
+        """Return fsspec's file system and the path of this folder in it.
+
+        Raises StorageUnavailableError if the URL holds glob characters, or its protocol is unknown or not installed.
+        """
         import fsspec
 
-        if set(PATTERNS) & set(self.url):
-            raise Unreachable(
-                f"The storage's URL holds one of {' '.join(PATTERNS)}, which stores take for patterns.",
+        if set(GLOB_CHARACTERS) & set(self.url):
+            raise StorageUnavailableError(
+                f"cluster.storage must have none of {' '.join(GLOB_CHARACTERS)}, which stores expand as patterns.",
                 where=f"cluster.storage: {self.url}",
                 fix="Use a URL without them.",
                 code=2,
             )
-        disk = {"auto_mkdir": True} if self.url.startswith("file:") else {}  # buckets have no folders to make
+        options = {"auto_mkdir": True} if self.url.startswith("file:") else {}  # object stores have no folders to make
         try:
-            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **disk)
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except (ImportError, ValueError) as error:
-            raise Unreachable(
-                f"There is no way to reach this storage: {error}.",
+            raise StorageUnavailableError(
+                f"The storage cannot be opened: {error}.",
                 where=f"cluster.storage: {self.url}",
                 fix="Use a URL such as s3://bucket/prefix; for S3, pip install 'vqvae2[s3]'.",
                 code=3,
             ) from error
 
     def check(self) -> None:
-        """Refuse at once a storage that cannot be written to."""
-        files, root = self.opened()
+        """Raise StorageUnavailableError, without retries, if the storage cannot be written to."""
+        fs, root = self.filesystem()
         try:
-            self._patiently(lambda: files.pipe_file(f"{root}/.probe", b"?"), tries=1)
-            self._patiently(lambda: files.rm_file(f"{root}/.probe"), tries=1)
+            self._retry(lambda: fs.pipe_file(f"{root}/.probe", b"?"), attempts=1)
+            self._retry(lambda: fs.rm_file(f"{root}/.probe"), attempts=1)
         except FileNotFoundError as error:
-            raise _trouble(self.url, "there is no such place") from error
+            raise _unavailable(self.url, "it does not exist") from error
 
-    def names(self) -> list[str]:
-        """Name the whole folders that lie here, in order."""
-        files, root = self.opened()
-        found = self._patiently(lambda: files.glob(f"{root}/*/{MANIFEST}"))
-        return sorted(path.split("/")[-2] for path in found)
+    def list_artifacts(self) -> list[str]:
+        """Return the sorted names of the complete artifacts."""
+        fs, root = self.filesystem()
+        manifests = self._retry(lambda: fs.glob(f"{root}/*/{MANIFEST}"))
+        return sorted(path.split("/")[-2] for path in manifests)
 
-    def holds(self, name: str) -> bool:
-        """Say whether a whole folder of this name lies here."""
-        files, root = self.opened()
-        return bool(self._patiently(lambda: files.exists(f"{root}/{name}/{MANIFEST}")))
+    def exists(self, name: str) -> bool:
+        """Return True if the store has a complete artifact of this name."""
+        fs, root = self.filesystem()
+        return bool(self._retry(lambda: fs.exists(f"{root}/{name}/{MANIFEST}")))
 
     def upload(self, folder: Path, name: str) -> None:
-        """Put an artifact folder here under a name, in place of what had it; return once all has been read back.
+        """Upload an artifact folder as `name`, replacing another one; return once every file has been read back.
 
-        Two jobs may put the same folder here at a time: what is here already is left alone.
+        Files that the store already has are skipped, so two jobs may upload the same artifact at once. Raises UserError
+        if the local artifact is damaged.
         """
-        files, root = self.opened()
-        made = artifact.read(folder, json.loads((folder / MANIFEST).read_bytes())["kind"])
-        made.verify()  # or what has rotted here would be put there, or be the store's fault
-        hashes = {file: str(entry["sha256"]) for file, entry in made.files.items()}
-        place = f"{root}/{name}"
-        if self._patiently(lambda: _kept(files, f"{place}/{MANIFEST}")) not in ("", made.digest):
-            self._patiently(lambda: _remove(files, f"{place}/{MANIFEST}"))  # so that it is never half of each
-        for file, sha256 in (*hashes.items(), (MANIFEST, made.digest)):
-            if self._patiently(partial(_kept, files, f"{place}/{file}")) != sha256:
-                self._patiently(partial(_put, files, folder / file, f"{place}/{file}", sha256))
+        fs, root = self.filesystem()
+        local_artifact = artifact.read(folder, json.loads((folder / MANIFEST).read_bytes())["kind"])
+        # A damaged local file must neither reach the store nor be blamed on it.
+        local_artifact.verify()
+        hashes = {file: str(properties["sha256"]) for file, properties in local_artifact.files.items()}
+        target = f"{root}/{name}"
+        if self._retry(lambda: _remote_hash(fs, f"{target}/{MANIFEST}")) not in ("", local_artifact.digest):
+            # Without a manifest the old artifact counts as absent while its files are being replaced.
+            self._retry(lambda: _remove(fs, f"{target}/{MANIFEST}"))
+        for file, sha256 in (*hashes.items(), (MANIFEST, local_artifact.digest)):
+            if self._retry(partial(_remote_hash, fs, f"{target}/{file}")) != sha256:
+                self._retry(partial(_put, fs, folder / file, f"{target}/{file}", sha256))
 
     def fetch(self, name: str, folder: Path, kind: str) -> Artifact:
-        """Bring a folder here from the store, unless it is here already; return it verified.
+        """Download an artifact to `folder`, unless an intact copy is already there; return it verified.
 
-        One process at a time may do so. Raises Damaged where the store keeps something else than what was put there,
-        and Unwritable where this node cannot keep it.
+        Only one process at a time may call this for a folder. Raises CorruptArtifactError if the stored artifact is
+        damaged or absent, and LocalDiskError if this node cannot write it.
         """
-        with _disk_of(folder):
+        with _local_disk_errors(folder):
             return self._fetch(name, folder, kind)
 
     def _fetch(self, name: str, folder: Path, kind: str) -> Artifact:
-        files, root = self.opened()
-        place, temporary = f"{self.url}/{name}", folder.with_name(f".{folder.name}.fetching")
+        fs, root = self.filesystem()
+        url, temporary = f"{self.url}/{name}", folder.with_name(f".{folder.name}.fetching")
         shutil.rmtree(temporary, ignore_errors=True)
         file = MANIFEST
         try:
-            manifest = self._patiently(lambda: files.cat_file(f"{root}/{name}/{MANIFEST}"))
-            if _is_here(folder, kind, manifest):
+            manifest = self._retry(lambda: fs.cat_file(f"{root}/{name}/{MANIFEST}"))
+            if _has_intact_copy(folder, kind, manifest):
                 return artifact.read(folder, kind)
             temporary.mkdir(parents=True)
             (temporary / MANIFEST).write_bytes(manifest)
-            for file, sha256 in _listed(manifest, place).items():
+            for file, sha256 in _file_hashes(manifest, url).items():
                 target = temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
-                for _ in range(2):  # the way here may have done the damage
-                    self._patiently(partial(_get, files, f"{root}/{name}/{file}", target))
+                for _ in range(DOWNLOAD_ATTEMPTS):
+                    self._retry(partial(_get, fs, f"{root}/{name}/{file}", target))
                     if intact := artifact.sha256(target) == sha256:
                         break
                 if not intact:
-                    raise _damaged(f"{file} is damaged: its contents are not what was written.", place)
+                    raise _corrupt(f"{file} is damaged: its contents are not what was uploaded.", url)
             artifact.read(temporary, kind)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except (Damaged, Unreachable, Unwritable):
+        except (CorruptArtifactError, StorageUnavailableError, LocalDiskError):
             raise
         except (UserError, FileNotFoundError) as error:
             what = error.what if isinstance(error, UserError) else f"{file} is missing."
-            raise _damaged(what, place) from error
+            raise _corrupt(what, url) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return artifact.read(folder, kind)
 
-    def discard(self, name: str) -> None:
-        """Take a folder away: its manifest first, so that it is never half there."""
-        files, root = self.opened()
+    def delete(self, name: str) -> None:
+        """Delete an artifact, its manifest first, so that an interrupted delete leaves no complete artifact."""
+        fs, root = self.filesystem()
 
-        def remove() -> None:
-            _remove(files, f"{root}/{name}/{MANIFEST}")
+        def delete() -> None:
+            _remove(fs, f"{root}/{name}/{MANIFEST}")
             with suppress(FileNotFoundError):
-                files.rm(f"{root}/{name}", recursive=True)
+                fs.rm(f"{root}/{name}", recursive=True)
 
-        self._patiently(remove)
+        self._retry(delete)
 
-    def set_aside(self, name: str) -> None:
-        """Let a folder count no longer, and leave it where it is: the fault may be its reader's."""
-        files, root = self.opened()
+    def quarantine(self, name: str) -> None:
+        """Rename the manifest of an artifact, so that it counts as absent.
+
+        The files stay, because the damage may come from this reader's memory or network.
+        """
+        fs, root = self.filesystem()
         manifest = f"{root}/{name}/{MANIFEST}"
 
         def rename() -> None:
-            with suppress(FileNotFoundError):  # another worker has done it
-                files.pipe_file(f"{manifest}.damaged", files.cat_file(manifest))
-                files.rm_file(manifest)
+            with suppress(FileNotFoundError):  # another worker was faster
+                fs.pipe_file(f"{manifest}.damaged", fs.cat_file(manifest))
+                fs.rm_file(manifest)
 
-        self._patiently(rename)
+        self._retry(rename)
 
     def clear(self) -> None:
-        """Take away all that lies here."""
-        files, root = self.opened()
+        """Delete the whole folder."""
+        fs, root = self.filesystem()
 
-        def remove() -> None:
+        def delete() -> None:
             with suppress(FileNotFoundError):
-                files.rm(root, recursive=True)
+                fs.rm(root, recursive=True)
 
-        self._patiently(remove)
+        self._retry(delete)
 
-    def _patiently(self, call: Callable[[], Any], tries: int = MAX_ATTEMPTS) -> Any:
-        """Try again after a failure, since stores have bad moments; a file that is not there is an answer."""
-        for attempt in range(tries):
+    def _retry(self, call: Callable[[], Any], attempts: int = MAX_ATTEMPTS) -> Any:
+        """Call with retries. FileNotFoundError and UserError pass at once, since a retry cannot change them."""
+        for attempt in range(attempts):
             try:
                 return call()
             except (FileNotFoundError, UserError):
                 raise
-            except Exception as error:  # every store raises its own
-                if attempt == tries - 1 or isinstance(error, PermissionError):
-                    raise _trouble(self.url, str(error) or type(error).__name__) from error
-                time.sleep(FIRST_RETRY_DELAY_S * 2**attempt)
+            except Exception as error:  # every store raises its own types
+                if attempt == attempts - 1 or isinstance(error, PermissionError):
+                    raise _unavailable(self.url, str(error) or type(error).__name__) from error
+                time.sleep(self.retry_delay_s * 2**attempt)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An input on its way to other nodes: where it lies, and what it must turn out to be."""
+class StoredArtifact:
+    """Reference to an input artifact in the storage, which other nodes can fetch."""
 
     storage: Storage
     digest: str
     kind: str
 
     @classmethod
-    def upload(cls, folder: Path, storage: Storage) -> "Stored":
-        """Put an artifact into the storage, unless it is there."""
+    def upload(cls, folder: Path, storage: Storage) -> "StoredArtifact":
+        """Upload an artifact under its digest, unless the storage has it."""
         manifest = (folder / MANIFEST).read_bytes()
-        digest, inputs = hashlib.sha256(manifest).hexdigest(), storage.under("inputs")
-        if not inputs.holds(digest):
+        digest, inputs = hashlib.sha256(manifest).hexdigest(), storage.child("inputs")
+        if not inputs.exists(digest):
             inputs.upload(folder, digest)
         return cls(inputs, digest, json.loads(manifest)["kind"])
 
     def fetch(self) -> Path:
-        """Bring it to this node, once for all processes here."""
-        folder = node_folder("inputs") / self.digest
-        with _disk_of(folder), folder.with_suffix(".lock").open("w") as lock:
+        """Download the artifact to this node's cache, once for all its processes; return the folder.
+
+        Raises CorruptArtifactError if the stored artifact has another digest.
+        """
+        folder = node_cache_dir("inputs") / self.digest
+        with _local_disk_errors(folder), folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not self._is_in(folder):  # contents were verified on their way
-                found = self.storage.fetch(self.digest, folder, self.kind)
-                if found.digest != self.digest:
-                    what = f"This is {self.kind} {found.digest[:12]}, not {self.digest[:12]}."
-                    raise _damaged(what, f"{self.storage.url}/{self.digest}")
+            if not self._is_cached(folder):  # a cached copy was hashed when it was downloaded
+                fetched = self.storage.fetch(self.digest, folder, self.kind)
+                if fetched.digest != self.digest:
+                    what = f"The digest of this {self.kind} must be {self.digest[:12]}, got {fetched.digest[:12]}."
+                    raise _corrupt(what, f"{self.storage.url}/{self.digest}")
         return folder
 
-    def _is_in(self, folder: Path) -> bool:
-        """Say whether it lies here, no file missing or cut: caches are tidied, and power fails."""
+    def _is_cached(self, folder: Path) -> bool:
+        """Return True if the cache has the artifact with every file at full length.
+
+        Cleaners delete files from caches, and power failures truncate them.
+        """
         try:
             return artifact.read(folder, self.kind).digest == self.digest
         except UserError:
             return False
 
 
-def node_folder(*names: str) -> Path:
-    """Make a folder on this node for what the storage holds anyway; it may be deleted between runs."""
+def node_cache_dir(*names: str) -> Path:
+    """Create and return a cache folder on this node, which may be deleted between runs."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(caches, "vqvae2", *names)
-    with _disk_of(folder):
+    with _local_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def _disk_of(folder: Path) -> Iterator[None]:
-    """Name the node and the folder where its disk refuses; what the store refuses has become a UserError before."""
+def _local_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn OSError into LocalDiskError, which names node and folder. Errors of the store already are UserErrors."""
     try:
         yield
     except OSError as error:
-        raise Unwritable(
-            f"What comes from the storage cannot be kept on this node: {error.strerror or error}.",
+        raise LocalDiskError(
+            f"This node cannot write what it downloads from the storage: {error.strerror or error}.",
             where=f"{folder} on {platform.node()}",
-            fix="Free some space or mend the permissions there, then run the same command again.",
+            fix="Free some space or fix the permissions there, then run the same command again.",
             code=3,
         ) from error
 
 
-def _damaged(what: str, place: str) -> Damaged:
-    return Damaged(what, where=place, fix="Delete it there, then run the same command again.", code=5)
+def _corrupt(what: str, url: str) -> CorruptArtifactError:
+    return CorruptArtifactError(what, where=url, fix="Delete it there, then run the same command again.", code=5)
 
 
-def _trouble(url: str, reason: str) -> Unreachable:
-    return Unreachable(
+def _unavailable(url: str, reason: str) -> StorageUnavailableError:
+    return StorageUnavailableError(
         f"The storage does not work: {reason}.",
         where=f"cluster.storage: {url}",
-        fix="Mend the URL, the store, or the keys in the environment, then run the same command again.",
+        fix="Fix the URL, the store, or the keys in the environment, then run the same command again.",
         code=3,
     )
 
 
-def _put(files: Any, source: Path, target: str, sha256: str) -> None:
-    """Write one file, and believe it only once it has been read back."""
-    with suppress(FileNotFoundError):  # as where a bucket is not there
-        files.put_file(str(source), target)
-    kept = _kept(files, target)
-    if not kept:  # a bad moment, here, and no answer
-        raise OSError(f"it does not have {target}, which was written just now")
-    if kept != sha256:
-        raise OSError(f"it keeps something else than what was written to {target}")
+def _put(fs: Any, source: Path, target: str, sha256: str) -> None:
+    """Write one file and read it back. Raises OSError if the store does not return what was written."""
+    with suppress(FileNotFoundError):  # raised for a bucket that does not exist; the read below reports it
+        fs.put_file(str(source), target)
+    remote_hash = _remote_hash(fs, target)
+    if not remote_hash:  # OSError rather than FileNotFoundError, so that `_retry` tries again
+        raise OSError(f"it does not have {target}, which was just written")
+    if remote_hash != sha256:
+        raise OSError(f"it returns other contents of {target} than were written")
 
 
-def _kept(files: Any, target: str) -> str:
-    """Hash a file that is there; "" if it is not."""
+def _remote_hash(fs: Any, path: str) -> str:
+    """Return the SHA-256 of a file in the store, or "" if there is none."""
     try:
-        with files.open(target, "rb") as file:
+        with fs.open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return ""
 
 
-def _remove(files: Any, target: str) -> None:
+def _remove(fs: Any, path: str) -> None:
     with suppress(FileNotFoundError):
-        files.rm_file(target)
+        fs.rm_file(path)
 
 
-def _get(files: Any, source: str, target: Path) -> None:
-    """Read one file; an error of the disk here is not the store's, and does not pass by waiting."""
+def _get(fs: Any, source: str, target: Path) -> None:
+    """Download one file. Raises LocalDiskError for an error of the local disk, since retries do not help there."""
     try:
-        files.get_file(source, str(target))
+        fs.get_file(source, str(target))
     except OSError as error:
-        if error.errno in NO_ROOM or error.filename == str(target):
-            with _disk_of(target.parent):
+        if error.errno in LOCAL_DISK_ERRORS or error.filename == str(target):
+            with _local_disk_errors(target.parent):
                 raise
         raise
 
 
-def _listed(manifest: bytes, place: str) -> dict[str, str]:
-    """Read the hash of every file from a manifest; refuse one that cannot be read."""
+def _file_hashes(manifest: bytes, url: str) -> dict[str, str]:
+    """Return the hash of every file in a manifest. Raises CorruptArtifactError if it is invalid."""
     try:
-        return {name: entry["sha256"] for name, entry in artifact.listed(json.loads(manifest)).items()}
+        files = artifact.manifest_files(json.loads(manifest))
+        return {name: properties["sha256"] for name, properties in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged("The manifest cannot be read.", place) from error
+        raise _corrupt("The manifest cannot be read.", url) from error
 
 
-def _is_here(folder: Path, kind: str, manifest: bytes) -> bool:
-    """Say whether the folder of this very manifest lies here whole."""
+def _has_intact_copy(folder: Path, kind: str, manifest: bytes) -> bool:
+    """Return True if the folder holds the artifact of this manifest, with every hash correct."""
     try:
         if (folder / MANIFEST).read_bytes() != manifest:
             return False

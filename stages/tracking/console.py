@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of a run on the console: a bar with rate and time left on a terminal, otherwise occasional plain lines."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ RATE_WINDOW_S = 60.0
 
 
 class CompositeReporter(Reporter):
-    """Many reporters that hear the same."""
+    """Reporter that forwards every report to several reporters."""
 
     def __init__(self, reporters: Iterable[Reporter]):
         self.reporters = tuple(reporters)
@@ -34,42 +34,42 @@ class CompositeReporter(Reporter):
         for reporter in self.reporters:
             reporter.metrics(values, step)
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         for reporter in self.reporters:
-            reporter.picture(name, png, step)
+            reporter.image(name, png, step)
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         for reporter in self.reporters:
-            reporter.note(text)
+            reporter.message(text)
 
 
 @dataclass
-class Pace:
-    """How fast something advances, over the last minute; by a clock that cannot be set back."""
+class RateEstimator:
+    """Rate of progress over the last RATE_WINDOW_S, measured by a monotonic clock."""
 
     clock: Callable[[], float] = time.monotonic
-    marks: deque[tuple[float, float]] = field(default_factory=deque)  # (when, how much was done)
+    history: deque[tuple[float, float]] = field(default_factory=deque)  # (time in seconds, units done)
 
     def update(self, done: float) -> None:
         now = self.clock()
-        if self.marks and done < self.marks[-1][1]:
-            self.marks.clear()  # workers were restarted from a checkpoint
-        self.marks.append((now, done))
-        while len(self.marks) > 2 and now - self.marks[0][0] > RATE_WINDOW_S:
-            self.marks.popleft()
+        if self.history and done < self.history[-1][1]:
+            self.history.clear()  # the workers were restarted from a checkpoint
+        self.history.append((now, done))
+        while len(self.history) > 2 and now - self.history[0][0] > RATE_WINDOW_S:
+            self.history.popleft()
 
     @property
     def rate(self) -> float:
-        """Units per second; 0 while it cannot be told."""
-        if len(self.marks) < 2:
+        """Units per second; 0 if it is unknown."""
+        if len(self.history) < 2:
             return 0.0
-        (start, first), (end, last) = self.marks[0], self.marks[-1]
+        (start, first), (end, last) = self.history[0], self.history[-1]
         return (last - first) / (end - start) if end > start else 0.0
 
 
 @dataclass(frozen=True)
 class ProgressState:
-    """One look at a run."""
+    """Progress of a run at one moment."""
 
     done: float
     total: float
@@ -81,35 +81,35 @@ class ProgressState:
     def fraction(self) -> float:
         return min(max(self.done / self.total, 0.0), 1.0) if self.total > 0 else 0.0
 
-    def pieces(self) -> list[str]:
-        """What can be said, most important first."""
-        pieces = [f"{self.done:.0f}/{self.total:.0f} {self.unit}", f"{100 * self.fraction:.0f}%"]
+    def fields(self) -> list[str]:
+        """Return the fields of a progress line, most important first."""
+        fields = [f"{self.done:.0f}/{self.total:.0f} {self.unit}", f"{100 * self.fraction:.0f}%"]
         if self.rate > 0:
             if self.done < self.total:
-                pieces.append(f"{_duration((self.total - self.done) / self.rate)} left")
-            pieces.append(f"{self.rate:.3g}/s" if self.rate >= 1 else f"{1 / self.rate:.3g} s each")
-        return pieces + [f"{name} {value:.4g}" for name, value in self.numbers.items()]
+                fields.append(f"{_format_duration((self.total - self.done) / self.rate)} left")
+            fields.append(f"{self.rate:.3g}/s" if self.rate >= 1 else f"{1 / self.rate:.3g} s each")
+        return fields + [f"{name} {value:.4g}" for name, value in self.numbers.items()]
 
 
 class _Console(Console):
-    """Falls silent when nobody reads any more; of itself, rich would end the process, or the thread, with status 1."""
+    """Console that stops printing when its pipe is closed. The base class would end the process with status 1."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class ConsoleReporter(Reporter):
-    """Show a run's progress on stderr, or on another console. Use as a context manager."""
+    """Reporter that shows progress and messages on stderr or another console. Use it as a context manager."""
 
     def __init__(self, stage: str, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.stage = stage
         self.console = console or _Console(file=sys.stderr, highlight=False)
         self._clock = clock
-        self._pace = Pace(clock)
+        self._rate = RateEstimator(clock)
         self._state: ProgressState | None = None
-        self._shown_at = float("-inf")
-        drawing = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._live = Live(self, console=self.console, refresh_per_second=4) if drawing else None
+        self._last_line_s = float("-inf")
+        is_interactive = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._live = Live(self, console=self.console, refresh_per_second=4) if is_interactive else None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -122,37 +122,37 @@ class ConsoleReporter(Reporter):
                 self._live.stop()
 
     def progress(self, done: float, total: float, unit: str, numbers: Mapping[str, float]) -> None:
-        before = self._state
-        if before and before.unit != unit:
-            self._pace = Pace(self._clock)
-        self._pace.update(done)
-        self._state = ProgressState(done, total, unit, self._pace.rate, dict(numbers))
+        previous = self._state
+        if previous and previous.unit != unit:
+            self._rate = RateEstimator(self._clock)
+        self._rate.update(done)
+        self._state = ProgressState(done, total, unit, self._rate.rate, dict(numbers))
         if self._live:
             return
-        finished = done >= total and not (before and before.unit == unit and before.done >= before.total)
-        due = self._clock() - self._shown_at >= PLAIN_LINE_INTERVAL_S
-        if finished or due or before is None or before.unit != unit:
-            self._shown_at = self._clock()
-            self._line("  ".join(self._state.pieces()))
+        finished = done >= total and not (previous and previous.unit == unit and previous.done >= previous.total)
+        due = self._clock() - self._last_line_s >= PLAIN_LINE_INTERVAL_S
+        if finished or due or previous is None or previous.unit != unit:
+            self._last_line_s = self._clock()
+            self._print("  ".join(self._state.fields()))
 
-    def note(self, text: str) -> None:
-        self._line(text)
+    def message(self, text: str) -> None:
+        self._print(text)
 
-    def _line(self, text: str) -> None:
-        with suppress(OSError):  # nobody looks any more, as after a terminal has gone: no reason to stop
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # the terminal is gone, as after a logout; the run must go on
             self.console.print(f"{self.stage}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw one line, however narrow: the bar shrinks, and the least important pieces go first."""
+        """Draw one line of any width: the bar shrinks, and the least important fields are left out."""
         if self._state is None:
             yield Text(f"{self.stage}: starting", overflow="ellipsis", no_wrap=True)
             return
         width = options.max_width
         text = self.stage
-        for piece in self._state.pieces():
-            if len(text) + 2 + len(piece) > width:
+        for column in self._state.fields():
+            if len(text) + 2 + len(column) > width:
                 break
-            text += f"  {piece}"
+            text += f"  {column}"
         row = Table.grid(padding=(0, 1, 0, 0))
         cells: list[Text | ProgressBar] = [Text(text, overflow="ellipsis", no_wrap=True)]
         if (room := width - len(text) - 2) >= 8:
@@ -161,7 +161,7 @@ class ConsoleReporter(Reporter):
         yield row
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

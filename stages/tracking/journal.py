@@ -1,14 +1,14 @@
-"""What a run reports, kept beside its work before anybody else hears of it: one JSON object per line, only appended.
+"""Append-only journal of everything a run reports: one JSON record per line, written before any upload.
 
     {"kind": "begin", "time": ..., "key": ..., "stage": ..., ...}          each time the run starts or resumes
     {"kind": "metrics", "time": ..., "step": 10, "values": {"loss": 0.5}}
-    {"kind": "picture", "time": ..., "step": 10, "name": "reconstructions", "file": "pictures/reconstructions/10.png"}
-    {"kind": "note", "time": ..., "text": "..."}
+    {"kind": "image", "time": ..., "step": 10, "name": "reconstructions", "file": "images/reconstructions/10.png"}
+    {"kind": "message", "time": ..., "text": "..."}
     {"kind": "end", "time": ..., "status": "FINISHED", "final": {...}, ...}
 
-`time` is in seconds since 1970. A killed process loses nothing, since each line is one write to the system; a line torn
-by a power cut is passed over. A resumed run repeats steps, so one name may have several values at a step: the last
-holds. A kernel lock, which dies with its process, tells a journal in use from an abandoned one.
+`time` is in seconds since 1970. Each line is one write to the operating system, so a killed process loses nothing. A
+power cut may truncate the last line; readers skip it. A resumed run repeats steps, so a metric may have several values
+at one step: the last one is valid. A kernel lock, released when its process dies, shows that a journal is in use.
 """
 
 import errno
@@ -20,35 +20,40 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from stages.formats.flatten import flatten_numbers
 from stages.runtime.context import Reporter
 
-JOURNAL = "journal.jsonl"
-SYSTEM = "system/"  # names of metrics about the machine begin so
-LARGEST_OUTPUT_BYTES = 64 * 2**20
+JOURNAL_FILE = "journal.jsonl"
+SYSTEM_PREFIX = "system/"  # of the names of system metrics, which are not results
+MAX_OUTPUT_BYTES = 64 * 2**20  # larger output files are not copied for the upload
 
-Entry = dict[str, Any]
+Record = dict[str, Any]
 
 
 class Journal(Reporter):
-    """A run's journal in `folder`, open for more. Pictures become files beside it."""
+    """Reporter that appends to the journal in `folder`. Images become files in the same folder.
 
-    def __init__(self, folder: Path):
+    A failed write raises nothing, because training must go on; `write_error` keeps the first one.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.path = folder / JOURNAL
-        self.failure: Exception | None = None  # the first write that failed: reports may get lost, but not silently
-        self._step = 0  # the last one reported
-        self._torn = False  # the last line is not whole
+        self.path = folder / JOURNAL_FILE
+        self.write_error: Exception | None = None
+        self._clock = clock
+        self._last_step = 0
+        self._line_is_incomplete = False
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # ends a torn line, so that it spoils no other
+            os.write(self._file, b"\n")  # end a truncated line, so that the next record starts on its own line
 
     def begin(
         self,
@@ -62,36 +67,36 @@ class Journal(Reporter):
         parent: str,
         cached: bool = False,
     ) -> None:
-        """Say what runs: `key` names the run and `parent` the run it belongs to, if any."""
+        """Record the start of a run: `key` identifies the run, `parent` its parent run, or "" if there is none."""
         self._append(
             "begin",
             key=key,
             stage=stage,
             fingerprint=fingerprint,
-            params=without_secrets({name: str(value) for name, value in params.items()}),
-            tags=without_secrets(dict(tags)),
+            params=redact_secrets({name: str(value) for name, value in params.items()}),
+            tags=redact_secrets(dict(tags)),
             inputs=dict(inputs),
             parent=parent,
             cached=cached,
         )
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._append("metrics", step=step, values={name: _as_json(value) for name, value in values.items()})
-        if not all(name.startswith(SYSTEM) for name in values):
-            self._step = step
+        self._append("metrics", step=step, values={name: _to_json(value) for name, value in values.items()})
+        if not all(name.startswith(SYSTEM_PREFIX) for name in values):
+            self._last_step = step
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        file = Path("pictures") / quote(name, safe="") / f"{step}.png"
+    def image(self, name: str, png: bytes, step: int) -> None:
+        file = Path("images") / quote(name, safe="") / f"{step}.png"
         try:
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / file).write_bytes(png)
         except OSError as error:
-            self.failure = self.failure or error
+            self.write_error = self.write_error or error
         else:
-            self._append("picture", step=step, name=name, file=file.as_posix())
+            self._append("image", step=step, name=name, file=file.as_posix())
 
-    def note(self, text: str) -> None:
-        self._append("note", text=without_secrets(text))
+    def message(self, text: str) -> None:
+        self._append("message", text=redact_secrets(text))
 
     def end(
         self,
@@ -102,122 +107,123 @@ class Journal(Reporter):
         outputs: Sequence[Path] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Say how the run ended: FINISHED, FAILED or KILLED; `tags` are those that change with it.
+        """Record the end of a run with status FINISHED, FAILED or KILLED; `tags` replace those of its start.
 
-        A finished run's final numbers are those in the JSON file `metrics`, or else the last of each curve. Its outputs
-        that are files and not huge are copied here, since the next run may replace them before they are sent.
+        The final metrics of a finished run are the numbers in the JSON file `metrics`, or without one the last value of
+        each metric. Output files of up to MAX_OUTPUT_BYTES are copied into the journal's folder, because the next run
+        may replace them before they are uploaded.
         """
         final: dict[str, float] = {}
-        kept: list[str] = []
+        copied: list[str] = []
         try:
             if status == "FINISHED":
-                final = self._final(metrics)
-                kept = self._keep(outputs)
-        except (OSError, ValueError) as failure:  # the result stands, whatever becomes of its record
-            self.failure = self.failure or failure
+                final = self._final_metrics(metrics)
+                copied = self._copy_outputs(outputs)
+        except (OSError, ValueError) as write_error:  # the stage has succeeded even if its metrics cannot be recorded
+            self.write_error = self.write_error or write_error
         self._append(
             "end",
             status=status,
-            error=without_secrets(error),
-            final={name: _as_json(value) for name, value in final.items()},
-            outputs=kept,
+            error=redact_secrets(error),
+            final={name: _to_json(value) for name, value in final.items()},
+            outputs=copied,
             tags=dict(tags or {}),
         )
 
-    def _final(self, metrics: Path | None) -> dict[str, float]:
+    def _final_metrics(self, metrics: Path | None) -> dict[str, float]:
         if metrics and metrics.is_file():
-            final = dict(_numbers(json.loads(metrics.read_bytes())))
-            self.metrics({f"final/{name}": value for name, value in final.items()}, self._step)
+            final = flatten_numbers(json.loads(metrics.read_bytes()))
+            self.metrics({f"final/{name}": value for name, value in final.items()}, self._last_step)
             return final
-        curves = points(self.path)
-        return {name: curve[max(curve)] for name, curve in curves.items() if not name.startswith(SYSTEM)}
+        curves = read_points(self.path)
+        return {name: curve[max(curve)] for name, curve in curves.items() if not name.startswith(SYSTEM_PREFIX)}
 
-    def _keep(self, outputs: Sequence[Path]) -> list[str]:
-        kept = [path for path in outputs if path.is_file() and path.stat().st_size <= LARGEST_OUTPUT_BYTES]
+    def _copy_outputs(self, outputs: Sequence[Path]) -> list[str]:
+        paths = [path for path in outputs if path.is_file() and path.stat().st_size <= MAX_OUTPUT_BYTES]
         (self.folder / "outputs").mkdir(exist_ok=True)
-        for path in kept:
+        for path in paths:
             shutil.copyfile(path, self.folder / "outputs" / path.name)
-        return [path.name for path in kept]
+        return [path.name for path in paths]
 
     def sync(self) -> None:
-        """Wait until the disk holds every line."""
+        """Wait until all records are on disk. Raises OSError if the disk fails."""
         os.fsync(self._file)
 
     def close(self) -> None:
         try:
             self.sync()
         except OSError as error:
-            self.failure = self.failure or error
+            self.write_error = self.write_error or error
         os.close(self._file)
 
     def _append(self, kind: str, **fields: Any) -> None:
-        line = json.dumps({"kind": kind, "time": time.time(), **fields}, ensure_ascii=False, allow_nan=False)
-        data = b"\n" * self._torn + line.encode() + b"\n"
+        line = json.dumps({"kind": kind, "time": self._clock(), **fields}, ensure_ascii=False, allow_nan=False)
+        data = b"\n" * self._line_is_incomplete + line.encode() + b"\n"
         try:
             written = os.write(self._file, data)
-            self._torn = written < len(data)
-            if self._torn:
+            self._line_is_incomplete = written < len(data)
+            if self._line_is_incomplete:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:  # a full disk: the run may still end well
-            self.failure = self.failure or error
+        except OSError as error:  # the disk is full; the run itself may still succeed
+            self.write_error = self.write_error or error
 
 
-def read(path: Path, offset: int = 0) -> Iterator[tuple[Entry, int]]:
-    """Yield each whole entry from byte `offset` on, with the offset behind it."""
+def read_records(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
+    """Yield each complete record from byte `offset` on, with the offset of the next record."""
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
-                return  # still being written, or torn
+                return  # truncated, or being written
             offset += len(line)
             try:
-                entry = json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and "kind" in entry:
-                yield entry, offset
+            if isinstance(record, dict) and "kind" in record:
+                yield record, offset
 
 
-def points(path: Path) -> dict[str, dict[int, float]]:
-    """Read every curve: name -> step -> value, each step once."""
+def read_points(path: Path) -> dict[str, dict[int, float]]:
+    """Return all metrics as name -> step -> value, with the last value reported at each step."""
     curves: dict[str, dict[int, float]] = {}
-    for entry, _ in read(path):
-        if entry["kind"] == "metrics":
-            for name, value in entry["values"].items():
-                curves.setdefault(name, {})[entry["step"]] = float(value)
+    for record, _ in read_records(path):
+        if record["kind"] == "metrics":
+            for name, value in record["values"].items():
+                curves.setdefault(name, {})[record["step"]] = float(value)
     return curves
 
 
-def ending(path: Path) -> str:
-    """Tell the status a journal ends with, or "" if its process is at work or ended without a word."""
-    entry: Entry = {}
-    for entry, _ in read(path):  # noqa: B007  # only the last counts
+def end_status(path: Path) -> str:
+    """Return the status that a journal ends with, or "" if its process is running or ended unexpectedly."""
+    record: Record = {}
+    for record, _ in read_records(path):  # noqa: B007  # only the last record matters
         pass
-    return entry.get("status", "")
+    return record.get("status", "")
 
 
 @contextmanager
-def latest(root: Path, fingerprint: str) -> Iterator[Path]:
-    """Yield, locked, the folder of the newest run in `root` if that can be continued, or else a new one.
+def open_latest(root: Path, fingerprint: str) -> Iterator[Path]:
+    """Lock and yield the folder of the newest run in `root` if it can be resumed, otherwise a new folder.
 
-    It can be if it has this fingerprint, did not end well, and no live process holds it.
+    A run can be resumed if it has this fingerprint, has not finished, and no live process holds its lock.
     """
-    newest = max((path.parent for path in root.glob(f"*/{JOURNAL}")), default=None)
+    newest = max((path.parent for path in root.glob(f"*/{JOURNAL_FILE}")), default=None)
     folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     if newest:
-        begun, _ = next(read(newest / JOURNAL), ({}, 0))
-        if begun.get("fingerprint") == fingerprint and ending(newest / JOURNAL) != "FINISHED":
-            with locked(newest) as ours:
-                if ours:
+        begin, _ = next(read_records(newest / JOURNAL_FILE), ({}, 0))
+        if begin.get("fingerprint") == fingerprint and end_status(newest / JOURNAL_FILE) != "FINISHED":
+            with try_lock(newest) as acquired:
+                if acquired:
                     yield newest
                     return
-    with locked(folder):
+    with try_lock(folder):
         yield folder
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock; yield False at once if another process holds it."""
+def try_lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder during the block; yield False, without waiting, if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -228,27 +234,19 @@ def locked(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def without_secrets(value: Any) -> Any:
-    """Mask passwords in addresses, and whatever a name calls secret, in text or in a mapping of text."""
+def redact_secrets(value: Any) -> Any:
+    """Mask credentials in URLs, and in mappings also the values of keys such as "password" or "api_key"."""
     if isinstance(value, Mapping):
-        return {key: "***" if _SECRET_NAME.search(key) else without_secrets(item) for key, item in value.items()}
-    return _CREDENTIALS.sub("://***@", value) if isinstance(value, str) else value
+        return {key: "***" if _SECRET_KEY.search(key) else redact_secrets(item) for key, item in value.items()}
+    return _URL_CREDENTIALS.sub("://***@", value) if isinstance(value, str) else value
 
 
-_CREDENTIALS = re.compile(r"://([^/@\s]+|[^/:@\s]+:(?!\d+/)\S+)@")  # behind a colon any sign; but not behind a port
-_SECRET_NAME = re.compile(r"password|secret|token|credential|api_?key", re.IGNORECASE)
+# A password, after the colon, may have any character, also "/" and "@". A port and a path after it are no password.
+_URL_CREDENTIALS = re.compile(r"://([^/@\s]+|[^/:@\s]+:(?!\d+/)\S+)@")
+_SECRET_KEY = re.compile(r"password|secret|token|credential|api_?key", re.IGNORECASE)
 
 
-def _as_json(value: float) -> float | str:
-    """JSON knows no infinity: such values travel as text that `float` reads."""
+def _to_json(value: float) -> float | str:
+    """Return the value, or text that `float` can parse if it is infinite or NaN, which strict JSON cannot hold."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Flatten nested numbers: {"a": {"b": 1}} yields ("a.b", 1.0)."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, float(value)

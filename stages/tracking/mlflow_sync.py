@@ -1,351 +1,251 @@
-"""Bring a journal to MLflow, again and again if need be: sending twice changes nothing.
+"""Upload of a journal to MLflow. An upload can be repeated: it sends only what MLflow does not have.
 
-A run is found by a key of our own before it is created. A point carries the journal's time, so that a repeated one is
-the same row; a step that MLflow holds is not sent anew. The order of the journal is kept.
-
-This is the only file that knows MLflow. Its store is MLFLOW_TRACKING_URI, or a database in the project's folder.
+Each run has a key of ours in a tag, and is looked up by that key before it is created. A point has the time of its
+journal record, so a repeated point is the same row in MLflow. Records are uploaded in the journal's order.
 """
 
-import fcntl
-import getpass
 import json
-import logging
-import os
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.tracking.journal import JOURNAL, SYSTEM, Entry, Journal, points, read
+from stages.tracking.journal import JOURNAL_FILE, Record, read_points, read_records
+from stages.tracking.mlflow_store import connect, store_lock, user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run as TrackedRun
+    from mlflow.entities import Run as MlflowRun
 
-PIPELINE = "pipeline"  # stands for the stage's name in a run of the whole pipeline
-UNOWNED = "repro-"  # begins the key of a pipeline run that no process of its own opens and closes
+PIPELINE_STAGE = "pipeline"  # stage name of a run of the whole pipeline
+# Prefix of the key of a pipeline run that `dvc repro` started: no process of ours opens and closes that run.
+REPRO_PREFIX = "repro-"
 
-SYSTEM_METRICS_INTERVAL_S = 10.0
-POINTS_PER_BATCH = 1000  # MLflow's limits, as all that follow
-PAIRS_PER_BATCH = 100
-LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 250, 6000, 5000, 36
-
-
-def project() -> Path:
-    """Find the project's folder: this one, or the one around it when DVC runs an experiment in a copy."""
-    here = Path.cwd().resolve()
-    for folder in here.parents:
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            return folder.parents[2]
-    return here
-
-
-def store_uri() -> str:
-    """Tell where runs are tracked: MLFLOW_TRACKING_URI, or a database in the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project() / 'mlflow.db'}"
-
-
-def prepare() -> None:
-    """Import MLflow so that it is quiet, private, and gives up on a dead server soon.
-
-    Call it before threads start: two that import the same libraries can block each other.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for each run that ends
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    import mlflow  # noqa: F401
-
-    for name in ("mlflow", "alembic", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def connect() -> tuple["MlflowClient", str]:
-    """Reach the store and its experiment, which are made on first use."""
-    from mlflow import MlflowClient
-
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
-    with _alone():
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            _make_database(project() / "mlflow.db")
-        client = MlflowClient(store_uri())
-        if experiment := client.get_experiment_by_name(name):
-            return client, experiment.experiment_id
-        ours = not os.environ.get("MLFLOW_TRACKING_URI")
-        return client, client.create_experiment(name, (project() / "mlruns").as_uri() if ours else None)
-
-
-def _make_database(path: Path) -> None:
-    """Make MLflow's tables beside their place: a process killed on the way would leave a database that stays broken."""
-    if path.exists():
-        return
-    from mlflow import MlflowClient
-
-    for left in path.parent.glob(f"{path.name}.new-*"):
-        left.unlink()
-    new = path.with_name(f"{path.name}.new-{time.time_ns()}")  # MLflow takes a name it has seen for one it has made
-    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
-    new.rename(path)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other processes of this project out: two that create one database break it, and one run would double."""
-    with (project() / "mlflow.db.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        return str(os.getuid())
+# MLflow's limits: items per request, and characters of a text.
+MAX_POINTS_PER_REQUEST = 1000
+MAX_PAIRS_PER_REQUEST = 100
+MAX_NAME_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 5000, 36
 
 
 class MlflowUploader:
-    """One journal on its way. A failure raises, and the next `pump` goes on from where it came to."""
+    """Uploader of one journal. After a failure, the next `flush` continues at the record that failed."""
 
-    def __init__(self, folder: Path, *, revive: bool = True):
-        """`revive` makes a run anew that was deleted in MLflow; without it, such a run stays deleted."""
-        self.delivered = 0  # points, by this object
+    def __init__(self, folder: Path, *, recreate_deleted: bool = True):
+        """`recreate_deleted` creates a run again that was deleted in MLflow; otherwise such a run stays deleted."""
+        self.sent_points = 0  # by this object
         self._folder = folder
-        self._path = folder / JOURNAL
-        self._revive = revive
-        self._unwanted = False  # nothing of this journal belongs in MLflow
-        self._offset = 0
-        self._store: tuple[MlflowClient, str] | None = None
-        self._run = self._parent = self._stage = ""
-        self._parent_is_ours = False
-        self._sent: dict[str, set[int]] = {}
-        self._pictures: set[tuple[str, int]] = set()
+        self._path = folder / JOURNAL_FILE
+        self._recreate_deleted = recreate_deleted
+        self._skipped = False  # this journal must not be uploaded
+        self._offset = 0  # in bytes, of the first record that is not uploaded
+        self._store: tuple[MlflowClient, str] | None = None  # client, experiment id
+        self._run = self._parent = self._stage = ""  # _run and _parent are ids of MLflow
+        self._closes_parent = False
+        self._sent: dict[str, set[int]] = {}  # metric name -> steps
+        self._sent_images: set[tuple[str, int]] = set()  # name, step
 
     def flush(self) -> None:
-        """Send what the journal holds beyond what was sent."""
+        """Upload the records that were added since the last call. Raises any exception of MLflow if that fails."""
         self._store = self._store or connect()
-        waiting: dict[tuple[str, int], tuple[float, float]] = {}  # (name, step) -> value, time
-        for entry, offset in read(self._path, self._offset):
-            if self._unwanted:
+        pending: dict[tuple[str, int], tuple[float, float]] = {}  # (name, step) -> (value, time)
+        for record, offset in read_records(self._path, self._offset):
+            if self._skipped:
                 return
-            match entry["kind"]:
+            match record["kind"]:
                 case "begin":
-                    self._begin(entry)
+                    self._begin(record)
                 case "metrics":
-                    for name, value in entry["values"].items():
-                        waiting[_name(name), entry["step"]] = (float(value), entry["time"])
-                case "picture":
-                    self._picture(entry)
-            if len(waiting) >= POINTS_PER_BATCH or entry["kind"] == "end":
-                self._points(waiting)
-                waiting.clear()
-            if entry["kind"] == "end":
-                self._end(entry)
-            if not waiting:
+                    for name, value in record["values"].items():
+                        pending[_clean_name(name), record["step"]] = (float(value), record["time"])
+                case "image":
+                    self._log_image(record)
+            if len(pending) >= MAX_POINTS_PER_REQUEST or record["kind"] == "end":
+                self._log_points(pending)
+                pending.clear()
+            if record["kind"] == "end":
+                self._end(record)
+            if not pending:
                 self._offset = offset
-        if waiting:
-            self._points(waiting)
+        if pending:
+            self._log_points(pending)
             self._offset = offset
 
-    def missing(self) -> int:
-        """Count the points that were not sent."""
-        if self._unwanted:
+    def missing_points(self) -> int:
+        """Return the number of points in the journal that are not uploaded."""
+        if self._skipped:
             return 0
-        curves = points(self._path)
-        return sum(len(curve.keys() - self._sent.get(_name(name), set())) for name, curve in curves.items())
+        curves = read_points(self._path)
+        return sum(len(curve.keys() - self._sent.get(_clean_name(name), set())) for name, curve in curves.items())
 
     @property
     def _client(self) -> "MlflowClient":
         assert self._store is not None
         return self._store[0]
 
-    def _begin(self, entry: Entry) -> None:
-        key = f"tags.`vqvae2.key` = '{entry['key']}'"
-        tags = {"stage": entry["stage"], "fingerprint": entry["fingerprint"], "cached": "no", **entry["tags"]}
-        tags |= {f"input.{name}": digest for name, digest in entry["inputs"].items()}
-        self._stage, self._parent_is_ours = entry["stage"], entry["parent"].startswith(UNOWNED)
-        with _alone():
-            if entry["parent"]:
-                self._parent = tags["mlflow.parentRunId"] = self._find_parent(entry)
-            if entry["cached"]:
-                maker = self._find_maker(entry)
-                if maker and maker.data.tags.get("mlflow.parentRunId") == self._parent:
-                    self._unwanted = True  # it did run in this pipeline run, before that was resumed
+    def _begin(self, record: Record) -> None:
+        tags = {"stage": record["stage"], "fingerprint": record["fingerprint"], "cached": "no", **record["tags"]}
+        tags |= {f"input.{name}": digest for name, digest in record["inputs"].items()}
+        self._stage, self._closes_parent = record["stage"], record["parent"].startswith(REPRO_PREFIX)
+        with store_lock():
+            if record["parent"]:
+                self._parent = tags["mlflow.parentRunId"] = self._find_parent(record)
+            if record["cached"]:
+                producer = self._find_producer(record)
+                if producer and producer.data.tags.get("mlflow.parentRunId") == self._parent:
+                    self._skipped = True  # the stage ran in this pipeline run, before the pipeline run was resumed
                     return
-                tags |= {"cached": "yes", **self._link(maker)}
-            run = self._find(key)
-            if run is None and not self._revive and self._find(key, deleted=True):
-                self._unwanted = True
+                tags |= {"cached": "yes", **self._producer_tags(producer)}
+            by_key = f"tags.`vqvae2.key` = '{record['key']}'"
+            run = self._find(by_key)
+            if run is None and not self._recreate_deleted and self._find(by_key, deleted=True):
+                self._skipped = True
                 return
             if run is None:
-                run = self._create(entry["key"], entry["stage"] + " (cached)" * entry["cached"], entry["time"])
+                run = self._create(record["key"], record["stage"] + " (cached)" * record["cached"], record["time"])
             elif run.info.run_id != self._run:
-                self._recall(run)
+                self._load_sent(run)
         self._run = run.info.run_id
-        self._pairs(self._run, entry["params"], tags)
-        self._inputs(self._run, entry["inputs"])
+        self._log_params_and_tags(self._run, record["params"], tags)
+        self._log_inputs(self._run, record["inputs"])
         self._client.update_run(self._run, status="RUNNING")
         if self._parent:
-            self._pairs(self._parent, entry["params"], {})
-            # What no stage made is what the whole pipeline read.
-            outside = {name: digest for name, digest in entry["inputs"].items() if not name.startswith("artifacts/")}
-            self._inputs(self._parent, outside)
-        if self._parent_is_ours:
+            self._log_params_and_tags(self._parent, record["params"], {})
+            # The inputs of the pipeline are those that no stage has written.
+            external = {name: digest for name, digest in record["inputs"].items() if not name.startswith("artifacts/")}
+            self._log_inputs(self._parent, external)
+        if self._closes_parent:
             self._client.update_run(self._parent, status="RUNNING")
 
-    def _find(self, condition: str, *, deleted: bool = False) -> "TrackedRun | None":
+    def _find(self, condition: str, *, deleted: bool = False) -> "MlflowRun | None":
+        """Return the newest run that fulfils a condition."""
         from mlflow.entities import ViewType
 
         assert self._store is not None
         client, experiment = self._store
         view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
-        found = client.search_runs([experiment], condition, view, max_results=1, order_by=["start_time DESC"])
-        return found[0] if found else None
+        runs = client.search_runs([experiment], condition, view, max_results=1, order_by=["start_time DESC"])
+        return runs[0] if runs else None
 
-    def _create(self, key: str, name: str, seconds: float) -> "TrackedRun":
+    def _create(self, key: str, name: str, start_s: float) -> "MlflowRun":
         assert self._store is not None
         client, experiment = self._store
-        title = f"{PIPELINE} {key}" if name == PIPELINE else name
-        tags = {"vqvae2.key": key, "stage": name, "mlflow.user": _user(), "mlflow.source.name": "vqvae2"}
-        return client.create_run(experiment, round(1000 * seconds), tags, title)
+        title = f"{PIPELINE_STAGE} {key}" if name == PIPELINE_STAGE else name
+        tags = {"vqvae2.key": key, "stage": name, "mlflow.user": user_name(), "mlflow.source.name": "vqvae2"}
+        return client.create_run(experiment, round(1000 * start_s), tags, title)
 
-    def _find_parent(self, entry: Entry) -> str:
-        """Find or create the run of the whole pipeline."""
-        found = self._find(f"tags.`vqvae2.key` = '{entry['parent']}'")
-        return (found or self._create(entry["parent"], PIPELINE, entry["time"])).info.run_id
+    def _find_parent(self, record: Record) -> str:
+        """Return the id of the run of the whole pipeline; create it if needed."""
+        run = self._find(f"tags.`vqvae2.key` = '{record['parent']}'")
+        return (run or self._create(record["parent"], PIPELINE_STAGE, record["time"])).info.run_id
 
-    def _find_maker(self, entry: Entry) -> "TrackedRun | None":
-        """Find the run that made what a cached stage restored."""
+    def _find_producer(self, record: Record) -> "MlflowRun | None":
+        """Return the run that computed the result of a cached stage."""
         return self._find(
-            f"tags.stage = '{entry['stage']}' and tags.fingerprint = '{entry['fingerprint']}'"
+            f"tags.stage = '{record['stage']}' and tags.fingerprint = '{record['fingerprint']}'"
             " and tags.cached = 'no' and attributes.status = 'FINISHED'"
         )
 
-    def _link(self, maker: "TrackedRun | None") -> dict[str, str]:
+    def _producer_tags(self, producer: "MlflowRun | None") -> dict[str, str]:
+        """Return tags of a cached stage: the id of the run that computed its result, and a description with a link."""
         assert self._store is not None
-        if maker is None:
-            note = "Nothing ran: the result was restored. The run that made it is not in this store."
+        if producer is None:
+            note = "Cached: this stage did not run. The run that computed its result is not in this MLflow store."
             return {"cached.from": "unknown", "mlflow.note.content": note}
-        address = f"#/experiments/{self._store[1]}/runs/{maker.info.run_id}"
-        note = f"Nothing ran: the result is that of [{maker.info.run_name} {maker.info.run_id[:8]}]({address})."
-        return {"cached.from": maker.info.run_id, "mlflow.note.content": note}
+        address = f"#/experiments/{self._store[1]}/runs/{producer.info.run_id}"
+        link = f"[{producer.info.run_name} {producer.info.run_id[:8]}]({address})"
+        note = f"Cached: this stage did not run. Its result was computed by {link}."
+        return {"cached.from": producer.info.run_id, "mlflow.note.content": note}
 
-    def _recall(self, run: "TrackedRun") -> None:
-        """Learn what the run holds from before."""
+    def _load_sent(self, run: "MlflowRun") -> None:
+        """Read from MLflow which points and images a run already has."""
         for name in run.data.metrics:
             self._sent[name] = {point.step for point in self._client.get_metric_history(run.info.run_id, name)}
         for file in self._client.list_artifacts(run.info.run_id, "images"):
+            # MLflow names an image NAME+step+STEP+..., with "~" for "/".
             name, _, step, *_ = Path(file.path).name.split("+")
-            self._pictures.add((name.replace("~", "/"), int(step)))
+            self._sent_images.add((name.replace("~", "/"), int(step)))
 
-    def _pairs(self, run: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def _log_params_and_tags(self, run: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        known = self._client.get_run(run).data  # a parameter is written once: a second value would be refused
-        new = [
-            Param(_name(key), value[:LONGEST_PARAM]) for key, value in params.items() if _name(key) not in known.params
+        logged = self._client.get_run(run).data
+        new_params = [  # MLflow rejects a second value of a parameter
+            Param(_clean_name(key), value[:MAX_PARAM_LENGTH])
+            for key, value in params.items()
+            if _clean_name(key) not in logged.params
         ]
-        marks = [RunTag(_name(key), value[:LONGEST_TAG]) for key, value in tags.items() if known.tags.get(key) != value]
-        for start in range(0, max(len(new), len(marks)), PAIRS_PER_BATCH):
-            part = slice(start, start + PAIRS_PER_BATCH)
-            self._client.log_batch(run, params=new[part], tags=marks[part])
+        new_tags = [
+            RunTag(_clean_name(key), value[:MAX_TAG_LENGTH])
+            for key, value in tags.items()
+            if logged.tags.get(key) != value
+        ]
+        for start in range(0, max(len(new_params), len(new_tags)), MAX_PAIRS_PER_REQUEST):
+            batch = slice(start, start + MAX_PAIRS_PER_REQUEST)
+            self._client.log_batch(run, params=new_params[batch], tags=new_tags[batch])
 
-    def _inputs(self, run: str, inputs: Mapping[str, str]) -> None:
+    def _log_inputs(self, run: str, inputs: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         context = [InputTag("mlflow.data.context", "input")]
         datasets = [
-            # Whole digests stand in the tags `input.NAME`.
-            DatasetInput(Dataset(name, digest[:LONGEST_DIGEST], "local", json.dumps({"uri": name})), context)
+            # MLflow limits a digest to 36 characters; the tags `input.NAME` have the full digests.
+            DatasetInput(Dataset(name, digest[:MAX_DIGEST_LENGTH], "local", json.dumps({"uri": name})), context)
             for name, digest in inputs.items()
         ]
         if datasets:
             self._client.log_inputs(run, datasets)
 
-    def _points(self, waiting: Mapping[tuple[str, int], tuple[float, float]]) -> None:
+    def _log_points(self, pending: Mapping[tuple[str, int], tuple[float, float]]) -> None:
         from mlflow.entities import Metric
 
         new = [
-            Metric(name, value, round(1000 * seconds), step)
-            for (name, step), (value, seconds) in waiting.items()
+            Metric(name, value, round(1000 * time_s), step)
+            for (name, step), (value, time_s) in pending.items()
             if step not in self._sent.get(name, set())
         ]
-        for start in range(0, len(new), POINTS_PER_BATCH):
-            part = new[start : start + POINTS_PER_BATCH]
-            self._client.log_batch(self._run, metrics=part)
-            for point in part:
+        for start in range(0, len(new), MAX_POINTS_PER_REQUEST):
+            batch = new[start : start + MAX_POINTS_PER_REQUEST]
+            self._client.log_batch(self._run, metrics=batch)
+            for point in batch:
                 self._sent.setdefault(point.key, set()).add(point.step)
-            self.delivered += len(part)
+            self.sent_points += len(batch)
 
-    def _picture(self, entry: Entry) -> None:
+    def _log_image(self, record: Record) -> None:
         from PIL import Image
 
-        name, step = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", _name(entry["name"])), entry["step"]
-        if (name, step) in self._pictures:
+        name, step = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", _clean_name(record["name"])), record["step"]
+        if (name, step) in self._sent_images:
             return
-        with Image.open(self._folder / entry["file"], formats=["PNG"]) as image:
+        with Image.open(self._folder / record["file"], formats=["PNG"]) as image:
             image.load()
             self._client.log_image(
-                self._run, image, key=name, step=step, timestamp=round(1000 * entry["time"]), synchronous=True
+                self._run, image, key=name, step=step, timestamp=round(1000 * record["time"]), synchronous=True
             )
-        self._pictures.add((name, step))
+        self._sent_images.add((name, step))
 
-    def _end(self, entry: Entry) -> None:
+    def _end(self, record: Record) -> None:
         from mlflow.entities import Metric
 
-        milliseconds = round(1000 * entry["time"])
-        for name in entry["outputs"]:
+        time_ms = round(1000 * record["time"])
+        for name in record["outputs"]:
             self._client.log_artifact(self._run, str(self._folder / "outputs" / name))
-        self._pairs(self._run, {}, entry.get("tags", {}))
-        if entry["error"]:
-            self._client.set_tag(self._run, "error", entry["error"][:LONGEST_TAG])
+        self._log_params_and_tags(self._run, {}, record.get("tags", {}))
+        if record["error"]:
+            self._client.set_tag(self._run, "error", record["error"][:MAX_TAG_LENGTH])
         if self._parent:
-            # By these names pipeline runs compare side by side, and MLflow groups them by stage.
+            # The pipeline run has the final metrics of all stages as STAGE/NAME; MLflow groups metrics by the "/".
+            prefix = self._stage.replace("@", "_")
             final = [
-                Metric(
-                    _name(f"{self._stage.replace('@', '_')}/{name.replace('/', '.')}"), float(value), milliseconds, 0
-                )
-                for name, value in entry["final"].items()
+                Metric(_clean_name(f"{prefix}/{name.replace('/', '.')}"), float(value), time_ms, 0)
+                for name, value in record["final"].items()
             ]
-            for start in range(0, len(final), POINTS_PER_BATCH):
-                self._client.log_batch(self._parent, metrics=final[start : start + POINTS_PER_BATCH])
-        self._client.set_terminated(self._run, entry["status"], milliseconds)
-        if self._parent_is_ours:
-            self._client.set_terminated(self._parent, entry["status"], milliseconds)
+            for start in range(0, len(final), MAX_POINTS_PER_REQUEST):
+                self._client.log_batch(self._parent, metrics=final[start : start + MAX_POINTS_PER_REQUEST])
+        self._client.set_terminated(self._run, record["status"], time_ms)
+        if self._closes_parent:
+            self._client.set_terminated(self._parent, record["status"], time_ms)
 
 
-class SystemMetrics:
-    """How busy processors, memory, disk, network and GPUs are, as MLflow's own monitors see it."""
-
-    def __init__(self, journal: Journal):
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        self._journal = journal
-        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(Exception):  # there is no GPU, or no nvidia-ml-py to ask it
-            self._monitors.append(GPUMonitor())
-        before = [max(curve) for name, curve in points(journal.path).items() if name.startswith(SYSTEM)]
-        self._step = 1 + max(before, default=-1)
-        self._next = time.monotonic() + SYSTEM_METRICS_INTERVAL_S
-
-    def look(self) -> None:
-        """Note what is to be seen, if the last look was long enough ago."""
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + SYSTEM_METRICS_INTERVAL_S
-        values: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            values |= {SYSTEM + name: float(value) for name, value in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
-        self._journal.metrics(values, self._step)
-        self._step += 1
-
-
-def _name(text: str) -> str:
-    """Write a name with the characters that MLflow takes."""
-    return re.sub(r"[^\w/\-. :]", "_", re.sub(r"/{2,}", "/", text)).strip("/.")[:LONGEST_NAME]
+def _clean_name(text: str) -> str:
+    """Replace the characters that MLflow does not accept in a name, and shorten the name to its limit."""
+    return re.sub(r"[^\w/\-. :]", "_", re.sub(r"/{2,}", "/", text)).strip("/.")[:MAX_NAME_LENGTH]

@@ -1,104 +1,116 @@
-"""Track runs: first in a journal beside the work, from there in MLflow. Training never waits for MLflow.
+"""Tracking of runs: a run writes to a journal in its work folder, and a thread uploads the journal to MLflow.
 
-A thread sends what the journal holds every few seconds, with short timeouts. A server that is away costs a delay, told
-once, and `sync` sends what never arrived.
+Training never waits for MLflow. While a server does not answer, metrics stay in the journal; `sync_runs` uploads them
+later.
 
-    runs/pipeline/KEY/journal.jsonl                a run of the whole pipeline; one that did not end well goes on
-    runs/pipeline/KEY/cached/STAGE/journal.jsonl   a stage that did not run in it, and a link to the run that made it
-    WORK/tracked/KEY/journal.jsonl                 one execution of a stage; a resumed one goes on
+    runs/pipeline/KEY/journal.jsonl                a run of the whole pipeline; resumed if it did not finish
+    runs/pipeline/KEY/cached/STAGE/journal.jsonl   a stage that did not run in it, with a link to the run that did
+    WORK/tracked/KEY/journal.jsonl                 one execution of a stage; resumed if it did not finish
 """
 
 import hashlib
-import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import Reporter
 from stages.tracking.console import CompositeReporter, ConsoleReporter
-from stages.tracking.journal import JOURNAL, Journal, ending, latest, locked, without_secrets
-from stages.tracking.mlflow_sync import PIPELINE, UNOWNED, MlflowUploader, SystemMetrics, connect, prepare, store_uri
+from stages.tracking.journal import JOURNAL_FILE, Journal, open_latest
+from stages.tracking.mlflow_store import configure_mlflow
+from stages.tracking.mlflow_sync import PIPELINE_STAGE, REPRO_PREFIX, MlflowUploader
+from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, SyncResult, UploaderFactory, upload_journals
+from stages.tracking.upload_thread import DEFAULT_TIMING, UploadThread, UploadTiming
 
-PARENT = "VQVAE2_PARENT_RUN"  # environment variable: the folder of the pipeline run that a stage belongs to
-UPLOAD_INTERVAL_S = 3.0
-PATIENCE_SECONDS = 30.0  # at a run's end, with a server that has answered so far
-IMPATIENCE_SECONDS = 5.0  # with one that has not, or after a failure
-REMEDY = "Send what is missing: vqvae2 sync-metrics"
-SLOW = "it takes long"
+PARENT_RUN_VARIABLE = "VQVAE2_PARENT_RUN"  # environment variable: folder of the pipeline run that a stage belongs to
 
 
 @contextmanager
-def open_run(
+def track_stage(
     stage: str,
     fingerprint: str,
-    work: Path,
+    work_dir: Path,
     *,
     params: Mapping[str, Any],
     inputs: Mapping[str, str],
     metrics: Path | None = None,
     outputs: Sequence[Path] = (),
+    parent: str | None = None,
     screen: Reporter | None = None,
+    uploader: UploaderFactory = MlflowUploader,
+    timing: UploadTiming = DEFAULT_TIMING,
 ) -> Iterator[Reporter]:
-    """Track one execution of a stage; a resumed one continues its run.
+    """Track one execution of a stage and yield its reporter; a resumed stage continues its run.
 
-    `inputs` are digests by name. When the block ends well, the numbers in the JSON file `metrics` become the run's
-    final ones, and the files `outputs` its artifacts. Progress and messages go to `screen`, by default the terminal.
+    `inputs` are digests by name, `parent` is the folder of the pipeline run. If the block succeeds, the numbers in the
+    JSON file `metrics` become the final metrics of the run, and the files `outputs` its artifacts. `screen` shows
+    progress and messages, by default on the terminal.
     """
-    prepare()
+    configure_mlflow()
     with ExitStack() as stack:
         screen = screen or stack.enter_context(ConsoleReporter(stage))
-        folder = stack.enter_context(latest(work / "tracked", fingerprint))
+        folder = stack.enter_context(open_latest(work_dir / "tracked", fingerprint))
         journal = Journal(folder)
-        parent = os.environ.get(PARENT)
         journal.begin(
             folder.name,
             stage,
             fingerprint,
             params,
-            {**_origin(), **_lock(), "dvc.stage": stage},
+            {**_code_tags(), **_lock_tag(), "dvc.stage": stage},
             inputs=inputs,
-            parent=Path(parent).name if parent else UNOWNED + _digest(),
+            parent=Path(parent).name if parent else REPRO_PREFIX + _pipeline_digest(),
         )
-        sender = UploadThread(journal, screen, Path(parent) if parent else None)
-        sender.start()
-        with _ending(journal, metrics, outputs, sender.finish):
+        thread = UploadThread(journal, screen, uploader(folder), uploader(Path(parent)) if parent else None, timing)
+        thread.start()
+        with _record_end(journal, metrics, outputs, thread.finish):
             yield CompositeReporter([journal, screen])
 
 
 @contextmanager
-def parent_run(params: Mapping[str, Any], tags: Mapping[str, str], *, runs: Path = Path("runs")) -> Iterator[str]:
-    """Track a run of the whole pipeline. Enter it only when something is to run.
+def track_pipeline(
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    *,
+    runs: Path = Path("runs"),
+    uploader: UploaderFactory = MlflowUploader,
+    timing: UploadTiming = DEFAULT_TIMING,
+) -> Iterator[str]:
+    """Track a run of the whole pipeline and yield its folder, which its stages need as PARENT_RUN_VARIABLE.
 
-    Yields what its stages are to find in the environment variable `PARENT`. The tag `mlflow.runName` names the run.
+    Enter it only if at least one stage is to run. The tag `mlflow.runName` names the run.
     """
-    digest = _digest()
-    with latest(runs / PIPELINE, digest) as folder:
+    digest = _pipeline_digest()
+    with open_latest(runs / PIPELINE_STAGE, digest) as folder:
         journal = Journal(folder)
-        journal.begin(folder.name, PIPELINE, digest, params, {**_origin(), **tags}, inputs={}, parent="")
+        journal.begin(folder.name, PIPELINE_STAGE, digest, params, {**_code_tags(), **tags}, inputs={}, parent="")
 
-        def send(patience: float) -> None:
+        def upload(*, failed: bool) -> None:
             journal.close()
-            prepare()
-            sent = SyncResult()
-            folders = [path.parent for path in (folder / JOURNAL, *sorted(folder.glob(f"cached/*/{JOURNAL}")))]
-            thread = threading.Thread(target=_send, args=(folders, sent), daemon=True)
+            configure_mlflow()
+            result = SyncResult()
+            paths = (folder / JOURNAL_FILE, *sorted(folder.glob(f"cached/*/{JOURNAL_FILE}")))
+            thread = threading.Thread(
+                target=upload_journals,
+                args=([path.parent for path in paths], result),
+                kwargs={"uploader": uploader},
+                daemon=True,
+            )
             thread.start()
-            thread.join(patience)
-            if sent.trouble or thread.is_alive():
-                with ConsoleReporter(PIPELINE) as screen:
-                    screen.note(f"MLflow lacks a part of this run ({sent.trouble or SLOW}). {REMEDY}")
+            thread.join(timing.failed_shutdown_timeout_s if failed else timing.shutdown_timeout_s)
+            if result.error or thread.is_alive():
+                with ConsoleReporter(PIPELINE_STAGE) as screen:
+                    screen.message(
+                        f"MLflow has not received all of this run ({result.error or TIMED_OUT}). {SYNC_HINT}"
+                    )
 
-        with _ending(journal, None, (), send, tags=_lock):
+        with _record_end(journal, None, (), upload, tags=_lock_tag):
             yield str(folder.resolve())
 
 
-def link_cached(
+def record_cached_stage(
     parent: str,
     stage: str,
     fingerprint: str,
@@ -108,16 +120,16 @@ def link_cached(
     metrics: Path | None = None,
     curves: Iterable[tuple[int, str, float]] = (),
 ) -> None:
-    """Show a stage that did not run in the pipeline run `parent`: its numbers, and a link to the run that made it.
+    """Record a stage whose result was restored, with its metrics and a link to the run that computed it.
 
-    `curves` are steps, names and values. Call it within `parent_run`.
+    `parent` is the folder of the pipeline run, `curves` are (step, name, value). Call it inside `track_pipeline`.
     """
     folder = Path(parent) / "cached" / stage
-    if (folder / JOURNAL).exists():
+    if (folder / JOURNAL_FILE).exists():
         return
     journal = Journal(folder)
     key = Path(parent).name
-    tags = {**_origin(), **_lock(), "dvc.stage": stage}
+    tags = {**_code_tags(), **_lock_tag(), "dvc.stage": stage}
     journal.begin(f"{key}/{stage}", stage, fingerprint, params, tags, inputs=inputs, parent=key, cached=True)
     for step, name, value in curves:
         journal.metrics({name: value}, step)
@@ -125,163 +137,51 @@ def link_cached(
     journal.close()
 
 
-@dataclass
-class SyncResult:
-    """What `sync` did."""
-
-    runs: int = 0  # are whole in MLflow now
-    running: int = 0  # are under way, and send for themselves
-    points: int = 0  # were sent just now
-    missing: int = 0  # points that MLflow still lacks
-    trouble: str = ""  # why something is missing
-
-
-def sync(runs: Path = Path("runs")) -> SyncResult:
-    """Send whatever MLflow lacks of all runs under `runs`. Doing it again changes nothing.
-
-    A run whose process died is closed as KILLED. A run deleted in MLflow stays deleted.
-    """
-    prepare()
-    try:
-        connect()
-    except Exception as error:
-        raise UserError(
-            f"MLflow does not answer: {_reason(error)}",
-            where=without_secrets(store_uri()),
-            fix="Start the server, or correct MLFLOW_TRACKING_URI; then run: vqvae2 sync-metrics",
-            code=3,
-        ) from error
-    sent = SyncResult()
-    for path in sorted(runs.rglob(JOURNAL)):
-        with locked(path.parent) as ours:
-            if not ours:
-                sent.running += 1
-                continue
-            if not ending(path):
-                journal = Journal(path.parent)
-                journal.end("KILLED", error="The process ended without a word.")
-                journal.close()
-            _send([path.parent], sent, revive=False)
-    return sent
-
-
-class UploadThread(threading.Thread):
-    """Send a journal while it grows, and note in it how busy the machine is."""
-
-    def __init__(self, journal: Journal, screen: Reporter, parent: Path | None):
-        super().__init__(name="tracking", daemon=True)
-        self._journal, self._screen = journal, screen
-        self._delivery = MlflowUploader(journal.folder)
-        self._parent = MlflowUploader(parent) if parent else None  # whose own process sends only when all has ended
-        self._machine = SystemMetrics(journal)
-        self._last = threading.Event()
-        self._trouble: Exception | None = None
-        self._told = False
-
-    def run(self) -> None:
-        while not self._last.is_set():
-            self._attempt()
-            with suppress(Exception):  # how busy the machine is, is not worth the rest
-                self._machine.look()
-            self._last.wait(UPLOAD_INTERVAL_S)
-        self._attempt()
-
-    def finish(self, patience: float) -> None:
-        """Send what is left, and say what stays behind. A server in trouble is not waited for long."""
-        self._last.set()
-        self.join(min(patience, IMPATIENCE_SECONDS) if self._trouble else patience)
-        if not self.is_alive():
-            self._journal.close()
-        if self._trouble or self.is_alive():
-            missing = self._delivery.missing()
-            # A run that failed before it measured anything has its own message, which is what there is to read.
-            if missing or self._trouble or patience > IMPATIENCE_SECONDS:
-                lacking = f"{missing} points are" if missing else "The end of this run is"
-                self._screen.note(
-                    f"{lacking} not in MLflow yet ({_reason(self._trouble)}); kept in {self._journal.path}. {REMEDY}"
-                )
-        if self._journal.failure:
-            self._screen.note(
-                f"Some reports are lost, since {self._journal.path} took no more: {self._journal.failure}."
-            )
-
-    def _attempt(self) -> None:
-        try:
-            self._journal.sync()
-            if self._parent:
-                self._parent.flush()
-            self._delivery.flush()
-            self._trouble = None
-        except Exception as error:  # whatever it is, the run goes on
-            self._trouble = error
-            if not self._told:
-                self._told = True
-                self._screen.note(
-                    f"MLflow at {without_secrets(store_uri())} does not answer ({_reason(error)}). "
-                    "The run goes on; what it reports is kept, and sent when MLflow answers."
-                )
+class _Finish(Protocol):
+    def __call__(self, *, failed: bool) -> None: ...
 
 
 @contextmanager
-def _ending(
+def _record_end(
     journal: Journal,
     metrics: Path | None,
     outputs: Sequence[Path],
-    send: Callable[[float], None],
+    finish: _Finish,
     *,
     tags: Callable[[], Mapping[str, str]] = dict,
 ) -> Iterator[None]:
-    """Write into the journal how the block ended, and the tags that can be told only then."""
+    """Record how the block ended, with the tags that are known only then, and call `finish`."""
     try:
         yield
     except Exception as error:
         journal.end("FAILED", error=str(error), tags=tags())
-        send(IMPATIENCE_SECONDS)
+        finish(failed=True)
         raise
     except BaseException:
         journal.end("KILLED", tags=tags())
-        send(IMPATIENCE_SECONDS)
+        finish(failed=True)
         raise
     journal.end("FINISHED", metrics=metrics, outputs=outputs, tags=tags())
-    send(PATIENCE_SECONDS)
+    finish(failed=False)
 
 
-def _send(folders: Sequence[Path], sent: SyncResult, *, revive: bool = True) -> None:
-    for folder in folders:
-        delivery = MlflowUploader(folder, revive=revive)
-        try:
-            delivery.flush()
-            sent.runs += 1
-        except Exception as error:
-            sent.trouble = _reason(error)
-        sent.points += delivery.delivered
-        sent.missing += delivery.missing()
-
-
-def _reason(error: Exception | None) -> str:
-    """Say in a few words why something was not sent."""
-    if error is None:
-        return SLOW
-    return (without_secrets(str(error)).strip() or type(error).__name__).partition("\n")[0][:160]
-
-
-def _digest() -> str:
-    """Name what a pipeline run computes: its settings and its code."""
+def _pipeline_digest() -> str:
+    """Return a digest of what a pipeline run computes: params.yaml and the Git commit."""
     settings = Path("params.yaml")
     text = settings.read_bytes() if settings.is_file() else b""
     return hashlib.sha256(text + _git("rev-parse", "HEAD").encode()).hexdigest()[:16]
 
 
-def _origin() -> dict[str, str]:
-    """Tags that tell which code runs."""
+def _code_tags() -> dict[str, str]:
+    """Return tags with the Git commit and whether the code has uncommitted changes."""
     commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "dvc.yaml")
-    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": "yes" if changed else "no"}
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "dvc.yaml")
+    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": "yes" if changes else "no"}
     return {name: value for name, value in tags.items() if value}
 
 
-def _lock() -> dict[str, str]:
-    """A tag that tells which results DVC knows: of a stage before it ran, of the pipeline after."""
+def _lock_tag() -> dict[str, str]:
+    """Return a tag with the digest of dvc.lock: for a stage before it runs, for a pipeline after it has run."""
     lock = Path("dvc.lock")
     return {"dvc.lock": artifact.sha256(lock)} if lock.is_file() else {}
 

@@ -1,8 +1,9 @@
-"""Checkpoints of a training run: whole, hashed, found by scanning, written behind the steps' back.
+"""Checkpoints of a training run: atomic, hashed, found by scanning a folder, written in the background.
 
-Each is an artifact folder `step-000001000` in the run's work folder (see formats/artifact.py): its manifest holds the
-step and the run's fingerprint, and it exists only once renamed into place. What is damaged is set aside and the one
-before it is used. Where a storage is given, each is put there too, and what lies there is what counts.
+Each is an artifact folder `step-000001000` in the run's work folder (see formats/artifact.py). Its manifest holds the
+step and the run's fingerprint, and a rename creates the folder once it is complete. A damaged checkpoint is renamed to
+`step-*.damaged`, and the one before it is used. With a storage, each checkpoint is also uploaded, and on nodes without
+a shared disk the storage decides which one is newest.
 """
 
 import json
@@ -23,17 +24,17 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import StageContext
-from stages.runtime.storage import Storage, Unreachable, Unwritable
+from stages.runtime.storage import LocalDiskError, Storage, StorageUnavailableError
 
 KIND = "checkpoint"
-STATE, HISTORY = "state.safetensors", "history.json"
+STATE_FILE, HISTORY_FILE = "state.safetensors", "history.json"
 MIB = 2**20
-SET_ASIDE = "None is needed: it is set aside, and the checkpoint before it is used."
+DAMAGED_FIX = "Nothing to do: the checkpoint before it is used."
 
 
 @dataclass(frozen=True)
-class State:
-    """Everything a training run is made of after `step` steps."""
+class TrainState:
+    """Complete state of a training run after `step` steps."""
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -41,186 +42,202 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder, and in the storage if there is one."""
+    """Checkpoints of one run in one folder, and in the storage if there is one. Keeps the newest `keep`."""
 
     def __init__(
         self,
         folder: Path,
         fingerprint: str,
         keep: int,
-        note: Callable[[str], None] = lambda text: None,
+        notify: Callable[[str], None] = lambda message: None,
         storage: Storage | None = None,
     ):
-        self.folder, self.fingerprint, self.keep, self.note, self.storage = folder, fingerprint, keep, note, storage
+        self.folder, self.fingerprint, self.keep, self.notify = folder, fingerprint, keep, notify
+        self.storage = storage
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     @classmethod
-    def of(cls, context: StageContext, keep: int) -> "Checkpoints":
-        """Open the checkpoints of a run, of which the newest so many are kept."""
-        return cls(context.work, context.fingerprint, keep, context.reporter.note, context.storage)
+    def for_stage(cls, context: StageContext, keep: int) -> "Checkpoints":
+        """Open the checkpoints of a stage's run."""
+        return cls(context.work_dir, context.fingerprint, keep, context.reporter.message, context.storage)
 
-    def latest(self) -> State | None:
-        """Read the newest whole and intact checkpoint that is here; None if there is none at all.
+    def latest(self) -> TrainState | None:
+        """Read the newest intact checkpoint of the folder; None if the folder has no checkpoints.
 
-        Raises UserError if all are damaged: the next call then finds none.
+        Raises UserError if all are damaged. They are then renamed, so the next call returns None.
         """
-        steps = sorted((_step(path) for path in self.folder.glob("step-*[0-9]")), reverse=True)
+        steps = self._local_steps()
         for step in steps:
-            folder = self.place(step)
+            folder = self.path(step)
             try:
                 state = self._read(folder)
             except UserError as error:
-                self._set_aside(folder)
-                self.note(f"Checkpoint of step {step} is damaged and set aside: {error.what}")
+                self._mark_damaged(folder)
+                self.notify(f"The checkpoint of step {step} is damaged and set aside: {error.what}")
                 continue
             if state.step < steps[0]:
-                self.note(f"Going on from step {state.step}; {steps[0] - state.step} steps are lost.")
+                self.notify(f"Continuing from step {state.step}; {steps[0] - state.step} steps are lost.")
             return state
         if steps:
             raise UserError(
-                f"No checkpoint is intact: {steps[0]} steps are lost. The damaged ones are kept, as step-*.damaged.",
+                f"No checkpoint is intact: {steps[0]} steps are lost. The damaged ones are renamed to step-*.damaged.",
                 where=self.folder,
-                fix="Put an intact copy of one in its place, if you have it, and run the same command again: it goes "
-                "on from there, or else begins at step 0.",
+                fix="Restore an intact copy of a checkpoint if you have one, then run the same command again. Training "
+                "continues from that copy, or restarts at step 0 without one.",
                 code=5,
             )
         return None
 
-    def _read(self, folder: Path) -> State:
-        found = artifact.read(folder, KIND)
-        found.verify()
-        # The manifest itself has no hash: what it says is held against what is known.
-        if set(found.files) != {STATE, HISTORY} or found.meta.get("step") != _step(folder):
-            raise UserError("Its manifest is not what was written.", where=folder, fix=SET_ASIDE, code=5)
-        if found.meta.get("fingerprint") != self.fingerprint:
+    def _read(self, folder: Path) -> TrainState:
+        checkpoint = artifact.read(folder, KIND)
+        checkpoint.verify()
+        # The manifest has no hash of its own, so its contents are compared with what `_write` puts there.
+        if set(checkpoint.files) != {STATE_FILE, HISTORY_FILE} or checkpoint.meta.get("step") != _step(folder):
+            raise UserError("Its manifest has unexpected contents.", where=folder, fix=DAMAGED_FIX, code=5)
+        fingerprint = checkpoint.meta.get("fingerprint")
+        if fingerprint != self.fingerprint:
             raise UserError(
-                f"It belongs to another run: {found.meta.get('fingerprint')}, not {self.fingerprint}.",
+                f"Its fingerprint must be {self.fingerprint}, got {fingerprint}: it belongs to another run.",
                 where=folder,
-                fix=SET_ASIDE,
+                fix=DAMAGED_FIX,
                 code=5,
             )
-        history = json.loads(found.path(HISTORY).read_text(encoding="utf-8"))
-        return State(found.meta["step"], load_file(found.path(STATE)), history)
+        history = json.loads(checkpoint.path(HISTORY_FILE).read_text(encoding="utf-8"))
+        return TrainState(checkpoint.meta["step"], load_file(checkpoint.path(STATE_FILE)), history)
 
     @staticmethod
-    def _set_aside(folder: Path) -> None:
-        aside = folder.with_name(f"{folder.name}.damaged")
+    def _mark_damaged(folder: Path) -> None:
+        damaged = folder.with_name(f"{folder.name}.damaged")
         try:
-            folder.rename(aside)
-        except FileNotFoundError:  # another worker, which reads the same folder, has done it
+            folder.rename(damaged)
+        except FileNotFoundError:  # another rank reads the same folder and has renamed it
             pass
-        except OSError:  # one of an earlier time stands there
-            shutil.rmtree(aside, ignore_errors=True)
+        except OSError:  # an older damaged checkpoint of the same step has this name
+            shutil.rmtree(damaged, ignore_errors=True)
             with suppress(FileNotFoundError):
-                folder.rename(aside)
+                folder.rename(damaged)
 
     def fetch(self) -> int:
-        """Bring the newest whole and intact checkpoint here from the storage; return its step, 0 if there is none."""
-        steps = self._stored()
+        """Download the newest intact checkpoint of the storage; return its step, 0 if there is none.
+
+        Raises StorageUnavailableError if the storage does not work, and LocalDiskError if this node's disk does not.
+        """
+        steps = self._stored_steps()
         for step in steps:
             try:
                 self.fetch_step(step)
-                self._read(self.place(step))
-            except (Unreachable, Unwritable):
+                self._read(self.path(step))
+            except (StorageUnavailableError, LocalDiskError):
                 raise
             except UserError as error:
                 assert self.storage
-                self.storage.set_aside(self.place(step).name)  # or it would count among those that are kept
-                self.note(f"Checkpoint of step {step} is damaged in the storage and set aside there: {error.what}")
+                self.storage.quarantine(self.path(step).name)  # it must not count among the `keep` newest
+                self.notify(
+                    f"The checkpoint of step {step} is damaged in the storage and set aside there: {error.what}"
+                )
                 continue
             if step < steps[0]:
-                self.note(f"Going on from step {step}; {steps[0] - step} steps are lost.")
+                self.notify(f"Continuing from step {step}; {steps[0] - step} steps are lost.")
             return step
         return 0
 
     def fetch_step(self, step: int) -> None:
-        """Bring the checkpoint of a step here from the storage."""
+        """Download the checkpoint of a step from the storage."""
         assert self.storage
-        self.storage.fetch(self.place(step).name, self.place(step), KIND)
+        self.storage.fetch(self.path(step).name, self.path(step), KIND)
 
-    def forget_all_but(self, step: int) -> None:
-        """Remove the checkpoints that are here, but one: what the storage does not have is no other worker's."""
-        for folder in self.folder.glob("step-*[0-9]"):
+    def remove_except(self, step: int) -> None:
+        """Remove all checkpoints of the folder but one: other ranks cannot have those that the storage lacks."""
+        for folder in self._local_folders():
             if _step(folder) != step:
                 shutil.rmtree(folder)
 
-    def exchange(self) -> None:
-        """Bring the newest checkpoint here from the storage, or put it there, wherever it is."""
+    def sync(self) -> None:
+        """Download the newest checkpoint from the storage, or upload it if the folder's is newer."""
         if self.storage is None:
             return
-        there, here = self.fetch(), self.latest()
-        if here is not None and here.step > there:
-            self._store(here.step)
+        stored_step, local = self.fetch(), self.latest()
+        if local is not None and local.step > stored_step:
+            self._upload(local.step)
         self._prune()
 
-    def _store(self, step: int) -> None:
-        """Put the checkpoint of a step into the storage."""
+    def _upload(self, step: int) -> None:
         assert self.storage
-        folder = self.place(step)
+        folder = self.path(step)
         self.storage.upload(folder, folder.name)
 
     def _prune(self) -> None:
-        """Remove all but the newest of the checkpoints that are here."""
-        kept = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
-        for old in kept[self.keep :]:
-            shutil.rmtree(old)
+        """Remove all but the newest `keep` checkpoints of the folder."""
+        for folder in sorted(self._local_folders(), reverse=True)[self.keep :]:
+            shutil.rmtree(folder)
 
-    def _stored(self) -> list[int]:
-        """The steps of the checkpoints in the storage, newest first."""
+    def _local_folders(self) -> list[Path]:
+        return list(self.folder.glob("step-*[0-9]"))  # without step-*.damaged
+
+    def _local_steps(self) -> list[int]:
+        """Return the steps of the folder's checkpoints, newest first."""
+        return sorted(map(_step, self._local_folders()), reverse=True)
+
+    def _stored_steps(self) -> list[int]:
+        """Return the steps of the storage's checkpoints, newest first."""
         assert self.storage
-        names = [name for name in self.storage.names() if re.fullmatch(r"step-\d+", name)]
+        names = [name for name in self.storage.list_artifacts() if re.fullmatch(r"step-\d+", name)]
         return sorted((int(name.removeprefix("step-")) for name in names), reverse=True)
 
-    def require_room(self, tensors: Mapping[str, Tensor], remaining_checkpoints: int) -> None:
-        """Refuse a disk too small for the checkpoints that will lie here at a time, of `coming` that are to be written.
+    def require_free_space(self, tensors: Mapping[str, Tensor], remaining_checkpoints: int) -> None:
+        """Raise UserError if the disk has no room for the remaining checkpoints that exist at the same time.
 
-        Raises UserError: hours of steps are lost where the disk is full before the first of them is whole.
+        Called after the first step: a disk that fills up at the first checkpoint would cost hours of steps.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        # One more than are kept: the oldest goes once the newest is there.
-        more = min(remaining_checkpoints, self.keep + 1 - sum(1 for _ in self.folder.glob("step-*[0-9]")))
+        # One more than `keep`: the oldest is removed once the newest is complete.
+        count = min(remaining_checkpoints, self.keep + 1 - len(self._local_folders()))
         free = shutil.disk_usage(self.folder).free
-        if more * size > free:
+        if count * size > free:
             raise UserError(
-                f"The disk is too small for checkpoints: {more} more, of {size / MIB:,.1f} MiB each, are to come, "
-                f"and {free / MIB:,.1f} MiB are free.",
+                f"The disk is too small for {count} more checkpoints of {size / MIB:,.1f} MiB each: "
+                f"{free / MIB:,.1f} MiB are free.",
                 where=f"{self.folder} on {platform.node()}",
                 fix="Free some space, or lower keep_checkpoints, then run the same command again.",
                 code=3,
             )
 
-    def unfit(self, step: int, what: str) -> UserError:
-        """Word that an intact checkpoint is not what this run needs."""
-        place, runs = str(self.place(step)), ""
-        if self.storage:  # to which it is brought again as long as the command's own folder has it
-            place = f"{self.storage.url}/{self.place(step).name}"
-            runs = " there, and from runs/ where the command is given"
+    def mismatch_error(self, step: int, reason: str) -> UserError:
+        """Create the error for an intact checkpoint that does not match the network."""
+        place, folders = str(self.path(step)), ""
+        if self.storage:  # a copy in the command's own folder would be uploaded again
+            place = f"{self.storage.url}/{self.path(step).name}"
+            folders = " there, and from runs/ where the command runs"
         return UserError(
-            f"The checkpoint of step {step} is not of this network: {what}.",
+            f"The checkpoint of step {step} does not match this network: {reason}.",
             where=place,
-            fix=f"Remove it{runs}, then run the same command again: it goes on from the one before, or from step 0.",
+            fix=f"Remove it{folders}, then run the same command again. Training continues from the checkpoint before "
+            "it, or from step 0.",
             code=5,
         )
 
-    def save(self, state: State) -> None:
-        """Copy the state and write it in the background; wait only if the one before is still on its way."""
+    def save(self, state: TrainState) -> None:
+        """Copy a state and write it in the background. Waits first if the previous one is still being written.
+
+        Raises UserError if a tensor is not finite, or if the previous checkpoint could not be written.
+        """
         self.wait()
-        # A copy on the CPU: the next steps change the tensors in place. Contiguous: safetensors stores no strides,
-        # and tensors that share storage are written apart.
+        # A copy on the CPU, because the next steps change the tensors in place. Contiguous, because safetensors
+        # stores no strides. Each tensor has its own memory, because safetensors refuses shared memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"{name} holds numbers that are not finite at step {state.step}; this state is not kept.",
+                    f"{name} must be finite, but is not at step {state.step}; this state is not saved.",
                     where=self.folder,
                     fix="Lower learning_rate, or set max_grad_norm, then run again.",
                 )
-        self._pending = self._writer.submit(self._write, State(state.step, tensors, list(state.history)))
+        self._pending = self._writer.submit(self._write, TrainState(state.step, tensors, list(state.history)))
 
     def wait(self) -> None:
-        """Return once everything handed to `save` is where it is to be; raise what went wrong on the way."""
+        """Wait until every saved state is on disk and in the storage. Raises UserError if writing failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
@@ -229,24 +246,24 @@ class Checkpoints:
                 raise UserError(
                     f"The checkpoint could not be written: {error.strerror or error}.",
                     where=self.folder,
-                    fix="Free some space or mend the permissions, then run the same command again; it goes on "
-                    "from the checkpoint before.",
+                    fix="Free some space or fix the permissions, then run the same command again; it continues from "
+                    "the previous checkpoint.",
                     code=3,
                 ) from error
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: TrainState) -> None:
         meta = {"step": state.step, "fingerprint": self.fingerprint}
-        with artifact.commit_folder(self.place(state.step), KIND, meta) as folder:
-            save_file(dict(state.tensors), folder / STATE)
-            (folder / HISTORY).write_text(json.dumps(state.history), encoding="utf-8")
+        with artifact.commit_folder(self.path(state.step), KIND, meta) as folder:
+            save_file(dict(state.tensors), folder / STATE_FILE)
+            (folder / HISTORY_FILE).write_text(json.dumps(state.history), encoding="utf-8")
         self._prune()
         if self.storage:
-            self._store(state.step)
-            for step in self._stored()[self.keep :]:
-                self.storage.discard(self.place(step).name)
+            self._upload(state.step)
+            for step in self._stored_steps()[self.keep :]:
+                self.storage.delete(self.path(step).name)
 
-    def place(self, step: int) -> Path:
-        """Say where the checkpoint of a step lies here."""
+    def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:09d}"
 
 

@@ -1,10 +1,9 @@
-"""Train on many machines: copies of one torch loop, started and watched by Ray Train.
+"""Training on one or many nodes: Ray Train starts and restarts processes that run the same training loop.
 
-The workers report to the process that started them, which alone talks to the terminal and to MLflow. Where nodes share
-no disk, the inputs and the checkpoints go through the storage, and each worker has a folder on its own node.
+The workers report to the process that started them; only that process writes to the terminal and to MLflow. On nodes
+without a shared disk, inputs and checkpoints go through the storage, and each worker has a folder on its own node.
 """
 
-import re
 import shutil
 import threading
 import time
@@ -21,46 +20,61 @@ import torch
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import cluster, fault_injection
-from stages.runtime.context import Reporter, StageContext
-from stages.runtime.control import RemoteReporter, fail_without_retry, forwarding, start_control_actor, stop_requested
-from stages.runtime.storage import Storage, Stored, node_folder
+from stages.runtime.context import StageContext
+from stages.runtime.control import (
+    RemoteReporter,
+    fail_without_retry,
+    forward_reports,
+    start_control_actor,
+    stop_requested,
+)
+from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
-from stages.training.loop import CheckpointMismatch, Stopped, Worker, under
+from stages.training.distributed import DistributedContext
+from stages.training.failures import failure_callback, training_error
+from stages.training.loop import TrainingStopped
+from stages.training.state import trained_weights
 
-SAVE_TIMEOUT_S = 15.0  # a machine that is taken away gives 30 seconds, or 20
-COLLECTIVE_TIMEOUT_S = 300  # after which a worker gives up waiting for the others
-UPLOAD_TIMEOUT_S = 3600  # the same, where the others may wait for the first to bring a checkpoint to a slow store
-INPUTS_TIMEOUT = timedelta(hours=12)  # how long workers wait for one that is still fetching its inputs
+SAVE_TIMEOUT_S = 15.0  # for the workers to save after a signal; preempted machines get 20 to 30 s
+SAVE_POLL_INTERVAL_S = 0.1
+COLLECTIVE_TIMEOUT_S = 300  # a rank gives up on its peers after this
+UPLOAD_TIMEOUT_S = 3600  # the same with a storage, where peers may wait for rank 0 to upload a checkpoint
+INPUTS_TIMEOUT_S = 12 * 3600  # until the slowest rank has fetched its inputs from the storage
+MAX_CONTROLLER_FAILURES = 3  # Ray Train's default restarts a failing controller without limit
 
-
-TrainWorker = Callable[
-    ..., None
-]  # what each worker does, given worker, run and its arguments by name: it calls loop.train
+# Function of a module that each worker calls with `dist`, `context` and its own arguments by name. It calls loop.train.
+TrainWorker = Callable[..., None]
 
 
 def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: StageContext) -> None:
-    """Run `learn(worker=, run=, **arguments)` on every worker, and return when all have finished.
+    """Call `train_worker(dist=, context=, **arguments)` on every worker and return when all have finished.
 
-    `learn` must be a function of a module, and `arguments` plain data with absolute paths: both travel to other
-    machines, where the current folder is another. Raises what the first failed worker raised.
+    Both travel to other nodes, which have another current folder: `train_worker` must be importable, and `arguments`
+    plain data with absolute paths. Raises the error of the worker that failed first if that worker raised it itself,
+    and UserError if workers were lost repeatedly or the cluster ended.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = context.cluster
-    with cluster.connect_cluster(config), _ray_folder(context) as ray_place:
+    with cluster.connect_cluster(config), _ray_storage(context) as storage_settings:
         if config.storage:
             storage = Storage(config.storage)
             arguments = {
-                name: Stored.upload(value, storage) if isinstance(value, Path) else value
+                name: StoredArtifact.upload(value, storage) if isinstance(value, Path) else value
                 for name, value in arguments.items()
             }
-        desk = start_control_actor()
-        remote = replace(context, reporter=RemoteReporter(desk))
+        control = start_control_actor()
+        remote_context = replace(context, reporter=RemoteReporter(control))
         trainer = TorchTrainer(
             worker_main,
-            train_loop_config={"learn": train_worker, "arguments": dict(arguments), "run": remote, "desk": desk},
+            train_loop_config={
+                "train_worker": train_worker,
+                "arguments": dict(arguments),
+                "context": remote_context,
+                "control": control,
+            },
             scaling_config=ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpus_per_worker > 0,
@@ -68,46 +82,21 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
             ),
             torch_config=TorchConfig(timeout_s=UPLOAD_TIMEOUT_S if config.storage else COLLECTIVE_TIMEOUT_S),
             run_config=RunConfig(
-                name=f"attempt-{time.time_ns()}",  # a name Ray has seen before would count as finished
-                **ray_place,
-                callbacks=[_telling(remote.reporter)],
-                failure_config=FailureConfig(  # a controller that fails is retried without end unless told otherwise
+                name=f"attempt-{time.time_ns()}",  # Ray Train takes a name it knows for a finished run
+                **storage_settings,
+                callbacks=[failure_callback(remote_context.reporter)],
+                failure_config=FailureConfig(
                     max_failures=config.max_failures,
-                    controller_failure_limit=3,  # type: ignore[call-arg]
+                    controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]
                 ),
             ),
         )
         try:
-            with forwarding(desk, context.reporter):
-                _wait(_in_background(trainer.fit), desk)
-        except ray.train.WorkerGroupError as error:
-            rank, cause = _root_cause(error.worker_failures)
-            if told := describe_failure(cause):
-                times, place = config.max_failures, _place(error.worker_failures[rank])
-                raise UserError(
-                    f"Workers failed {times + 1} times; cluster.max_failures is {times}. Worker {rank}{place} {told}",
-                    where=context.work,
-                    fix="See that nodes stay up and have memory enough, then run the same command again; it goes on "
-                    "from the newest checkpoint.",
-                    code=3,
-                ) from error
-            if isinstance(cause, CheckpointMismatch):
-                raise UserError(
-                    str(cause),
-                    where=context.work,
-                    fix="Run the same command again. If the nodes share no disk, set cluster.storage first.",
-                    code=3,
-                ) from error
-            raise cause from error
-        except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:  # the latter: its node is gone
-            if "startup timed out" in str(error):
-                cluster.check(config)  # a node may have left
-            raise UserError(
-                f"Training could not go on: {summarize_error(error)}",
-                where=context.work,
-                fix="Run the same command again; it goes on from the newest checkpoint.",
-                code=3,
-            ) from error
+            with forward_reports(control, context.reporter):
+                _wait_or_stop(_start_in_thread(trainer.fit), control)
+        # RayActorError: the node of the training controller is gone.
+        except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+            raise training_error(error, context) from error
 
 
 def train_or_load(
@@ -118,35 +107,38 @@ def train_or_load(
     network: torch.nn.Module,
     context: StageContext,
 ) -> list[dict[str, Any]]:
-    """Train to the last step, or find that done; load the weights, averaged if so asked, and return the curves."""
+    """Train unless a checkpoint of the last step exists; load its weights into `network` and return the curves.
+
+    With an EMA these are the averaged weights. Raises UserError if training ends before the last step, if the storage
+    does not work, or if the checkpoint does not match the network.
+    """
     if context.storage:
         context.storage.check()
-    checkpoints = Checkpoints.of(context, config.keep_checkpoints)
-    checkpoints.exchange()
+    checkpoints = Checkpoints.for_stage(context, config.keep_checkpoints)
+    checkpoints.sync()
     state = checkpoints.latest()
     if state is None or state.step < config.steps:
         fit(train_worker, arguments, context=context)
-        checkpoints.exchange()
+        checkpoints.sync()
         state = checkpoints.latest()
     if state is None or state.step < config.steps:
         raise UserError(
             f"Training ended at step {state.step if state else 0} of {config.steps}.",
-            where=context.work,
-            fix="Run the same command again; it goes on from the newest checkpoint.",
+            where=context.work_dir,
+            fix="Run the same command again; it continues from the newest checkpoint.",
         )
-    prefix = "averaged.module." if config.ema_decay else "network."
     try:
-        network.load_state_dict(dict(under(prefix, state.tensors)))
+        network.load_state_dict(trained_weights(state.tensors, config))
     except RuntimeError as error:
-        raise checkpoints.unfit(state.step, "its weights have other names or shapes") from error
+        raise checkpoints.mismatch_error(state.step, "its weights have other names or shapes") from error
     return state.history
 
 
 @contextmanager
-def _ray_folder(context: StageContext) -> Iterator[dict[str, Any]]:
-    """Give Ray Train a place that all nodes reach for what it notes down, for the length of the block."""
+def _ray_storage(context: StageContext) -> Iterator[dict[str, Any]]:
+    """Yield RunConfig's storage settings: a folder that all nodes reach, removed when the block ends."""
     if context.storage is None:
-        folder = context.work / "ray"
+        folder = context.work_dir / "ray"
         try:
             yield {"storage_path": str(folder)}
         finally:
@@ -154,16 +146,16 @@ def _ray_folder(context: StageContext) -> Iterator[dict[str, Any]]:
         return
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    files, path = context.storage.under("ray").opened()
+    files, path = context.storage.child("ray").filesystem()
     try:
         yield {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(files))}
     finally:
-        with suppress(Exception):  # a store that is away keeps a few hundred bytes too many
+        with suppress(Exception):  # a few hundred bytes are not worth failing a finished training for
             files.rm(path, recursive=True)
 
 
-def _in_background(call: Callable[[], Any]) -> Future[Any]:
-    """Call in a thread that dies with the process, so that the main one stays free to hear signals."""
+def _start_in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """Call in a daemon thread, so that the main thread can handle signals and the process can exit."""
     future: Future[Any] = Future()
 
     def work() -> None:
@@ -176,87 +168,91 @@ def _in_background(call: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _wait(training: Future[Any], desk: Any) -> None:
-    """Wait for training; when a signal interrupts, give the workers time to save, then let it through."""
+def _wait_or_stop(training: Future[Any], control: Any) -> None:
+    """Wait for training. If a signal interrupts, let the workers save, then raise it."""
     try:
         training.result()
     except BaseException:
         if not training.done():
-            desk.stop.remote()
-            _until_saved(training, desk)
+            control.request_stop.remote()
+            _wait_for_save(training, control)
         raise
 
 
-def _until_saved(training: Future[Any], desk: Any) -> None:
-    """Wait no longer than the workers need: Ray Train takes many seconds more to find that they have ended."""
+def _wait_for_save(training: Future[Any], control: Any) -> None:
+    """Wait until rank 0 has saved. Ray Train itself needs many seconds more to notice that the workers have ended."""
     import ray
 
-    saved, end = desk.saving.remote(), time.monotonic() + SAVE_TIMEOUT_S
-    while time.monotonic() < end and not ray.wait([saved], timeout=0)[0]:
-        if wait([training], 0.1).done:
+    saved, deadline = control.wait_for_save.remote(), time.monotonic() + SAVE_TIMEOUT_S
+    while time.monotonic() < deadline and not ray.wait([saved], timeout=0)[0]:
+        if wait([training], SAVE_POLL_INTERVAL_S).done:
             return
 
 
 def worker_main(config: dict[str, Any]) -> None:
-    """Be one worker: what Ray Train calls in each process it starts."""
+    """Run `train_worker` in a process that Ray Train has started."""
     import ray.train
     import ray.train.torch
     import torch.distributed
 
     ray_context = ray.train.get_context()
-    context: StageContext = config["run"]
+    context: StageContext = config["context"]
+    control = config["control"]
     arguments: dict[str, Any] = config["arguments"]
     torch.set_num_threads(max(1, int(context.cluster.cpus_per_worker)))
-    several = ray_context.get_world_size() > 1
-    marks = context.work  # where a fault that has come leaves a marker
-    worker = Worker(
+    parallel = ray_context.get_world_size() > 1
+    marker_folder = context.work_dir  # remembers which injected faults have happened
+    dist = DistributedContext(
         rank=ray_context.get_world_rank(),
-        count=ray_context.get_world_size(),
+        world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
-        reduce=torch.distributed.all_reduce if several else lambda tensor: None,
-        wrap=_distributed if several else lambda module: module,
-        stopping=stop_requested(config["desk"]),
-        fault=lambda step: fault_injection.at(context.stage, worker.rank, step, marks),
+        all_reduce=torch.distributed.all_reduce if parallel else lambda tensor: None,
+        wrap=wrap_ddp if parallel else lambda module: module,
+        stop_requested=stop_requested(control),
+        inject_fault=lambda step: fault_injection.inject_faults(context.stage, dist.rank, step, marker_folder),
     )
-    if worker.rank > 0:
-        context = StageContext(context.stage, context.fingerprint, context.work, context.cluster)  # one voice is enough
-    with suppress(Stopped), fail_without_retry(config["desk"]):  # to Ray a failure is a reason to begin again
+    if dist.rank > 0:  # only rank 0 reports
+        context = StageContext(context.stage, context.fingerprint, context.work_dir, context.cluster)
+    # Ray Train restarts workers after any exception: a stop must not raise, and a UserError must end the restarts.
+    with suppress(TrainingStopped), fail_without_retry(control):
         if context.storage:
-            job = ray.get_runtime_context().get_job_id()  # another checkout may be making the same here
+            job = ray.get_runtime_context().get_job_id()  # apart from another checkout that trains the same here
             context = replace(
-                context, work=node_folder(f"rank-{worker.rank}", context.stage, context.fingerprint[:16], job)
+                context, work_dir=node_cache_dir(f"rank-{dist.rank}", context.stage, context.fingerprint[:16], job)
             )
-            marks = context.work.parent
+            marker_folder = context.work_dir.parent
             arguments = {
-                name: value.fetch() if isinstance(value, Stored) else value for name, value in arguments.items()
+                name: value.fetch() if isinstance(value, StoredArtifact) else value for name, value in arguments.items()
             }
-            _begin_together(Checkpoints.of(context, keep=1), worker)
+            _fetch_same_checkpoint(Checkpoints.for_stage(context, keep=1), dist)
         try:
-            config["learn"](worker=worker, context=context, **arguments)
-        except Stopped:
-            if worker.rank == 0:  # which saves
-                ray.get(config["desk"].saved.remote())
+            config["train_worker"](dist=dist, context=context, **arguments)
+        except TrainingStopped:
+            if dist.rank == 0:  # the rank that saves
+                ray.get(control.mark_saved.remote())
             raise
     if context.storage:
-        shutil.rmtree(marks, ignore_errors=True)  # with what killed jobs have left
+        shutil.rmtree(marker_folder, ignore_errors=True)  # also removes what killed jobs have left
 
 
-def _begin_together(checkpoints: Checkpoints, worker: Worker) -> None:
-    """Let all workers go on from the checkpoint that the first one chooses, since another may be arriving."""
+def _fetch_same_checkpoint(checkpoints: Checkpoints, dist: DistributedContext) -> None:
+    """Fetch on every rank the checkpoint that rank 0 finds newest: a newer one may arrive in the storage meanwhile."""
     import torch.distributed
 
-    step = torch.tensor([checkpoints.fetch() if worker.rank == 0 else 0])
-    if worker.count > 1:
-        patient = torch.distributed.new_group(backend="gloo", timeout=INPUTS_TIMEOUT)
-        torch.distributed.broadcast(step, 0, group=patient)
-        if worker.rank > 0 and step:
+    step = torch.tensor([checkpoints.fetch() if dist.rank == 0 else 0])
+    if dist.world_size > 1:
+        # Gloo works on every device, and the group's own timeout allows for slow downloads of inputs.
+        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=INPUTS_TIMEOUT_S))
+        torch.distributed.broadcast(step, 0, group=group)
+        if dist.rank > 0 and step:
             checkpoints.fetch_step(int(step))
-        torch.distributed.barrier(group=patient)
-    checkpoints.forget_all_but(int(step))
+        torch.distributed.barrier(group=group)
+    checkpoints.remove_except(int(step))
 
 
-def _distributed(module: torch.nn.Module) -> torch.nn.Module:
-    # The codebooks are buffers that every worker moves the same way: nothing to broadcast.
+def wrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
+    """Average gradients over ranks."""
+    # Codebooks are buffers that every rank updates from the same all-reduced sums, so DDP need not broadcast them.
     return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
@@ -265,71 +261,3 @@ def _resources(context: StageContext) -> dict[str, float]:
     if context.cluster.gpus_per_worker:
         resources["GPU"] = context.cluster.gpus_per_worker
     return resources
-
-
-def _telling(reporter: Reporter) -> Any:
-    """Have Ray Train say why workers begin again."""
-    from ray.train import UserCallback
-
-    class ErrorCapturingDataset(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-            rank, cause = _root_cause(worker_exceptions)
-            if not isinstance(cause, UserError):  # which ends training
-                told = describe_failure(cause) or f"raised {type(cause).__name__}: {summarize_error(cause)}"
-                reporter.note(f"Worker {rank}{_place(worker_exceptions[rank])} {told}")
-
-    return ErrorCapturingDataset()
-
-
-def _root_cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """Pick the worker that failed first, and its error: what is the user's to mend, or else what ended the worker.
-
-    The others fell with it: their sums found nobody there.
-    """
-
-    def followed(failure: tuple[int, BaseException]) -> int:
-        error = failure[1]
-        if isinstance(error, UserError):
-            return 0
-        return 3 if is_peer_failure(error) else 1 if describe_failure(error) else 2
-
-    return min(((rank, _unwrapped(failures[rank])) for rank in sorted(failures)), key=followed)
-
-
-def describe_failure(error: BaseException) -> str:
-    """Say in what way a worker was lost; "" if it raised an error of its own."""
-    name = type(error).__name__
-    if is_peer_failure(error):
-        return "lost touch with another."
-    if not type(error).__module__.startswith("ray."):
-        return ""
-    if "OutOfMemory" in name:
-        return "was lost: its node had no memory left."
-    return "was lost: " + ("it no longer answered." if "Timeout" in name else "its process or its node ended.")
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Say whether a sum found somebody missing."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def _place(failure: BaseException) -> str:
-    """Name the node of a worker, where Ray Train's own account of its end does."""
-    found = re.search(r"node_ip='([^']+)'", str(failure))
-    return f" on {found[1]}" if found else ""
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    inside = ("cause", "_base_exc", "health_check_failure")
-    while (cause := next(filter(None, (getattr(error, name, None) for name in inside)), None)) is not None:
-        error = cause
-    return error
-
-
-def summarize_error(error: BaseException) -> str:
-    import ray
-
-    cause = getattr(error, "controller_failure", error)
-    if isinstance(cause, ray.exceptions.RayActorError):  # it quotes what its own protocol says
-        return "the Ray cluster ended, or the node that led training did."
-    return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__

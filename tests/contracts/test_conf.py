@@ -1,4 +1,4 @@
-"""Every choice in conf/ composes and is valid, and params.yaml is what conf/ says."""
+"""Every choice in conf/ composes to valid settings, and params.yaml is what conf/ composes to."""
 
 import dataclasses
 from pathlib import Path
@@ -10,26 +10,27 @@ from pipeline import params
 from pipeline.commands import plan
 from pipeline.compose import compose_params, to_yaml
 from stages.config import Params
+from stages.formats.flatten import flatten
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-# A choice that needs another beside it.
+# Overrides that a choice requires.
 COMPANIONS = {
     "vqvae=three_level": ["+prior@priors.middle=pixelcnn"],
-    "cluster=gpus64": ["experiment=imagenet256"],  # whose batches 64 workers can share
+    "cluster=gpus64": ["experiment=imagenet256"],  # batch sizes that are multiples of 64
 }
 
 
 def choices() -> list[str]:
-    """Write every choice of every group as an override."""
-    found = []
+    """Return every choice of every group as an override."""
+    overrides = []
     for path in sorted(CONF.glob("*/*.yaml")):
         group = path.parent.name
-        at = {"train": "train@train_vqvae", "prior": "prior@priors.top"}.get(group, group)
-        if path.stem != "ffhq1024" or group == "experiment":  # three levels of a size of their own
-            found.append(f"{at}={path.stem}")
-    return found
+        key = {"train": "train@train_vqvae", "prior": "prior@priors.top"}.get(group, group)
+        if path.stem != "ffhq1024" or group == "experiment":  # needs images of 1024 pixels
+            overrides.append(f"{key}={path.stem}")
+    return overrides
 
 
 def composed(*overrides: str) -> Params:
@@ -38,41 +39,41 @@ def composed(*overrides: str) -> Params:
 
 @pytest.mark.parametrize("override", choices())
 def test_every_choice_composes(override):
-    """A choice, taken alone, gives valid settings."""
+    """A single choice gives valid settings."""
     size = [] if override.startswith(("experiment", "dataset")) else ["dataset.image_size=64"]
     composed(override, *COMPANIONS.get(override, ()), *size)
 
 
 def test_params_yaml_is_current():
     """params.yaml holds what conf/ composes: `vqvae2 config --write` would change nothing."""
-    current = params.read(ROOT / "params.yaml") == compose_params((), CONF)
-    assert current, "params.yaml is not what conf/ composes to. Go back to that by: vqvae2 config --write"
+    is_current = params.read(ROOT / "params.yaml") == compose_params((), CONF)
+    assert is_current, "params.yaml is not what conf/ composes to. Run: vqvae2 config --write"
 
 
-def test_what_is_written_reads_back_the_same(tmp_path: Path):
-    """Composed settings survive the way through YAML."""
+def test_composed_settings_survive_yaml(tmp_path: Path):
+    """Settings that are written as YAML are read back unchanged."""
     data = compose_params(["experiment=ffhq1024"], CONF)
     (tmp_path / "params.yaml").write_text(to_yaml(data), encoding="utf-8")
     assert params.read(tmp_path / "params.yaml") == data
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_setting_is_spelled_out(experiment):
-    """No setting is left to a default in code, whose change DVC would not see."""
+def test_every_setting_is_explicit(experiment):
+    """No setting is left to a default in code: DVC would not notice if that changed."""
     data = compose_params([f"experiment={experiment}"], CONF)
-    plain = dataclasses.asdict(params.check(data))
-    assert set(params.flat(data)) == set(params.flat(plain))
+    checked = dataclasses.asdict(params.check(data))
+    assert set(flatten(data)) == set(flatten(checked))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_says_how_to_run_it(experiment):
-    """Each experiment opens with its command and its hardware."""
+def test_experiment_file_states_command_and_hardware(experiment):
+    """Each experiment file begins with its command and its hardware."""
     head = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
     assert "# command   vqvae2 run" in head and "# hardware  " in head
 
 
-def test_imagenet_has_the_papers_numbers():
-    """The appendix's table for 256 x 256."""
+def test_imagenet_matches_the_paper():
+    """The ImageNet preset has the numbers of the paper's table for 256 x 256."""
     settings = composed("experiment=imagenet256")
     assert settings.vqvae.grids(settings.dataset.image_size) == {"top": 32, "bottom": 64}
     assert (settings.train_vqvae.steps, settings.train_vqvae.batch_size) == (2_207_444, 128)
@@ -90,11 +91,11 @@ def test_imagenet_has_the_papers_numbers():
     assert top.condition_layers == 0
     trains = [settings.priors[level].train for level in ("top", "bottom")]
     assert [(train.batch_size, train.steps) for train in trains] == [(1024, 1_600_000), (512, 754_000)]
-    _has_what_both_papers_runs_share(settings)
+    _assert_common_settings_of_the_paper(settings)
 
 
-def test_ffhq_has_the_papers_numbers():
-    """The appendix's table for 1024 x 1024."""
+def test_ffhq_matches_the_paper():
+    """The FFHQ preset has the numbers of the paper's table for 1024 x 1024."""
     settings = composed("experiment=ffhq1024")
     assert settings.vqvae.grids(settings.dataset.image_size) == {"top": 32, "middle": 64, "bottom": 128}
     assert (settings.train_vqvae.steps, settings.train_vqvae.batch_size) == (304_741, 128)
@@ -102,8 +103,8 @@ def test_ffhq_has_the_papers_numbers():
     rows = {
         level: (
             prior.train.batch_size, prior.network.channels, prior.network.residual_channels, prior.network.layers,
-            prior.network.attention_layers, prior.network.kernel_size, prior.network.dropout, prior.network.output_layers,
-            prior.train.steps,
+            prior.network.attention_layers, prior.network.kernel_size, prior.network.dropout,
+            prior.network.output_layers, prior.train.steps,
         )
         for level, prior in settings.priors.items()
     }  # fmt: skip
@@ -114,10 +115,10 @@ def test_ffhq_has_the_papers_numbers():
     }
     assert [prior.network.condition_layers for prior in settings.priors.values()] == [0, 8, 8]
     assert settings.priors["top"].network.attention_heads == 8
-    _has_what_both_papers_runs_share(settings)
+    _assert_common_settings_of_the_paper(settings)
 
 
-def _has_what_both_papers_runs_share(settings: Params) -> None:
+def _assert_common_settings_of_the_paper(settings: Params) -> None:
     for level in settings.vqvae.levels.values():
         assert (level.channels, level.residual_channels, level.residual_blocks) == (128, 64, 2)
         assert (level.entries, level.dim) == (512, 64)
@@ -128,7 +129,7 @@ def _has_what_both_papers_runs_share(settings: Params) -> None:
     assert (settings.augment.flip, settings.augment.max_shift, settings.codes.copies) == (False, 0, 1)
 
 
-# Classes, and of each network its parameters and the operations of a forward pass.
+# Number of classes; parameters and forward FLOPs of each network.
 COSTS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
     "imagenet256": (
         1000,
@@ -151,19 +152,20 @@ COSTS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
 
 
 @pytest.mark.parametrize("experiment", COSTS)
-def test_the_papers_networks_cost_what_was_derived_for_them(experiment):
-    """Composed from conf/, every prior has its table's parameters and those of named pieces, to the last one."""
+def test_paper_networks_have_the_derived_cost(experiment):
+    """Every prior has exactly the parameters of the paper's table and those of the pieces named below."""
     classes, costs = COSTS[experiment]
     settings = composed(f"experiment={experiment}")
-    found = {each.stage: (each.parameters, each.forward_flops) for each in plan.count(settings, classes)}
+    measured = {cost.stage: (cost.parameters, cost.forward_flops) for cost in plan.count(settings, classes)}
     for coarser, (level, prior) in enumerate(settings.priors.items()):
-        table, pieces = of_the_table(prior.network, classes, coarser), of_ours(prior.network, classes, coarser)
-        assert found[f"prior_{level}"][0] == table + sum(pieces.values())
-    assert found == costs
+        table = table_parameters(prior.network, classes, coarser)
+        pieces = extra_parameters(prior.network, classes, coarser)
+        assert measured[f"prior_{level}"][0] == table + sum(pieces.values())
+    assert measured == costs
 
 
-def of_the_table(network: PriorConfig, classes: int, coarser: int) -> int:
-    """Count a prior by the reading of 13 live taps in a block's first convolution and a 1x1 second, in one stack."""
+def table_parameters(network: PriorConfig, classes: int, coarser: int) -> int:
+    """Count the parameters of one stack whose blocks have 13 unmasked taps, then a 1x1 convolution."""
     c, r, k = network.channels, network.residual_channels, 512
     table = k * c + 13 * c * c + network.layers * (13 * c * r + 2 * r * c + classes * 2 * c) + c * k
     table += network.attention_layers * (4 * c * c + 9 * c * c) + network.output_layers * (c * r + 2 * r * c)
@@ -172,34 +174,34 @@ def of_the_table(network: PriorConfig, classes: int, coarser: int) -> int:
     return table
 
 
-def of_ours(network: PriorConfig, classes: int, coarser: int) -> dict[str, int]:
-    """Name what our priors have beside that reading."""
+def extra_parameters(network: PriorConfig, classes: int, coarser: int) -> dict[str, int]:
+    """Count the parameters of this implementation that `table_parameters` does not count, by piece."""
     c, r, k, n, attentions = network.channels, network.residual_channels, 512, network.layers, network.attention_layers
     pieces = {
-        "the stem is strict, one tap less": -c * c,
-        "the raw code enters the keys by a layer of its own": attentions * c * c,
+        "the stem is strictly causal, one tap less": -c * c,
+        "a separate layer maps the code embedding into the keys": attentions * c * c,
         "position channels, at the stem, the queries and the keys": 2 * c + attentions * 2 * 2 * c,
         "biases": c + n * (r + 2 * c) + attentions * 3 * 3 * c + network.output_layers * (r + 2 * c) + k,
     }
     if coarser:
         pieces |= {
             "the coarser codes have embeddings": coarser * k * c,
-            "further coarser levels enter the first convolution": (coarser - 1) * 9 * c * c,
-            "a transposed convolution lifts the coarser map": 16 * c * c + c,
+            "more coarser levels enter the first convolution": (coarser - 1) * 9 * c * c,
+            "a transposed convolution upsamples the coarser map": 16 * c * c + c,
             "biases of the conditioning stack": c + network.condition_layers * (r + c),
         }
     if network.name == "pixelcnn":
         pieces |= {
             "stems of 10 + 2 taps for 12": c,
             "blocks of 15 + 3 taps for 13": n * 5 * c * r,
-            "the vertical stack's own second layers": n * (2 * r * c + r + 2 * c),
-            "its own conditions and labels": n * (2 * c * c * bool(coarser) + classes * 2 * c),
+            "second layers of the vertical stack": n * (2 * r * c + r + 2 * c),
+            "conditions and labels of the vertical stack": n * (2 * c * c * bool(coarser) + classes * 2 * c),
             "from the vertical to the horizontal stack": n * c * r,
         }
     return pieces
 
 
-def test_a_cluster_changes_nothing_else():
-    """Choosing another cluster changes that section alone."""
-    here, there = compose_params((), CONF), compose_params(["cluster=gpus8"], CONF)
-    assert {key for key in here if here[key] != there[key]} == {"cluster"}
+def test_cluster_choice_changes_one_section():
+    """Choosing another cluster changes no other section."""
+    default, gpus8 = compose_params((), CONF), compose_params(["cluster=gpus8"], CONF)
+    assert {key for key in default if default[key] != gpus8[key]} == {"cluster"}

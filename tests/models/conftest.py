@@ -1,4 +1,4 @@
-"""What tests of several networks share."""
+"""Fixtures of the tests of networks."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from jaxtyping import config
 
 @pytest.fixture
 def untyped() -> Iterator[None]:
-    """Run without the types that the other tests check, as a user does."""
+    """Turn the shape checks of the annotations off, as in a normal run."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""Promises of the cost counts: they are the published model's, and cost nothing to take."""
+"""Cost counts: parameters and operations of the published models."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from models.vqvae import VQVAE
         ({"top": 32, "middle": 16, "bottom": 8}, 1024, 3_172_419, 75_984_011_264),  # FFHQ: 3.17 M and 76.0 GFLOP
     ],
 )
-def test_the_papers_models_cost_what_was_derived_for_them(
+def test_cost_of_the_papers_models(
     strides: dict[str, int], image_size: int, expected_parameters: int, expected_flops: int
 ):
-    """At the paper's widths, parameters with codebooks and forward operations are exactly these."""
+    """At the paper's widths, the parameters, with codebooks, and the forward operations are exactly these."""
     with torch.device("meta"):
         vqvae = VQVAE(VQVAEConfig({name: LevelConfig(stride) for name, stride in strides.items()}))
         image = torch.empty(1, 3, image_size, image_size)
@@ -26,8 +26,8 @@ def test_the_papers_models_cost_what_was_derived_for_them(
     assert forward_flops(lambda: vqvae(image)) == expected_flops
 
 
-def test_a_codebook_counts_once_however_it_learns():
-    """Moving averages or gradients, a codebook is K x D numbers; without quantizing there is none."""
+def test_codebook_counts_once_in_every_mode():
+    """A codebook counts K x D numbers, as a buffer or as a parameter, and 0 without quantization."""
     counts = {}
     for mode in ("ema", "loss", "none"):
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""DVC by its command: reasons, outcomes and a good end."""
+"""Tests of running DVC: reasons, outcomes and graceful stops."""
 
 import os
 import shutil
@@ -30,8 +30,8 @@ COPY = "mkdir -p artifacts/second && cp artifacts/first/file artifacts/second"
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A project of two stages that copy a file."""
+def small_project(tmp_path, monkeypatch):
+    """A project of two stages that copy a file, as the current folder."""
     monkeypatch.chdir(tmp_path)
     subprocess.run([*dvc.COMMAND, "init", "--no-scm", "-q"], check=True)
     Path("dvc.yaml").write_text(DVC_YAML.format(command=COPY))
@@ -40,30 +40,31 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def bring(targets=(), **options):
+def repro(targets=(), **options):
     stages = dvc_yaml.stages(params.read())
-    return dvc.reproduce(targets, stages=stages, why=dvc.reasons(stages, targets), environment=os.environ, **options)
+    reasons = dvc.out_of_date_reasons(stages, targets)
+    return dvc.run_repro(targets, stages=stages, reasons=reasons, environment=os.environ, **options)
 
 
 def reasons(targets=(), **options):
-    return dvc.reasons(dvc_yaml.stages(params.read()), targets, **options)
+    return dvc.out_of_date_reasons(dvc_yaml.stages(params.read()), targets, **options)
 
 
-def test_reasons_name_old_and_new_values_and_follow_the_stages(here, capfd):
-    """Before, between and after runs, each stage out of date says why."""
+def test_reasons_have_old_and_new_values_and_follow_dependencies(small_project, capfd):
+    """Each stage that is out of date has its reasons before, between and after runs."""
     assert reasons() == {"first": ["it has not run yet"], "second": ["it has not run yet"]}
-    outcome = bring()
+    outcome = repro()
     assert (outcome.status, outcome.ran) == (0, ["first", "second"])
     assert reasons() == {}
 
     Path("params.yaml").write_text("settings: {side: 64, name: a}\n")
     assert reasons() == {"first": ["settings.side 32 -> 64"], "second": ["first runs before it"]}
     assert reasons(["first"]) == {"first": ["settings.side 32 -> 64"]}
-    assert reasons(["second"], only=True) == {}  # on the inputs in place
-    assert bring().kept == ["second"]  # the copy is the same
+    assert reasons(["second"], only=True) == {}  # its inputs are not run
+    assert repro().unchanged == ["second"]  # `first` wrote the same bytes
 
     Path("params.yaml").write_text("settings: {side: 32, name: a}\n")
-    assert bring().restored == ["first"]
+    assert repro().restored == ["first"]
     Path("source").write_text("other")
     assert reasons()["first"] == ["source was modified"]
 
@@ -72,56 +73,57 @@ def test_reasons_name_old_and_new_values_and_follow_the_stages(here, capfd):
     assert "first         restored from cache" in text and "git add" not in text
 
 
-def test_what_is_not_here_may_never_have_been(here):
-    """A fresh checkout has the lock and nothing else: no word of deleting, and none of what the stages before make."""
-    bring()
+def test_missing_outputs_are_not_called_deleted(small_project):
+    """A fresh checkout has dvc.lock and no artifacts. Inputs that earlier stages write are not listed."""
+    repro()
     shutil.rmtree("artifacts")
     assert reasons() == {
-        "first": ["artifacts/first is not here"],
-        "second": ["artifacts/second is not here", "first runs before it"],
+        "first": ["artifacts/first does not exist"],
+        "second": ["artifacts/second does not exist", "first runs before it"],
     }
     shutil.rmtree(".dvc/cache")
     assert reasons()["first"] == ["artifacts/first is not in the cache"]
 
 
-def test_reasons_list_stages_as_people_do(monkeypatch):
-    """With commas, and one `and`."""
+def test_reasons_list_earlier_stages_with_commas_and_one_and(monkeypatch):
+    """Several earlier stages are listed as in a sentence."""
     stages = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dvc, "_status", lambda: {"codes": ["changed command"]})
-    why = dvc.reasons(stages)
-    assert why["codes"] == ["its command changed"] and why["prior@top"] == ["codes runs before it"]
-    assert why["evaluate"] == ["codes, prior_top, prior_bottom and sample run before it"]
+    reasons = dvc.out_of_date_reasons(stages)
+    assert reasons["codes"] == ["its command changed"] and reasons["prior@top"] == ["codes runs before it"]
+    assert reasons["evaluate"] == ["codes, prior_top, prior_bottom and sample run before it"]
 
 
-def test_force_and_only(here):
-    """--force runs what is up to date; --only leaves the rest alone."""
-    bring()
-    assert bring(force=True).ran == ["first", "second"]
-    assert bring(["second"], force=True, only=True).ran == ["second"]
+def test_force_runs_stages_that_are_up_to_date(small_project):
+    """`force` runs all stages; with `only`, the target alone."""
+    repro()
+    assert repro(force=True).ran == ["first", "second"]
+    assert repro(["second"], force=True, only=True).ran == ["second"]
 
 
-def test_a_failing_stage_fails_the_run(here, capfd):
-    """DVC's status comes back."""
+def test_failed_stage_gives_nonzero_status(small_project, capfd):
+    """The outcome has DVC's exit status, and the failed stage among those that ran."""
     Path("dvc.yaml").write_text(DVC_YAML.format(command="exit 4"))
-    outcome = bring()
+    outcome = repro()
     assert outcome.status != 0 and outcome.ran == ["first", "second"]
 
 
-def test_what_the_cache_lacks_is_named(here):
-    """DVC ends with status 0 where it could not put there what a stage has made."""
-    assert dvc.uncached(bring().ran) == []
+def test_results_missing_from_the_cache_are_found(small_project):
+    """DVC ends with status 0 if its cache has no space for a result."""
+    assert dvc.missing_from_cache(repro().ran) == []
     shutil.rmtree(".dvc/cache")
-    assert dvc.uncached(["second"]) == ["second"] and dvc.uncached([]) == []
+    assert dvc.missing_from_cache(["second"]) == ["second"] and dvc.missing_from_cache([]) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_stage_in_good_order(here, number):
-    """Asked to stop, the run passes SIGINT to the stage, waits for it, and leaves nothing running."""
+def test_signal_stops_the_stage_gracefully(small_project, number):
+    """The run forwards SIGINT to the stage, waits for it, and leaves no process behind."""
     stage = "trap 'echo ended > trace; exit 130' INT; echo $$ > pid; sleep 60 & wait"
     Path("dvc.yaml").write_text(DVC_YAML.format(command=stage))
-    code = "import os; from pipeline import dag, dvc, params\n"
-    code += "o = dvc.reproduce([], stages=dag.stages(params.read()), why={}, environment=os.environ); print(o.stopped)"
+    code = "import os; from pipeline import dvc, dvc_yaml, params\n"
+    code += "stages = dvc_yaml.stages(params.read())\n"
+    code += "print(dvc.run_repro([], stages=stages, reasons={}, environment=os.environ).stop_signal)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
@@ -133,35 +135,33 @@ def test_a_signal_ends_the_stage_in_good_order(here, number):
     assert Path("trace").read_text() == "ended\n"
 
 
-def test_needed_is_the_way_up(here):
-    """A target needs what it reads, and what that reads."""
+def test_dependencies_are_followed_to_the_first_stage():
+    """A target's dependencies include those of its dependencies."""
     stages = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
-    assert dvc.needed(stages, ["prior@top"]) == {"prior@top", "codes", "vqvae", "shard"}
-    assert dvc.needed(stages, ["evaluate"]) == set(stages)
+    assert dvc.with_dependencies(stages, ["prior@top"]) == {"prior@top", "codes", "vqvae", "shard"}
+    assert dvc.with_dependencies(stages, ["evaluate"]) == set(stages)
 
 
 @pytest.mark.parametrize(
-    ("said", "what", "fix"),
+    ("message", "what", "fix"),
     [
-        (
-            "ERROR: Unable to acquire lock: (PID 7) (PID 7) (PID 8)\n",
-            f"{dvc.BUSY}: PID 7, 8.",
-            "Wait for it or stop it",
-        ),
+        ("ERROR: Unable to acquire lock: (PID 7) (PID 7) (PID 8)\n", f"{dvc.BUSY}: PID 7, 8.", "Wait until it ends"),
         (
             "ERROR: you are not inside of a DVC repository\n",
-            "DVC cannot tell what is out of date: you are",
+            "DVC cannot compute its status: you are",
             "Run: dvc init",
         ),
-        ("ERROR: /a is not a git repository\n", "DVC cannot tell what is out of date: /a is", "Run: git init"),
-        ("ERROR: 'x' is odd\n  quoted: 1\n", "DVC cannot tell what is out of date: 'x' is odd", "Mend what it names."),
-        ("", "DVC cannot tell what is out of date: it says nothing", "Mend what it names."),
+        ("ERROR: /a is not a git repository\n", "DVC cannot compute its status: /a is", "Run: git init"),
+        (
+            "ERROR: 'x' is odd\n  quoted: 1\n",
+            "DVC cannot compute its status: 'x' is odd",
+            "Fix what the message names.",
+        ),
+        ("", "DVC cannot compute its status: it printed no message", "Fix what the message names."),
     ],
 )
-def test_what_dvc_cannot_do_is_told_in_its_words(monkeypatch, said, what, fix):
-    """With the fix where it is known."""
-    done = subprocess.CompletedProcess([], 255, stdout="", stderr=said)
-    monkeypatch.setattr(dvc.subprocess, "run", lambda *_, **__: done)
+def test_failure_of_dvc_is_reported_with_its_message(message, what, fix):
+    """The error has DVC's last message, and a fix if one is known."""
     with pytest.raises(UserError) as caught:
-        dvc.reasons({})
+        dvc.parse_status(subprocess.CompletedProcess([], 255, stdout="", stderr=message))
     assert caught.value.what.startswith(what) and caught.value.where == str(Path.cwd()) and fix in caught.value.fix

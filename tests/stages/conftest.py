@@ -1,138 +1,21 @@
-"""A whole small pipeline in one process: the real stages, their parts and workers one after the other, without Ray."""
+"""Fixtures of the pipeline that runs in this process."""
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from models.config import LevelConfig, PriorConfig, VQVAEConfig
-from stages import codes, prior, sample, shard, vqvae
-from stages.config import (
-    AugmentConfig,
-    ClusterConfig,
-    CodesConfig,
-    DatasetConfig,
-    PriorStageConfig,
-    SampleConfig,
-    TrainConfig,
-)
-from stages.runtime.context import StageContext
-from stages.training import ray_train
-from stages.training.loop import Worker
-
-NETWORK = VQVAEConfig({"top": LevelConfig(8, 8, 4, 1, 16, 4), "bottom": LevelConfig(4, 8, 4, 1, 16, 4)})
-TRAIN = TrainConfig(steps=12, batch_size=4, ema_decay=0.5, log_every=2, evaluate_every=6, checkpoint_every=4)
-PRIORS = {
-    "top": PriorConfig("pixelsnail", 8, 8, 2, 1, 2, 3, 0.1, 1, 1),
-    "bottom": PriorConfig("pixelcnn", 8, 8, 2, 0, 1, 3, 0.1, 1, 1),
-}
-AUGMENT = AugmentConfig(flip=True, max_shift=1)
-
-
-class Project:
-    """A folder with artifacts, and the stages to make them."""
-
-    network, augment, train, priors = NETWORK, AUGMENT, TRAIN, PRIORS
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def run(self, stage: str, fingerprint: str = "f") -> StageContext:
-        work = self.folder / "runs" / stage / fingerprint
-        work.mkdir(parents=True, exist_ok=True)
-        return StageContext(stage, fingerprint, work, ClusterConfig())
-
-    def path(self, name: str) -> Path:
-        return self.folder / "artifacts" / name
-
-    def files(self, stage: str) -> tuple[Path, Path]:
-        return self.folder / f"metrics/{stage}.json", self.folder / f"plots/{stage}.csv"
-
-    def shard(self) -> None:
-        source = self.folder / "images"
-        random = np.random.default_rng(0)
-        for split, count in (("train", 12), ("validation", 4)):
-            for number in range(count):
-                shade = "light" if number % 2 else "dark"
-                path = source / split / shade / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = random.integers(0, 128, (16, 16, 3)) + (127 if shade == "light" else 0)
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
-        dataset = DatasetConfig("shades", str(source), 16, images_per_shard=5)
-        shard.run(source, self.path("shards"), self.files("shard")[0], dataset=dataset, context=self.run("shard"))
-
-    def vqvae(self, seed: int = 0, out: str = "vqvae", fingerprint: str = "f") -> None:
-        vqvae.run(
-            self.path("shards"), self.path(out), *self.files("vqvae"),
-            vqvae=NETWORK, augment=AUGMENT, train_vqvae=TRAIN, seed=seed, context=self.run("vqvae", fingerprint),
-        )  # fmt: skip
-
-    def codes(self, copies: int = 2, out: str = "codes", fingerprint: str = "f") -> None:
-        codes.run(
-            self.path("shards"), self.path("vqvae"), self.path(out), self.files("codes")[0],
-            codes=CodesConfig(copies=copies, batch_size=3), augment=AUGMENT, seed=0,
-            context=self.run("codes", fingerprint),
-        )  # fmt: skip
-
-    def prior(self, level: str, codes: str = "codes", out: str = "priors", fingerprint: str = "f") -> None:
-        settings = PriorStageConfig(PRIORS[level], TRAIN)
-        prior.run(
-            level, self.path(codes), self.path(out) / level, *self.files(f"prior_{level}"),
-            prior=settings, seed=0, context=self.run(f"prior@{level}", fingerprint),
-        )  # fmt: skip
-
-    def sample(self, out: str = "samples", fingerprint: str = "f", **settings: Any) -> None:
-        config = SampleConfig(**{"count": 10, "images_per_part": 4, "batch_size": 3} | settings)
-        sample.run(
-            self.path("vqvae"), self.path("priors"), self.path(out), sample=config, seed=0,
-            context=self.run("sample", fingerprint),
-        )  # fmt: skip
-
-
-def serial(worker: Any, arguments: tuple[Any, ...], parts: list[Any], *, context: StageContext, unit: str) -> list[Any]:
-    """Do parts one after the other; what goes in and out is plain, as between processes."""
-    built = worker(*arguments)
-    return [built(json.loads(json.dumps(part))) for part in parts]
-
-
-@contextmanager
-def without_ray() -> Iterator[None]:
-    """Replace the two ways in which stages use Ray by their like in this process."""
-
-    def alone(train_worker: Callable[..., None], arguments: dict[str, Any], *, context: StageContext) -> None:
-        train_worker(worker=Worker(), context=context, **arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_train, "fit", alone)
-        for stage in (shard, codes, sample):
-            patch.setattr(stage, "map_parts", serial)
-        yield
+from tests.mini_pipeline import MiniPipeline, without_ray
 
 
 @pytest.fixture
 def in_process() -> Iterator[None]:
-    """Let a test run stages without Ray."""
+    """Run stages without Ray."""
     with without_ray():
         yield
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Every artifact up to samples, once."""
+def project(tmp_path_factory: pytest.TempPathFactory) -> MiniPipeline:
+    """Artifacts of every stage up to samples. Tests must not change them."""
     with without_ray():
-        return build(Project(tmp_path_factory.mktemp("project")))
-
-
-def build(made: Project) -> Project:
-    made.shard()
-    made.vqvae()
-    made.codes()
-    for level in ("top", "bottom"):
-        made.prior(level)
-    made.sample()
-    return made
+        return MiniPipeline.build(tmp_path_factory.mktemp("project"))

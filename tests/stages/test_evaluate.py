@@ -1,4 +1,4 @@
-"""The whole of evaluate, on a tiny pipeline whose networks have learnt nothing, in one process."""
+"""Stage `evaluate` on a tiny pipeline with untrained networks, in one process."""
 
 import csv
 import json
@@ -20,6 +20,7 @@ from stages import codes, evaluate, sample, shard
 from stages.config import AugmentConfig, ClusterConfig, CodesConfig, DatasetConfig, EvaluateConfig, SampleConfig
 from stages.errors import UserError
 from stages.evaluation import summary, worker
+from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
@@ -27,7 +28,7 @@ from stages.metrics import COMPARISONS
 from stages.runtime.context import StageContext
 from tests.screen import Screen
 
-SIDE = 16
+IMAGE_SIZE = 16
 LEVELS = {
     "top": LevelConfig(8, channels=8, residual_channels=4, residual_blocks=1, entries=16, dim=4),
     "bottom": LevelConfig(4, channels=8, residual_channels=4, residual_blocks=1, entries=32, dim=4),
@@ -43,24 +44,25 @@ PRIOR = PriorConfig(
     output_layers=0,
     condition_layers=1,
 )
+INPUTS = ("shards", "vqvae", "codes", "priors", "samples")
 CONFIG = EvaluateConfig(batch_size=5, max_images=12, nearest_images=2, samples_shown=3)
 
 
 class Thumbnail(nn.Module):
-    """A feature network that costs nothing: four pixels of each colour."""
+    """Cheap feature network: the image reduced to 2 x 2 pixels."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) / 255
 
 
 def serial(worker, arguments, parts, *, context, unit):
-    """Stand in for Ray: one worker, one part after another, in memory."""
-    call = worker(*arguments)
-    return [call(json.loads(json.dumps(part))) for part in parts]
+    """Map the parts one after another in this process, without Ray."""
+    instance = worker(*arguments)
+    return [instance(json.loads(json.dumps(part))) for part in parts]
 
 
-def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = ("red", "blue"), samples: int = 8):
-    """Make every input of evaluate, from pictures to samples."""
+def make_inputs(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = ("red", "blue"), samples: int = 8):
+    """Write all inputs of evaluate into a folder and return it."""
     generator = np.random.default_rng(0)
     for split, count in images.items():
         for number in range(count):
@@ -77,19 +79,27 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
         return StageContext(stage, "f" * 64, work, ClusterConfig())
 
     metrics = root / "metrics.json"
-    dataset = DatasetConfig("tiny", str(root / "source"), SIDE, labels="folders" if classes else "none")
+    dataset = DatasetConfig("tiny", str(root / "source"), IMAGE_SIZE, labels="folders" if classes else "none")
     shard.run(root / "source", root / "shards", metrics, dataset=dataset, context=run("shard"))
     config = VQVAEConfig(LEVELS)
     network = VQVAE(config)
-    found = open_shards(root / "shards")
-    first = torch.from_numpy(np.stack([found.split("train").read(i) for i in range(len(found.split("train")))]))
-    network.absorb({k: q.sums for k, q in network(first.permute(0, 3, 1, 2) / 127.5 - 1).levels.items()})
+    opened_shards = open_shards(root / "shards")
+    training = opened_shards.split("train")
+    pixels = torch.from_numpy(np.stack([training.read(index) for index in range(len(training))]))
+    output = network(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+    network.absorb({level: quantized.sums for level, quantized in output.levels.items()})
     history = [
-        {"step": s, "name": f"{split}/mse", "value": 1 / s} for s in (1, 2, 3) for split in ("train", "validation")
+        {"step": step, "name": f"{split}/mse", "value": 1 / step}
+        for step in (1, 2, 3)
+        for split in ("train", "validation")
     ]
-    meta = {"network": model_file.network_meta(config), "classes": list(found.classes), "shards": found.digest}
-    meta |= {"image_size": SIDE}
-    model_file.write(root / "vqvae", "vqvae", network.state_dict(), meta, history=history, pictures={})
+    meta = {
+        "network": model_file.network_meta(config),
+        "classes": list(opened_shards.classes),
+        "shards": opened_shards.digest,
+    }
+    meta |= {"image_size": IMAGE_SIZE}
+    model_file.write(root / "vqvae", "vqvae", network.state_dict(), meta, history=history, images={})
     codes.run(
         root / "shards",
         root / "vqvae",
@@ -100,23 +110,23 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
         seed=0,
         context=run("codes"),
     )
-    made = open_codes(root / "codes")
+    opened_codes = open_codes(root / "codes")
     coarser = {}
-    for level, shape in made.levels.items():
+    for level, shape in opened_codes.levels.items():
         grid = (shape.height, shape.width)
-        prior = build(PRIOR, entries=shape.entries, grid=grid, coarser=coarser, classes=len(made.classes))
+        prior = build(PRIOR, entries=shape.entries, grid=grid, coarser=coarser, classes=len(opened_codes.classes))
         meta = {
             "network": model_file.network_meta(PRIOR),
             "level": level,
             "entries": shape.entries,
             "grid": list(grid),
             "coarser": {name: other._asdict() for name, other in coarser.items()},
-            "classes": list(made.classes),
-            "label_counts": [1] * len(made.classes),
-            "vqvae": made.vqvae,
-            "codes": made.found.digest,
+            "classes": list(opened_codes.classes),
+            "label_counts": [1] * len(opened_codes.classes),
+            "vqvae": opened_codes.vqvae,
+            "codes": opened_codes.artifact.digest,
         }
-        model_file.write(root / "priors" / level, "prior", prior.state_dict(), meta, history=[], pictures={})
+        model_file.write(root / "priors" / level, "prior", prior.state_dict(), meta, history=[], images={})
         coarser[level] = shape
     sample.run(
         root / "vqvae", root / "priors", root / "samples", sample=SampleConfig(samples), seed=0, context=run("sample")
@@ -124,24 +134,24 @@ def pipeline(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = (
     return root
 
 
-def measure(root: Path, name: str = "evaluate") -> SimpleNamespace:
-    """Run evaluate; give its numbers, its folder and what it said."""
-    not_ignored, out = Screen(), root / name
+def run_evaluate(root: Path, name: str = "evaluate") -> SimpleNamespace:
+    """Run evaluate; return its metrics, output folder, messages and images."""
+    screen, out = Screen(), root / name
     network = root / "thumbnail.pt"
     torch.jit.script(Thumbnail()).save(str(network))
     work = out / "work"
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     evaluate.run(
-        *(root / folder for folder in ("shards", "vqvae", "codes", "priors", "samples")),
+        *(root / folder for folder in INPUTS),
         out / "report",
         out / "metrics.json",
         out / "plots",
         evaluate=replace(CONFIG, feature_weights=str(network)),
         seed=0,
-        context=StageContext("evaluate", "f" * 64, work, ClusterConfig(), not_ignored),
+        context=StageContext("evaluate", "f" * 64, work, ClusterConfig(), screen),
     )
-    numbers = json.loads((out / "metrics.json").read_text())
-    return SimpleNamespace(numbers=numbers, out=out, notes=not_ignored.notes, pictures=not_ignored.pictures)
+    metrics = json.loads((out / "metrics.json").read_text())
+    return SimpleNamespace(metrics=metrics, out=out, messages=screen.messages, images=screen.images)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,72 +159,72 @@ def one_process():
     with pytest.MonkeyPatch.context() as patch:
         for module in (shard, codes, sample, evaluate):
             patch.setattr(module, "map_parts", serial)
-        patch.setattr(evaluate, "FEWEST_REFERENCE", 6)
         yield
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return pipeline(tmp_path_factory.mktemp("pipeline"), {"train": 20, "validation": 9})
+    return make_inputs(tmp_path_factory.mktemp("pipeline"), {"train": 20, "validation": 20})
 
 
 @pytest.fixture(scope="module")
-def found(root) -> SimpleNamespace:
-    return measure(root)
+def evaluated(root) -> SimpleNamespace:
+    return run_evaluate(root)
 
 
-def test_reconstructions_are_measured_from_the_codes_on_disk(root, found):
-    """Each prefix of levels, each filling, and the whole: equal to decoding what the VQ-VAE encodes, image by image."""
+def test_distortion_equals_that_of_encoding_and_decoding_again(root, evaluated):
+    """Distortion from the codes on disk equals that of the VQ-VAE's own codes, for a prefix and for all levels."""
     network, _ = model_file.load_vqvae(root / "vqvae")
     images = open_shards(root / "shards").split("validation")
-    pixels = torch.from_numpy(np.stack([images.read(i) for i in range(9)])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(np.stack([images.read(i) for i in range(12)])).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
         encoded = network.encode(pixels)
-        whole = (network.decode(encoded) - pixels).square().mean().item()
-        top = (network.decode({"top": encoded["top"]}, fill="mean") - pixels).square().mean().item()
-    measured = found.numbers["reconstruction"]["validation"]
-    assert measured["images"] == 9
-    assert measured["mse"] == pytest.approx(whole, rel=1e-4)
-    assert measured["top_filled_with_mean"]["mse"] == pytest.approx(top, rel=1e-4)
-    assert set(measured) == {"images", "mse", "psnr", "ssim", "top_filled_with_zeros", "top_filled_with_mean"}
+        mse_all_levels = (network.decode(encoded) - pixels).square().mean().item()
+        mse_top = (network.decode({"top": encoded["top"]}, fill="mean") - pixels).square().mean().item()
+    values = evaluated.metrics["reconstruction"]["validation"]
+    assert values["images"] == 12
+    assert values["mse"] == pytest.approx(mse_all_levels, rel=1e-4)
+    assert values["top_filled_with_mean"]["mse"] == pytest.approx(mse_top, rel=1e-4)
+    assert set(values) == {"images", "mse", "psnr", "ssim", "top_filled_with_zeros", "top_filled_with_mean"}
 
 
-def test_networks_run_over_no_more_images_than_asked_for(found):
-    """max_images bounds each split, and N is the same for every set."""
-    numbers = found.numbers
-    assert numbers["reconstruction"]["train"]["images"] == 12
-    assert numbers["likelihood"]["top"]["train"]["images"] == 12
-    assert numbers["num_images"] == {"train": 20, "validation": 9, "samples": 8, "compared": 8}
-    assert {numbers["compared"][name]["images"] for name in worker.SETS} == {8}
+def test_max_images_limits_each_split(evaluated):
+    """The networks run over max_images of each split, and all image sets are compared at the same N."""
+    metrics = evaluated.metrics
+    assert metrics["reference"] == "validation"
+    assert metrics["reconstruction"]["train"]["images"] == 12
+    assert metrics["likelihood"]["top"]["train"]["images"] == 12
+    assert metrics["num_images"] == {"train": 20, "validation": 20, "samples": 8, "compared": 8}
+    assert {metrics["compared"][name]["images"] for name in COMPARED_SETS} == {8}
 
 
-def test_every_measure_carries_its_network_and_both_controls_stand_beside(found):
-    """KID, Fréchet distance, precision and recall of the samples, the reconstructions and the controls."""
+def test_each_image_set_has_all_measures(evaluated):
+    """Samples, reconstructions and controls have KID, Fréchet distance, precision and recall, named by the network."""
     names = {f"{measure}_thumbnail" for measure in ("kid", "fd", "precision", "recall")}
-    for name in worker.SETS:
-        assert names <= set(found.numbers["compared"][name])
-    assert set(found.numbers["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}
+    for name in COMPARED_SETS:
+        assert names <= set(evaluated.metrics["compared"][name])
+    assert set(evaluated.metrics["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}
 
 
-def test_an_untrained_prior_costs_what_a_uniform_one_does(found):
-    """NLL is near ln K, and the rate under the prior near log2 K per code, in the same units."""
-    top = found.numbers["likelihood"]["top"]
+def test_untrained_prior_has_the_rate_of_a_uniform_prior(evaluated):
+    """The NLL is near ln K nats per code, and the rate under the prior near log2 K bits per code."""
+    top = evaluated.metrics["likelihood"]["top"]
     assert top["validation"]["nats_per_code"] == pytest.approx(np.log(16), rel=0.1)
-    assert found.numbers["rate"]["top"]["fixed"]["bits_per_pixel"] == 4 * 4 / SIDE**2
-    assert found.numbers["rate"]["total"]["prior"]["bits_per_pixel"] == pytest.approx((16 + 16 * 5) / 256, rel=0.1)
-    assert found.numbers["rate"]["total"]["files"]["bits_per_pixel"] > 0
+    assert evaluated.metrics["rate"]["top"]["fixed"]["bits_per_pixel"] == 4 * 4 / IMAGE_SIZE**2
+    assert evaluated.metrics["rate"]["total"]["prior"]["bits_per_pixel"] == pytest.approx((16 + 16 * 5) / 256, rel=0.1)
+    assert evaluated.metrics["rate"]["total"]["files"]["bits_per_pixel"] > 0
 
 
-def test_usage_counts_every_code_of_every_plain_image(root, found):
-    """All images count, not only those that networks ran over."""
+def test_codebook_usage_covers_all_images(root, evaluated):
+    """Usage counts the codes of all images, not only of max_images."""
     codes_on_disk = open_codes(root / "codes").split("train").codes["bottom"]
     assert codes_on_disk.shape[0] == 20
-    assert found.numbers["codebook"]["bottom"]["train"]["used_entries"] == len(np.unique(codes_on_disk))
+    assert evaluated.metrics["codebook"]["bottom"]["train"]["used_entries"] == len(np.unique(codes_on_disk))
 
 
-def test_plots_are_tables_that_dvc_draws(found):
-    """Rate against distortion, likelihoods, and usage per level, each with its header."""
-    headers = {path.name: next(csv.reader(path.open())) for path in (found.out / "plots").iterdir()}
+def test_plots_are_csv_files_with_headers(evaluated):
+    """The plots are rate-distortion, likelihood, and the usage of each level."""
+    headers = {path.name: next(csv.reader(path.open())) for path in (evaluated.out / "plots").iterdir()}
     assert headers == {
         "rate_distortion.csv": ["levels", "rate", "bits_per_pixel", "mse", "psnr"],
         "nll.csv": ["level", "split", "nats_per_code", "bits_per_code"],
@@ -223,133 +233,131 @@ def test_plots_are_tables_that_dvc_draws(found):
     }
 
 
-def test_the_report_is_an_artifact_with_its_pictures_beside_it(found):
-    """The page and three sheets, committed with hashes, and shown to whoever tracks the run."""
-    report = artifact.read(found.out / "report", "report", "evaluate")
+def test_report_is_an_artifact_with_its_contact_sheets(evaluated):
+    """The page and three contact sheets are one artifact, and the reporter gets the contact sheets."""
+    report = artifact.read(evaluated.out / "report", "report", "evaluate")
     assert set(report.files) == {"report.html", "samples.png", "reconstructions.png", "nearest.png"}
-    assert found.pictures == ["samples", "reconstructions", "nearest"]
+    assert evaluated.images == ["samples", "reconstructions", "nearest"]
 
 
-def test_a_second_run_gives_the_same_bytes(root, found):
-    """Everything is a function of the inputs, the settings and the seed."""
-    again = measure(root, "again")
-    assert again.numbers == found.numbers
+def test_second_run_gives_the_same_bytes(root, evaluated):
+    """All outputs are a function of the inputs, the settings and the seed."""
+    again = run_evaluate(root, "again")
+    assert again.metrics == evaluated.metrics
     for name in ("report/report.html", "plots/usage_top.csv", "report/manifest.json"):
-        assert (again.out / name).read_bytes() == (found.out / name).read_bytes()
+        assert (again.out / name).read_bytes() == (evaluated.out / name).read_bytes()
 
 
-def test_finished_parts_are_not_measured_again(root, found, monkeypatch):
-    """After an interruption only the missing parts run."""
-    monkeypatch.setattr(worker.Measurer, "features", lambda *_: pytest.fail("features were computed again"))
-    (found.out / "report" / artifact.MANIFEST).unlink()
-    not_ignored = Screen()
-    evaluate.run(
-        *(root / folder for folder in ("shards", "vqvae", "codes", "priors", "samples")),
-        found.out / "report",
-        found.out / "metrics.json",
-        found.out / "plots",
-        evaluate=replace(CONFIG, feature_weights=str(root / "thumbnail.pt")),
-        seed=0,
-        context=StageContext("evaluate", "f" * 64, found.out / "work", ClusterConfig(), not_ignored),
-    )
-    assert (found.out / "report" / artifact.MANIFEST).exists()
+def test_interrupted_run_measures_only_missing_parts(root):
+    """A run in the work folder of an interrupted run computes the missing part and keeps the files of the others."""
+    first = run_evaluate(root, "interrupted")
+    paths = sorted((first.out / "work" / "parts").glob("*.npz"))
+    missing = first.out / "work" / "parts" / "features-samples-0-8.npz"
+    missing.unlink()
+    (first.out / "report" / artifact.MANIFEST).unlink()
+    times = {path: path.stat().st_mtime_ns for path in paths if path != missing}
+    second = run_evaluate(root, "interrupted")
+    assert second.metrics == first.metrics
+    assert missing.exists() and len(times) == len(paths) - 1
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert (second.out / "report" / artifact.MANIFEST).exists()
 
 
-def test_one_image_only_is_measured_as_far_as_one_image_can_be(tmp_path):
-    """What needs more images is left out, and said."""
-    found = measure(pipeline(tmp_path, {"train": 1}, classes=(), samples=1))
-    assert found.numbers["reference"] == "train" and found.numbers["num_images"]["compared"] == 1
-    assert "kid_thumbnail" not in found.numbers["compared"]["samples"]
-    assert "KID (kid) needs 2 images of each set; here there are 1." in found.notes
-    assert found.numbers["reconstruction"]["train"]["mse"] > 0
+def test_single_image_omits_measures_of_several_images(tmp_path):
+    """Measures that need more images are left out, and a message says so."""
+    evaluated = run_evaluate(make_inputs(tmp_path, {"train": 1}, classes=(), samples=1))
+    assert evaluated.metrics["reference"] == "train" and evaluated.metrics["num_images"]["compared"] == 1
+    assert "kid_thumbnail" not in evaluated.metrics["compared"]["samples"]
+    assert "KID (kid) is omitted: it needs 2 images of each set, got 1." in evaluated.messages
+    assert evaluated.metrics["reconstruction"]["train"]["mse"] > 0
 
 
 def test_codes_of_other_shards_are_refused(root, tmp_path):
-    """An image without codes is named, with the stage that makes them."""
-    other = pipeline(tmp_path, {"train": 30, "validation": 9})
-    inputs = worker.Inputs(other / "shards", root / "vqvae", root / "codes", root / "priors", root / "samples")
-    with pytest.raises(UserError, match="The codes hold no image") as caught:
-        inputs.plain_codes("train", 30)
+    """The error names an image without codes, and the stage that computes them."""
+    other = make_inputs(tmp_path, {"train": 30, "validation": 9})
+    inputs = EvaluationInputs(other / "shards", *(root / name for name in INPUTS[1:]))
+    with pytest.raises(UserError, match="The codes have no row for train image") as caught:
+        inputs.codes_of_first_images("train", 30)
     assert (caught.value.where, caught.value.code) == (str(root / "codes"), 4)
     assert caught.value.fix == "Run: vqvae2 run --stage codes"
 
 
-def test_what_a_reader_must_not_miss_is_said_in_sentences():
-    """And nothing where there is nothing to say."""
-    fine = {"train": np.full(8, 5)}
-    one = {"train": np.array([40, 0, 0, 0, 0, 0, 0, 0])}
-    numbers = {"codebook": summary.codebook({"top": fine}), "reference": "validation", "neighbours": {}}
-    many = max(comparison.fewest(CONFIG) for comparison in COMPARISONS.values())
-    assert summary.notes(numbers, many, CONFIG) == []
-    numbers = {
-        "codebook": summary.codebook({"top": one, "bottom": fine}),
+def test_notes_name_collapse_omitted_measures_few_images_and_copies():
+    """Each problem gives one sentence; an evaluation without problems gives none."""
+    uniform = {"train": np.full(8, 5)}
+    collapsed = {"train": np.array([40, 0, 0, 0, 0, 0, 0, 0])}
+    metrics = {"codebook": summary.codebook({"top": uniform}), "reference": "validation", "neighbours": {}}
+    enough_images = max(comparison.min_images(CONFIG) for comparison in COMPARISONS.values())
+    assert summary.notes(metrics, enough_images, CONFIG) == []
+    metrics = {
+        "codebook": summary.codebook({"top": collapsed, "bottom": uniform}),
         "reference": "train",
         "neighbours": {"pixels": {"samples_copies": 3}},
     }
-    assert summary.notes(numbers, many, CONFIG) == [
-        "Level top is collapsed: its perplexity is 1.0 of 8 entries, below a quarter, so it leaves its prior little "
-        "to learn.",
-        "There are few validation images, so sets of images are held against training images.",
-        "3 samples are, pixel by pixel, training images.",
+    assert summary.notes(metrics, enough_images, CONFIG) == [
+        "Level top is collapsed: its perplexity is 1.0 of 8 entries, below 25%. Its prior has little to learn.",
+        "There are few validation images, so image sets are compared with training images instead.",
+        "3 samples are exact copies of training images, pixel by pixel.",
     ]
-    few = summary.notes(numbers, 1, CONFIG)
-    assert len(few) == 3 + len(COMPARISONS) and "KID (kid) needs 2 images of each set; here there are 1." in few
+    with_one_image = summary.notes(metrics, 1, CONFIG)
+    assert len(with_one_image) == 3 + len(COMPARISONS)
+    assert "KID (kid) is omitted: it needs 2 images of each set, got 1." in with_one_image
 
 
 @pytest.mark.parametrize(("folder", "stage"), [("codes", "codes"), ("samples", "sample"), ("priors", "prior_top")])
-def test_what_another_vqvae_made_is_refused(root, tmp_path, folder: str, stage: str):
-    """Nothing is decoded by a VQ-VAE that does not know its codes."""
-    inputs = {name: root / name for name in ("shards", "vqvae", "codes", "priors", "samples")}
+def test_artifact_of_another_vqvae_is_refused(root, tmp_path, folder: str, stage: str):
+    """Codes, samples and priors must come from the evaluated VQ-VAE; the error names the stage to run."""
+    inputs = {name: root / name for name in INPUTS}
     shutil.copytree(inputs[folder], tmp_path / folder)
     path = tmp_path / folder / ("top" if folder == "priors" else "") / artifact.MANIFEST
     manifest = json.loads(path.read_bytes())
     manifest["meta"]["vqvae"] = "0" * 64
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=rf"made with VQ-VAE 0+, but[\s\S]*--stage {stage}"):
-        worker.Inputs(*{**inputs, folder: tmp_path / folder}.values()).check()
+    with pytest.raises(UserError, match=rf"made with VQ-VAE \w+, got VQ-VAE 0+\.[\s\S]*--stage {stage}"):
+        EvaluationInputs(*{**inputs, folder: tmp_path / folder}.values()).check()
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_damaged_samples_are_named_before_anything_is_measured(root, tmp_path, kind: str):
-    """A flipped bit in the header of a tar could hide images, or have them looked for without end."""
+def test_damaged_samples_are_refused(root, tmp_path, kind: str):
+    """A flipped bit in a file of the samples, even in a tar header, is found by its hash."""
     shutil.copytree(root / "samples", tmp_path / "samples")
     path = sorted((tmp_path / "samples").glob(f"*.{kind}"))[0]
     data = bytearray(path.read_bytes())
     data[130] ^= 1
     path.write_bytes(data)
-    others = [root / name for name in ("shards", "vqvae", "codes", "priors")]
+    other_inputs = [root / name for name in INPUTS[:-1]]
     with pytest.raises(UserError, match=rf"{path.name} is damaged[\s\S]*Delete {tmp_path}"):
-        worker.Inputs(*others, tmp_path / "samples").check()
+        EvaluationInputs(*other_inputs, tmp_path / "samples").check()
 
 
-def test_the_first_codes_are_read_from_the_files_that_hold_them(root):
-    """A million images' codes are not read to measure some."""
-    inputs = worker.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples")))
-    whole, first = inputs.plain_codes("train", 20), inputs.plain_codes("train", 3)
-    assert list(first.keys) == list(whole.keys)[:3] == inputs.images("train").keys[:3].tolist()
-    assert all((first.codes[level] == whole.codes[level][:3]).all() for level in whole.codes)
+def test_codes_of_first_images_have_the_order_of_the_images(root):
+    """The codes of the first three images are the first three rows of the codes of all images."""
+    inputs = EvaluationInputs(*(root / name for name in INPUTS))
+    all_codes, first = inputs.codes_of_first_images("train", 20), inputs.codes_of_first_images("train", 3)
+    assert list(first.keys) == list(all_codes.keys)[:3] == inputs.images("train").keys[:3].tolist()
+    assert all((first.codes[level] == all_codes.codes[level][:3]).all() for level in all_codes.codes)
 
 
-def test_shuffling_keeps_each_positions_codes_and_leaves_none_with_its_image():
-    """Every position holds the same codes as before, each now with another image."""
+def test_shuffled_codes_keep_each_position_and_change_every_image():
+    """Each position has the same codes as before, and each code belongs to another image than before."""
     grids = np.arange(7 * 2 * 3).reshape(7, 2, 3)
-    made = worker.shuffled(grids, np.random.default_rng(0))
-    assert (np.sort(made, axis=0) == grids).all()
-    assert (made != grids).all()
-    assert len({tuple(row) for row in (made.reshape(7, -1) // 6).tolist()}) == 7
+    shuffled = worker.shuffle_codes(grids, np.random.default_rng(0))
+    assert (np.sort(shuffled, axis=0) == grids).all()
+    assert (shuffled != grids).all()
+    assert len({tuple(row) for row in (shuffled.reshape(7, -1) // 6).tolist()}) == 7
 
 
-def test_nothing_to_compare_is_an_error_that_counts():
-    """Samples or images: whichever there are none of."""
+def test_evaluation_without_samples_is_refused():
+    """The error states the number of samples and of reference images."""
     inputs = SimpleNamespace(images=lambda split: range(5), samples=SimpleNamespace(count=0), samples_folder="samples")
-    with pytest.raises(UserError, match=r"nothing to compare: 0 samples, 5 \w+ images\.") as caught:
+    with pytest.raises(UserError, match=r"got 0 samples and 5 \w+ images\.") as caught:
         evaluate._plan(inputs, CONFIG, seed=0)
     assert caught.value.where == "samples" and "sample.count" in caught.value.fix and caught.value.code == 4
 
 
-def test_samples_that_are_missing_are_counted(root):
-    """With the first of their numbers, and the command that draws them anew."""
-    samples = worker.Inputs(*(root / name for name in ("shards", "vqvae", "codes", "priors", "samples"))).samples
+def test_missing_samples_are_refused(root):
+    """The error states how many samples are missing, the first of them, and the command that creates them again."""
+    samples = EvaluationInputs(*(root / name for name in INPUTS)).samples
     with pytest.raises(UserError, match=r"2 samples are missing, first number 8\.") as caught:
         samples.images(7, 10)
     assert caught.value.where == str(root / "samples") and "--stage sample --force" in caught.value.fix

@@ -1,4 +1,4 @@
-"""The shard stage, its parts done one after the other."""
+"""Tests of the shard stage, with its parts mapped one after another in this process."""
 
 import csv
 import io
@@ -15,31 +15,16 @@ from stages.config import ClusterConfig, DatasetConfig
 from stages.errors import UserError
 from stages.formats.shards import open_shards
 from stages.mapping.parts import map_parts
-from stages.runtime.context import Reporter, StageContext
+from stages.runtime.context import StageContext
+from tests.mini_pipeline import map_serially
+from tests.screen import Screen
 
 SIZE = 8
 
 
-class Notes(Reporter):
-    def __init__(self):
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture(autouse=True)
-def calls(monkeypatch) -> list[dict]:
-    """Do the parts here; keep what each of them said."""
-    results: list[dict] = []
-
-    def serial(worker, arguments, parts, *, context, unit):
-        built = worker(*arguments)
-        results[:] = [built(json.loads(json.dumps(part))) for part in parts]
-        return results
-
-    monkeypatch.setattr(shard, "map_parts", serial)
-    return results
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "map_parts", map_serially)
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -62,7 +47,7 @@ def make(path: Path, files: dict[str, bytes]) -> Path:
 IMAGES = {f"{'cat' if seed < 10 else 'dog'}/{seed}.png": png(seed) for seed in range(20)}
 
 
-def sharded(source: Path, base: Path, cluster: ClusterConfig | None = None, **settings) -> Notes:
+def run_shard(source: Path, base: Path, cluster: ClusterConfig | None = None, **settings) -> Screen:
     values = {
         "name": "test",
         "source": str(source),
@@ -70,20 +55,21 @@ def sharded(source: Path, base: Path, cluster: ClusterConfig | None = None, **se
         "images_per_shard": 6,
         "validation_fraction": 0.2,
     }
-    context = StageContext("shard", "f", base / "work", cluster or ClusterConfig(), Notes())
+    screen = Screen()
+    context = StageContext("shard", "f", base / "work", cluster or ClusterConfig(), screen)
     shard.run(
         source, base / "out", base / "metrics.json", dataset=DatasetConfig(**(values | settings)), context=context
     )
-    return context.reporter
+    return screen
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_every_image_arrives_once_with_its_class(tmp_path):
-    """Pixels, classes, splits and counts, in shards of the stated length."""
-    sharded(make(tmp_path / "images", IMAGES), tmp_path)
+def test_every_image_is_written_once_with_its_class(tmp_path):
+    """Pixels, classes, splits, counts and shard sizes are as configured."""
+    run_shard(make(tmp_path / "images", IMAGES), tmp_path)
     shards = open_shards(tmp_path / "out")
     shards.verify()
     train, validation = shards.split("train"), shards.split("validation")
@@ -93,7 +79,7 @@ def test_every_image_arrives_once_with_its_class(tmp_path):
         for position in range(len(images)):
             assert expected.pop(images.read(position).tobytes()) == images.labels[position]
     assert not expected
-    assert [part.shard for part in shards.parts()] == [
+    assert [ref.shard for ref in shards.shard_refs()] == [
         *("train-00000.tar", "train-00001.tar", "train-00002.tar", "validation-00000.tar")
     ]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -102,10 +88,10 @@ def test_every_image_arrives_once_with_its_class(tmp_path):
     assert sum(shards.artifact.meta["per_class"]["train"].values()) == 16
 
 
-def test_the_origin_of_each_image_is_kept(tmp_path):
-    """KEY.json holds name and class, also a name that is no UTF-8; a key is never a name."""
+def test_the_source_file_of_each_image_is_recorded(tmp_path):
+    """KEY.json has name and class, also for a name that is not UTF-8; a key is never a name."""
     names = {"a/x.v1.png": png(0), "a/x.v2.png": png(1), "a/\udcff\n.png": png(2)}
-    sharded(make(tmp_path / "images", names), tmp_path, validation_fraction=0.0)
+    run_shard(make(tmp_path / "images", names), tmp_path, validation_fraction=0.0)
     with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     origins = [json.loads(data) for name, data in members.items() if name.endswith(".json")]
@@ -115,78 +101,78 @@ def test_the_origin_of_each_image_is_kept(tmp_path):
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
-    """From a folder, a zip or a tar, and in whichever order the files were made."""
-    make(tmp_path / "one", IMAGES)
-    make(tmp_path / "two", dict(reversed(IMAGES.items())))
-    with tarfile.open(tmp_path / "three.tgz", "w:gz") as tar:
-        tar.add(tmp_path / "two", ".")
-    for name in ("one", "two", "three.tgz"):
-        sharded(tmp_path / name, tmp_path / f"from-{name}")
-    one = files_of(tmp_path / "from-one" / "out")
-    assert one == files_of(tmp_path / "from-two" / "out") == files_of(tmp_path / "from-three.tgz" / "out")
+    """A folder in any order of creation and an archive of it give equal shards."""
+    make(tmp_path / "forward", IMAGES)
+    make(tmp_path / "backward", dict(reversed(IMAGES.items())))
+    with tarfile.open(tmp_path / "archive.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "backward", ".")
+    outputs = []
+    for name in ("forward", "backward", "archive.tgz"):
+        run_shard(tmp_path / name, tmp_path / f"from-{name}")
+        outputs.append(files_of(tmp_path / f"from-{name}" / "out"))
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_a_rerun_keeps_finished_shards(tmp_path, monkeypatch):
-    """Stopped after one shard, the same command does the others only, and ends in the same bytes."""
+def test_a_rerun_skips_finished_shards(tmp_path, monkeypatch):
+    """After an interruption the same command writes only the other shards, and the bytes are equal."""
     source = make(tmp_path / "images", IMAGES)
-    sharded(source, tmp_path / "unbroken")
-    write, written = shard.write_shard, []
+    run_shard(source, tmp_path / "uninterrupted")
+    write_shard, written = shard.write_shard, []
+    limit = 2  # shards until the interruption
 
-    def stops(path, samples):
-        if len(written) == 2:
+    def write(path, images):
+        if len(written) == limit:
             raise KeyboardInterrupt
-        written.append(path.name)
-        return write(path, samples)
+        written.append(path.name.removesuffix(".writing"))
+        return write_shard(path, images)
 
-    monkeypatch.setattr(shard, "write_shard", stops)
+    monkeypatch.setattr(shard, "write_shard", write)
     with pytest.raises(KeyboardInterrupt):
-        sharded(source, tmp_path / "broken")
-    assert not (tmp_path / "broken" / "out").exists()
-    (tmp_path / "broken" / "work" / "parts" / "train-00001.tar").write_bytes(b"damaged since")
-    monkeypatch.setattr(shard, "write_shard", lambda path, samples: written.append(path.name) or write(path, samples))
-    sharded(source, tmp_path / "broken")
-    assert [name.removesuffix(".writing") for name in written[2:]] == [
-        *("train-00001.tar", "train-00002.tar", "validation-00000.tar")
-    ]
-    assert files_of(tmp_path / "broken" / "out") == files_of(tmp_path / "unbroken" / "out")
+        run_shard(source, tmp_path / "interrupted")
+    assert not (tmp_path / "interrupted" / "out").exists()
+    (tmp_path / "interrupted" / "work" / "parts" / "train-00001.tar").write_bytes(b"damaged since")
+    limit = 100
+    run_shard(source, tmp_path / "interrupted")
+    assert written[2:] == ["train-00001.tar", "train-00002.tar", "validation-00000.tar"]
+    assert files_of(tmp_path / "interrupted" / "out") == files_of(tmp_path / "uninterrupted" / "out")
 
 
-def test_a_finished_shard_is_of_the_images_that_are_there_now(tmp_path):
-    """Images that came or went unnoticed meanwhile move others from shard to shard; none is lost, none twice."""
+def test_finished_shards_of_other_images_are_written_again(tmp_path):
+    """Deleting an image moves others between shards; none is lost or duplicated."""
     source = make(tmp_path / "images", IMAGES)
-    sharded(source, tmp_path / "before")
+    run_shard(source, tmp_path / "rerun")
     (source / "cat" / "0.png").unlink()
-    sharded(source, tmp_path / "before")
-    sharded(source, tmp_path / "anew")
-    assert files_of(tmp_path / "before" / "out") == files_of(tmp_path / "anew" / "out")
+    run_shard(source, tmp_path / "rerun")
+    run_shard(source, tmp_path / "fresh")
+    assert files_of(tmp_path / "rerun" / "out") == files_of(tmp_path / "fresh" / "out")
 
 
-def test_unusable_images_are_listed_and_the_others_kept(tmp_path):
-    """rejected.csv holds every name and reason; the keys of the others do not move."""
+def test_rejected_images_are_listed_and_the_others_written(tmp_path):
+    """rejected.csv has every name and reason; the keys of the other images do not change."""
     bad = {"cat/empty.png": b"", "cat/text\n.jpg": b"hello", "dog/eps.eps": b"%!PS-Adobe", "loose.png": png(99)}
-    reporter = sharded(make(tmp_path / "images", IMAGES | bad), tmp_path, max_rejected_fraction=0.2)
+    screen = run_shard(make(tmp_path / "images", IMAGES | bad), tmp_path, max_rejected_fraction=0.2)
     with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
         rejected = {row["name"]: row["reason"] for row in csv.DictReader(file)}
     assert rejected.keys() == {"cat/empty.png", r"cat/text\n.jpg", "dog/eps.eps", "loose.png"}
-    assert rejected["cat/empty.png"] == "the file is empty" and "EPS is not allowed" in rejected["dog/eps.eps"]
-    assert "3 images could not be used; rejected.csv says why." in reporter.notes
+    assert rejected["cat/empty.png"] == "the file is empty" and "EPS is not supported" in rejected["dog/eps.eps"]
+    assert "3 images are rejected; rejected.csv lists the reasons." in screen.messages
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert sum(metrics["images"].values()) == 20 and (metrics["rejected"], metrics["left_out"]) == (3, 1)
+    assert sum(metrics["images"].values()) == 20 and (metrics["rejected"], metrics["skipped"]) == (3, 1)
 
 
-def test_too_many_unusable_images_stop_the_stage(tmp_path):
-    """With the first 20 names, their reasons, and the setting to raise; nothing is left at `out`."""
+def test_too_many_rejected_images_fail_the_stage(tmp_path):
+    """The error has the first 20 names with reasons, and the setting to raise; no output is written."""
     source = make(tmp_path / "images", IMAGES | {f"cat/bad{number:02d}.png": b"" for number in range(25)})
     with pytest.raises(UserError) as caught:
-        sharded(source, tmp_path)
+        run_shard(source, tmp_path)
     message = str(caught.value)
-    assert caught.value.code == 4 and "25 of 45 images cannot be used" in message and "and 5 more" in message
+    assert caught.value.code == 4 and "25 of 45 images are rejected" in message and "and 5 more" in message
     assert message.count("the file is empty") == 20 and "max_rejected_fraction" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_equal_pictures_are_counted_and_a_leak_is_said(tmp_path):
-    """Equal pixels under other names and in other formats, within a split and across splits."""
+def test_duplicates_and_leaks_are_counted(tmp_path):
+    """Equal pixels are detected under other names and formats, within a split and across splits."""
     buffer = io.BytesIO()
     Image.fromarray(pixels(0)).save(buffer, "BMP")
     files = {
@@ -195,61 +181,63 @@ def test_equal_pictures_are_counted_and_a_leak_is_said(tmp_path):
         "train/b/3.png": png(1),
         "val/b/4.png": png(1),
     }
-    reporter = sharded(make(tmp_path / "images", files), tmp_path)
+    screen = run_shard(make(tmp_path / "images", files), tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["duplicates"], metrics["leaked"]) == (2, 1)
-    assert "LEAK: 1 validation images equal a training image, pixel for pixel." in reporter.notes
+    assert "LEAK: 1 validation images equal a training image, pixel for pixel." in screen.messages
     assert open_shards(tmp_path / "out").artifact.meta["leaked"] == 1
 
 
-def test_what_was_done_to_images_is_counted(tmp_path):
-    """Conversions stand in the manifest and in the notes."""
+def test_conversions_are_counted(tmp_path):
+    """They are in the manifest and in the messages."""
     buffer = io.BytesIO()
     Image.new("LA", (SIZE, SIZE)).save(buffer, "PNG")
-    reporter = sharded(make(tmp_path / "images", IMAGES | {"cat/clear.png": buffer.getvalue()}), tmp_path)
-    assert open_shards(tmp_path / "out").artifact.meta["conversions"] == {"transparency: laid on the background": 1}
-    assert "1 images: transparency: laid on the background." in reporter.notes
+    screen = run_shard(make(tmp_path / "images", IMAGES | {"cat/clear.png": buffer.getvalue()}), tmp_path)
+    assert open_shards(tmp_path / "out").artifact.meta["conversions"] == {
+        "transparency: composited on the background": 1
+    }
+    assert "1 images: transparency: composited on the background." in screen.messages
 
 
-def test_one_image_without_label_works(tmp_path):
-    """One training image, no class, no validation image."""
-    sharded(make(tmp_path / "images", {"1.png": png(0)}), tmp_path)
+def test_one_image_without_label_is_accepted(tmp_path):
+    """The dataset has one training image, no class and no validation image."""
+    run_shard(make(tmp_path / "images", {"1.png": png(0)}), tmp_path)
     shards = open_shards(tmp_path / "out")
     train = shards.split("train")
     assert shards.classes == () and train.labels.tolist() == [-1] and (train.read(0) == pixels(0)).all()
     assert len(shards.split("validation")) == 0
 
 
-def test_no_readable_training_image_is_an_error(tmp_path):
-    """Even where every rejection is allowed."""
+def test_rejecting_all_training_images_fails_the_stage(tmp_path):
+    """It fails even if every rejection is allowed."""
     source = make(tmp_path / "images", {"train/1.png": b"", "val/2.png": png(0)})
-    with pytest.raises(UserError, match="No training image could be read") as caught:
-        sharded(source, tmp_path, max_rejected_fraction=1.0)
+    with pytest.raises(UserError, match="All training images are rejected") as caught:
+        run_shard(source, tmp_path, max_rejected_fraction=1.0)
     assert (caught.value.where, caught.value.code) == (str(source), 4)
-    assert caught.value.fix.startswith("Mend the training images; the first one, train/1.png: ")
+    assert caught.value.fix.startswith("Fix the training images; the first one, train/1.png: ")
 
 
 @pytest.mark.ray
-def test_two_workers_on_ray_write_what_one_process_writes(tmp_path, monkeypatch):
-    """The number of workers is nowhere in the bytes."""
+def test_two_ray_workers_write_the_same_bytes_as_one_process(tmp_path, monkeypatch):
+    """The number of workers does not change the output."""
     source = make(tmp_path / "images", IMAGES)
-    sharded(source, tmp_path / "serial")
+    run_shard(source, tmp_path / "serial")
     monkeypatch.setattr(shard, "map_parts", map_parts)
-    sharded(source, tmp_path / "ray", cluster=ClusterConfig(workers=2, cpus_per_worker=1))
+    run_shard(source, tmp_path / "ray", cluster=ClusterConfig(workers=2, cpus_per_worker=1))
     assert files_of(tmp_path / "ray" / "out") == files_of(tmp_path / "serial" / "out")
 
 
-def test_jpeg_shards_are_smaller_and_close(tmp_path):
-    """encoding: jpeg."""
+def test_jpeg_shards_are_close_to_the_source(tmp_path):
+    """image_format: jpeg is lossy."""
     smooth = io.BytesIO()
     Image.linear_gradient("L").resize((SIZE, SIZE)).save(smooth, "PNG")
-    sharded(make(tmp_path / "images", {"1.png": smooth.getvalue()}), tmp_path, image_format="jpeg")
+    run_shard(make(tmp_path / "images", {"1.png": smooth.getvalue()}), tmp_path, image_format="jpeg")
     read = open_shards(tmp_path / "out").split("train").read(0)
     assert np.abs(read[..., 0] - np.asarray(Image.open(smooth)).astype(int)).max() < 8
 
 
-def test_a_wrong_background_is_refused_before_anything_is_read(tmp_path):
-    """Otherwise it would reject every transparent picture."""
-    with pytest.raises(UserError, match="background is 'whitish'") as caught:
-        sharded(tmp_path / "missing", tmp_path, background="whitish")
+def test_an_invalid_background_is_rejected_before_reading_images(tmp_path):
+    """It would otherwise reject every transparent image."""
+    with pytest.raises(UserError, match="background must be a colour, got 'whitish'") as caught:
+        run_shard(tmp_path / "missing", tmp_path, background="whitish")
     assert caught.value.code == 2

@@ -1,46 +1,47 @@
-"""One real run of the smallest pipeline, made once; every test here starts from a copy of it."""
+"""Fixtures of one real run of the smallest pipeline. Every test starts from a copy of it."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))  # for projects.py: the folders of tests are no packages
-
-from projects import SMOKE, Done, Namespace, Project, namespaces_refused
+from tests.command_line_project import SMOKE, CommandLineProject, CommandResult
+from tests.namespace import Namespace, missing_namespace_support
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder as `ray`."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.ray)
 
 
-# A container: nobody's home, no locale, no terminal to speak of, and a way to the outside that leads nowhere.
-BARE = {"HOME": "/proc/nobody", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40"}
-BARE |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+# The environment of a container: no home, no locale, a minimal terminal, and no connection to the internet.
+CONTAINER = {"HOME": "/proc/nobody", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40"}
+CONTAINER |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
 @pytest.fixture(scope="session")
-def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Done]:
-    """The project after `vqvae2 run -S experiment=smoke`, and what that printed. To be read only."""
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CommandLineProject, CommandResult]:
+    """The project after `vqvae2 run -S experiment=smoke`, and the result of the command. Tests must not change it."""
     folder = tmp_path_factory.mktemp("first")
-    project = Project.of_working_tree(folder / "a baker's prøject")  # as folders of people are named
+    project = CommandLineProject.of_working_tree(
+        folder / "a baker's prøject"
+    )  # a space, a quote and a non-ASCII letter
     project.environment["DVC_SITE_CACHE_DIR"] = str(folder / "dvc")
-    return project, Project(project.folder, project.environment | BARE).run(*SMOKE)
+    return project, CommandLineProject(project.folder, project.environment | CONTAINER).run(*SMOKE)
 
 
 @pytest.fixture
-def project(first_run: tuple[Project, Done], tmp_path: Path) -> Project:
+def project(first_run: tuple[CommandLineProject, CommandResult], tmp_path: Path) -> CommandLineProject:
     """A copy of the finished project, with its cache."""
     return first_run[0].copy(tmp_path / "project", DVC_SITE_CACHE_DIR=str(tmp_path / "dvc"))
 
 
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
-    """A place where nothing reaches another process of this machine."""
-    if reason := namespaces_refused():
+    """A namespace whose processes cannot reach others of this machine."""
+    if reason := missing_namespace_support():
         pytest.skip(reason)
-    with Namespace() as space:
-        yield space
+    with Namespace() as namespace:
+        yield namespace

@@ -1,4 +1,4 @@
-"""A change reruns what depends on it and nothing else; what ran once is never run again."""
+"""Tests of DVC's cache: a change reruns only the stages that depend on it."""
 
 import os
 import re
@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from projects import SMOKE, Done, Project, until
+
+from tests.command_line_project import SMOKE, CommandLineProject, CommandResult
+from tests.namespace import wait_until
 
 
-def test_a_sampling_setting_reruns_sampling_and_what_is_measured(project: Project):
-    """The dry run names the setting with both values, the run does as announced, and going back runs nothing."""
+def test_a_sampling_setting_reruns_sample_and_evaluate(project: CommandLineProject):
+    """The dry run shows the setting with both values, the run does what it announced, and reverting runs nothing."""
     before = project.digests()
     change = (*SMOKE, "-S", "sample.temperature=0.9")
     plan = project.run(*change, "--dry-run")
@@ -24,100 +26,98 @@ def test_a_sampling_setting_reruns_sampling_and_what_is_measured(project: Projec
         "evaluate      would run: sample runs before it",
     ]
     assert project.digests() == before
-    assert project.run(*change).told("runs") == {"sample", "evaluate"}
+    assert project.run(*change).stages("runs") == {"sample", "evaluate"}
     after = project.digests()
     assert {name for name in before if after[name] != before[name]} == {"samples", "report"}
 
-    back = project.run(*SMOKE)
-    assert back.told("runs") == set()
-    assert back.told("restored from cache") == {"sample", "evaluate"}
+    reverted = project.run(*SMOKE)
+    assert reverted.stages("runs") == set()
+    assert reverted.stages("restored from cache") == {"sample", "evaluate"}
     assert project.digests() == before
 
 
-def test_where_a_run_happens_reruns_nothing(project: Project):
-    """Another cluster is no other result."""
+def test_another_cluster_reruns_nothing(project: CommandLineProject):
+    """A cluster's settings do not change results."""
     assert project.run(*SMOKE, "-S", "cluster=local").output == "Everything is up to date.\n"
 
 
 ONE_PRIOR = (*SMOKE, "-S", "priors.top.train.learning_rate=0.002")
 
 
-def test_one_priors_settings_concern_no_other_prior(project: Project):
-    """The other prior stays; sampling and measuring follow."""
+def test_settings_of_one_prior_rerun_no_other_prior(project: CommandLineProject):
+    """Only that prior, sample and evaluate are planned."""
     assert _planned(project.run(*ONE_PRIOR, "--dry-run")) == ["prior_top", "sample", "evaluate"]
 
 
 @pytest.mark.slow
-def test_one_prior_is_trained_anew_when_its_settings_change(project: Project):
-    """What is not asked for stays, although it is out of date now."""
+def test_a_single_stage_can_be_rerun(project: CommandLineProject):
+    """Only the requested stage runs; later stages stay, although they are out of date."""
     before = project.digests()
-    assert project.run(*ONE_PRIOR, "--stage", "prior_top").told("runs") == {"prior_top"}
+    assert project.run(*ONE_PRIOR, "--stage", "prior_top").stages("runs") == {"prior_top"}
     after = project.digests()
     assert {name for name in before if after[name] != before[name]} == {"priors/top"}
 
 
 @pytest.mark.slow
-def test_dvc_experiments_compose_the_same_settings(project: Project):
-    """`dvc exp run -S` composes conf/ as our command does, so that it runs just what changed."""
-    done = project.call("dvc", "exp", "run", *SMOKE, "-S", "evaluate.nearest_images=2")
-    assert re.findall("Running stage '(.+)'", done.output) == ["evaluate"]
+def test_dvc_experiments_compose_the_same_settings(project: CommandLineProject):
+    """`dvc exp run -S` composes conf/ as `vqvae2 run -S` does, so it runs only the changed stage."""
+    experiment = project.call("dvc", "exp", "run", *SMOKE, "-S", "evaluate.nearest_images=2")
+    assert re.findall("Running stage '(.+)'", experiment.output) == ["evaluate"]
     assert project.run().output == "Everything is up to date.\n"
 
 
 THREE_LEVELS = (*SMOKE, "-S", "vqvae=three_level", "-S", "+prior@priors.middle=smoke")
 
 
-def test_a_third_level_brings_its_prior(project: Project):
-    """Two choices add a level: its prior is a stage by itself, and what comes before the levels stays."""
+def test_a_third_level_adds_its_prior(project: CommandLineProject):
+    """Two overrides add a level, whose prior is a stage; the shards are not rebuilt."""
     planned = _planned(project.run(*THREE_LEVELS, "--dry-run"))
     assert set(planned) == {"vqvae", "codes", "prior_top", "prior_bottom", "prior_middle", "sample", "evaluate"}
 
 
 @pytest.mark.slow
-def test_a_third_level_runs_to_its_report_and_leaves_again(project: Project):
-    """Three levels are trained, sampled and measured; two levels later, everything is as it was before."""
+def test_a_third_level_can_be_added_and_removed(project: CommandLineProject):
+    """Three levels are trained, sampled and evaluated; back at two levels, all artifacts are as before."""
     before = project.digests()
-    assert "prior_middle" in project.run(*THREE_LEVELS).told("runs")
+    assert "prior_middle" in project.run(*THREE_LEVELS).stages("runs")
     assert "priors/middle" in project.digests()
-    back = project.run(*SMOKE)
-    assert back.told("runs") == set()
+    assert project.run(*SMOKE).stages("runs") == set()
     assert project.digests() == before
 
 
-def test_a_folder_serves_another_checkout(project: Project, tmp_path: Path):
-    """After `dvc push`, a fresh clone has everything without running a stage."""
+def test_a_clone_restores_all_artifacts_from_a_folder(project: CommandLineProject, tmp_path: Path):
+    """After `dvc push`, a clone restores everything without running a stage."""
     project.call("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    _hand_over(project, tmp_path)
+    _check_clone_restores(project, tmp_path)
 
 
 @pytest.mark.slow
-def test_an_s3_store_serves_another_checkout(project: Project, tmp_path: Path, s3: str):
-    """The same with an S3-compatible server."""
+def test_a_clone_restores_all_artifacts_from_s3(project: CommandLineProject, tmp_path: Path, s3: str):
+    """The remote is an S3-compatible server."""
     project.environment.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
     project.call("dvc", "remote", "add", "--default", "store", "s3://bucket/vqvae2")
     project.call("dvc", "remote", "modify", "store", "endpointurl", s3)
-    _hand_over(project, tmp_path)
+    _check_clone_restores(project, tmp_path)
 
 
-def _hand_over(project: Project, tmp_path: Path) -> None:
+def _check_clone_restores(project: CommandLineProject, tmp_path: Path) -> None:
     project.call("dvc", "push", "--run-cache")
     project.commit()
     clone = project.clone(tmp_path / "clone", DVC_SITE_CACHE_DIR=str(tmp_path / "dvc-of-clone"))
-    done = clone.run("--pull")
-    assert done.told("runs") == set()
+    assert clone.run("--pull").stages("runs") == set()
     assert clone.digests() == project.digests()
     assert clone.run().output == "Everything is up to date.\n"
 
 
-def _planned(done: Done) -> list[str]:
-    return re.findall(r"^(\w+) +would run:", done.output, re.MULTILINE)
+def _planned(dry_run: CommandResult) -> list[str]:
+    return re.findall(r"^(\w+) +would run:", dry_run.output, re.MULTILINE)
 
 
 @pytest.fixture
 def s3(tmp_path: Path) -> Iterator[str]:
     """The address of an S3-compatible server with one empty bucket."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server_socket:  # finds a free port
+        port = server_socket.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with (tmp_path / "s3.log").open("w") as log:
         server = subprocess.Popen(
@@ -127,7 +127,7 @@ def s3(tmp_path: Path) -> Iterator[str]:
             stderr=log,
         )
         try:
-            until(lambda: _answers(address), 60)
+            wait_until(lambda: _answers(address), 60)
             urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"), timeout=10).close()
             yield address
         finally:

@@ -1,4 +1,4 @@
-"""What `vqvae2 plan` counts, and what it says of labels."""
+"""Tests of `vqvae2 plan`."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,19 @@ from pipeline import params
 from pipeline.commands import plan
 from stages.config import Params
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
-    """The settings of params.yaml, in a folder that holds them and no images."""
+    """The settings of params.yaml, in a folder without images."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     return params.load()
 
 
-def images(settings: Params, *classes: str) -> None:
-    """Lay empty images of some classes where the settings look for them: names are all that is read."""
+def write_images(settings: Params, *classes: str) -> None:
+    """Write an empty image file per class to the source of the settings: only names are read."""
     for name in classes:
         folder = Path(settings.dataset.source).with_suffix("") / name
         folder.mkdir(parents=True)
@@ -31,40 +31,50 @@ def images(settings: Params, *classes: str) -> None:
     Path("params.yaml").write_text(text.replace(source, source.removesuffix(".zip")), encoding="utf-8")
 
 
-def printed(capsys: pytest.CaptureFixture[str]) -> dict:
+def printed_plan(capsys: pytest.CaptureFixture[str]) -> dict:
     assert plan.show((), as_json=True) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_priors_are_counted_with_the_classes_of_the_images(settings, capsys):
-    """By the names in the source; each class has its row in every block's table of labels."""
-    images(settings, "cats", "dogs", "owls")
-    plain = {each.stage: each for each in plan.count(settings, 0)}
-    found = printed(capsys)
-    assert found["classes"] == 3
-    for each in found["trainings"][1:]:
-        assert each["parameters"] == plain[each["stage"]].parameters + 3 * each["parameters_per_class"]
-        assert each["parameters_per_class"] > 0
-        assert each["forward_flops"] == plain[each["stage"]].forward_flops  # a label is looked up
-    assert found["trainings"][0]["parameters_per_class"] == 0
+def test_paper_model_has_its_size(project):
+    """The VQ-VAE of the paper's ImageNet run, without images and without computing anything."""
+    done = project.command("plan", "-S", "experiment=imagenet256", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["trainings"][0]["stage"] == "vqvae" and result["trainings"][0]["parameters"] == 1_782_339
+    assert [training["stage"] for training in result["trainings"]] == ["vqvae", "prior_top", "prior_bottom"]
+    assert result["code_bytes_per_image"] == (32**2 + 64**2) * 9 / 8
 
 
-def test_where_the_images_are_not_here_the_plan_says_what_a_class_would_add(settings, capsys):
-    """It counts none, and hides it not."""
-    assert printed(capsys)["classes"] is None
-    each = list(plan.count(settings, 0))
+def test_classes_of_the_images_are_counted(settings, capsys):
+    """Classes come from the names in the source; every block of a prior has a row of its label table for each class."""
+    write_images(settings, "cats", "dogs", "owls")
+    unlabeled = {training.stage: training for training in plan.count(settings, 0)}
+    result = printed_plan(capsys)
+    assert result["classes"] == 3
+    for prior in result["trainings"][1:]:
+        assert prior["parameters"] == unlabeled[prior["stage"]].parameters + 3 * prior["parameters_per_class"]
+        assert prior["parameters_per_class"] > 0
+        assert prior["forward_flops"] == unlabeled[prior["stage"]].forward_flops  # a table lookup has no FLOPs
+    assert result["trainings"][0]["parameters_per_class"] == 0
+
+
+def test_missing_images_give_the_cost_per_class(settings, capsys):
+    """Without images no class is counted, and the plan says so."""
+    assert printed_plan(capsys)["classes"] is None
+    _, top, bottom = plan.count(settings, 0)
     plan.show((), as_json=False)
-    last = capsys.readouterr().out.splitlines()[-2]
-    assert last == (
-        "classes: not known before the images are here, so none are counted; each would add "
-        f"{each[1].parameters_per_class:,} to prior_top, {each[2].parameters_per_class:,} to prior_bottom"
+    assert capsys.readouterr().out.splitlines()[-2] == (
+        "classes: unknown and not counted, because the images are missing; each class adds "
+        f"{top.parameters_per_class:,} parameters to prior_top, "
+        f"{bottom.parameters_per_class:,} parameters to prior_bottom"
     )
 
 
-def test_images_without_labels_have_no_classes(settings, capsys):
-    """Whether they are here or not."""
+def test_unlabeled_images_have_no_classes(settings, capsys):
+    """dataset.labels none needs no images to count the classes."""
     text = Path("params.yaml").read_text(encoding="utf-8")
     Path("params.yaml").write_text(text.replace("labels: folders", "labels: none"), encoding="utf-8")
-    assert printed(capsys)["classes"] == 0
+    assert printed_plan(capsys)["classes"] == 0
     plan.show((), as_json=False)
-    assert capsys.readouterr().out.splitlines()[-2] == "classes: none, as the images have no labels"
+    assert capsys.readouterr().out.splitlines()[-2] == "classes: none, because the images have no labels"

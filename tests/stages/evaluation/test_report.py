@@ -1,4 +1,4 @@
-"""The page: everything inside, nothing asked for, and readable on a phone."""
+"""Report page: self-contained, without requests, and readable on a phone."""
 
 import re
 import shutil
@@ -13,38 +13,44 @@ import pytest
 from models.priors import Grid
 from stages.config import EvaluateConfig
 from stages.evaluation import summary
-from stages.evaluation.report import Report, render, write_report
+from stages.evaluation.report import render, write_report
+from stages.evaluation.report_data import NearestImages, ReportData
 from stages.metrics import COMPARISONS, Comparison
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
 
 LEVELS = {"top": Grid(16, 2, 2), "bottom": Grid(32, 4, 4)}
 NETWORK = "efficientnet_lite0"
+SETS = ("samples", "samples_to_reconstructions", "reconstructions", "random_codes", "shuffled_codes")
 
 
-def report(side: int = 16, name: str = "cats & dogs") -> Report:
-    """A report of random pictures and numbers."""
+def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
+    """Create a report of random images and metrics."""
     generator = np.random.default_rng(0)
 
     def images(count: int) -> np.ndarray:
         return generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
-    features = {set_: generator.normal(size=(9, 5)) for set_ in ("reference", *SETS)}
+    features = {name: generator.normal(size=(9, 5)) for name in ("reference", *SETS)}
     counts = {
         level: {split: generator.integers(0, 9, grid.entries) for split in ("train", "validation")}
         for level, grid in LEVELS.items()
     }
-    parts = ("top/zeros", "top/mean", "top+bottom/zeros")
+    prefixes = ("top/zeros", "top/mean", "top+bottom/zeros")
     reconstruction = summary.reconstruction(
-        {split: {part: DistortionSums(9, 9 * side * side * 3, 60.0, 4.5) for part in parts} for split in counts["top"]}
+        {
+            split: {prefix: DistortionSums(9, 9 * side * side * 3, 60.0, 4.5) for prefix in prefixes}
+            for split in counts["top"]
+        }
     )
     likelihood = summary.likelihood(
         {level: {split: LikelihoodSums(9, 36, 90.0, 950.0) for split in counts["top"]} for level in LEVELS}, LEVELS
     )
     distances = {
-        space: {of: generator.random(9) for of in ("samples", "validation")} for space in ("pixels", "features")
+        space: {image_set: generator.random(9) for image_set in ("samples", "validation")}
+        for space in ("pixels", "features")
     }
-    numbers = {
+    metrics = {
         "seed": 0,
         "reference": "validation",
         "num_images": {"train": 20, "validation": 9, "samples": 9, "compared": 9},
@@ -61,34 +67,31 @@ def report(side: int = 16, name: str = "cats & dogs") -> Report:
             rows=20,
         ),
         "compared": summary.comparisons(
-            {set_: (features["reference"], features[set_]) for set_ in SETS}, NETWORK, EvaluateConfig(), 0
+            {name: (features["reference"], features[name]) for name in SETS}, NETWORK, EvaluateConfig(), 0
         ),
         "neighbours": summary.memorization(distances),
     }
-    numbers["compared"] |= summary.ratios(numbers["compared"], NETWORK)
-    return Report(
-        numbers=numbers,
+    metrics["compared"] |= summary.kid_ratios(metrics["compared"], NETWORK)
+    return ReportData(
+        metrics=metrics,
         notes=["Level top is <collapsed>."],
-        network=NETWORK,
+        feature_network=NETWORK,
         image_size=side,
         levels=LEVELS,
         originals=images(8),
-        reconstructions={part: images(8) for part in parts},
-        samples={name: images(8), "birds": images(3)},
-        nearest=[(images(1)[0], images(2), images(2)) for _ in range(3)],
-        distances=distances,
-        counts=counts,
+        reconstructions={prefix: images(8) for prefix in prefixes},
+        samples={class_name: images(8), "birds": images(3)},
+        nearest=[NearestImages(images(1)[0], images(2), images(2)) for _ in range(3)],
+        nearest_distances=distances,
+        entry_counts=counts,
         curves={"VQ-VAE": [(step, f"{split}/mse", 1 / step) for step in (1, 2) for split in ("train", "validation")]},
         settings={"seed": 0},
         digests={"shards": "0" * 64},
     )
 
 
-SETS = ("samples", "samples_to_reconstructions", "reconstructions", "random_codes", "shuffled_codes")
-
-
 class Page(HTMLParser):
-    """What a page refers to, what its images are called, and its words."""
+    """References, images, ids, tags and text of an HTML page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -96,107 +99,109 @@ class Page(HTMLParser):
         self.images: list[dict[str, str | None]] = []
         self.ids: list[str | None] = []
         self.tags: set[str] = set()
-        self.words = ""
+        self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.tags.add(tag)
-        self.references += [found[name] for name in ("src", "href", "xlink:href", "srcset", "data") if name in found]
-        self.ids += [found["id"]] if "id" in found else []
+        names = ("src", "href", "xlink:href", "srcset", "data")
+        self.references += [attributes[name] for name in names if name in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
         if tag in ("img", "svg"):
-            self.images.append(found)
+            self.images.append(attributes)
 
     def handle_data(self, data):
-        self.words += data
+        self.text += data
 
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render(report())
+    return render(report_data())
 
 
-def test_nothing_is_asked_of_anybody(html):
-    """Every reference is data inside the page or a place in it; there is no script, and no address in a style."""
+def test_page_makes_no_requests(html):
+    """Each reference is embedded data or an id on the page; there are no scripts, and no URLs in styles."""
     page = Page(html)
-    assert page.references and all(found.startswith(("data:image/png;base64,", "#")) for found in page.references)
+    internal = ("data:image/png;base64,", "#")
+    assert page.references and all(reference.startswith(internal) for reference in page.references)
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
     assert not re.search(r"url\((?!#)|@import", html)
 
 
-def test_every_picture_says_what_it_shows(html):
-    """Images have words for those who cannot see them, and so have charts."""
+def test_images_and_charts_have_text_alternatives(html):
+    """Each image has an alt text and each chart an ARIA label."""
     page = Page(html)
     assert len(page.images) > 10
-    assert all(found.get("alt") or found.get("aria-label") for found in page.images)
+    assert all(attributes.get("alt") or attributes.get("aria-label") for attributes in page.images)
 
 
 def test_ids_are_unique(html):
-    """Charts drawn apart do not use each other's pieces."""
+    """Charts do not share ids, so each uses its own clip paths and markers."""
     ids = Page(html).ids
     assert len(ids) == len(set(ids)) > 0
 
 
-def test_names_from_data_are_text():
-    """A class called like a tag is shown, not obeyed."""
-    page = Page(render(report(name="<script>alert(1)</script>")))
+def test_names_from_data_are_escaped():
+    """A class name that looks like a tag is shown as text."""
+    page = Page(render(report_data(class_name="<script>alert(1)</script>")))
     assert "script" not in page.tags
-    assert "<script>alert(1)</script>" in page.words
+    assert "<script>alert(1)</script>" in page.text
 
 
-def test_numbers_stand_with_their_number_of_images_and_their_network(html):
-    """KID carries the network, N, its error and which way is better; both controls stand in the same table."""
-    words = Page(html).words
-    for expected in (NETWORK, "KID (lower is better)", "random codes, decoded", "shuffled codes, decoded", "nats/code"):
-        assert expected in words
-    assert re.search(r"0\.\d{4} ± 0\.\d{4}", words)
+def test_page_shows_network_direction_and_standard_error_of_kid(html):
+    """KID is shown with the feature network, its better direction, its standard error and both controls."""
+    text = Page(html).text
+    for expected in (NETWORK, "KID (lower is better)", "control: random codes", "control: shuffled codes", "nats/code"):
+        assert expected in text
+    assert re.search(r"0\.\d{4} ± 0\.\d{4}", text)
 
 
-def test_measures_that_were_left_out_leave_a_dash():
-    """A single image has no KID; the page still says all else."""
-    found = report()
-    numbers = dict(found.numbers)
-    numbers["compared"] = {name: {"images": 1, "reference_images": 1} for name in SETS}
-    assert "–" in Page(render(replace(found, numbers=numbers))).words
+def test_omitted_measures_are_shown_as_a_dash():
+    """The page renders without KID, which a single image does not have."""
+    data = report_data()
+    metrics = dict(data.metrics)
+    metrics["compared"] = {name: {"images": 1, "reference_images": 1} for name in SETS}
+    assert "–" in Page(render(replace(data, metrics=metrics))).text
 
 
-def test_another_comparison_is_one_line(monkeypatch):
-    """A line in the table is measured on every set and shown on the page, with the way that is better."""
+def test_added_comparison_is_computed_and_shown(monkeypatch):
+    """A measure added to COMPARISONS is computed for each image set and shown with its better direction."""
     gap = Comparison("Gap of means", "lower", lambda config: 1, lambda a, b, config, seed: float(a.mean() - b.mean()))
     monkeypatch.setitem(COMPARISONS, "gap", gap)
-    found = report()
-    assert all(f"gap_{NETWORK}" in found.numbers["compared"][name] for name in SETS)
-    assert "Gap of means (lower is better)" in Page(render(found)).words
+    data = report_data()
+    assert all(f"gap_{NETWORK}" in data.metrics["compared"][name] for name in SETS)
+    assert "Gap of means (lower is better)" in Page(render(data)).text
 
 
-def test_large_images_stay_below_five_megabytes(tmp_path):
-    """Images of 256 pixels of noise, the worst there is, are reduced on the page and whole beside it."""
-    written = write_report(tmp_path, report(side=256))
+def test_page_of_large_images_is_below_five_megabytes(tmp_path):
+    """Noise images of 256 pixels, the least compressible, are reduced on the page and kept in the contact sheets."""
+    sheets = write_report(tmp_path, report_data(side=256))
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
-    assert set(written) == {path.stem for path in tmp_path.glob("*.png")} == {"samples", "reconstructions", "nearest"}
+    assert set(sheets) == {path.stem for path in tmp_path.glob("*.png")} == {"samples", "reconstructions", "nearest"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium on the path")
-def test_a_browser_asks_for_nothing_and_fits_the_page_on_a_phone(tmp_path):
-    """Chromium opens the page at 360 pixels: one file is read, and nothing is wider than the screen."""
-    write_report(tmp_path, report())
+def test_chromium_requests_nothing_and_fits_the_page_on_a_phone(tmp_path):
+    """Chromium contacts no host for the page, and a viewport of 360 pixels shows it without horizontal scrolling."""
+    write_report(tmp_path, report_data())
     frame = tmp_path / "frame.html"
-    measure = "document.title = frame.contentDocument.documentElement.scrollWidth"
-    frame.write_text(f'<iframe id="frame" width="360" height="900" src="report.html" onload="{measure}"></iframe>')
-    found = _chromium(tmp_path, frame, "--allow-file-access-from-files", "--dump-dom")
-    assert 300 < int(re.search(r"<title>(\d+)</title>", found)[1]) <= 360
+    set_title = "document.title = frame.contentDocument.documentElement.scrollWidth"
+    frame.write_text(f'<iframe id="frame" width="360" height="900" src="report.html" onload="{set_title}"></iframe>')
+    document = _chromium(tmp_path, frame, "--allow-file-access-from-files", "--dump-dom")
+    assert 300 < int(re.search(r"<title>(\d+)</title>", document)[1]) <= 360
 
-    blank, asking = tmp_path / "blank.html", tmp_path / "asking.html"
-    blank.write_text("<p>Nothing.</p>")
-    asking.write_text('<img src="http://report.invalid/picture.png">')
-    own = _asked(tmp_path, blank)  # a browser asks for some things on its own account
-    assert "report.invalid" in _asked(tmp_path, asking)
-    assert _asked(tmp_path, tmp_path / "report.html") <= own
+    blank, requesting = tmp_path / "blank.html", tmp_path / "requesting.html"
+    blank.write_text("<p>Blank.</p>")
+    requesting.write_text('<img src="http://report.invalid/image.png">')
+    background_hosts = _requested_hosts(tmp_path, blank)  # Chromium itself contacts some hosts
+    assert "report.invalid" in _requested_hosts(tmp_path, requesting)
+    assert _requested_hosts(tmp_path, tmp_path / "report.html") <= background_hosts
 
 
-def _asked(folder: Path, page: Path) -> set[str]:
-    """Open a page, and name the hosts that were asked for anything."""
+def _requested_hosts(folder: Path, page: Path) -> set[str]:
+    """Open a page in Chromium and return the hosts that it contacts."""
     log = folder / "net.json"
     _chromium(folder, page, f"--log-net-log={log}", "--dump-dom")
     return set(re.findall(r'"url":"https?://([^/"]+)', log.read_text()))

@@ -1,4 +1,4 @@
-"""Models that somebody else has made: nothing in them is run, and what is not understood is named."""
+"""Tests of model folders: round trip, and invalid or malicious files."""
 
 import io
 import os
@@ -19,10 +19,10 @@ CONFIG = VQVAEConfig({"top": LevelConfig(4, channels=8, residual_channels=8, res
 
 
 def make(folder: Path, change: Callable[[dict[str, Any]], object] = lambda network: None) -> Path:
-    """Write a model whose settings were changed, with a manifest that agrees."""
+    """Write a model with changed settings, and a manifest of matching hashes."""
     network = model_file.network_meta(CONFIG)
     change(network)
-    model_file.write(folder, "vqvae", VQVAE(CONFIG).state_dict(), {"network": network}, history=[], pictures={})
+    model_file.write(folder, "vqvae", VQVAE(CONFIG).state_dict(), {"network": network}, history=[], images={})
     return folder
 
 
@@ -33,8 +33,8 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_what_was_written_is_read_back(tmp_path: Path):
-    """The same network, by its settings and weights alone."""
+def test_a_written_model_is_read_back(tmp_path: Path):
+    """The network is rebuilt from its settings and weights alone."""
     network, _ = model_file.load_vqvae(make(tmp_path / "vqvae"))
     assert network.config == CONFIG
 
@@ -48,13 +48,13 @@ def test_what_was_written_is_read_back(tmp_path: Path):
         (lambda network: network.update(levels=[]), "levels"),
     ],
 )
-def test_settings_that_are_none_are_refused_by_name(tmp_path: Path, change, key: str):
-    """No name in a file becomes code."""
-    assert f"The network's setting {key} is not understood" in refusal(make(tmp_path / "vqvae", change))
+def test_invalid_network_settings_are_rejected_by_name(tmp_path: Path, change, key: str):
+    """No name in a file is imported or called."""
+    assert f"The network's setting {key} is not valid in this version" in refusal(make(tmp_path / "vqvae", change))
 
 
-class _Runs:
-    """What a pickle runs when it is read."""
+class _MakeFolder:
+    """Object whose unpickling makes a folder, as proof that code ran."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -69,9 +69,9 @@ def _saved(value: object) -> bytes:
 
 
 @pytest.mark.parametrize("dump", [pickle.dumps, _saved, lambda _: b"<html>404</html>", lambda _: b""])
-def test_weights_that_are_none_are_refused_and_not_run(tmp_path: Path, dump: Callable[[object], bytes]):
-    """A pickle, a page, nothing at all: in place of safetensors, with the right hash."""
+def test_weights_that_are_not_safetensors_are_rejected(tmp_path: Path, dump: Callable[[object], bytes]):
+    """A pickle, a web page or an empty file with a valid hash is not loaded, and no pickle is run."""
     with artifact.commit_folder(tmp_path / "vqvae", "vqvae", {"network": model_file.network_meta(CONFIG)}) as folder:
-        (folder / model_file.WEIGHTS).write_bytes(dump(_Runs(tmp_path / "ran")))
+        (folder / model_file.WEIGHTS).write_bytes(dump(_MakeFolder(tmp_path / "ran")))
     assert model_file.WEIGHTS in refusal(tmp_path / "vqvae")
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""Shards read by position, and every way of damaging them, named."""
+"""Tests of shards: reading by position, and detection of damage."""
 
 import hashlib
 import io
@@ -17,17 +17,17 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.formats import artifact, shards
-from stages.formats.shards import Encoded, Part, Row, open_shards, read_part, write_index, write_shard
+from stages.formats.shards import EncodedImage, IndexRow, ShardRef, open_shards, read_shard, write_index, write_shard
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
-SHARDS = {  # the two of equal length can be swapped without a size giving them away
+SHARDS = {  # the first two have the same length, so swapping them changes no size
     "train-00000.tar": ("train", range(0, 3)),
     "train-00001.tar": ("train", range(3, 6)),
     "validation-00000.tar": ("validation", range(6, 9)),
 }
 
 
-def encoded(pixels: np.ndarray) -> bytes:
+def encode(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
@@ -37,15 +37,25 @@ def make(folder: Path, pixels: np.ndarray = PIXELS) -> Path:
     with artifact.commit_folder(folder, shards.KIND, {"image_size": 8, "classes": ["cat", "dog"]}) as temporary:
         rows = []
         for shard, (split, numbers) in SHARDS.items():
-            samples = [
-                Encoded(f"{number:09d}", encoded(pixels[number]), "png", number % 2, {"name": f"{number}\udcff.webp"})
+            images = [
+                EncodedImage(
+                    f"{number:09d}", encode(pixels[number]), "png", number % 2, {"name": f"{number}\udcff.webp"}
+                )
                 for number in numbers
             ]
-            places = write_shard(temporary / shard, samples)
+            locations = write_shard(temporary / shard, images)
             rows.append(
                 [
-                    Row(s.key, split, s.label, shard, *places[s.key], hashlib.sha256(s.data).hexdigest(), "x")
-                    for s in samples
+                    IndexRow(
+                        image.key,
+                        split,
+                        image.label,
+                        shard,
+                        *locations[image.key],
+                        hashlib.sha256(image.data).hexdigest(),
+                        "x",
+                    )
+                    for image in images
                 ]
             )
         write_index(temporary / shards.INDEX, rows)
@@ -70,8 +80,8 @@ def read_all(folder: Path) -> np.ndarray:
     return np.stack([images.read(position) for images in sets for position in range(len(images))])
 
 
-def test_images_come_back_by_position(folder):
-    """Every pixel, key and label, in the order they were written."""
+def test_images_are_read_by_position(folder):
+    """Every pixel, key and label is equal, in the order of writing."""
     opened = open_shards(folder)
     train = opened.split("train")
     assert (len(train), len(opened.split("validation")), len(opened.split("test"))) == (6, 3, 0)
@@ -81,12 +91,12 @@ def test_images_come_back_by_position(folder):
     np.testing.assert_array_equal(read_all(folder), PIXELS)
 
 
-def test_parts_cover_the_split_shard_by_shard(folder):
-    """Each part is plain JSON and reads as the images of one shard."""
-    parts = [Part(**json.loads(json.dumps(part._asdict()))) for part in open_shards(folder).parts()]
-    assert [part.shard for part in parts] == list(SHARDS) and [part.split for part in parts][-1] == "validation"
-    again = [read_part(part).read(position) for part in parts for position in range(3)]
-    np.testing.assert_array_equal(np.stack(again), PIXELS)
+def test_shard_refs_cover_the_dataset(folder):
+    """Each reference is plain JSON and opens the images of one shard."""
+    refs = [ShardRef(**json.loads(json.dumps(ref._asdict()))) for ref in open_shards(folder).shard_refs()]
+    assert [ref.shard for ref in refs] == list(SHARDS) and refs[-1].split == "validation"
+    pixels = [read_shard(ref).read(position) for ref in refs for position in range(3)]
+    np.testing.assert_array_equal(np.stack(pixels), PIXELS)
 
 
 def _first(images, queue):
@@ -94,8 +104,8 @@ def _first(images, queue):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_image_set_crosses_processes(folder, method):
-    """A set that has files open can be forked, spawned and pickled."""
+def test_an_image_set_can_be_sent_to_other_processes(folder, method):
+    """A set with open files can be forked, spawned and pickled."""
     images = open_shards(folder).split("train")
     images.read(5)
     assert (pickle.loads(pickle.dumps(images)).read(0) == PIXELS[0]).all()
@@ -107,9 +117,9 @@ def test_an_image_set_crosses_processes(folder, method):
     process.join()
 
 
-def test_threads_share_an_image_set(folder, monkeypatch):
-    """Many threads, and more shards than files kept open, still read the right images."""
-    monkeypatch.setattr(shards, "_KEPT_OPEN", 1)
+def test_threads_can_share_an_image_set(folder, monkeypatch):
+    """Many threads read the right images, also with fewer open files than shards."""
+    monkeypatch.setattr(shards, "_MAX_OPEN_FILES", 1)
     images = open_shards(folder).split("train")
     positions = list(range(6)) * 40
     with ThreadPoolExecutor(8) as pool:
@@ -121,13 +131,13 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_open_files_close_with_the_set(folder, monkeypatch):
-    """No more files are open than allowed, and none when the set is gone."""
+def test_open_files_are_limited_and_closed(folder, monkeypatch):
+    """No more files are open than allowed, and none after the set is deleted."""
     images = open_shards(folder).split("train")
     before = open_files()
     images.read(0), images.read(5)
     assert open_files() == before + 2
-    monkeypatch.setattr(shards, "_KEPT_OPEN", 2)
+    monkeypatch.setattr(shards, "_MAX_OPEN_FILES", 2)
     for position in (3, 0, 4):
         images.read(position)
     assert open_files() == before + 2
@@ -135,8 +145,8 @@ def test_open_files_close_with_the_set(folder, monkeypatch):
     assert open_files() == before
 
 
-def test_webdataset_streams_the_same_shards(folder):
-    """The tars are plain WebDataset: key, image, class and origin."""
+def test_webdataset_reads_the_shards(folder):
+    """The tars are plain WebDataset: key, image, class and source file."""
     import webdataset
 
     stream = webdataset.WebDataset([str(folder / name) for name in SHARDS], shardshuffle=False)
@@ -147,22 +157,22 @@ def test_webdataset_streams_the_same_shards(folder):
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
-    """Equal images, equal digest."""
+    """Equal images give equal digests."""
     assert open_shards(make(tmp_path / "a")).digest == open_shards(make(tmp_path / "b")).digest
 
 
-def test_a_shard_of_another_length_is_named_when_opened(folder):
-    """Truncation anywhere, also between two members and in the end padding, and an empty file."""
+def test_a_truncated_shard_is_rejected_on_opening(folder):
+    """Truncation is detected at any offset, also between members and in the padding at the end."""
     shard = folder / "train-00001.tar"
-    whole = shard.read_bytes()
+    complete = shard.read_bytes()
     boundary = 512 * 2  # after the first member, KEY.cls: its header and its block
-    for length in (0, len(whole) // 4, len(whole) // 2, len(whole) * 9 // 10, boundary, len(whole) - 1):
-        shard.write_bytes(whole[:length])
+    for length in (0, len(complete) // 4, len(complete) // 2, len(complete) * 9 // 10, boundary, len(complete) - 1):
+        shard.write_bytes(complete[:length])
         assert "train-00001.tar" in refusal(lambda: open_shards(folder))
 
 
-def test_missing_and_extra_shards_are_named_when_opened(folder):
-    """The manifest says which files there are."""
+def test_missing_and_extra_shards_are_named_on_opening(folder):
+    """They are compared with the manifest."""
     shutil.copy(folder / "train-00000.tar", folder / "train-00009.tar")
     assert "train-00009.tar" in refusal(lambda: open_shards(folder))
     (folder / "train-00009.tar").unlink()
@@ -170,15 +180,16 @@ def test_missing_and_extra_shards_are_named_when_opened(folder):
     assert "validation-00000.tar is missing" in refusal(lambda: open_shards(folder))
 
 
-def test_a_shard_that_goes_while_it_is_read_is_named(folder):
-    """With its folder, and the command that brings it back."""
+def test_a_shard_deleted_after_opening_is_named(folder):
+    """The error has the folder and the command that restores the shard."""
     images = open_shards(folder).split("train")
     (folder / "train-00000.tar").unlink()
-    said = refusal(lambda: images.read(0))
-    assert "train-00000.tar cannot be opened: No such file" in said and "--stage shard" in said and str(folder) in said
+    message = refusal(lambda: images.read(0))
+    assert "train-00000.tar cannot be opened: No such file" in message
+    assert "--stage shard" in message and str(folder) in message
 
 
-def test_a_flipped_payload_bit_is_found_when_read(folder):
+def test_a_flipped_bit_in_an_image_is_detected_on_reading(folder):
     """The error names shard, key and fix; the other images stay readable."""
     shard = folder / "train-00001.tar"
     data = bytearray(shard.read_bytes())
@@ -192,8 +203,8 @@ def test_a_flipped_payload_bit_is_found_when_read(folder):
     assert "train-00001.tar" in refusal(open_shards(folder).verify)
 
 
-def test_a_flipped_header_bit_loses_nothing(folder):
-    """Where a streaming reader ends early, the index still finds every image; verify names the shard."""
+def test_a_flipped_header_bit_loses_no_image(folder):
+    """A streaming reader would stop early, the index still finds every image, and verify names the shard."""
     shard = folder / "train-00000.tar"
     data = bytearray(shard.read_bytes())
     data[1024 + 150] ^= 4  # inside the second member's header, its checksum
@@ -202,27 +213,27 @@ def test_a_flipped_header_bit_loses_nothing(folder):
     assert "train-00000.tar" in refusal(open_shards(folder).verify)
 
 
-def test_swapped_and_foreign_shards_are_found(folder, tmp_path):
-    """Same names, same lengths, same counts; other images."""
-    one, two = folder / "train-00000.tar", folder / "train-00001.tar"
-    original = one.read_bytes()
-    one.write_bytes(two.read_bytes())
-    two.write_bytes(original)
+def test_swapped_and_foreign_shards_are_detected(folder, tmp_path):
+    """They have the same names, lengths and counts, but other images."""
+    first, second = folder / "train-00000.tar", folder / "train-00001.tar"
+    original = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(original)
     opened = open_shards(folder)
     assert "train-00000.tar" in refusal(lambda: opened.split("train").read(0))
     assert "train-00000.tar" in refusal(opened.verify)
     foreign = make(tmp_path / "foreign", PIXELS[::-1].copy())
-    two.write_bytes((foreign / "train-00001.tar").read_bytes())
+    second.write_bytes((foreign / "train-00001.tar").read_bytes())
     assert "train-00001.tar" in refusal(lambda: opened.split("train").read(3))
 
 
-def test_a_damaged_index_is_refused(folder):
-    """Flipped, random and missing: named before any image is read, and never guessed."""
+def test_a_damaged_index_is_rejected(folder):
+    """Flipped bits and a missing file are detected before any image is read."""
     index = folder / shards.INDEX
-    whole = index.read_bytes()
+    complete = index.read_bytes()
     generator = np.random.default_rng(1)
-    for position in generator.integers(0, len(whole), 50):
-        damaged = bytearray(whole)
+    for position in generator.integers(0, len(complete), 50):
+        damaged = bytearray(complete)
         damaged[position] ^= 1 << int(generator.integers(0, 8))
         index.write_bytes(damaged)
         assert shards.INDEX in refusal(lambda: open_shards(folder))
@@ -231,40 +242,42 @@ def test_a_damaged_index_is_refused(folder):
 
 
 @pytest.mark.parametrize("column", ["label", "offset", "shard", "sha256"])
-@pytest.mark.parametrize("way", ["gone", "empty", "text"])
-def test_an_index_of_another_shape_is_refused(folder, column, way):
-    """A column that is not there, or holds nothing or something else, in an index that its manifest agrees with."""
+@pytest.mark.parametrize("change", ["missing", "empty", "text"])
+def test_an_index_with_an_invalid_column_is_rejected(folder, column, change):
+    """A column is missing, empty or of another type, and the manifest agrees with the file."""
     table, index = pq.read_table(folder / shards.INDEX), folder / shards.INDEX
-    values = {"gone": None, "empty": pa.nulls(9, table[column].type), "text": pa.array([["?"]] * 9)}[way]
+    values = {"missing": None, "empty": pa.nulls(9, table[column].type), "text": pa.array([["?"]] * 9)}[change]
     table = table.drop([column])
     pq.write_table(table if values is None else table.append_column(column, values), index)
     manifest = json.loads((folder / artifact.MANIFEST).read_text())
     manifest["files"][shards.INDEX] = {"bytes": index.stat().st_size, "sha256": artifact.sha256(index)}
     (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
     message = refusal(lambda: open_shards(folder))
-    assert f"{shards.INDEX} cannot be read" in message and (way == "text" or f"lacks values of {column}" in message)
+    assert f"{shards.INDEX} cannot be read" in message and (
+        change == "text" or f"missing values of {column}" in message
+    )
 
 
-def test_the_index_has_page_checksums(folder):
-    """A part reads the index alone, and finds flipped values by these."""
-    part = open_shards(folder).parts()[0]
+def test_read_shard_verifies_the_index_checksums(folder):
+    """A worker reads only the index, without the hashes of the manifest."""
+    ref = open_shards(folder).shard_refs()[0]
     index = folder / shards.INDEX
     data = bytearray(index.read_bytes())
     column = pq.ParquetFile(index).metadata.row_group(0).column(4)
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     index.write_bytes(data)
-    assert shards.INDEX in refusal(lambda: read_part(part))
+    assert shards.INDEX in refusal(lambda: read_shard(ref))
 
 
-def test_a_thousand_bit_flips_are_all_found(folder):
-    """verify names the shard each time; reading gives the written pixels or an error, never others."""
+def test_a_thousand_bit_flips_are_all_detected(folder):
+    """verify names the shard each time; reading gives the original pixels or an error."""
     opened = open_shards(folder)
     shard = folder / "train-00000.tar"
-    whole = shard.read_bytes()
+    complete = shard.read_bytes()
     generator = np.random.default_rng(2)
-    for position, bit in zip(generator.integers(0, len(whole), 1000), generator.integers(0, 8, 1000), strict=True):
-        damaged = bytearray(whole)
+    for position, bit in zip(generator.integers(0, len(complete), 1000), generator.integers(0, 8, 1000), strict=True):
+        damaged = bytearray(complete)
         damaged[position] ^= 1 << int(bit)
         shard.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train-00000\.tar"):
@@ -279,7 +292,7 @@ def test_a_thousand_bit_flips_are_all_found(folder):
                 assert (images.read(number) == PIXELS[number]).all()
 
 
-def test_a_missing_folder_names_the_stage_that_makes_it(tmp_path):
+def test_a_missing_folder_names_the_stage_that_writes_it(tmp_path):
     """The fix is a command."""
     assert "vqvae2 run --stage shard" in refusal(lambda: open_shards(tmp_path / "nothing"))
 
@@ -287,13 +300,13 @@ def test_a_missing_folder_names_the_stage_that_makes_it(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"shard": "../secret.tar"}, {"shard": "absent.tar"}, {"length": 2**60}, {"offset": -1}], ids=str
 )
-def test_an_index_that_leads_elsewhere_is_refused(folder, change):
-    """No file outside is opened, and no memory is taken, for an index that somebody else has made."""
+def test_an_index_with_locations_outside_the_shards_is_rejected(folder, change):
+    """A malicious index opens no file outside the folder and allocates no memory."""
     (folder.parent / "secret.tar").write_bytes(bytes(1000))
     rows = pq.read_table(folder / shards.INDEX).to_pylist()
-    made = [Row(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
+    index_rows = [IndexRow(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
     with artifact.commit_folder(folder.parent / "hostile", shards.KIND, {"image_size": 8, "classes": []}) as hostile:
         for path in folder.glob("*.tar"):
             shutil.copy(path, hostile)
-        write_index(hostile / shards.INDEX, [[made[0]._replace(**change), *made[1:]]])
-    assert "names places that these shards do not have" in refusal(lambda: open_shards(folder.parent / "hostile"))
+        write_index(hostile / shards.INDEX, [[index_rows[0]._replace(**change), *index_rows[1:]]])
+    assert "lists images outside" in refusal(lambda: open_shards(folder.parent / "hostile"))

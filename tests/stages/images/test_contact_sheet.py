@@ -1,4 +1,4 @@
-"""Sheets of images."""
+"""Tests of contact sheets and of the conversion between bytes and floats."""
 
 import io
 
@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.images.contact_sheet import contact_sheet, to_uint8
-from stages.images.tensors import to_float
+from stages.images.contact_sheet import contact_sheet
+from stages.images.tensors import to_float, to_uint8
 
 
 def _page(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_images_stand_row_by_row_with_their_pixels_unchanged():
-    """The fourth of three columns opens the second row, and every pixel is the image's own."""
+def test_images_are_laid_out_row_by_row_with_unchanged_pixels():
+    """With three columns, the fourth image starts the second row."""
     images = np.random.default_rng(0).integers(0, 256, (4, 5, 7, 3), dtype=np.uint8)
     page = _page(contact_sheet(images, 3, gap=1, enlarge=1))
     assert page.shape == (2 * 6 + 1, 3 * 8 + 1, 3)
@@ -25,26 +25,26 @@ def test_images_stand_row_by_row_with_their_pixels_unchanged():
     assert (page[7:12, 9:] == 255).all()
 
 
-def test_small_images_grow_by_a_whole_factor():
-    """An image of 32 pixels is shown at 64 by doubling each pixel."""
+def test_small_images_are_enlarged_by_a_whole_factor():
+    """An image of 32 pixels is shown at 64 pixels, each pixel doubled."""
     image = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(1, 32, 32, 3)
     page = _page(contact_sheet(image, 1, gap=0))
     assert (page[::2, ::2] == image[0]).all() and (page[1::2, 1::2] == image[0]).all()
 
 
 def test_equal_images_give_equal_bytes():
-    """A sheet is a function of its pixels."""
+    """The PNG depends only on the pixels."""
     images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
     assert contact_sheet(images, 2) == contact_sheet(images.copy(), 2)
 
 
-def test_floats_are_refused_with_a_reason():
-    """Forgetting to convert is named rather than drawn as noise."""
-    with pytest.raises(ValueError, match=r"float64 of shape \(1, 3, 4, 4\); use uint8"):
+def test_floats_are_rejected():
+    """The error names the dtype and the shape instead of drawing noise."""
+    with pytest.raises(ValueError, match=r"must be uint8 .*got float64 of shape \(1, 3, 4, 4\)"):
         contact_sheet(np.zeros((1, 3, 4, 4)), 1)
 
 
-def test_bytes_survive_the_way_to_floats_and_back():
-    """All 256 values come back."""
+def test_uint8_survives_conversion_to_float_and_back():
+    """All 256 values are preserved."""
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     assert (to_uint8(to_float(torch.from_numpy(images), torch.device("cpu")).numpy()) == images).all()

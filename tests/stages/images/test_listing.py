@@ -1,4 +1,4 @@
-"""Splits and classes, read off names or a table."""
+"""Tests of listing: splits and classes from folder names or a CSV."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
-from stages.images.listing import Listing, check_source, find
+from stages.images.listing import Listing, check_source, list_images
 from stages.images.sources import FolderSource, UnreadableFile
 
 
@@ -20,14 +20,14 @@ def make(path: Path, *names: str) -> Path:
 
 
 def listed(path: Path, labels: str = "folders", validation_fraction: float = 0.0) -> Listing:
-    return find(path, labels, validation_fraction=validation_fraction)
+    return list_images(path, labels, validation_fraction=validation_fraction)
 
 
 def by_name(listing: Listing) -> dict[str, tuple[str, str | None]]:
-    """Name -> split and class."""
+    """Return split and class by name."""
     return {
-        entry.member.name: (entry.split, listing.classes[entry.label] if entry.label >= 0 else None)
-        for entry in listing.entries
+        image.member.name: (image.split, listing.classes[image.label] if image.label >= 0 else None)
+        for image in listing.images
     }
 
 
@@ -38,8 +38,8 @@ def refusal(path: Path, labels: str = "folders") -> str:
     return str(caught.value)
 
 
-def test_class_folders_give_classes(tmp_path):
-    """One class per folder, in alphabetical order; what lies deeper belongs to it."""
+def test_class_folders_are_classes(tmp_path):
+    """Each folder is a class, in alphabetical order; files in its subfolders belong to it."""
     path = make(tmp_path, "dog/1.png", "cat/1.png", "cat/persian/2.PNG", "LICENSE.txt")
     listing = listed(path)
     assert listing.classes == ("cat", "dog")
@@ -48,11 +48,11 @@ def test_class_folders_give_classes(tmp_path):
         "cat/1.png": ("train", "cat"),
         "cat/persian/2.PNG": ("train", "cat"),
     }
-    assert listing.notes == ("1 files that are no pictures are passed over: .txt 1.",)
+    assert listing.messages == ("1 files that are not images are ignored: .txt 1.",)
 
 
-def test_split_folders_give_splits(tmp_path):
-    """train, val, validation, valid and test are understood in any case, with classes below or without."""
+def test_split_folders_are_splits(tmp_path):
+    """train, val, validation, valid and test are accepted in any case, with or without class folders inside."""
     path = make(tmp_path, "Train/cat/1.png", "val/cat/2.png", "test/dog/3.png")
     listing = listed(path)
     assert by_name(listing) == {
@@ -60,46 +60,46 @@ def test_split_folders_give_splits(tmp_path):
         "val/cat/2.png": ("validation", "cat"),
         "test/dog/3.png": ("test", "dog"),
     }
-    assert "Classes without a training image: dog." in listing.notes
+    assert "Classes without a training image: dog." in listing.messages
     flat = listed(make(tmp_path / "flat", "train/1.png", "valid/2.png"))
     assert by_name(flat) == {"train/1.png": ("train", None), "valid/2.png": ("validation", None)}
 
 
-def test_a_flat_folder_has_no_labels_and_says_so(tmp_path):
-    """No class list, label -1, a note; with labels none, folders are only folders."""
+def test_a_flat_folder_has_no_labels(tmp_path):
+    """The label is -1, and a message is shown; with labels: none, folders are not classes."""
     listing = listed(make(tmp_path / "flat", "1.png", "2.png"))
-    assert listing.classes == () and {entry.label for entry in listing.entries} == {-1}
-    assert "There are no class folders: the images have no labels." in listing.notes
+    assert listing.classes == () and {image.label for image in listing.images} == {-1}
+    assert "There are no class folders: the images have no labels." in listing.messages
     unlabelled = listed(make(tmp_path / "deep", "a/1.png", "b/2.png", "3.png"), labels="none")
-    assert unlabelled.classes == () and len(unlabelled.entries) == 3 and unlabelled.notes == ()
+    assert unlabelled.classes == () and len(unlabelled.images) == 3 and unlabelled.messages == ()
 
 
 @pytest.mark.parametrize("wrapper", ["data/", "data/set/"])
-def test_the_folder_around_the_class_folders_may_be_given(tmp_path, wrapper):
-    """The common slip: it is accepted, with a note."""
+def test_a_single_folder_around_the_class_folders_is_skipped(tmp_path, wrapper):
+    """It is accepted with a message."""
     path = make(tmp_path, *(wrapper + name for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png")))
     listing = listed(path)
     assert listing.classes == ("cat", "dog") and by_name(listing)[f"{wrapper}val/cat/3.png"] == ("validation", "cat")
-    assert len(listing.notes) == wrapper.count("/") and "is taken for the data set" in listing.notes[0]
+    assert len(listing.messages) == wrapper.count("/") and "is taken as the dataset" in listing.messages[0]
 
 
-def test_loose_images_beside_class_folders_are_left_out_and_said_so(tmp_path):
-    """They have no class; so have images beside split folders no split."""
+def test_images_outside_class_or_split_folders_are_skipped(tmp_path):
+    """They have no class or no split. A message and the list of skipped files name them."""
     listing = listed(make(tmp_path / "a", "cat/1.png", "loose.png"))
-    assert listing.left_out == (("loose.png", "outside of the class folders"),) and len(listing.entries) == 1
-    assert "1 images outside of the class folders are left out." in listing.notes
+    assert listing.skipped == (("loose.png", "outside the class folders"),) and len(listing.images) == 1
+    assert "1 images outside the class folders are skipped." in listing.messages
     listing = listed(make(tmp_path / "b", "train/1.png", "val/2.png", "loose.png"), labels="none")
-    assert listing.left_out == (("loose.png", "outside of the split folders"),)
+    assert listing.skipped == (("loose.png", "outside the split folders"),)
 
 
-def test_split_folders_beside_others_are_refused(tmp_path):
-    """Training on a class called train would be no help; a class of trains among vehicles is fine."""
+def test_split_folders_beside_other_folders_are_rejected(tmp_path):
+    """Two split folders beside others are ambiguous; a single one is a class, such as trains among vehicles."""
     assert "extra" in refusal(make(tmp_path / "a", "train/cat/1.png", "val/cat/2.png", "extra/cat/3.png"))
     assert listed(make(tmp_path / "b", "train/1.png", "car/2.png")).classes == ("car", "train")
 
 
 def test_validation_images_are_held_out_by_a_hash_of_the_name(tmp_path):
-    """Where nobody named any: the stated fraction, the same each time, never all; adding images moves few."""
+    """The stated fraction is held out, never all images, and adding an image moves at most one other image."""
     names = [f"cat/{number}.png" for number in range(100)]
     listing = listed(make(tmp_path / "a", *names), validation_fraction=0.1)
     held_out = {name for name, (split, _) in by_name(listing).items() if split == "validation"}
@@ -115,25 +115,25 @@ def test_validation_images_are_held_out_by_a_hash_of_the_name(tmp_path):
     assert sum(split == "validation" for split, _ in by_name(named).values()) == 1
 
 
-def test_the_order_mixes_classes_and_does_not_depend_on_the_disk(tmp_path):
-    """By a hash of the name: neighbours are of different classes about as often as chance has it."""
+def test_the_order_mixes_classes_and_is_independent_of_the_disk(tmp_path):
+    """Neighbouring images differ in class about as often as in a random order."""
     names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(100)]
-    forth = listed(make(tmp_path / "a", *names))
-    back = listed(make(tmp_path / "b", *reversed(names)))
-    assert [entry.member.name for entry in forth.entries] == [entry.member.name for entry in back.entries]
-    labels = [entry.label for entry in forth.entries]
-    assert 70 < sum(one != two for one, two in pairwise(labels)) < 130
+    forward = listed(make(tmp_path / "a", *names))
+    backward = listed(make(tmp_path / "b", *reversed(names)))
+    assert [image.member.name for image in forward.images] == [image.member.name for image in backward.images]
+    labels = [image.label for image in forward.images]
+    assert 70 < sum(label != next_label for label, next_label in pairwise(labels)) < 130
 
 
-def test_one_image_and_one_class_are_enough(tmp_path):
-    """One class is noted."""
+def test_one_image_of_one_class_is_accepted(tmp_path):
+    """A message notes the single class."""
     listing = listed(make(tmp_path, "cat/1.png"), validation_fraction=0.05)
     assert by_name(listing) == {"cat/1.png": ("train", "cat")}
-    assert "All images are of one class, cat." in listing.notes
+    assert "All images have one class, cat." in listing.messages
 
 
-def test_class_names_of_any_kind_survive(tmp_path):
-    """NFC and NFD are one class; stray bytes are escaped; ten thousand classes are no trouble."""
+def test_class_names_may_hold_any_characters(tmp_path):
+    """NFC and NFD are one class, invalid bytes are escaped, and 10,000 classes are accepted."""
     path = make(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "\udcff/3.png", "<script>/4.png", "\U0001f600/5.png")
     assert listed(path).classes == ("<script>", "\\udcff", "caf\u00e9", "\U0001f600")
     rows = "".join(f"{number}.png,c{number:05d}\n" for number in range(10_000))
@@ -145,8 +145,8 @@ def test_class_names_of_any_kind_survive(tmp_path):
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
-def test_a_table_gives_labels_and_splits(tmp_path, ending, bom):
-    """With or without BOM and CRLF; quoted fields may hold anything; other columns and blank lines are passed over."""
+def test_a_csv_defines_labels_and_splits(tmp_path, ending, bom):
+    """With or without BOM and CRLF; other columns and blank lines are ignored."""
     path = make(tmp_path, "1.png", "a,b.png", "3.png", "unnamed.png")
     rows = ["id,path,label,split", "1,1.png,a/b,train", '2,"a,b.png","x, y",val', "", "3,./3.png,a/b,test"]
     (path / "labels.csv").write_text(bom + ending.join(rows), encoding="utf-8", newline="")
@@ -158,33 +158,33 @@ def test_a_table_gives_labels_and_splits(tmp_path, ending, bom):
             "a,b.png": ("validation", "x, y"),
             "3.png": ("test", "a/b"),
         }
-        assert "1 images that the labels do not name are passed over." in listing.notes
+        assert "1 images that the labels do not list are ignored." in listing.messages
 
 
 @pytest.mark.parametrize(
-    ("table", "line", "what"),
+    ("table", "line", "problem"),
     [
-        ("", 1, "columns are none"),
-        ("file,label\n1.png,a", 1, "columns are file, label"),
-        ("path,label\n1.png,a\n1.png,b", 3, "stands in line 2 already"),
+        ("", 1, "must be path,label[,split], got none"),
+        ("file,label\n1.png,a", 1, "got file, label"),
+        ("path,label\n1.png,a\n1.png,b", 3, "already listed in line 2"),
         ("path,label\n1.png,a\n\nmissing.png,b", 4, "no file 'missing.png'"),
-        ("path,label\n1.png", 2, "1 fields, not 2"),
+        ("path,label\n1.png", 2, "2 fields, got 1"),
         ("path,label\n1.png,", 2, "label is empty"),
-        ("path,label,split\n1.png,a,tarin", 2, "split is 'tarin'"),
+        ("path,label,split\n1.png,a,tarin", 2, "got 'tarin'"),
         ('path,label\n1.png,a\n2.png,"b', 3, "unexpected end of data"),
-        ("path,label\n", 1, "no image follows"),
+        ("path,label\n", 1, "no image is listed"),
     ],
 )
-def test_a_wrong_table_is_refused_by_line(tmp_path, table, line, what):
-    """The line number and what is wrong with it."""
+def test_an_invalid_csv_is_rejected_with_its_line_number(tmp_path, table, line, problem):
+    """The error names the line and the violation."""
     path = make(tmp_path, "1.png", "2.png")
     (path / "labels.csv").write_text(table)
     message = refusal(path, "labels.csv")
-    assert f"Line {line} of the labels" in message and what in message
+    assert f"Line {line} of the labels is invalid" in message and problem in message
 
 
-def test_a_table_outside_of_the_source_is_refused(tmp_path):
-    """Its changes would not be seen, and the stage not be run again."""
+def test_a_csv_outside_the_source_is_rejected(tmp_path):
+    """DVC would not track its changes."""
     path = make(tmp_path / "images", "1.png")
     (tmp_path / "labels.csv").write_text("path,label\n1.png,a")
     for labels in ("labels.csv", "../labels.csv", str(tmp_path / "labels.csv"), "folder"):
@@ -193,34 +193,35 @@ def test_a_table_outside_of_the_source_is_refused(tmp_path):
             check_source(path, labels)
 
 
-def test_a_source_without_images_is_refused_at_once(tmp_path):
-    """Missing, empty, full of other things: the path and the layout expected."""
+def test_a_source_without_images_is_rejected(tmp_path):
+    """The error shows the path and the expected layout."""
     (tmp_path / "empty").mkdir()
     make(tmp_path / "texts", "a/1.txt", "b/Thumbs.db", "c/.hidden.png")
     for name in ("empty", "texts"):
-        assert "no images" in refusal(tmp_path / name) and "cat/1.png" in refusal(tmp_path / name)
+        assert "has no images" in refusal(tmp_path / name) and "cat/1.png" in refusal(tmp_path / name)
         with pytest.raises(UserError, match="no images"):
             check_source(tmp_path / name, "folders")
     with pytest.raises(UserError, match="does not exist"):
         check_source(tmp_path / "missing", "folders")
-    assert "no training images" in refusal(make(tmp_path / "val", "val/1.png", "test/2.png"))
+    assert "has no training images" in refusal(make(tmp_path / "val", "val/1.png", "test/2.png"))
     check_source(make(tmp_path / "fine", "1.png"), "folders")
 
 
-def test_checking_a_source_needs_no_heavy_library():
-    """It runs before anything else does."""
+def test_listing_imports_no_heavy_library():
+    """check_source runs before a command imports anything else."""
     code = "import sys, stages.images.listing; print({'torch', 'ray', 'pyarrow', 'numpy', 'PIL'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
-def test_labels_that_cannot_be_read_are_named(tmp_path, monkeypatch):
-    """A table in an archive, or one that changes while it is read."""
+def test_an_unreadable_csv_is_named(tmp_path, monkeypatch):
+    """The CSV may change after it was listed."""
     make(tmp_path, "a.png")
     (tmp_path / "labels.csv").write_text("path,label\na.png,cat\n")
 
-    def stumbles(source, member):
-        raise UnreadableFile("changed while the images were read")
+    def read(source, member):
+        raise UnreadableFile("the file changed after it was listed")
 
-    monkeypatch.setattr(FolderSource, "read", stumbles)
-    said = refusal(tmp_path, "labels.csv")
-    assert "The labels: changed while the images were read." in said and str(tmp_path / "labels.csv") in said
+    monkeypatch.setattr(FolderSource, "read", read)
+    message = refusal(tmp_path, "labels.csv")
+    assert "The labels cannot be read: the file changed after it was listed." in message
+    assert str(tmp_path / "labels.csv") in message

@@ -1,4 +1,4 @@
-"""Folders, zips and tars, kind and hostile: everything is read in place, and nothing else is touched."""
+"""Tests of sources: valid, damaged and malicious folders, zips and tars, read in place."""
 
 import io
 import os
@@ -62,19 +62,19 @@ def problems(path: Path) -> dict[str, str]:
     return {member.name: member.problem for member in open_source(path).members() if member.problem}
 
 
-def test_a_folder_keeps_names_of_any_bytes(tmp_path):
-    """Newlines, quotes, right-to-left, NFC beside NFD, other case, 255 bytes, no UTF-8; hidden files are skipped."""
+def test_a_folder_may_have_file_names_of_any_bytes(tmp_path):
+    """Newlines, quotes, right-to-left, NFC beside NFD, 255 bytes, invalid UTF-8; hidden files are skipped."""
     assert contents(folder(tmp_path / "f", FILES | HIDDEN)) == FILES
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_a_tar_keeps_names_of_any_bytes(tmp_path, mode):
-    """Plain and compressed alike."""
+def test_a_tar_may_have_member_names_of_any_bytes(tmp_path, mode):
+    """Plain and compressed tars give the same names."""
     assert contents(tar(tmp_path / "a.tar", FILES | HIDDEN, mode)) == FILES
 
 
-def test_a_zip_keeps_its_names(tmp_path):
-    """UTF-8 declared, or raw bytes without saying which encoding; two members of one name stay apart."""
+def test_a_zip_may_have_any_names(tmp_path):
+    """Names are declared UTF-8 or raw bytes; two members of one name stay separate."""
     names = {name: data for name, data in FILES.items() if "\udcff" not in name}
     assert contents(zip_(tmp_path / "a.zip", names | HIDDEN)) == names
     raw = zip_(tmp_path / "b.zip", {"QQ.png": b"x"})
@@ -88,7 +88,7 @@ def test_a_zip_keeps_its_names(tmp_path):
 
 
 def test_links_to_files_are_followed(tmp_path):
-    """A linked image is read; a dangling link, one to itself and a pipe cost nothing and are named."""
+    """A dangling link, a link to itself and a pipe are reported as problems."""
     path = folder(tmp_path / "f", {"cat/1.png": b"one"})
     (path / "cat" / "link.png").symlink_to("1.png")
     (path / "cat" / "self.png").symlink_to("self.png")
@@ -99,19 +99,19 @@ def test_links_to_files_are_followed(tmp_path):
     assert problems(path)["cat/pipe.png"] == "not a regular file"
 
 
-@pytest.mark.parametrize("leads_to", ["elsewhere", "source"])
-def test_a_link_to_a_folder_is_refused(tmp_path, leads_to):
-    """Also one that leads back: DVC, which decides whether to run again, would see no change there."""
+@pytest.mark.parametrize("target", ["other", "source"])
+def test_a_link_to_a_folder_is_rejected(tmp_path, target):
+    """DVC, which decides whether the stage runs again, does not track the files behind it."""
     path = folder(tmp_path / "source", {"cat/1.png": b"one"})
-    folder(tmp_path / "elsewhere", {"2.png": b"two"})
-    (path / "dog").symlink_to(tmp_path / leads_to)
-    with pytest.raises(UserError, match="a link to a folder: DVC does not see") as caught:
+    folder(tmp_path / "other", {"2.png": b"two"})
+    (path / "dog").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match="a link to a folder, whose changes DVC does not track") as caught:
         contents(path)
     assert caught.value.where == str(path / "dog") and "cp -rlL" in caught.value.fix
 
 
-def test_a_file_that_changes_or_vanishes_is_said_so(tmp_path):
-    """Between listing and reading."""
+def test_a_file_that_changes_after_listing_is_unreadable(tmp_path):
+    """A changed and a deleted file each give a reason."""
     path = folder(tmp_path / "f", {"a.png": b"one", "b.png": b"two"})
     source = open_source(path)
     first, second = source.members()
@@ -123,10 +123,10 @@ def test_a_file_that_changes_or_vanishes_is_said_so(tmp_path):
         source.read(second)
 
 
-def test_members_that_lead_out_of_an_archive_are_refused(tmp_path):
-    """Names with .., absolute names, links and devices are named, never followed, and nothing is written."""
-    evil = tmp_path / "evil.tar"
-    with tarfile.open(evil, "w") as archive:
+def test_members_outside_the_archive_are_rejected(tmp_path):
+    """Names with .., absolute names, links and devices are reported; nothing is written."""
+    archive_path = tmp_path / "evil.tar"
+    with tarfile.open(archive_path, "w") as archive:
         for name, kind in {
             "../x.png": tarfile.REGTYPE,
             "/etc/x.png": tarfile.REGTYPE,
@@ -138,9 +138,9 @@ def test_members_that_lead_out_of_an_archive_are_refused(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
-    assert contents(evil) == {}
-    out, link = "the name leads out of the archive", "a link or a device"
-    assert problems(evil) == {
+    assert contents(archive_path) == {}
+    out, link = "the name leads outside the archive", "a link or a device"
+    assert problems(archive_path) == {
         **dict.fromkeys(("../x.png", "/etc/x.png", "a/../../x.png"), out),
         **dict.fromkeys(("link.png", "hard.png", "device.png"), link),
     }
@@ -154,30 +154,30 @@ def test_members_that_lead_out_of_an_archive_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "folder"])
-def test_a_bomb_is_refused_by_the_size_it_states(tmp_path, monkeypatch, kind):
-    """A member longer than LARGEST_FILE is never read."""
-    monkeypatch.setattr(sources, "LARGEST_FILE", 1000)
+def test_a_member_above_the_size_limit_is_rejected(tmp_path, monkeypatch, kind):
+    """A member longer than MAX_FILE_BYTES is never read."""
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
     make = {"zip": zip_, "tar": tar, "folder": folder}[kind]
     path = make(tmp_path / "source", {"bomb.png": bytes(1001), "fine.png": bytes(1000)})
     assert contents(path).keys() == {"fine.png"}
     assert "1001 bytes" in problems(path)["bomb.png"]
 
 
-def test_a_zip_that_lies_about_a_size_costs_no_more_than_it_said(tmp_path):
-    """20 MB behind a stated size of 10 bytes: an error, and no memory."""
+def test_a_zip_with_a_wrong_size_reads_only_that_size(tmp_path):
+    """20 MB behind a stated size of 10 bytes raises an error and allocates little memory."""
     path = zip_(tmp_path / "a.zip", {"bomb.png": bytes(20_000_000)})
     path.write_bytes(path.read_bytes().replace(struct.pack("<I", 20_000_000), struct.pack("<I", 10)))
     source = open_source(path)
     (member,) = source.members()
     tracemalloc.start()
-    with pytest.raises(UnreadableFile, match=r"cannot be read from the zip: |shorter than the zip says"):
+    with pytest.raises(UnreadableFile, match=r"cannot be read from the zip: |shorter than the zip states"):
         source.read(member)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
 
 
-def test_an_encrypted_member_is_named(tmp_path):
-    """No password is asked for."""
+def test_an_encrypted_member_is_reported(tmp_path):
+    """There is no prompt for a password."""
     path = zip_(tmp_path / "a.zip", {"a.png": b"x"})
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 8] |= 1
@@ -195,67 +195,67 @@ def _header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
 
 
 @pytest.mark.timeout(20)
-def test_a_tar_that_points_backwards_ends(tmp_path):
-    """A negative size, in a header or in a PAX record, is refused: it would be read round and round."""
-    good = _header("a.png", b"%011o\0" % 3) + b"one".ljust(512, b"\0")
-    negative = b"\xff" * 10 + (-512 & 0xFFFF).to_uint8(2, "big")
+def test_a_tar_with_a_negative_size_is_rejected(tmp_path):
+    """It would be read in an endless loop."""
+    member = _header("a.png", b"%011o\0" % 3) + b"one".ljust(512, b"\0")
+    negative = b"\xff" * 10 + (-512 & 0xFFFF).to_bytes(2, "big")
     path = tmp_path / "a.tar"
     for kind in (b"0", b"x", b"L"):
-        path.write_bytes(good + _header("b.png", negative, kind) + bytes(1024))
+        path.write_bytes(member + _header("b.png", negative, kind) + bytes(1024))
         with pytest.raises(UserError, match="damaged"):
             list(open_source(path).members())
     record = b"14 size=-1024\n"
     extended = _header("p", b"%011o\0" % len(record), b"x") + record.ljust(512, b"\0")
-    path.write_bytes(good + extended + _header("b.png", b"%011o\0" % 0) + bytes(1024))
+    path.write_bytes(member + extended + _header("b.png", b"%011o\0" % 0) + bytes(1024))
     with pytest.raises(UserError, match="damaged"):
         list(open_source(path).members())
 
 
-def test_a_tar_with_an_endless_name_is_refused(tmp_path):
-    """Long names are read into memory, so they have a limit."""
+def test_a_tar_with_a_too_long_name_is_rejected(tmp_path):
+    """tarfile would read the name into memory."""
     path = tmp_path / "a.tar"
-    good = _header("a.png", b"%011o\0" % 0)
-    path.write_bytes(good + _header("b.png", b"%011o\0" % (1 << 30), b"L") + bytes(1024))
+    member = _header("a.png", b"%011o\0" % 0)
+    path.write_bytes(member + _header("b.png", b"%011o\0" % (1 << 30), b"L") + bytes(1024))
     with pytest.raises(UserError, match="damaged"):
         list(open_source(path).members())
 
 
-def test_a_cut_or_flipped_tar_never_loses_images_quietly(tmp_path):
-    """A cut between two members, or a bad header, is an error and not the end."""
+def test_a_truncated_or_damaged_tar_is_rejected(tmp_path):
+    """A cut between two members, or a damaged header, raises instead of ending the listing."""
     path = tar(tmp_path / "a.tar", {f"{number}.png": bytes(100) for number in range(5)})
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     for length in (1024 * 2, 1024 * 3 + 512, 1024 * 3 + 100):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="damaged or cut short"):
+        path.write_bytes(complete[:length])
+        with pytest.raises(UserError, match="damaged or truncated"):
             list(open_source(path).members())
-    flipped = bytearray(whole)
+    flipped = bytearray(complete)
     flipped[1024 * 2 + 150] ^= 4
     path.write_bytes(flipped)
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         list(open_source(path).members())
     path = tar(tmp_path / "a.tgz", {"a.png": os.urandom(5000), "b.png": os.urandom(5000)}, "w:gz")
     path.write_bytes(path.read_bytes()[:7000])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         list(open_source(path).members())
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-def test_every_flipped_bit_in_a_compressed_tar_is_caught(tmp_path, mode):
-    """Also one that looks like its end, or that leaves an image readable, with other pixels."""
+def test_every_flipped_bit_in_a_compressed_tar_is_detected(tmp_path, mode):
+    """This includes bits that fake the end of the tar or change pixels."""
     generator = np.random.default_rng(0)
     words = [b"".join(b"word%d " % word for word in generator.integers(0, 99, 3000)) for _ in range(4)]
-    whole = tar(tmp_path / "a.tar", {f"{number}.bmp": data for number, data in enumerate(words)}, mode).read_bytes()
-    body = range(10, len(whole))  # before it, gzip notes the time, which may be any
+    complete = tar(tmp_path / "a.tar", {f"{number}.bmp": data for number, data in enumerate(words)}, mode).read_bytes()
+    body = range(10, len(complete))  # before it, gzip notes the time, which may be any
     for position, bit in zip(generator.choice(body, 60), generator.integers(0, 8, 60), strict=True):
-        damaged = bytearray(whole)
+        damaged = bytearray(complete)
         damaged[position] ^= 1 << int(bit)
         (tmp_path / "a.tar").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"damaged or cut short|no zip or tar"):
+        with pytest.raises(UserError, match=r"damaged or truncated|not a folder, a zip or a tar"):
             list(open_source(tmp_path / "a.tar").members())
 
 
-def test_a_gzip_that_breaks_while_it_is_read_costs_the_image_alone(tmp_path):
-    """Workers list nothing: what has rotted since is met by whoever reads it."""
+def test_damage_after_listing_makes_only_that_image_unreadable(tmp_path):
+    """Workers do not list the tar again, so reading must detect the damage."""
     path = tar(tmp_path / "a.tgz", {"a.png": b"some words " * 5000, "b.png": b"others " * 5000}, "w:gz")
     member = list(open_source(path).members())[1]
     path.write_bytes(path.read_bytes()[:30] + b"\xff" * 300)
@@ -263,8 +263,8 @@ def test_a_gzip_that_breaks_while_it_is_read_costs_the_image_alone(tmp_path):
         open_source(path).read(member)
 
 
-def test_a_zip_whose_list_swallows_files_is_refused(tmp_path):
-    """One flipped bit makes an entry's comment longer than all entries behind it, which zipfile takes for the end."""
+def test_a_zip_whose_directory_hides_files_is_rejected(tmp_path):
+    """A flipped bit makes a record's comment longer than all records behind it, which zipfile accepts."""
     path = zip_(tmp_path / "a.zip", {f"{number}.png": b"image" for number in range(9)})
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(b"PK\1\2") + 33] ^= 0x80  # the comment's length
@@ -273,17 +273,17 @@ def test_a_zip_whose_list_swallows_files_is_refused(tmp_path):
         open_source(path)
 
 
-def test_what_is_no_source_is_named(tmp_path):
-    """A missing path, a text, an empty file and a broken zip: one sentence with the path."""
+def test_a_path_that_is_not_a_source_is_rejected(tmp_path):
+    """The error names a missing path, a text file, an empty file and a broken zip."""
     text, empty, broken = tmp_path / "a.txt", tmp_path / "empty", tmp_path / "a.zip"
     text.write_text("hello")
     empty.write_bytes(b"")
     broken.write_bytes(b"PK\3\4 and no more")
     for path, message in [
         (tmp_path / "none", "does not exist"),
-        (text, "no zip or tar"),
-        (empty, "no zip or tar"),
-        (broken, "zip cannot be read"),
+        (text, "not a folder, a zip or a tar"),
+        (empty, "not a folder, a zip or a tar"),
+        (broken, "zip is damaged"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             list(open_source(path).members())
@@ -291,6 +291,6 @@ def test_what_is_no_source_is_named(tmp_path):
 
 
 def test_printable_names_are_safe_on_a_terminal():
-    """Control characters, direction marks and stray bytes are escaped; letters of any script are not."""
+    """Control characters, direction marks and invalid bytes are escaped; letters of any script are not."""
     assert printable("caf\u00e9 \u05d0 \U0001f600") == "caf\u00e9 \u05d0 \U0001f600"
     assert printable("a\nb\x1b[31m\u202e\udcff") == r"a\nb\x1b[31m\u202e\udcff"

@@ -1,4 +1,4 @@
-"""Distances between sets, against torchmetrics and against known Gaussians."""
+"""KID and Fréchet distance against torchmetrics and known Gaussians."""
 
 import numpy as np
 import pytest
@@ -14,36 +14,36 @@ def _features(count: int, mean: float = 0.0, size: int = 6, seed: int = 0) -> np
 
 
 def test_kid_equals_torchmetrics():
-    """The value is the unbiased estimate over all pairs."""
+    """The value equals torchmetrics' unbiased estimate over all pairs."""
     reference, images = _features(40), _features(40, 0.3, seed=1)
     expected = poly_mmd(torch.from_numpy(reference).double(), torch.from_numpy(images).double()).item()
     assert distance.kid(reference, images, seed=0)[0] == pytest.approx(expected, rel=1e-9)
 
 
-def test_kid_has_no_bias_and_its_error_is_honest():
-    """Between sets of one distribution the values scatter around 0, about as far as the errors say."""
-    found = np.array(
+def test_kid_is_unbiased_and_its_standard_error_matches_the_spread():
+    """Between sets of one distribution, the values have mean 0 and a spread close to the standard errors."""
+    results = np.array(
         [distance.kid(_features(60, seed=2 * s), _features(60, seed=2 * s + 1), seed=s) for s in range(40)]
     )
-    values, errors = found.T
+    values, errors = results.T
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
     assert 0.5 < errors.mean() / values.std() < 2
 
 
-def test_kid_is_a_function_of_its_seed():
-    """The standard error's random halves come from the seed alone."""
+def test_kid_is_deterministic_for_a_seed():
+    """The random halves of the standard error depend on the seed only."""
     reference, images = _features(20), _features(20, seed=1)
     assert distance.kid(reference, images, seed=3) == distance.kid(reference, images, seed=3)
 
 
-def test_kid_takes_sets_of_different_sizes():
-    """Every pair counts once, however many there are of each."""
+def test_kid_accepts_sets_of_different_sizes():
+    """The value and its standard error are finite for sets of different sizes."""
     assert np.isfinite(distance.kid(_features(7), _features(12), seed=0)).all()
 
 
 @pytest.mark.parametrize(("count", "other"), [(40, 40), (40, 60)])
 def test_frechet_equals_torchmetrics(count, other):
-    """It agrees with the trace of a matrix square root where covariances have full rank."""
+    """The distance equals torchmetrics' matrix square root for covariances of full rank."""
     reference, images = _features(count), _features(other, 0.5, seed=1) * 1.5
     moments = []
     for features in (reference, images):
@@ -53,15 +53,15 @@ def test_frechet_equals_torchmetrics(count, other):
 
 
 def test_frechet_of_fewer_images_than_features_is_finite():
-    """Covariances without full rank need no correction: a set and itself are at 0, and a shift counts in full."""
+    """With singular covariances, equal sets have distance 0, and a shift of the mean gives its squared length."""
     reference = _features(5, size=50)
     assert distance.frechet(reference, reference) == pytest.approx(0, abs=1e-6)
     assert distance.frechet(reference, reference + 2) == pytest.approx(4 * 50, rel=1e-6)
 
 
-def test_one_image_is_refused_with_a_reason():
-    """No covariance comes from one image."""
-    with pytest.raises(ValueError, match="of 1 and 5 images; it needs 2 or more"):
+def test_single_image_is_refused():
+    """Both distances need two or more images of each set."""
+    with pytest.raises(ValueError, match=r"Fréchet distance must have 2 or more .* got 1 reference images and 5"):
         distance.frechet(_features(1), _features(5))
-    with pytest.raises(ValueError, match="1 with 5 images; it needs 2 or more"):
+    with pytest.raises(ValueError, match="KID must have 2 or more images of each set, got 1 reference images and 5"):
         distance.kid(_features(1), _features(5), seed=0)

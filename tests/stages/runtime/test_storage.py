@@ -1,12 +1,14 @@
-"""A store is not believed: what it damages, loses or refuses is noticed, on the way in and on the way out."""
+"""Storage: damage, losses and refusals of the store or of the local disk are detected, on upload and on download."""
 
 import errno
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import fsspec
@@ -17,419 +19,455 @@ from stages.config import ClusterConfig, TrainConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST
-from stages.runtime import storage as storage_module
 from stages.runtime.context import StageContext
-from stages.runtime.storage import Damaged, Storage, Stored, Unreachable, Unwritable
+from stages.runtime.storage import (
+    CorruptArtifactError,
+    LocalDiskError,
+    Storage,
+    StorageUnavailableError,
+    StoredArtifact,
+)
 from stages.training import ray_train
-from stages.training.checkpoint import Checkpoints, State
+from stages.training.checkpoint import Checkpoints, TrainState
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    """Tests do not wait for a store to get better."""
-    monkeypatch.setattr(storage_module, "FIRST_RETRY_DELAY_S", 0.0)
+@dataclass(frozen=True)
+class FaultyStorage(Storage):
+    """Storage whose transfers of single files are replaced: each gets the real method, the source and the target."""
+
+    put_file: Callable[..., None] | None = None
+    get_file: Callable[..., None] | None = None
+
+    def filesystem(self) -> tuple[Any, str]:
+        fs, root = super().filesystem()
+        return FaultyFileSystem(fs, self), root
+
+
+class FaultyFileSystem:
+    """File system of a `FaultyStorage`."""
+
+    def __init__(self, fs: Any, storage: FaultyStorage):
+        self._fs, self._storage = fs, storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+    def put_file(self, source: str, target: str) -> None:
+        put = self._storage.put_file or (lambda real, source, target: real(source, target))
+        put(self._fs.put_file, source, target)
+
+    def get_file(self, source: str, target: str) -> None:
+        get = self._storage.get_file or (lambda real, source, target: real(source, target))
+        get(self._fs.get_file, source, target)
 
 
 @pytest.fixture(params=["file", "memory"])
-def storage(request, tmp_path: Path) -> Iterator[Storage]:
-    """An empty storage, on a disk or in memory."""
-    yield Storage(f"file://{tmp_path}/store" if request.param == "file" else "memory://store")
+def storage(request, tmp_path: Path) -> Iterator[FaultyStorage]:
+    """An empty storage, on a disk or in memory, that retries without delay and has no fault yet."""
+    url = f"file://{tmp_path}/store" if request.param == "file" else "memory://store"
+    yield FaultyStorage(url, retry_delay_s=0.0)
     fsspec.filesystem("memory").store.clear()
 
 
 @pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch) -> Path:
+    """The node's cache folder, which does not exist yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An artifact of three files, one of them within a folder."""
-    with artifact.commit_folder(tmp_path / "made", "thing", {"step": 3}) as made:
-        (made / "a.bin").write_bytes(bytes(range(256)) * 40)
-        (made / "b").mkdir()
-        (made / "b" / "c.txt").write_text("c")
-        (made / "empty").touch()
-    return tmp_path / "made"
+    """An artifact of three files, one of them in a subfolder."""
+    with artifact.commit_folder(tmp_path / "local", "thing", {"step": 3}) as folder:
+        (folder / "a.bin").write_bytes(bytes(range(256)) * 40)
+        (folder / "b").mkdir()
+        (folder / "b" / "c.txt").write_text("c")
+        (folder / "empty").touch()
+    return tmp_path / "local"
 
 
-def damage(storage: Storage, name: str, place: int = 5) -> None:
+@pytest.fixture
+def other_folder(tmp_path: Path) -> Path:
+    """An artifact of the same kind with another digest."""
+    with artifact.commit_folder(tmp_path / "other", "thing", {}) as folder:
+        (folder / "a.bin").write_bytes(b"other")
+    return tmp_path / "other"
+
+
+def damage(storage: Storage, name: str, offset: int = 5) -> None:
     """Flip a bit of a file in the store."""
-    files, root = storage.opened()
-    data = bytearray(files.cat_file(f"{root}/{name}"))
-    data[place % len(data)] ^= 1
-    files.pipe_file(f"{root}/{name}", bytes(data))
+    fs, root = storage.filesystem()
+    data = bytearray(fs.cat_file(f"{root}/{name}"))
+    data[offset % len(data)] ^= 1
+    fs.pipe_file(f"{root}/{name}", bytes(data))
 
 
-def test_a_folder_comes_back_as_it_went(storage: Storage, folder: Path, tmp_path: Path):
-    """Every byte, and the digest with them."""
+def test_fetched_artifact_equals_the_uploaded_one(storage: Storage, folder: Path, tmp_path: Path):
+    """Digest and bytes are equal, and the artifact is listed."""
     storage.upload(folder, "x")
-    assert storage.names() == ["x"] and storage.holds("x") and not storage.holds("y")
-    found = storage.fetch("x", tmp_path / "back", "thing")
-    assert found.digest == artifact.read(folder, "thing").digest
-    assert (tmp_path / "back" / "b" / "c.txt").read_text() == "c"
+    assert storage.list_artifacts() == ["x"] and storage.exists("x") and not storage.exists("y")
+    fetched = storage.fetch("x", tmp_path / "fetched", "thing")
+    assert fetched.digest == artifact.read(folder, "thing").digest
+    assert (tmp_path / "fetched" / "b" / "c.txt").read_text() == "c"
 
 
-def test_a_folder_without_a_manifest_is_not_there(storage: Storage, folder: Path):
-    """The manifest goes up last, and is taken away first."""
+def test_artifact_without_a_manifest_is_absent(storage: Storage, folder: Path):
+    """An upload writes the manifest last, and a delete removes it first."""
     storage.upload(folder, "x")
-    files, root = storage.opened()
-    files.rm_file(f"{root}/x/{MANIFEST}")
-    assert storage.names() == []
+    fs, root = storage.filesystem()
+    fs.rm_file(f"{root}/x/{MANIFEST}")
+    assert storage.list_artifacts() == []
     storage.upload(folder, "x")
-    storage.discard("x")
-    assert storage.names() == [] and not files.exists(f"{root}/x/a.bin")
+    storage.delete("x")
+    assert storage.list_artifacts() == [] and not fs.exists(f"{root}/x/a.bin")
     storage.upload(folder, "x")
     for _ in range(2):
         storage.clear()
-        assert storage.names() == []
+        assert storage.list_artifacts() == []
 
 
 @pytest.mark.parametrize("name", ["a.bin", "b/c.txt", MANIFEST])
-def test_what_the_store_damages_is_never_taken(storage: Storage, folder: Path, tmp_path: Path, name: str):
-    """Nothing stands where the folder was to be, not even a part of it."""
+def test_damage_in_the_store_is_never_fetched(storage: Storage, folder: Path, tmp_path: Path, name: str):
+    """A flipped bit raises an error, and no folder is left behind."""
     storage.upload(folder, "x")
-    for place in range(0, 120, 13):
-        damage(storage, f"x/{name}", place)
-        if name == MANIFEST:  # it has no hash of its own here; what it says of the files and itself has to hold
-            with pytest.raises((Damaged, AssertionError)):
-                assert storage.fetch("x", tmp_path / "back", "thing").digest == artifact.read(folder, "thing").digest
+    for offset in range(0, 120, 13):
+        damage(storage, f"x/{name}", offset)
+        if name == MANIFEST:  # no hash covers it: either it becomes invalid, or the digest changes
+            with pytest.raises((CorruptArtifactError, AssertionError)):
+                fetched = storage.fetch("x", tmp_path / "fetched", "thing")
+                assert fetched.digest == artifact.read(folder, "thing").digest
         else:
-            with pytest.raises(Damaged, match=r"damaged|holds") as caught:
-                storage.fetch("x", tmp_path / "back", "thing")
+            with pytest.raises(CorruptArtifactError, match=r"damaged|holds") as caught:
+                storage.fetch("x", tmp_path / "fetched", "thing")
             assert (caught.value.where, caught.value.code) == (f"{storage.url}/x", 5)
             assert caught.value.fix == "Delete it there, then run the same command again."
-            assert not (tmp_path / "back").exists()
-        damage(storage, f"x/{name}", place)
+            assert not (tmp_path / "fetched").exists()
+        damage(storage, f"x/{name}", offset)
 
 
-def test_a_missing_file_is_named(storage: Storage, folder: Path, tmp_path: Path):
-    """As damaged as a file with other contents."""
+def test_missing_file_is_reported_as_damage(storage: Storage, folder: Path, tmp_path: Path):
+    """The error names the file."""
     storage.upload(folder, "x")
-    files, root = storage.opened()
-    files.rm_file(f"{root}/x/a.bin")
-    with pytest.raises(Damaged, match=r"a\.bin is missing"):
-        storage.fetch("x", tmp_path / "back", "thing")
+    fs, root = storage.filesystem()
+    fs.rm_file(f"{root}/x/a.bin")
+    with pytest.raises(CorruptArtifactError, match=r"a\.bin is missing"):
+        storage.fetch("x", tmp_path / "fetched", "thing")
 
 
-def test_a_manifest_that_leads_out_of_its_folder_is_refused(storage: Storage, folder: Path, tmp_path: Path):
-    """Nothing is written beside the folder that was asked for."""
+def test_manifest_with_paths_outside_the_folder_is_rejected(storage: Storage, folder: Path, tmp_path: Path):
+    """Nothing is written outside the requested folder."""
     text = (folder / MANIFEST).read_text().replace('"a.bin"', '"../../a.bin"')
     storage.upload(folder, "x")
-    files, root = storage.opened()
-    files.pipe_file(f"{root}/x/{MANIFEST}", text.encode())
+    fs, root = storage.filesystem()
+    fs.pipe_file(f"{root}/x/{MANIFEST}", text.encode())
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(Damaged, match="manifest cannot be read"):
-        storage.fetch("x", tmp_path / "deep" / "back", "thing")
+    with pytest.raises(CorruptArtifactError, match="manifest cannot be read"):
+        storage.fetch("x", tmp_path / "deep" / "fetched", "thing")
     assert sorted(tmp_path.iterdir()) in (before, sorted([*before, tmp_path / "deep"]))
 
 
-def test_a_store_that_says_success_and_keeps_garbage_is_found_out(storage: Storage, folder: Path, monkeypatch):
-    """A write counts once it has been read back; here it never can."""
-    files, _ = storage.opened()
-    put = files.put_file
+def test_upload_fails_if_the_store_keeps_other_contents(storage: FaultyStorage, folder: Path):
+    """Every write is read back; a store that always garbles it is reported."""
+    fs, _ = storage.filesystem()
 
-    def garbles(source: str, target: str, **options: object) -> None:
-        put(source, target, **options)
-        files.pipe_file(target, files.cat_file(target)[:-1] + b"?")
+    def garble(put: Callable[..., None], source: str, target: str) -> None:
+        put(source, target)
+        fs.pipe_file(target, fs.cat_file(target)[:-1] + b"?")
 
-    monkeypatch.setattr(files, "put_file", garbles)
-    with pytest.raises(Unreachable, match="keeps something else"):
-        storage.upload(folder, "x")
-    assert storage.names() == []
+    with pytest.raises(StorageUnavailableError, match="returns other contents of"):
+        replace(storage, put_file=garble).upload(folder, "x")
+    assert storage.list_artifacts() == []
 
 
-def test_a_store_that_says_success_and_keeps_nothing_is_asked_again(storage: Storage, folder: Path, monkeypatch):
-    """A file that is not there when it is read back is a bad moment, and in the end the store's fault."""
-    files, _ = storage.opened()
-    put, calls = files.put_file, []
+def test_upload_repeats_a_write_that_the_store_lost(storage: FaultyStorage, folder: Path):
+    """A file that is absent when it is read back is written again; a store that always loses it is reported."""
+    calls = []
 
-    def loses_first(source: str, target: str, **options: object) -> None:
+    def lose_first(put: Callable[..., None], source: str, target: str) -> None:
         calls.append(target)
         if len(calls) > 1:
-            put(source, target, **options)
+            put(source, target)
 
-    monkeypatch.setattr(files, "put_file", loses_first)
-    storage.upload(folder, "x")
-    assert storage.names() == ["x"] and calls[0] == calls[1]
-    monkeypatch.setattr(files, "put_file", lambda source, target, **options: None)
-    with pytest.raises(Unreachable, match=r"does not have .*y/a\.bin, which was written just now"):
-        storage.upload(folder, "y")
+    replace(storage, put_file=lose_first).upload(folder, "x")
+    assert storage.list_artifacts() == ["x"] and calls[0] == calls[1]
+    with pytest.raises(StorageUnavailableError, match=r"does not have .*y/a\.bin, which was just written"):
+        replace(storage, put_file=lambda *_: None).upload(folder, "y")
 
 
-def test_what_has_rotted_here_is_not_put_there(storage: Storage, folder: Path):
-    """The folder here is named, not the store, which keeps what it had."""
+def test_corrupt_local_artifact_is_not_uploaded(storage: Storage, folder: Path):
+    """The error names the local folder, and the store keeps its copy."""
     storage.upload(folder, "x")
     (folder / "b" / "c.txt").write_text("d")
-    with pytest.raises(UserError, match=r"b/c\.txt is damaged") as error:
+    with pytest.raises(UserError, match=r"b/c\.txt is damaged") as caught:
         storage.upload(folder, "x")
-    assert error.value.where == str(folder) and error.value.code == 5
-    assert storage.names() == ["x"]
+    assert caught.value.where == str(folder) and caught.value.code == 5
+    assert storage.list_artifacts() == ["x"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_disk_here_that_takes_nothing_is_named_at_once(
-    storage: Storage, folder: Path, tmp_path: Path, monkeypatch, number: int
+def test_local_disk_errors_are_reported_without_retries(
+    storage: FaultyStorage, folder: Path, tmp_path: Path, number: int
 ):
-    """Waiting for the store would not help, and what lies there is not damaged."""
+    """The error names the local folder and does not call the stored artifact damaged."""
     storage.upload(folder, "x")
-    files, _ = storage.opened()
     calls = []
 
-    def refuses(source: str, target: str, **options: object) -> None:
+    def refuse(get: Callable[..., None], source: str, target: str) -> None:
         calls.append(target)
         raise OSError(number, os.strerror(number), target if number == errno.EACCES else None)
 
-    monkeypatch.setattr(files, "get_file", refuses)
-    with pytest.raises(Unwritable, match="cannot be kept on this node") as error:
-        storage.fetch("x", tmp_path / "back", "thing")
-    assert str(tmp_path) in error.value.where and error.value.code == 3 and len(calls) == 1
-    assert "Free some space or mend the permissions there" in error.value.fix
+    with pytest.raises(LocalDiskError, match="node cannot write what it downloads") as caught:
+        replace(storage, get_file=refuse).fetch("x", tmp_path / "fetched", "thing")
+    assert str(tmp_path) in caught.value.where and caught.value.code == 3 and len(calls) == 1
+    assert "Free some space or fix the permissions there" in caught.value.fix
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
-    """Before anything is fetched."""
-    (tmp_path / "cache").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(Unwritable, match="cannot be kept on this node") as error:
-        Stored.upload(folder, storage).fetch()
-    assert str(tmp_path / "cache") in error.value.where
+def test_cache_folder_that_cannot_be_created_is_reported(storage: Storage, folder: Path, cache_dir: Path):
+    """The error names it before anything is downloaded."""
+    cache_dir.touch()
+    with pytest.raises(LocalDiskError, match="node cannot write what it downloads") as caught:
+        StoredArtifact.upload(folder, storage).fetch()
+    assert str(cache_dir) in caught.value.where
 
 
 @pytest.mark.parametrize("url", ["memory://store[1]", "file:///tmp/a*", "s3://bucket/what?"])
-def test_a_url_that_is_a_pattern_is_refused(url: str):
-    """It would find nothing of its own, and remove what is another's."""
-    for act in (Storage.check, Storage.names, Storage.clear):
-        with pytest.raises(Unreachable, match="take for patterns") as error:
-            act(Storage(url))
-        assert error.value.where == f"cluster.storage: {url}" and error.value.code == 2
-        assert error.value.fix == "Use a URL without them."
+def test_url_with_glob_characters_is_rejected(url: str):
+    """Stores would expand it, and delete other folders."""
+    for method in (Storage.check, Storage.list_artifacts, Storage.clear):
+        with pytest.raises(StorageUnavailableError, match="must have none of") as caught:
+            method(Storage(url))
+        assert caught.value.where == f"cluster.storage: {url}" and caught.value.code == 2
+        assert caught.value.fix == "Use a URL without them."
 
 
-def test_bad_moments_pass(storage: Storage, folder: Path, monkeypatch):
-    """A store that fails now and then is asked again."""
-    files, _ = storage.opened()
-    put, calls = files.put_file, []
+def test_failed_requests_are_retried(storage: FaultyStorage, folder: Path):
+    """An upload succeeds although two of three writes fail."""
+    calls = []
 
-    def fails_first(source: str, target: str, **options: object) -> None:
+    def fail_first(put: Callable[..., None], source: str, target: str) -> None:
         calls.append(target)
         if len(calls) % 3:
             raise ConnectionError("reset by peer")
-        put(source, target, **options)
+        put(source, target)
 
-    monkeypatch.setattr(files, "put_file", fails_first)
-    storage.upload(folder, "x")
-    assert storage.names() == ["x"]
+    replace(storage, put_file=fail_first).upload(folder, "x")
+    assert storage.list_artifacts() == ["x"]
 
 
-def test_a_storage_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
-    """Before hours of work, with the place and the fix."""
+def test_check_rejects_a_storage_that_cannot_be_written_to(tmp_path: Path):
+    """The error has the URL and the fix."""
     (tmp_path / "file").touch()
     for url, what, fix in (
-        (f"file://{tmp_path}/file/within", "The storage does not work: ", "Mend the URL, the store, or the keys"),
-        ("nosuch://bucket", "There is no way to reach this storage: ", "pip install 'vqvae2[s3]'"),
+        (f"file://{tmp_path}/file/within", "The storage does not work: ", "Fix the URL, the store, or the keys"),
+        ("nosuch://bucket", "The storage cannot be opened: ", "pip install 'vqvae2[s3]'"),
     ):
-        with pytest.raises(Unreachable, match=what) as error:
+        with pytest.raises(StorageUnavailableError, match=what) as caught:
             Storage(url).check()
-        assert error.value.where == f"cluster.storage: {url}" and fix in error.value.fix and error.value.code == 3
+        assert caught.value.where == f"cluster.storage: {url}" and fix in caught.value.fix and caught.value.code == 3
 
 
-def test_an_input_goes_up_once_and_comes_down_once(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
-    """It lies under its digest, for every run and every worker of a node."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first, second = Stored.upload(folder, storage), Stored.upload(folder, storage)
+def test_input_is_uploaded_and_downloaded_once(storage: Storage, folder: Path, cache_dir: Path):
+    """A second fetch on the same node needs no storage."""
+    first, second = StoredArtifact.upload(folder, storage), StoredArtifact.upload(folder, storage)
     assert first == second and first.digest == artifact.read(folder, "thing").digest
     assert (first.fetch() / "a.bin").read_bytes() == (folder / "a.bin").read_bytes()
-    storage.under("inputs").discard(first.digest)
+    storage.child("inputs").delete(first.digest)
     assert artifact.read(first.fetch(), "thing").digest == first.digest
 
 
 @pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"cut")])
-def test_an_input_that_was_tidied_away_is_fetched_again(
-    storage: Storage, folder: Path, tmp_path: Path, monkeypatch, change
+def test_incomplete_cached_input_is_downloaded_again(
+    storage: Storage, folder: Path, cache_dir: Path, change: Callable[[Path], object]
 ):
-    """Caches are cleared by age, and power fails: what is not whole here costs another way from the store."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    stored = Stored.upload(folder, storage)
+    """A deleted and a truncated file are replaced."""
+    stored = StoredArtifact.upload(folder, storage)
     change(stored.fetch() / "a.bin")
     assert (stored.fetch() / "a.bin").read_bytes() == (folder / "a.bin").read_bytes()
 
 
-def test_an_input_that_is_another_in_the_store_is_refused(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
-    """Its digest is its name; the letter says where it lies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    stored = Stored.upload(folder, storage)
-    with artifact.commit_folder(tmp_path / "other", "thing", {}) as made:
-        (made / "a.bin").touch()
-    storage.under("inputs").upload(tmp_path / "other", stored.digest)
-    with pytest.raises(Damaged, match=rf"This is thing \w+, not {stored.digest[:12]}\.") as caught:
+def test_stored_input_with_another_digest_is_rejected(
+    storage: Storage, folder: Path, other_folder: Path, cache_dir: Path
+):
+    """The error has both digests and the URL."""
+    stored = StoredArtifact.upload(folder, storage)
+    storage.child("inputs").upload(other_folder, stored.digest)
+    other = artifact.read(other_folder, "thing").digest
+    message = rf"The digest of this thing must be {stored.digest[:12]}, got {other[:12]}\."
+    with pytest.raises(CorruptArtifactError, match=message) as caught:
         stored.fetch()
     assert caught.value.where == f"{storage.url}/inputs/{stored.digest}" and "Delete it there" in caught.value.fix
 
 
-def test_two_jobs_may_bring_the_same_input_at_a_time(storage: Storage, folder: Path, tmp_path: Path, monkeypatch):
-    """Neither takes away what the other has put there, at any file of the other's upload."""
-    put, files_put = storage_module._put, []
+def test_two_jobs_may_upload_the_same_artifact_at_once(storage: FaultyStorage, folder: Path, tmp_path: Path):
+    """A whole upload by another job, in the middle of this one, leaves a complete artifact for both."""
+    uploaded = []
 
-    def interrupted(files, source, target, sha256):
-        files_put.append(target)
-        put(files, source, target, sha256)
-        monkeypatch.setattr(storage_module, "_put", put)
-        storage.upload(folder, "x")  # the other job, from its beginning to its end
-        assert storage.fetch("x", tmp_path / "theirs", "thing")
-        monkeypatch.setattr(storage_module, "_put", interrupted)
+    def put_then_upload(put: Callable[..., None], source: str, target: str) -> None:
+        uploaded.append(target)
+        put(source, target)
+        storage.upload(folder, "x")  # by the other job
+        assert storage.fetch("x", tmp_path / "fetched-by-other", "thing")
 
-    monkeypatch.setattr(storage_module, "_put", interrupted)
-    storage.upload(folder, "x")
-    assert len(files_put) == 1  # the other has put the rest
-    assert storage.fetch("x", tmp_path / "ours", "thing").digest == artifact.read(folder, "thing").digest
+    replace(storage, put_file=put_then_upload).upload(folder, "x")
+    assert len(uploaded) == 1  # the other job uploaded the rest
+    assert storage.fetch("x", tmp_path / "fetched", "thing").digest == artifact.read(folder, "thing").digest
 
 
-def test_another_folder_under_the_same_name_is_never_half_of_each(
-    storage: Storage, folder: Path, tmp_path: Path, monkeypatch
+def test_interrupted_replacement_leaves_no_mixed_artifact(
+    storage: FaultyStorage, folder: Path, other_folder: Path, tmp_path: Path
 ):
-    """Its manifest goes before its files come."""
+    """The old manifest is removed before the first new file is written."""
     storage.upload(folder, "x")
-    with artifact.commit_folder(tmp_path / "other", "thing", {}) as made:
-        (made / "a.bin").write_bytes(b"other")
-    with monkeypatch.context() as patch:
-        patch.setattr(storage_module, "_put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            storage.upload(tmp_path / "other", "x")
-    assert not storage.holds("x")
-    storage.upload(tmp_path / "other", "x")
-    assert storage.fetch("x", tmp_path / "back", "thing").digest == artifact.read(tmp_path / "other", "thing").digest
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(storage, put_file=interrupt).upload(other_folder, "x")
+    assert not storage.exists("x")
+    storage.upload(other_folder, "x")
+    assert storage.fetch("x", tmp_path / "fetched", "thing").digest == artifact.read(other_folder, "thing").digest
 
 
-def state(step: int) -> State:
-    return State(step, {"weight": torch.full((4,), float(step))}, [])
+def state_of(step: int) -> TrainState:
+    return TrainState(step, {"weight": torch.full((4,), float(step))}, [])
 
 
 @pytest.fixture
-def kept(storage: Storage, tmp_path: Path) -> Checkpoints:
-    """Three checkpoints saved on one node, of which two are kept."""
+def checkpoints(storage: Storage, tmp_path: Path) -> Checkpoints:
+    """Checkpoints of steps 5, 10 and 15 on one node, of which the newest two remain."""
     checkpoints = Checkpoints(tmp_path / "one", "print", keep=2, storage=storage)
     for step in (5, 10, 15):
-        checkpoints.save(state(step))
+        checkpoints.save(state_of(step))
     checkpoints.wait()
     return checkpoints
 
 
-def elsewhere(kept: Checkpoints, tmp_path: Path, notes: list[str]) -> Checkpoints:
-    return Checkpoints(tmp_path / "two", "print", keep=2, note=notes.append, storage=kept.storage)
+def on_another_node(
+    storage: Storage, tmp_path: Path, notify: Callable[[str], None] = lambda message: None
+) -> Checkpoints:
+    return Checkpoints(tmp_path / "two", "print", keep=2, notify=notify, storage=storage)
 
 
-def test_another_node_goes_on_from_the_newest_checkpoint(kept: Checkpoints, storage: Storage, tmp_path: Path):
-    """Which it finds by looking; older ones have gone from the store, too."""
-    other = elsewhere(kept, tmp_path, [])
-    assert storage.names() == ["step-000000010", "step-000000015"]
-    assert other.fetch() == 15
-    found = other.latest()
-    assert found is not None and found.step == 15 and torch.equal(found.tensors["weight"], torch.full((4,), 15.0))
+def test_another_node_fetches_the_newest_checkpoint(checkpoints: Checkpoints, storage: Storage, tmp_path: Path):
+    """Older checkpoints are removed from the store as well."""
+    other_node = on_another_node(storage, tmp_path)
+    assert storage.list_artifacts() == ["step-000000010", "step-000000015"]
+    assert other_node.fetch() == 15
+    latest = other_node.latest()
+    assert latest is not None and latest.step == 15 and torch.equal(latest.tensors["weight"], torch.full((4,), 15.0))
 
 
 @pytest.mark.parametrize("file", [MANIFEST, "state.safetensors", "history.json"])
-def test_a_checkpoint_damaged_in_the_store_falls_back_to_the_one_before(
-    kept: Checkpoints, storage: Storage, tmp_path: Path, file: str
+def test_checkpoint_damaged_in_the_store_falls_back_to_the_previous_one(
+    checkpoints: Checkpoints, storage: Storage, tmp_path: Path, file: str
 ):
-    """The loss is told, and what is damaged no longer counts among those that are kept."""
-    notes: list[str] = []
+    """Messages report the loss, and the damaged checkpoint no longer counts."""
+    messages: list[str] = []
     damage(storage, f"step-000000015/{file}", 2)
-    assert elsewhere(kept, tmp_path, notes).fetch() == 10
-    assert "damaged in the storage" in notes[0] and "5 steps are lost" in notes[1]
-    assert storage.names() == ["step-000000010"]
+    assert on_another_node(storage, tmp_path, messages.append).fetch() == 10
+    assert "damaged in the storage" in messages[0] and "5 steps are lost" in messages[1]
+    assert storage.list_artifacts() == ["step-000000010"]
 
 
-def test_a_reader_who_takes_all_for_damaged_destroys_nothing(
-    kept: Checkpoints, storage: Storage, tmp_path: Path, monkeypatch
-):
-    """The fault may be in its memory or on its way: every byte is still there for another."""
-    files, root = storage.opened()
-    before = {path: files.cat_file(path) for path in files.find(root)}
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "sha256", lambda path: "0" * 64)
-        assert elsewhere(kept, tmp_path, []).fetch() == 0
-    assert storage.names() == []
-    renamed = {path.removesuffix(".damaged"): files.cat_file(path) for path in files.find(root)}
+def test_faulty_reader_destroys_no_checkpoint(checkpoints: Checkpoints, storage: FaultyStorage, tmp_path: Path):
+    """A reader whose downloads are all damaged renames manifests, and every byte stays for other readers."""
+
+    def garble(get: Callable[..., None], source: str, target: str) -> None:
+        get(source, target)
+        Path(target).write_bytes(b"?")
+
+    fs, root = storage.filesystem()
+    before = {path: fs.cat_file(path) for path in fs.find(root)}
+    assert on_another_node(replace(storage, get_file=garble), tmp_path).fetch() == 0
+    assert storage.list_artifacts() == []
+    renamed = {path.removesuffix(".damaged"): fs.cat_file(path) for path in fs.find(root)}
     assert renamed == before
-    for path in files.find(root):
+    for path in fs.find(root):
         if path.endswith(".damaged"):
-            files.pipe_file(path.removesuffix(".damaged"), files.cat_file(path))
-    assert elsewhere(kept, tmp_path, []).fetch() == 15
+            fs.pipe_file(path.removesuffix(".damaged"), fs.cat_file(path))
+    assert on_another_node(storage, tmp_path).fetch() == 15
 
 
-def test_a_checkpoint_that_never_arrived_whole_is_not_there(kept: Checkpoints, storage: Storage, tmp_path: Path):
-    """The one before it is the newest; a worker forgets what only its own node has."""
-    files, root = storage.opened()
-    files.rm_file(f"{root}/step-000000015/{MANIFEST}")
-    assert kept.fetch() == 10
-    kept.forget_all_but(10)
-    found = kept.latest()
-    assert found is not None and found.step == 10
+def test_incompletely_uploaded_checkpoint_is_absent(checkpoints: Checkpoints, storage: Storage):
+    """The previous one is the newest, and a rank removes a checkpoint that only its own node has."""
+    fs, root = storage.filesystem()
+    fs.rm_file(f"{root}/step-000000015/{MANIFEST}")
+    assert checkpoints.fetch() == 10
+    checkpoints.remove_except(10)
+    latest = checkpoints.latest()
+    assert latest is not None and latest.step == 10
 
 
-def test_a_run_begun_without_a_storage_goes_on_with_one(storage: Storage, tmp_path: Path):
-    """The newest checkpoint is brought to wherever it is not."""
-    alone = Checkpoints(tmp_path / "alone", "print", keep=2)
-    alone.save(state(5))
-    alone.wait()
-    Checkpoints(tmp_path / "alone", "print", keep=2, storage=storage).exchange()
-    assert storage.names() == ["step-000000005"]
-    Checkpoints(tmp_path / "other", "print", keep=2, storage=storage).exchange()
-    found = Checkpoints(tmp_path / "other", "print", keep=2).latest()
-    assert found is not None and found.step == 5
+def test_run_started_without_a_storage_continues_with_one(storage: Storage, tmp_path: Path):
+    """The newest checkpoint is uploaded, then downloaded elsewhere."""
+    local_only = Checkpoints(tmp_path / "local-only", "print", keep=2)
+    local_only.save(state_of(5))
+    local_only.wait()
+    Checkpoints(tmp_path / "local-only", "print", keep=2, storage=storage).sync()
+    assert storage.list_artifacts() == ["step-000000005"]
+    Checkpoints(tmp_path / "elsewhere", "print", keep=2, storage=storage).sync()
+    latest = Checkpoints(tmp_path / "elsewhere", "print", keep=2).latest()
+    assert latest is not None and latest.step == 5
 
 
-def test_what_comes_home_is_no_more_than_is_kept(kept: Checkpoints, storage: Storage, tmp_path: Path):
-    """Old checkpoints here go when a newer one arrives."""
-    home = Checkpoints(tmp_path / "home", "print", keep=1)
-    home.save(state(5))
-    home.wait()
-    Checkpoints(tmp_path / "home", "print", keep=1, storage=storage).exchange()
-    assert [path.name for path in (tmp_path / "home").iterdir()] == ["step-000000015"]
+def test_sync_keeps_no_more_local_checkpoints_than_configured(
+    checkpoints: Checkpoints, storage: Storage, tmp_path: Path
+):
+    """A downloaded checkpoint replaces an older local one."""
+    local_only = Checkpoints(tmp_path / "local-only", "print", keep=1)
+    local_only.save(state_of(5))
+    local_only.wait()
+    Checkpoints(tmp_path / "local-only", "print", keep=1, storage=storage).sync()
+    assert [path.name for path in (tmp_path / "local-only").iterdir()] == ["step-000000015"]
 
 
-def test_a_bad_moment_after_training_costs_no_result(storage: Storage, tmp_path: Path, monkeypatch):
-    """The store is tried out once, at the beginning: later a failure is waited out, as everywhere."""
+def test_storage_is_checked_once_before_training(storage: Storage, tmp_path: Path, monkeypatch):
+    """A failure after training is retried instead; a checkpoint of another network is rejected."""
     context = StageContext("vqvae", "print", tmp_path / "work", ClusterConfig(storage=storage.url))
-    probes: list[Storage] = []
-    monkeypatch.setattr(Storage, "check", lambda self: probes.append(self))
+    checked: list[Storage] = []
+    monkeypatch.setattr(Storage, "check", lambda self: checked.append(self))
 
-    def trains(learn: object, arguments: object, *, context: StageContext) -> None:
-        assert len(probes) == 1
-        worker = Checkpoints(tmp_path / "node", "print", keep=1, storage=context.storage)
-        worker.save(State(4, {"network.weight": torch.ones(2, 1)}, []))
-        worker.wait()
+    def save_last_step(train_worker: object, arguments: object, *, context: StageContext) -> None:
+        assert len(checked) == 1
+        on_worker = Checkpoints(tmp_path / "node", "print", keep=1, storage=context.storage)
+        on_worker.save(TrainState(4, {"network.weight": torch.ones(2, 1)}, []))
+        on_worker.wait()
 
-    monkeypatch.setattr(ray_train, "fit", trains)
+    monkeypatch.setattr(ray_train, "fit", save_last_step)
     config, network = TrainConfig(steps=4, batch_size=1), torch.nn.Linear(1, 2, bias=False)
-    ray_train.trained(lambda: None, {}, config, network=network, context=context)
-    assert torch.equal(network.weight, torch.ones(2, 1)) and len(probes) == 1
+    ray_train.train_or_load(lambda: None, {}, config, network=network, context=context)
+    assert torch.equal(network.weight, torch.ones(2, 1)) and len(checked) == 1
 
-    with pytest.raises(UserError, match="checkpoint of step 4 is not of this network: its weights have") as caught:
-        ray_train.trained(lambda: None, {}, config, network=torch.nn.Linear(3, 3), context=context)
+    with pytest.raises(UserError, match="checkpoint of step 4 does not match this network: its weights have") as caught:
+        ray_train.train_or_load(lambda: None, {}, config, network=torch.nn.Linear(3, 3), context=context)
     assert caught.value.where == f"{storage.url}/runs/vqvae/print/step-000000004" and caught.value.code == 5
-    assert caught.value.fix.startswith("Remove it there, and from runs/ where the command is given, then run the same")
+    assert caught.value.fix.startswith("Remove it there, and from runs/ where the command runs, then run the same")
 
 
-def test_a_store_that_is_away_stops_the_run_and_keeps_its_checkpoints(kept: Checkpoints, tmp_path: Path, monkeypatch):
-    """No checkpoint is taken for damaged because a store does not answer."""
-    assert kept.storage is not None
-    files, _ = kept.storage.opened()
+def test_unavailable_store_stops_the_run_and_keeps_its_checkpoints(
+    checkpoints: Checkpoints, storage: FaultyStorage, tmp_path: Path
+):
+    """No checkpoint counts as damaged because the store does not answer."""
 
-    def away(*arguments: object, **options: object) -> None:
+    def disconnect(*_: object) -> None:
         raise ConnectionError("no route to host")
 
-    with monkeypatch.context() as patch:
-        for method in ("put_file", "get_file"):
-            patch.setattr(type(files), method, away)  # each thread has an instance of its own
-        kept.save(state(20))
-        with pytest.raises(UserError, match="no route to host") as error:
-            kept.wait()
-        assert error.value.code == 3 and kept.storage.url in error.value.where
-        with pytest.raises(Unreachable):
-            elsewhere(kept, tmp_path, []).fetch()
-    assert elsewhere(kept, tmp_path, []).fetch() == 15
+    disconnected = replace(storage, put_file=disconnect, get_file=disconnect)
+    saving = Checkpoints(checkpoints.folder, "print", keep=2, storage=disconnected)
+    saving.save(state_of(20))
+    with pytest.raises(UserError, match="no route to host") as caught:
+        saving.wait()
+    assert caught.value.code == 3 and storage.url in caught.value.where
+    with pytest.raises(StorageUnavailableError):
+        on_another_node(disconnected, tmp_path).fetch()
+    assert on_another_node(storage, tmp_path).fetch() == 15
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory) -> Iterator[Storage]:
-    """A bucket of a server on this machine."""
+    """A bucket of an S3 server on this machine."""
     pytest.importorskip("s3fs")
     log = tmp_path_factory.mktemp("s3") / "log"
     with log.open("w") as output:
@@ -450,28 +488,29 @@ def s3(tmp_path_factory) -> Iterator[Storage]:
 
 
 def _address(log: Path) -> str:
+    """Return the server's address from its log, once the server answers."""
     for _ in range(600):
-        words = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1")]
-        if words:
-            urlopen(words[0] + "/moto-api/").close()
-            return words[0]
+        addresses = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1")]
+        if addresses:
+            urlopen(addresses[0] + "/moto-api/").close()
+            return addresses[0]
         time.sleep(0.1)
     raise AssertionError(log.read_text())
 
 
-def test_an_s3_bucket_keeps_checkpoints_and_gives_them_back(s3: Storage, tmp_path: Path):
-    """Endpoint and keys come from the usual variables; a bucket that is not there is refused with the fix."""
+def test_s3_bucket_holds_checkpoints(s3: Storage, tmp_path: Path):
+    """Endpoint and keys come from the usual variables; a bucket that does not exist is rejected."""
     s3.check()
-    notes: list[str] = []
+    messages: list[str] = []
     checkpoints = Checkpoints(tmp_path / "one", "print", keep=2, storage=s3)
     for step in (5, 10, 15):
-        checkpoints.save(state(step))
+        checkpoints.save(state_of(step))
     checkpoints.wait()
     damage(s3, "step-000000015/state.safetensors")
-    other = Checkpoints(tmp_path / "two", "print", keep=2, note=notes.append, storage=s3)
-    assert other.fetch() == 10 and "5 steps are lost" in notes[-1]
-    found = other.latest()
-    assert found is not None and torch.equal(found.tensors["weight"], torch.full((4,), 10.0))
-    with pytest.raises(Unreachable, match="does not work") as error:
+    other_node = on_another_node(s3, tmp_path, messages.append)
+    assert other_node.fetch() == 10 and "5 steps are lost" in messages[-1]
+    latest = other_node.latest()
+    assert latest is not None and torch.equal(latest.tensors["weight"], torch.full((4,), 10.0))
+    with pytest.raises(StorageUnavailableError, match="does not work") as caught:
         Storage("s3://elsewhere/prefix").check()
-    assert "s3://elsewhere" in error.value.where
+    assert "s3://elsewhere" in caught.value.where

@@ -1,16 +1,17 @@
-"""Progress can be read on any terminal, and without one."""
+"""Tests of progress on terminals of any width, on plain output and on closed pipes."""
 
 import io
+from contextlib import redirect_stderr
 
 import pytest
 from rich.console import Console
 
 from stages.runtime.context import Reporter
-from stages.tracking.console import CompositeReporter, ConsoleReporter, Pace
+from stages.tracking.console import CompositeReporter, ConsoleReporter, RateEstimator
 
 
 class Clock:
-    """A clock moved by hand."""
+    """Clock that a test sets."""
 
     def __init__(self):
         self.now = 100.0
@@ -19,15 +20,16 @@ class Clock:
         return self.now
 
 
-def plain(clock=None, **options):
-    console = Console(file=io.StringIO(), force_terminal=False, **options)
+def plain_reporter(clock=None):
+    """Return a reporter without a terminal, and the file it prints to."""
+    console = Console(file=io.StringIO(), force_terminal=False)
     return ConsoleReporter("vqvae", console, clock or Clock()), console.file
 
 
-def test_without_a_terminal_a_plain_line_comes_now_and_then():
-    """One line at first, one each ten seconds, one at the end: no more, and no control characters."""
+def test_plain_lines_are_printed_at_intervals():
+    """Without a terminal there is a first line, one every ten seconds and a last one, without control characters."""
     clock = Clock()
-    progress, file = plain(clock)
+    progress, file = plain_reporter(clock)
     with progress:
         for step in range(1, 101):
             progress.progress(step, 100, "step", {"loss": 1 / step})
@@ -40,65 +42,64 @@ def test_without_a_terminal_a_plain_line_comes_now_and_then():
     assert len(lines) == 4 and "\x1b" not in file.getvalue()
 
 
-def test_another_unit_is_told_at_once():
-    """When a stage goes on to count something else, a line says so and the pace starts anew."""
+def test_new_unit_prints_a_line_and_resets_the_rate():
+    """A stage that starts to count another unit prints a line at once, without a rate."""
     clock = Clock()
-    progress, file = plain(clock)
+    progress, file = plain_reporter(clock)
     progress.progress(5, 10, "image", {})
     clock.now += 1
     progress.progress(1, 10, "step", {})
     assert file.getvalue().splitlines() == ["vqvae: 5/10 image  50%", "vqvae: 1/10 step  10%"]
 
 
-def test_the_end_is_told_once():
+def test_end_is_printed_once():
     """Reports after the last step add no lines."""
-    progress, file = plain()
+    progress, file = plain_reporter()
     for _ in range(5):
         progress.progress(10, 10, "step", {})
     assert len(file.getvalue().splitlines()) == 1
 
 
 @pytest.mark.parametrize("done, total", [(0, 0), (5, 0), (20, 10), (-1, 10)])
-def test_odd_counts_do_no_harm(done, total):
-    """Nothing to do, too much done or less than nothing still give a line."""
-    progress, file = plain()
+def test_invalid_counts_print_a_line(done, total):
+    """A total of zero, more than the total, or a negative count still print a line."""
+    progress, file = plain_reporter()
     progress.progress(done, total, "step", {})
     assert file.getvalue().count("\n") == 1
 
 
-def test_a_rate_is_never_negative():
-    """A restart from a checkpoint, or a clock that stands still, gives no rate rather than a false one."""
+def test_rate_is_zero_while_unknown():
+    """After a restart from a checkpoint, or if the clock has not advanced, the rate is zero and never negative."""
     clock = Clock()
-    pace = Pace(clock)
+    estimator = RateEstimator(clock)
     for done in (10, 20):
-        pace.update(done)
-    assert pace.rate == 0
+        estimator.update(done)
+    assert estimator.rate == 0
     clock.now += 2
-    pace.update(30)
-    assert pace.rate == 10
-    pace.update(5)
-    assert pace.rate == 0
+    estimator.update(30)
+    assert estimator.rate == 10
+    estimator.update(5)
+    assert estimator.rate == 0
     clock.now += 1
-    pace.update(8)
-    assert pace.rate == 3
+    estimator.update(8)
+    assert estimator.rate == 3
 
 
-def test_the_pace_is_that_of_the_last_minute():
-    """What happened long ago, such as a slow start, is forgotten."""
+def test_rate_covers_the_last_minute():
+    """A slow start does not count after a minute."""
     clock = Clock()
-    pace = Pace(clock)
+    estimator = RateEstimator(clock)
     for done in range(200):
         clock.now += 10 if done < 10 else 1
-        pace.update(done)
-    assert pace.rate == pytest.approx(1)
+        estimator.update(done)
+    assert estimator.rate == pytest.approx(1)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_a_bar_fits_any_terminal(width, monkeypatch):
-    """On a terminal, progress is one line that never wraps, without colour if asked."""
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False)
+def test_bar_fits_any_width(width):
+    """On a terminal, progress is one line that never wraps, and has no colour if NO_COLOR is set."""
+    environment = {"NO_COLOR": "1", "TERM": "xterm"}
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, _environ=environment)
     progress = ConsoleReporter("prior@bottom", console)
     progress.progress(120, 1500, "step", {"nll": 3.21, "bits": 4.63})
     with console.capture() as capture:
@@ -109,52 +110,50 @@ def test_a_bar_fits_any_terminal(width, monkeypatch):
     assert "\x1b[3" not in lines[0]
 
 
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
-    """TERM=dumb means no control characters."""
-    monkeypatch.setenv("TERM", "dumb")
-    console = Console(file=io.StringIO(), force_terminal=True)
+def test_dumb_terminal_gets_plain_lines():
+    """With TERM=dumb there are no control characters, and markup in a message is printed as text."""
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     with ConsoleReporter("vqvae", console) as progress:
         progress.progress(1, 2, "step", {})
-        progress.note("[red]as it is[/red]")
-    assert console.file.getvalue().splitlines() == ["vqvae: 1/2 step  50%", "vqvae: [red]as it is[/red]"]
+        progress.message("[red]literal[/red]")
+    assert console.file.getvalue().splitlines() == ["vqvae: 1/2 step  50%", "vqvae: [red]literal[/red]"]
 
 
-def test_notes_stand_above_a_running_bar():
-    """A note on a terminal is a line of its own."""
+def test_message_is_printed_above_the_bar():
+    """On a terminal, a message is a line of its own."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with ConsoleReporter("vqvae", console) as progress:
         progress.progress(1, 2, "step", {})
-        progress.note("checkpoint at step 1")
+        progress.message("checkpoint at step 1")
     assert "vqvae: checkpoint at step 1" in console.file.getvalue()
 
 
-def test_several_reporters_hear_the_same():
-    """Each report reaches each reporter."""
-    not_ignored = []
+def test_composite_reporter_forwards_to_all():
+    """Both reporters receive every report, in the same order."""
+    calls = []
 
-    class Listener(Reporter):
+    class RecordingReporter(Reporter):
         def progress(self, *arguments):
-            not_ignored.append(arguments)
+            calls.append(arguments)
 
-        metrics = picture = note = progress
+        metrics = image = message = progress
 
-    several = CompositeReporter([Listener(), Listener()])
-    several.progress(1, 2, "step", {})
-    several.metrics({"loss": 1.0}, 1)
-    several.picture("grid", b"", 1)
-    several.note("done")
-    assert len(not_ignored) == 8 and not_ignored[::2] == not_ignored[1::2]
+    composite = CompositeReporter([RecordingReporter(), RecordingReporter()])
+    composite.progress(1, 2, "step", {})
+    composite.metrics({"loss": 1.0}, 1)
+    composite.image("grid", b"", 1)
+    composite.message("done")
+    assert len(calls) == 8 and calls[::2] == calls[1::2]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe")])
-def test_a_terminal_that_is_gone_is_no_reason_to_stop(monkeypatch, error):
-    """Who logs out leaves a run behind; what it says from then on, the journal alone hears."""
+def test_closed_terminal_does_not_stop_the_run(error):
+    """After a logout the run goes on, although it can no longer print."""
 
-    class Gone(io.StringIO):
+    class ClosedTerminal(io.StringIO):
         def write(self, text):
             raise error
 
-    monkeypatch.setattr("sys.stderr", Gone())
-    with ConsoleReporter("vqvae") as progress:
-        progress.note("Still here.")
+    with redirect_stderr(ClosedTerminal()), ConsoleReporter("vqvae") as progress:
+        progress.message("checkpoint at step 1")
         progress.progress(1, 2, "step", {})

@@ -1,4 +1,4 @@
-"""One, two or four workers learn the same: gloo processes stand for machines, and nothing stands for Ray."""
+"""One, two or four ranks train the same model. The ranks are gloo processes on one machine, without Ray."""
 
 import dataclasses
 import shutil
@@ -7,39 +7,44 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from stages import prior, vqvae
 from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.context import StageContext
-from stages.training.checkpoint import Checkpoints, State
-from stages.training.loop import Stopped, Worker
-from tests.gloo import together
+from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.distributed import DistributedContext
+from stages.training.loop import TrainingStopped
+from stages.training.ray_train import wrap_ddp
+from stages.training.state import METRICS_SINCE_LOG
+from tests.gloo import run_ranks
 
-BOUND = 1e-6  # on weights, codebooks, moments and curves after 12 steps: a few roundings of float32
-LEARN = {"vqvae": vqvae.train_worker, "top": prior.train_worker}
+TOLERANCE = 1e-6  # absolute, of weights, codebooks, moments and curves after 12 steps: a few roundings of float32
+TRAIN_WORKERS = {"vqvae": vqvae.train_worker, "top": prior.train_worker}
 
 
-def work(rank: int, count: int, folder: Path, stage: str, arguments: dict[str, Any], stop_at: int) -> None:
-    """Be one of `count` workers; be asked to stop after a step, unless that is 0."""
-    answers = iter([False] * (stop_at - 1) + [True] * 99) if stop_at else iter([False] * 99)
-    worker = Worker(
+def train_rank(
+    rank: int, world_size: int, folder: Path, stage: str, arguments: dict[str, Any], stop_after: int
+) -> None:
+    """Train as one rank; request a stop after `stop_after` steps unless it is 0."""
+    answers = iter([False] * (stop_after - 1) + [True] * 99) if stop_after else iter([False] * 99)
+    dist = DistributedContext(
         rank,
-        count,
-        reduce=distributed.all_reduce,
-        wrap=lambda module: nn.parallel.DistributedDataParallel(module, broadcast_buffers=False),
-        stopping=answers.__next__,
+        world_size,
+        all_reduce=distributed.all_reduce,
+        wrap=wrap_ddp,
+        stop_requested=answers.__next__,
     )
     try:
-        LEARN[stage](worker=worker, context=StageContext(stage, "print", folder, ClusterConfig()), **arguments)
-    except Stopped:
-        assert stop_at
+        TRAIN_WORKERS[stage](dist=dist, context=StageContext(stage, "print", folder, ClusterConfig()), **arguments)
+    except TrainingStopped:
+        assert stop_after
 
 
-def train_or_load(folder: Path, stage: str, arguments: dict[str, Any], workers: int, stop_at: int = 0) -> State:
-    """Train, or go on, with some workers; return the state they leave."""
+def train(folder: Path, stage: str, arguments: dict[str, Any], world_size: int, stop_after: int = 0) -> TrainState:
+    """Start or resume training with `world_size` ranks; return the newest state."""
     folder.mkdir(exist_ok=True)
-    together(work, workers, folder, stage, arguments, stop_at, count=workers)
+    run_ranks(train_rank, world_size, folder, stage, arguments, stop_after, world_size=world_size)
     state = Checkpoints(folder, "print", keep=9).latest()
     assert state is not None
     return state
@@ -47,7 +52,7 @@ def train_or_load(folder: Path, stage: str, arguments: dict[str, Any], workers: 
 
 @pytest.fixture(scope="module")
 def arguments(project) -> dict[str, dict[str, Any]]:
-    """What each stage learns from and how; dropout alone is missing, which each worker draws for itself."""
+    """Inputs and settings of each stage. Without dropout in the prior, whose random numbers differ between ranks."""
     network = dataclasses.replace(project.priors["top"], dropout=0.0)
     return {
         "vqvae": {
@@ -66,35 +71,37 @@ def arguments(project) -> dict[str, dict[str, Any]]:
     }
 
 
-def far(left: State, right: State) -> float:
-    """The largest difference between two states, and between their curves."""
+def max_difference(left: TrainState, right: TrainState) -> float:
+    """Return the largest absolute difference between the tensors and between the curves of two states."""
     assert left.step == right.step
-    names = [name for name in left.tensors if name != "since"]
+    names = [name for name in left.tensors if name != METRICS_SINCE_LOG]
     weights = max((left.tensors[name].double() - right.tensors[name].double()).abs().max().item() for name in names)
     curves = max(abs(a["value"] - b["value"]) for a, b in zip(left.history, right.history, strict=True))
     return max(weights, curves)
 
 
 @pytest.fixture(scope="module")
-def alone(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
-    """What one worker makes of each."""
-    folder = tmp_path_factory.mktemp("alone")
-    return {stage: train_or_load(folder / stage, stage, arguments[stage], 1) for stage in LEARN}
+def single(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainState]:
+    """State of each stage after training with a single rank."""
+    folder = tmp_path_factory.mktemp("single")
+    return {stage: train(folder / stage, stage, arguments[stage], 1) for stage in TRAIN_WORKERS}
 
 
-@pytest.mark.parametrize(("stage", "workers"), [("vqvae", 2), ("vqvae", 4), ("top", 2)])
-def test_more_workers_learn_what_one_does(tmp_path: Path, arguments, alone: dict[str, State], stage: str, workers: int):
-    """Sums are added up in another order, and nothing else differs: weights and curves lie within the bound."""
-    assert far(train_or_load(tmp_path, stage, arguments[stage], workers), alone[stage]) < BOUND
+@pytest.mark.parametrize(("stage", "world_size"), [("vqvae", 2), ("vqvae", 4), ("top", 2)])
+def test_more_ranks_train_the_same_model(
+    tmp_path: Path, arguments, single: dict[str, TrainState], stage: str, world_size: int
+):
+    """Only the order of summation differs, so weights and curves are within the tolerance."""
+    assert max_difference(train(tmp_path, stage, arguments[stage], world_size), single[stage]) < TOLERANCE
 
 
-def test_what_two_workers_began_one_or_two_can_finish(tmp_path: Path, arguments, alone: dict[str, State]):
-    """Stopped between two steps that are logged: two end in the bits of two unbroken ones, one within the bound."""
-    given = arguments["vqvae"]
-    begun = train_or_load(tmp_path / "begun", "vqvae", given, 2, stop_at=4)
-    assert begun.step == 5  # asked after the fourth, agreed on after the fifth
-    shutil.copytree(tmp_path / "begun", tmp_path / "one")
-    assert far(train_or_load(tmp_path / "one", "vqvae", given, 1), alone["vqvae"]) < BOUND
-    again, unbroken = (train_or_load(tmp_path / name, "vqvae", given, 2) for name in ("begun", "unbroken"))
-    assert again.history == unbroken.history
-    assert all(torch.equal(again.tensors[name], unbroken.tensors[name]) for name in unbroken.tensors)
+def test_one_or_two_ranks_resume_what_two_ranks_began(tmp_path: Path, arguments, single: dict[str, TrainState]):
+    """Stopped between two logged steps: two ranks end bit-identical to two unbroken ones, one within the tolerance."""
+    settings = arguments["vqvae"]
+    stopped = train(tmp_path / "stopped", "vqvae", settings, 2, stop_after=4)
+    assert stopped.step == 5  # requested after the fourth step, agreed on after the fifth
+    shutil.copytree(tmp_path / "stopped", tmp_path / "one")
+    assert max_difference(train(tmp_path / "one", "vqvae", settings, 1), single["vqvae"]) < TOLERANCE
+    resumed, unbroken = (train(tmp_path / name, "vqvae", settings, 2) for name in ("stopped", "unbroken"))
+    assert resumed.history == unbroken.history
+    assert all(torch.equal(resumed.tensors[name], unbroken.tensors[name]) for name in unbroken.tensors)

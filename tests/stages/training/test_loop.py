@@ -1,10 +1,11 @@
-"""The training loop, without Ray: it resumes to the same bits, and only sums cross workers."""
+"""The training loop without Ray: resumed runs end bit-identical, and only sums cross ranks."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,25 +16,18 @@ from stages.errors import UserError
 from stages.runtime import fault_injection
 from stages.runtime.context import Reporter
 from stages.training import loop
-from stages.training.checkpoint import Checkpoints, State
-from stages.training.loop import (
-    CheckpointMismatch,
-    Data,
-    MetricSums,
-    Objective,
-    Step,
-    Stopped,
-    Worker,
-    learning_rate,
-    train,
-)
+from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.distributed import CheckpointMismatch, DistributedContext, StopVote
+from stages.training.loop import TrainingStopped, learning_rate, train
+from stages.training.metric_sums import MetricAccumulator
+from stages.training.objective import MetricSums, Objective, StepResult, TrainingData
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
 
 IMAGES = torch.randn(23, 4, generator=torch.Generator().manual_seed(0))
 
 
-class Network(nn.Module):
-    """A layer that learns by gradients, dropout that draws, and a mean that learns by sums."""
+class ToyNetwork(nn.Module):
+    """A layer trained by gradients, random dropout, and a mean updated from sums."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,32 +39,42 @@ class Network(nn.Module):
         return self.layer(self.dropout(images - self.mean))
 
 
-class Toy(Objective):
-    """Reconstruct vectors."""
+class ToyObjective(Objective):
+    """Squared error of reconstructed vectors."""
 
-    network: Network
+    network: ToyNetwork
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.network = Network()
+        self.network = ToyNetwork()
 
-    def zeros(self) -> MetricSums:
+    def zero_metrics(self) -> MetricSums:
         return {"squared": torch.zeros(1), "images": torch.zeros(1)}
 
-    def forward(self, batch: Tensor, step: int, worker: Worker) -> Step:
-        totals = self.measure(self.network, batch, worker)
-        return Step(totals["squared"].sum() / len(batch), [batch.sum(0), torch.tensor([len(batch)])], totals)
+    def forward(self, batch: Tensor, step: int, dist: DistributedContext) -> StepResult:
+        metrics = self.measure(self.network, batch, dist)
+        sums = {"mean": (batch.sum(0), torch.tensor([len(batch)]))}
+        return StepResult(metrics["squared"].sum() / len(batch), sums, metrics)
 
-    def absorb(self, sums: list[Tensor]) -> None:
-        self.network.mean.lerp_(sums[0] / sums[1], 0.1)
+    def absorb(self, sums: Mapping[str, Any]) -> None:
+        total, count = sums["mean"]
+        self.network.mean.lerp_(total / count, 0.1)
 
-    def measure(self, network: nn.Module, batch: Tensor, worker: Worker) -> MetricSums:
+    def measure(self, network: nn.Module, batch: Tensor, dist: DistributedContext) -> MetricSums:
         squared = (network(batch) - batch).square().mean(1).sum()
         return {"squared": squared[None], "images": torch.tensor([float(len(batch))])}
 
-    def summarize(self, totals: MetricSums) -> dict[str, float]:
-        return {"mse": (totals["squared"] / totals["images"]).item()}
+    def summarize(self, sums: MetricSums) -> dict[str, float]:
+        return {"mse": (sums["squared"] / sums["images"]).item()}
+
+
+class PartlyUnusedObjective(ToyObjective):
+    """A network with a layer that the loss does not depend on, trainable or frozen."""
+
+    def __init__(self, trainable: bool) -> None:
+        super().__init__()
+        self.network.unused = nn.Linear(2, 2).requires_grad_(trainable)
 
 
 CONFIG = TrainConfig(
@@ -80,25 +84,36 @@ CONFIG = TrainConfig(
 
 
 class Killed(Exception):
-    """Stands for a process that dies."""
+    """Simulates the end of the process."""
 
 
-def data(die_at: int = -1) -> Data:
-    def steps(start: int) -> Iterator[Tensor]:
-        for number, picks in enumerate(
-            GlobalBatchSampler(ShuffledStream(23, 0), 4, start=start, stop=20, rank=0, workers=1), start
-        ):
-            if number == die_at:
+def toy_data(die_at: int = -1) -> TrainingData:
+    """Return data that raises Killed instead of the batch of step `die_at`."""
+
+    def training(start: int) -> Iterator[Tensor]:
+        sampler = GlobalBatchSampler(ShuffledStream(23, 0), 4, start=start, stop=20, rank=0, world_size=1)
+        for step, samples in enumerate(sampler, start):
+            if step == die_at:
                 raise Killed
-            yield IMAGES[[pick.image for pick in picks]]
+            yield IMAGES[[sample.image_index for sample in samples]]
 
-    return Data(steps, {"validation": lambda: iter(IMAGES.split(8))})
+    return TrainingData(training, {"validation": lambda: iter(IMAGES.split(8))})
 
 
-def run(folder: Path, die_at: int = -1, worker: Worker = Worker(), config: TrainConfig = CONFIG) -> State:  # noqa: B008
+def run(
+    folder: Path,
+    die_at: int = -1,
+    dist: DistributedContext | None = None,
+    config: TrainConfig = CONFIG,
+    objective: Callable[[], Objective] = ToyObjective,
+) -> TrainState:
+    """Start or resume training in a folder; return the newest state."""
     checkpoints = Checkpoints(folder, "print", keep=3)
     try:
-        train(Toy(), data(die_at), config, seed=0, worker=worker, checkpoints=checkpoints, reporter=Reporter())
+        train(
+            objective(), toy_data(die_at), config,
+            seed=0, dist=dist or DistributedContext(), checkpoints=checkpoints, reporter=Reporter(),
+        )  # fmt: skip
     finally:
         checkpoints.wait()
     state = checkpoints.latest()
@@ -106,13 +121,25 @@ def run(folder: Path, die_at: int = -1, worker: Worker = Worker(), config: Train
     return state
 
 
-def stopped_after(steps: int) -> Worker:
-    """Be asked to stop once so many steps are made."""
+def newest_state(folder: Path) -> TrainState:
+    state = Checkpoints(folder, "print", keep=3).latest()
+    assert state is not None
+    return state
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    checkpoints = Checkpoints(folder, "print", keep=3)
+    checkpoints.save(state)
+    checkpoints.wait()
+
+
+def stop_after(steps: int) -> DistributedContext:
+    """Return a context whose stop is requested after so many steps of this process."""
     answers = iter([False] * (steps - 1) + [True])
-    return Worker(stopping=lambda: next(answers))
+    return DistributedContext(stop_requested=lambda: next(answers))
 
 
-def assert_equal(left: State, right: State) -> None:
+def assert_equal(left: TrainState, right: TrainState) -> None:
     assert left.step == right.step and left.history == right.history
     assert left.tensors.keys() == right.tensors.keys()
     for name in left.tensors:
@@ -120,209 +147,198 @@ def assert_equal(left: State, right: State) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> State:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainState:
     return run(tmp_path_factory.mktemp("unbroken"))
 
 
 @pytest.mark.parametrize("die_at", [0, 1, 3, 4, 5, 6, 11, 19])
-def test_a_run_killed_at_any_step_ends_in_the_bits_of_an_unbroken_one(tmp_path: Path, unbroken: State, die_at: int):
-    """Weights, averages, moments, learnt sums and curves are equal, not close."""
+def test_a_run_killed_at_any_step_resumes_bit_identical(tmp_path: Path, unbroken: TrainState, die_at: int):
+    """Weights, EMA, moments, buffers and curves equal those of an unbroken run."""
     with pytest.raises(Killed):
         run(tmp_path, die_at)
     assert_equal(run(tmp_path), unbroken)
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, unbroken: State):
-    """Twice resumed is once resumed."""
+def test_a_run_killed_several_times_resumes_bit_identical(tmp_path: Path, unbroken: TrainState):
+    """Four resumes end in the state of an unbroken run."""
     for die_at in (5, 9, 13, 17):
         with pytest.raises(Killed):
             run(tmp_path, die_at)
     assert_equal(run(tmp_path), unbroken)
 
 
-def test_every_part_of_the_state_matters(tmp_path: Path, unbroken: State):
-    """Change any tensor of a checkpoint and the end differs: the equality above is able to fail."""
-    with pytest.raises(Stopped, match="step 9"):  # between two steps that are logged
-        run(tmp_path / "origin", worker=stopped_after(9))
-    origin = Checkpoints(tmp_path / "origin", "print", keep=3).latest()
-    assert origin is not None
-    for name, tensor in origin.tensors.items():
-        if name == "averaged.module.mean":  # a copy of network.mean, made anew each step
+def test_every_tensor_of_a_checkpoint_affects_the_result(tmp_path: Path, unbroken: TrainState):
+    """A change of any tensor changes the final state, so the comparisons above can fail."""
+    with pytest.raises(TrainingStopped, match="step 9"):  # between two logged steps
+        run(tmp_path / "original", dist=stop_after(9))
+    original = newest_state(tmp_path / "original")
+    for name, tensor in original.tensors.items():
+        if name == "ema.module.mean":  # the EMA copies buffers, so this one is overwritten at each step
             continue
         changed = tensor + 1 if not tensor.is_floating_point() else tensor + 0.01
         folder = tmp_path / name
-        checkpoints = Checkpoints(folder, "print", keep=3)
-        checkpoints.save(State(origin.step, {**origin.tensors, name: changed}, origin.history))
-        checkpoints.wait()
-        end = run(folder)
-        different = any(not torch.equal(end.tensors[key], unbroken.tensors[key]) for key in end.tensors)
-        assert different or end.history != unbroken.history, name
+        save_state(folder, TrainState(original.step, {**original.tensors, name: changed}, original.history))
+        state = run(folder)
+        different = any(not torch.equal(state.tensors[key], unbroken.tensors[key]) for key in state.tensors)
+        assert different or state.history != unbroken.history, name
 
 
-def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path):
-    """Each tensor in turn, in its absence and in another shape, and one too many: none is begun anew unsaid."""
-    with pytest.raises(Stopped):
-        run(tmp_path / "origin", worker=stopped_after(5))
-    origin = Checkpoints(tmp_path / "origin", "print", keep=3).latest()
-    assert origin is not None
-    inject_nan = [{key: tensor for key, tensor in origin.tensors.items() if key != name} for name in origin.tensors]
-    inject_nan += [{**origin.tensors, name: torch.zeros(7, 7, 7)} for name in origin.tensors]
-    for number, tensors in enumerate([*inject_nan, {**origin.tensors, "network.more": torch.zeros(1)}]):
+def test_a_checkpoint_with_missing_or_wrong_tensors_is_refused(tmp_path: Path):
+    """Each tensor missing or of another shape in turn, and one too many: training does not resume from it."""
+    with pytest.raises(TrainingStopped):
+        run(tmp_path / "original", dist=stop_after(5))
+    original = newest_state(tmp_path / "original")
+    variants = [{key: tensor for key, tensor in original.tensors.items() if key != name} for name in original.tensors]
+    variants += [{**original.tensors, name: torch.zeros(7, 7, 7)} for name in original.tensors]
+    for number, tensors in enumerate([*variants, {**original.tensors, "network.more": torch.zeros(1)}]):
         folder = tmp_path / str(number)
-        checkpoints = Checkpoints(folder, "print", keep=3)
-        checkpoints.save(State(origin.step, tensors, origin.history))
-        checkpoints.wait()
-        with pytest.raises(UserError, match="The checkpoint of step 5 is not of this network: ") as caught:
+        save_state(folder, TrainState(original.step, tensors, original.history))
+        with pytest.raises(UserError, match="The checkpoint of step 5 does not match this network: ") as caught:
             run(folder)
         assert caught.value.where == str(folder / "step-000000005") and caught.value.code == 5
         assert "Remove it, then run the same command again" in caught.value.fix
 
 
-class Idle(Toy):
-    """A network with a part that is never used, or is not to learn."""
-
-    def __init__(self, learns: bool) -> None:
-        super().__init__()
-        self.network.idle = nn.Linear(2, 2).requires_grad_(learns)
-
-
-def test_a_part_of_a_network_that_is_never_used_is_refused_at_the_first_step(tmp_path: Path, monkeypatch):
-    """Adam keeps nothing of it, so that no checkpoint would ever be whole; what is not to learn needs nothing."""
-    monkeypatch.setitem(globals(), "Toy", lambda: Idle(learns=True))
-    with pytest.raises(UserError, match=r"The network's idle\.weight has no part in the loss\.") as caught:
-        run(tmp_path / "idle")
-    assert caught.value.where == "Network" and "Use it in forward" in caught.value.fix
-    monkeypatch.setitem(globals(), "Toy", lambda: Idle(learns=False))
+def test_a_trainable_parameter_without_a_gradient_is_refused_after_the_first_step(tmp_path: Path):
+    """Adam has no moments of it, so no checkpoint would be complete. A frozen parameter is accepted."""
+    with pytest.raises(UserError, match=r"The loss does not depend on unused\.weight") as caught:
+        run(tmp_path / "trainable", objective=lambda: PartlyUnusedObjective(trainable=True))
+    assert caught.value.where == "ToyNetwork" and "Use it in forward" in caught.value.fix
     with pytest.raises(Killed):
-        run(tmp_path / "frozen", 9)
-    assert run(tmp_path / "frozen").step == 20
+        run(tmp_path / "frozen", 9, objective=lambda: PartlyUnusedObjective(trainable=False))
+    assert run(tmp_path / "frozen", objective=lambda: PartlyUnusedObjective(trainable=False)).step == 20
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 8, 19])
-def test_a_run_asked_to_stop_saves_at_that_step_and_goes_on_from_it(tmp_path: Path, unbroken: State, steps: int):
-    """No step is lost, also between two that are logged, and the curves show no seam."""
-    with pytest.raises(Stopped, match=f"step {steps}"):
-        run(tmp_path, worker=stopped_after(steps))
-    saved = Checkpoints(tmp_path, "print", keep=3).latest()
-    assert saved is not None and saved.step == steps
+def test_a_stop_request_saves_the_current_step(tmp_path: Path, unbroken: TrainState, steps: int):
+    """No step is lost, also between two logged steps, and the resumed run ends bit-identical."""
+    with pytest.raises(TrainingStopped, match=f"step {steps}"):
+        run(tmp_path, dist=stop_after(steps))
+    assert newest_state(tmp_path).step == steps
     assert_equal(run(tmp_path), unbroken)
 
 
-def test_a_run_stopped_at_every_step_ends_in_the_same_bits(tmp_path: Path, unbroken: State):
-    """Twenty runs of one step each are one run of twenty steps."""
+def test_a_run_stopped_after_every_step_ends_bit_identical(tmp_path: Path, unbroken: TrainState):
+    """Twenty runs of one step each equal one run of twenty steps."""
     for _ in range(19):
-        with pytest.raises(Stopped):
-            run(tmp_path, worker=stopped_after(1))
+        with pytest.raises(TrainingStopped):
+            run(tmp_path, dist=stop_after(1))
     assert_equal(run(tmp_path), unbroken)
 
 
-def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_step_that_is_logged(tmp_path: Path):
-    """However seldom that is: a machine that is taken away does not wait either."""
-    seldom = dataclasses.replace(CONFIG, log_every=20, checkpoint_every=20)
-    with pytest.raises(Stopped, match="step 3"):
-        run(tmp_path, worker=stopped_after(3), config=seldom)
+def test_a_stop_request_does_not_wait_for_a_logged_step(tmp_path: Path):
+    """A preempted machine has no time to reach one."""
+    rarely = dataclasses.replace(CONFIG, log_every=20, checkpoint_every=20)
+    with pytest.raises(TrainingStopped, match="step 3"):
+        run(tmp_path, dist=stop_after(3), config=rarely)
 
 
-def test_several_workers_agree_to_stop_one_step_after_one_was_asked(tmp_path: Path):
-    """The answer to a question comes with the next, so that nobody waits for it."""
-    others = Worker(count=2, stopping=iter([False, False, True, False]).__next__)
-    with pytest.raises(Stopped, match="step 4"):
-        run(tmp_path, worker=others)
+def test_several_ranks_stop_one_step_after_a_request(tmp_path: Path):
+    """The result of a vote is read with the next vote, so no rank waits for it."""
+    dist = DistributedContext(world_size=2, stop_requested=iter([False, False, True, False]).__next__)
+    with pytest.raises(TrainingStopped, match="step 4"):
+        run(tmp_path, dist=dist)
 
 
-def test_workers_that_find_different_checkpoints_do_not_begin(tmp_path: Path):
-    """Their sums would line up, and the result would be nobody's."""
+def test_ranks_with_different_checkpoints_do_not_start(tmp_path: Path):
+    """Their gradients would be averaged without an error, over different weights."""
     with pytest.raises(Killed):
         run(tmp_path, 10)
-    others = Worker(1, 2, reduce=lambda tensor: tensor[0].fill_(4) if tensor.numel() == 2 else None)
-    with pytest.raises(CheckpointMismatch, match=r"of steps 4, 8\."):
-        run(tmp_path, worker=others)
+
+    def all_reduce(tensor: Tensor) -> None:  # rank 0 starts at step 4
+        if tensor.numel() == 2:
+            tensor[0].fill_(4)
+
+    with pytest.raises(CheckpointMismatch, match=r"must be of the same step, got steps 4, 8\."):
+        run(tmp_path, dist=DistributedContext(1, 2, all_reduce=all_reduce))
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_after_one_step(tmp_path: Path, monkeypatch):
-    """With what is needed, what is free and where; what fits is let be."""
+    """The error has the needed space, the free space and the folder. A disk that is large enough is accepted."""
     size = sum(tensor.nbytes for tensor in run(tmp_path / "measured").tensors.values())
-    free = SimpleNamespace(free=7 * size // 2)  # three are kept beside the one that is written
+    free = SimpleNamespace(free=7 * size // 2)  # `keep` is 3, and a fourth exists while it is written
     monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
-    with pytest.raises(UserError, match=r"too small for checkpoints: 4 more, of 0\.0 MiB each") as caught:
+    with pytest.raises(UserError, match=r"too small for 4 more checkpoints of 0\.0 MiB each") as caught:
         run(tmp_path / "run")
     assert str(tmp_path / "run") in caught.value.where and "keep_checkpoints" in caught.value.fix
     assert caught.value.code == 3 and not list((tmp_path / "run").iterdir())
-    run(tmp_path / "run", config=dataclasses.replace(CONFIG, checkpoint_every=7))  # three are all that come
+    run(tmp_path / "run", config=dataclasses.replace(CONFIG, checkpoint_every=7))  # writes only three
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can arrive from it late")
-def test_the_answer_of_a_gpu_comes_one_step_later_too():
-    """Read from where it was copied to, not from the device."""
-    stop = loop._Stop(Worker(count=2, device=torch.device("cuda"), stopping=iter([False, True, False]).__next__))
-    assert [stop.agreed() for _ in range(3)] == [False, False, True]
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device to copy a vote from")
+def test_a_vote_on_a_gpu_is_read_one_step_later():
+    """The result is read from the copy on the CPU, not from the device."""
+    stop_requested = iter([False, True, False]).__next__
+    vote = StopVote(DistributedContext(world_size=2, device=torch.device("cuda"), stop_requested=stop_requested))
+    assert [vote.poll() for _ in range(3)] == [False, False, True]
 
 
-def test_sums_since_the_last_log_are_taken_up_by_fewer_and_by_more_workers():
-    """Nothing is lost and nothing is counted twice, whatever the number of workers before and after."""
+def test_metrics_since_the_last_log_are_restored_by_fewer_and_by_more_ranks():
+    """The sum over ranks stays the same for any number of ranks before and after."""
     for before in (1, 2, 4):
         rows = torch.zeros(before, 2, dtype=torch.double)
         for rank in range(before):
-            sums = loop._Sums(Toy(), Worker(rank, before))
-            sums.add({"squared": torch.tensor([rank + 0.5]), "images": torch.tensor([1.0])})
-            rows += sums.gather_by_rank()
+            accumulator = MetricAccumulator(ToyObjective(), DistributedContext(rank, before))
+            accumulator.add({"squared": torch.tensor([rank + 0.5]), "images": torch.tensor([1.0])})
+            rows += accumulator.gather_by_rank()
         assert rows.tolist() == [[rank + 0.5, 1] for rank in range(before)]
         for after in (1, 2, 4):
-            again = [loop._Sums(Toy(), Worker(rank, after)) for rank in range(after)]
-            for sums in again:
-                sums.restore(rows)
-            assert torch.equal(sum(sums.own for sums in again), rows.sum(0))
+            restored = [MetricAccumulator(ToyObjective(), DistributedContext(rank, after)) for rank in range(after)]
+            for accumulator in restored:
+                accumulator.restore(rows)
+            assert torch.equal(sum(accumulator.local for accumulator in restored), rows.sum(0))
             if after == before:
-                assert all(torch.equal(sums.own, row) for sums, row in zip(again, rows, strict=True))
+                assert all(torch.equal(restored[rank].local, rows[rank]) for rank in range(after))
 
 
 @pytest.mark.parametrize(("fault", "error"), [("raise", RuntimeError), ("full", UserError), ("nan", UserError)])
-def test_a_fault_that_was_asked_for_comes_once_and_leaves_no_trace(
-    tmp_path: Path, unbroken: State, monkeypatch: pytest.MonkeyPatch, fault: str, error: type[Exception]
+def test_an_injected_fault_happens_once_and_the_run_resumes_bit_identical(
+    tmp_path: Path, unbroken: TrainState, monkeypatch: pytest.MonkeyPatch, fault: str, error: type[Exception]
 ):
-    """The same command then goes on from the newest checkpoint, and ends in the same bits."""
-    monkeypatch.setenv(fault_injection.VARIABLE, f"{fault}@toy:0:9")
-    falling = Worker(fault=lambda step: fault_injection.at("toy", 0, step, tmp_path))
+    """The same command continues from the newest checkpoint without the fault."""
+    monkeypatch.setenv(fault_injection.FAULT_VARIABLE, f"{fault}@toy:0:9")
+    dist = DistributedContext(inject_fault=lambda step: fault_injection.inject_faults("toy", 0, step, tmp_path))
     with pytest.raises(error):
-        run(tmp_path, worker=falling)
-    newest = Checkpoints(tmp_path, "print", keep=3).latest()
-    # A disk may be full while the checkpoint of step 8 is still being written.
-    assert newest is not None and newest.step in ((4, 8) if fault == "full" else (8,))
-    assert_equal(run(tmp_path, worker=falling), unbroken)
+        run(tmp_path, dist=dist)
+    # The full disk may hit the checkpoint of step 8, which is written in the background.
+    assert newest_state(tmp_path).step in ((4, 8) if fault == "full" else (8,))
+    assert_equal(run(tmp_path, dist=dist), unbroken)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp_path: Path):
-    """The message names the number and the step; the state before stays."""
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path):
+    """The message has the metric and the step."""
+    diverging = TrainConfig(steps=20, batch_size=4, learning_rate=1e30, log_every=2, checkpoint_every=4)
     with pytest.raises(UserError, match=r"mse became .* by step"):
-        bad = TrainConfig(steps=20, batch_size=4, learning_rate=1e30, log_every=2, checkpoint_every=4)
-        run(tmp_path, config=bad)
+        run(tmp_path, config=diverging)
 
 
-def test_images_per_second_are_those_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A measurement in the middle of a stretch of steps makes it neither slower nor faster."""
-    now, rates = [0.0], []
+def test_images_per_second_exclude_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An evaluation between two logged steps does not change the rate."""
+    clock, rates = [0.0], []
 
-    def after(seconds: float, value: Tensor) -> Tensor:
-        now[0] += seconds
-        return value
+    def after(seconds: float, batch: Tensor) -> Tensor:
+        clock[0] += seconds
+        return batch
 
-    class Rates(Reporter):
+    class RateRecorder(Reporter):
         def metrics(self, values: Mapping[str, float], step: int) -> None:
             rates.extend(value for name, value in values.items() if name == "images_per_second")
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    timed = Data(
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    data = TrainingData(
         lambda start: (after(1, IMAGES[:4]) for _ in range(start, 20)),
         {"validation": lambda: (after(100, images) for images in IMAGES.split(8))},
     )
-    checkpoints = Checkpoints(tmp_path, "print", keep=3)
-    train(Toy(), timed, CONFIG, seed=0, worker=Worker(), checkpoints=checkpoints, reporter=Rates())
+    train(
+        ToyObjective(), data, CONFIG,
+        seed=0, dist=DistributedContext(), checkpoints=Checkpoints(tmp_path, "print", keep=3), reporter=RateRecorder(),
+    )  # fmt: skip
     assert rates == [4.0] * 10
 
 
-def test_the_rate_rises_then_falls_to_zero():
-    """Linear warm-up, half a cosine, as the steps say."""
+def test_the_learning_rate_rises_then_falls_to_zero():
+    """Linear warm-up, then half a cosine."""
     rates = [learning_rate(CONFIG, step) for step in range(20)]
     assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4])
     assert all(later < earlier for earlier, later in pairwise(rates[3:]))

@@ -1,4 +1,4 @@
-"""Two processes train the VQ-VAE as one does, through the stage's own objective and loop."""
+"""Two processes train the VQ-VAE as one does, with the stage's own objective and loop."""
 
 import re
 from collections.abc import Iterator
@@ -15,15 +15,17 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.loop import Data, Worker, train
-from stages.training.ray_train import _distributed
+from stages.training.distributed import DistributedContext
+from stages.training.loop import train
+from stages.training.objective import TrainingData
+from stages.training.ray_train import wrap_ddp
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
-from stages.vqvae import Reconstruct
-from tests.gloo import together
+from stages.vqvae import VQVAEObjective
+from tests.gloo import run_ranks
 
 IMAGES = torch.randint(0, 256, (11, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-HELD_OUT = IMAGES[:5]  # three for one worker, two for the other, and the last batch smaller
-SHOWN = IMAGES[:2].numpy()
+VALIDATION = IMAGES[:5]  # three for one rank, two for the other, and a smaller last batch
+PREVIEWED = IMAGES[:2].numpy()
 MODEL = VQVAEConfig(
     {name: LevelConfig(stride, 8, 4, 1, entries=16, dim=4) for name, stride in (("top", 8), ("bottom", 4))},
     QuantizerConfig(decay=0.9, revive_every=3, revive_below=0.5),
@@ -31,73 +33,83 @@ MODEL = VQVAEConfig(
 CONFIG = TrainConfig(steps=7, batch_size=4, learning_rate=1e-4, log_every=1, evaluate_every=2, checkpoint_every=7)
 
 
-def train_worker(
-    folder: Path, worker: Worker, model: VQVAEConfig = MODEL, config: TrainConfig = CONFIG
-) -> dict[str, Tensor]:
-    """Train to the end; return the weights and codebooks, and what was measured on the way as one more tensor."""
+class MetricsRecorder(Reporter):
+    """Records the curves, without the rate and the learning rate."""
 
-    def steps(start: int) -> Iterator[Tensor]:
-        batches = GlobalBatchSampler(
-            ShuffledStream(len(IMAGES), 0), 4, start=start, stop=7, rank=worker.rank, workers=worker.count
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def metrics(self, values, step):
+        self.values.extend(value for name, value in values.items() if "/" in name)
+
+
+def train_to_end(
+    folder: Path, dist: DistributedContext, model: VQVAEConfig = MODEL, config: TrainConfig = CONFIG
+) -> dict[str, Tensor]:
+    """Train; return weights and codebooks, and all metrics as one more tensor, "metrics"."""
+
+    def batches(start: int) -> Iterator[Tensor]:
+        sampler = GlobalBatchSampler(
+            ShuffledStream(len(IMAGES), 0), 4, start=start, stop=7, rank=dist.rank, world_size=dist.world_size
         )
-        for picks in batches:
-            yield IMAGES[[pick.image for pick in picks]]
+        for samples in sampler:
+            yield IMAGES[[sample.image_index for sample in samples]]
 
     torch.manual_seed(3)
-    objective = Reconstruct(VQVAE(model), SHOWN, CONFIG.batch_size, seed=3)
-    data = Data(steps, {"validation": lambda: iter(HELD_OUT[worker.rank :: worker.count].split(2))})
-    checkpoints = Checkpoints(folder / str(worker.rank), "print", keep=1)
-    measured: list[float] = []
-
-    class Listener(Reporter):
-        def metrics(self, values, step):
-            measured.extend(value for name, value in values.items() if "/" in name)
-
-    train(objective, data, config, seed=3, worker=worker, checkpoints=checkpoints, reporter=Listener())
+    objective = VQVAEObjective(VQVAE(model), PREVIEWED, CONFIG.batch_size, seed=3)
+    data = TrainingData(batches, {"validation": lambda: iter(VALIDATION[dist.rank :: dist.world_size].split(2))})
+    checkpoints = Checkpoints(folder / str(dist.rank), "print", keep=1)
+    recorder = MetricsRecorder()
+    train(objective, data, config, seed=3, dist=dist, checkpoints=checkpoints, reporter=recorder)
     state = {name: tensor.contiguous() for name, tensor in objective.network.state_dict().items()}
-    return state | {"measured": torch.tensor(measured)}
+    return state | {"metrics": torch.tensor(recorder.values)}
 
 
-def work(rank: int, folder: Path) -> None:
-    """Be one of two; worker 0 alone draws previews."""
-    worker = Worker(rank, 2, reduce=distributed.all_reduce, wrap=_distributed)
-    save_file(train_worker(folder, worker), folder / f"{rank}.safetensors")
+def train_rank(rank: int, folder: Path) -> None:
+    """Train as one of two ranks and save the result."""
+    dist = DistributedContext(rank, 2, all_reduce=distributed.all_reduce, wrap=wrap_ddp)
+    save_file(train_to_end(folder, dist), folder / f"{rank}.safetensors")
 
 
-def inject_nan(rank: int, folder: Path) -> None:
-    """Be one of two, of which the second computes a loss that is no number; keep what is said of it."""
-    worker = Worker(
-        rank, 2, reduce=distributed.all_reduce, wrap=_distributed, fault=lambda step: rank == 1 and step == 3
+def train_rank_with_nan(rank: int, folder: Path) -> None:
+    """Train as one of two ranks, of which rank 1 computes a NaN loss; save the error."""
+    dist = DistributedContext(
+        rank,
+        2,
+        all_reduce=distributed.all_reduce,
+        wrap=wrap_ddp,
+        inject_fault=lambda step: rank == 1 and step == 3,
     )
     try:
-        train_worker(folder, worker, config=replace(CONFIG, checkpoint_every=3))
+        train_to_end(folder, dist, config=replace(CONFIG, checkpoint_every=3))
     except UserError as error:
         (folder / f"{rank}.txt").write_text(f"{error.what}\n{error.where}")
 
 
-def test_a_loss_that_is_no_number_on_one_worker_ends_both_at_one_step(tmp_path: Path):
-    """Neither waits for the other, and the checkpoint before it stands."""
-    together(inject_nan, tmp_path, count=2)
-    told = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+def test_a_nan_loss_on_one_rank_ends_both_at_the_same_step(tmp_path: Path):
+    """Neither rank waits for the other, and the checkpoint before the NaN stays."""
+    run_ranks(train_rank_with_nan, tmp_path, world_size=2)
+    errors = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     what = r"\w+ became nan by step 5; the checkpoints before it are kept\."
-    assert told[0][0] == told[1][0] and re.fullmatch(what, told[0][0])
-    assert told[0][1] == str(tmp_path / "0")
+    assert errors[0][0] == errors[1][0] and re.fullmatch(what, errors[0][0])
+    assert errors[0][1] == str(tmp_path / "0")
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["step-000000003"]
 
 
-def test_two_workers_train_the_vqvae_as_one_does(tmp_path: Path):
-    """Codebooks equal to the bit between them, and to 1e-6 those of one: previews, revivals, uneven last batches."""
-    together(work, tmp_path, count=2)
-    left, right = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    alone = train_worker(tmp_path / "alone", Worker())
-    quiet = train_worker(
-        tmp_path / "quiet", Worker(), replace(MODEL, quantizer=replace(MODEL.quantizer, revive_every=0))
-    )
+def test_two_ranks_train_the_vqvae_as_one_does(tmp_path: Path):
+    """Both ranks have equal codebooks, within 1e-6 of one rank's, with previews, revivals and uneven last batches."""
+    run_ranks(train_rank, tmp_path, world_size=2)
+    rank0, rank1 = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    single = train_to_end(tmp_path / "single", DistributedContext())
+    without_revival = replace(MODEL, quantizer=replace(MODEL.quantizer, revive_every=0))
+    unrevived = train_to_end(tmp_path / "unrevived", DistributedContext(), without_revival)
 
-    codebooks = [name for name in alone if "quantizer" in name]
+    codebooks = [name for name in single if "quantizer" in name]
     assert len(codebooks) == 2 * 5
-    assert not torch.equal(alone["levels.top.quantizer.codebook"], quiet["levels.top.quantizer.codebook"])  # revived
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    # The comparison covers revival: some entries were revived.
+    codebook = next(name for name in codebooks if "top" in name and name.endswith("codebook"))
+    assert not torch.equal(single[codebook], unrevived[codebook])
+    assert all(torch.equal(rank0[name], rank1[name]) for name in rank0)
     for name in codebooks:
-        torch.testing.assert_close(left[name], alone[name], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(left["measured"], alone["measured"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(rank0[name], single[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rank0["metrics"], single["metrics"], rtol=1e-4, atol=1e-6)

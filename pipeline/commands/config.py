@@ -1,0 +1,19 @@
+"""`vqvae2 config`: conf/ and overrides composed into params.yaml."""
+
+from collections.abc import Sequence
+
+from pipeline import ownership, params, stage_runner
+from pipeline.compose import compose_settings, to_yaml
+from pipeline.drift import warn_reverted_overrides
+
+
+def run(overrides: Sequence[str], *, write: bool) -> int:
+    """Print the composed settings, or write them to params.yaml; return the exit status."""
+    data, _ = compose_settings(overrides)
+    if not write:
+        print(to_yaml(data, overrides), end="")
+        return 0
+    with ownership.exclusive_project(stage_runner.RUNS):
+        warn_reverted_overrides(overrides, data)
+        params.write(to_yaml(data, overrides).encode())
+    return 0

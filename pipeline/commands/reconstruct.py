@@ -1,0 +1,75 @@
+"""`vqvae2 reconstruct`: image files encoded and decoded by the trained VQ-VAE.
+
+B images, H x W pixels, 3 color channels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.image_commands import VQVAE, require_folder, safe_name
+from stages.config import DatasetConfig
+from stages.errors import UserError
+from stages.formats import model_file
+from stages.images.contact_sheet import contact_sheet
+from stages.images.decode import RejectedImage, decode
+from stages.images.sources import MAX_FILE_BYTES
+from stages.images.tensors import to_float, to_uint8
+from stages.metrics import distortion
+
+
+def run(images: Sequence[Path], out: Path) -> int:
+    """Reconstruct images and print the error of each and the folder; return the exit status."""
+    print("\n".join(reconstruct(images, out)))
+    print(out)
+    return 0
+
+
+def reconstruct(images: Sequence[Path], out: Path) -> list[str]:
+    """Reconstruct image files from each prefix of levels, coarse to fine; return one line per image with its PSNRs.
+
+    Writes one picture per image: the image, then its reconstructions. Images are resized as the training images were.
+    Raises UserError if the model is missing or does not quantize, or if an image cannot be read.
+    """
+    require_folder(out)
+    network, vqvae = model_file.load_vqvae(VQVAE)
+    if network.config.quantizer.mode == "none":
+        raise UserError(
+            "This VQ-VAE does not quantize, so it has no codes to reconstruct images from.",
+            where=VQVAE,
+            fix="Train a VQ-VAE with vqvae.quantizer.mode ema or loss.",
+            code=2,
+        )
+    config = dataclasses.replace(DatasetConfig("reconstruct", ".", vqvae.meta["image_size"]), **vqvae.meta["images"])
+    levels = list(network.config.levels)
+    decoded_images = [_read(path, config) for path in images]  # all of them before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (path, image) in enumerate(zip(images, decoded_images, strict=True)):
+        batch = to_float(torch.from_numpy(image[None]), torch.device("cpu"))  # (1, 3, H, W)
+        with torch.inference_mode():
+            reconstructions = network.decode_prefixes(network.encode(batch))
+        row = np.concatenate([image[None], *(to_uint8(pixels.numpy()) for pixels in reconstructions)])  # (B, H, W, 3)
+        (out / f"{number:03d}-{safe_name(path.stem)}.png").write_bytes(contact_sheet(row, columns=len(row)))
+        errors = [(pixels - batch).square().mean().item() for pixels in reconstructions]
+        psnrs = [distortion.psnr(mse, min_mse=distortion.MIN_MSE) for mse in errors]
+        texts = (f"{'+'.join(levels[:count])} {psnr:.1f} dB" for count, psnr in enumerate(psnrs, 1))
+        lines.append(f"{path}: {', '.join(texts)}")
+    return lines
+
+
+def _read(path: Path, config: DatasetConfig) -> np.ndarray:
+    """Read an image file as (H, W, 3) bytes. Raises UserError if it cannot be read."""
+    fix = "Choose another file: docs/data.md lists the supported formats."
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RejectedImage(f"longer than {MAX_FILE_BYTES >> 20} MiB")
+        return np.array(decode(path.read_bytes(), config).pixels)
+    except OSError as error:
+        reason, fix = error.strerror or str(error), "Choose an image file that can be read."
+    except RejectedImage as error:
+        reason = str(error)
+    raise UserError(f"{path.name} is not a valid image: {reason}.", where=path, fix=fix, code=4)

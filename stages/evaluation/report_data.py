@@ -1,0 +1,42 @@
+"""Contents of the report page, before layout.
+
+Axes: N images, H rows, W columns, K codebook entries, k nearest images.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.priors import Grid
+
+Curve = Sequence[tuple[int, str, float]]  # step, name such as "validation/mse", value
+
+
+class NearestImages(NamedTuple):
+    """A sample and the k training images nearest to it, nearest first; all uint8."""
+
+    sample: np.ndarray  # (H, W, 3)
+    by_pixels: np.ndarray  # (k, H, W, 3)
+    by_features: np.ndarray  # (k, H, W, 3)
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Metrics, images and curves of one evaluation. Images are uint8, (N, H, W, 3)."""
+
+    metrics: Mapping[str, Any]  # as in metrics/evaluate.json
+    notes: Sequence[str]  # warnings for the reader
+    feature_network: str  # name of the network that computed the features
+    image_size: int  # pixels
+    levels: Mapping[str, Grid]  # coarse to fine
+    originals: np.ndarray
+    reconstructions: Mapping[str, np.ndarray]  # "top/zeros", "top/mean", ..., "top+bottom/zeros" -> images
+    samples: Mapping[str, np.ndarray]  # class ("" without classes) -> images
+    nearest: Sequence[NearestImages]
+    nearest_distances: Mapping[str, Mapping[str, np.ndarray]]  # space -> image set -> (N,), to the nearest train image
+    entry_counts: Mapping[str, Mapping[str, np.ndarray]]  # level -> split -> occurrences of each entry, (K,)
+    curves: Mapping[str, Curve]  # model -> training curves
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str]  # artifact -> SHA-256 of its manifest

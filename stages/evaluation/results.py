@@ -1,0 +1,197 @@
+"""Results of an evaluation: the parts' results combined into metrics and into the contents of the report.
+
+Axes: N images, D features, K codebook entries, k nearest images.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.evaluation import summary
+from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
+from stages.evaluation.report_data import NearestImages, ReportData
+from stages.evaluation.summary import Metrics
+from stages.formats import artifact, curves
+from stages.mapping.parts import Part, Result
+from stages.metrics import distortion, neighbours, rate, usage
+from stages.metrics.distortion import DistortionSums
+from stages.metrics.features import network_name
+from stages.metrics.rate import LikelihoodSums
+
+SAMPLES_SHOWN = 64  # without classes
+CLASSES_SHOWN = 16
+SAMPLES_SHOWN_PER_CLASS = 8
+
+
+class EvaluationResults:
+    """Results of all parts of one evaluation, by measure, image set and level."""
+
+    def __init__(
+        self, inputs: EvaluationInputs, plan: EvaluationPlan, parts: Sequence[Part], results: Sequence[Result]
+    ):
+        self.inputs, self.plan = inputs, plan
+        self.feature_network = network_name(plan.config.feature_weights)
+        self._results: dict[tuple[str, ...], list[Result]] = {}  # (measure, image set[, level]) -> in order of images
+        for part, result in zip(parts, results, strict=True):
+            key = (part["measure"], part["image_set"], *([part["level"]] if "level" in part else []))
+            self._results.setdefault(key, []).append(result)
+
+    def metrics(self) -> Metrics:
+        """Compute all metrics, as metrics/evaluate.json has them."""
+        levels, shards = self.inputs.codes.levels, self.inputs.shards
+        reference, num_compared = self.plan.reference, self.plan.num_compared
+        likelihood = summary.likelihood(self._likelihood_sums(), levels)
+        reconstruction = summary.reconstruction(self._distortion_sums())
+        column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
+        features = {name: self.features(name) for name in COMPARED_SETS}
+        reference_features = self.features(reference)[:num_compared]
+        compared = summary.comparisons(
+            {
+                **{name: (reference_features, features[name]) for name in COMPARED_SETS},
+                # FID* of Razavi et al. 2019: both sides are decoder outputs, so the decoder's own error cancels.
+                "samples_to_reconstructions": (features["reconstructions"], features["samples"]),
+            },
+            self.feature_network,
+            self.plan.config,
+            self.plan.seed,
+        )
+        return {
+            "seed": self.plan.seed,
+            "reference": reference,
+            "num_images": {split: len(shards.split(split)) for split in ("train", "validation")}
+            | {"samples": self.inputs.samples.count, "compared": num_compared},
+            "reconstruction": reconstruction,
+            "codebook": summary.codebook(self.entry_counts),
+            "likelihood": likelihood,
+            "rate": summary.rates(
+                levels,
+                likelihood,
+                reconstruction[reference]["mse"],
+                split=reference,
+                image_size=shards.image_size,
+                column_bytes=column_bytes,
+                rows=rows,
+            ),
+            "compared": {**compared, **summary.kid_ratios(compared, self.feature_network)},
+            "neighbours": summary.memorization(self.nearest_distances),
+        }
+
+    @cached_property
+    def entry_counts(self) -> dict[str, dict[str, np.ndarray]]:
+        """Occurrences of each codebook entry, (K,), over all images without augmented copies: level -> split."""
+        codes = self.inputs.codes
+        splits = [split for split in codes.splits if split in ("train", "validation")]
+        counts: dict[str, dict[str, np.ndarray]] = {
+            level: {split: np.zeros(grid.entries, np.int64) for split in splits} for level, grid in codes.levels.items()
+        }
+        for split in splits:
+            for codes_of_file in codes.by_file(split):
+                for level, grids in codes_of_file.originals().codes.items():
+                    counts[level][split] += usage.count(grids, len(counts[level][split]))
+        return counts
+
+    def features(self, image_set: str) -> np.ndarray:
+        """Return the features of an image set, (N, D)."""
+        return np.concatenate([result["features"] for result in self._results["features", image_set]])
+
+    def nearest(self, image_set: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return the k nearest training images of each query: space -> distances and indices, (N, k), nearest first."""
+        k = self.plan.config.nearest_images
+        pixels = neighbours.merge(
+            [(result["distances"], result["indices"]) for result in self._results["nearest", image_set]], k
+        )
+        queries = self.features(image_set)[: self.plan.num_queries]
+        return {"pixels": pixels, "features": neighbours.nearest(queries, self.features("train"), k)}
+
+    @cached_property
+    def nearest_distances(self) -> dict[str, dict[str, np.ndarray]]:
+        """Distance of each query to its nearest training image, (N,): space -> image set."""
+        nearest = {image_set: self.nearest(image_set) for image_set in self.plan.query_sets}
+        return {
+            space: {image_set: by_space[space][0][:, 0] for image_set, by_space in nearest.items()}
+            for space in ("pixels", "features")
+        }
+
+    def digests(self) -> dict[str, str]:
+        """Return the digest of each input artifact."""
+        inputs = self.inputs
+        digests = {
+            "shards": inputs.shards.digest,
+            "vqvae": inputs.codes.vqvae,
+            "codes": inputs.codes.artifact.digest,
+            "samples": inputs.samples.artifact.digest,
+        }
+        for level in inputs.codes.levels:
+            digests[f"prior {level}"] = artifact.read(inputs.priors_folder / level, "prior", f"prior_{level}").digest
+        return digests
+
+    def report_data(self, metrics: Metrics, notes: list[str], fingerprint: str) -> ReportData:
+        """Collect the contents of the report page."""
+        inputs = self.inputs
+        examples = self._results["examples", self.plan.reference][0]
+        folders = {"VQ-VAE": inputs.vqvae_folder}
+        folders |= {f"prior of level {level}": inputs.priors_folder / level for level in inputs.codes.levels}
+        return ReportData(
+            metrics=metrics,
+            notes=notes,
+            feature_network=self.feature_network,
+            image_size=inputs.shards.image_size,
+            levels=inputs.codes.levels,
+            originals=examples["images"],
+            reconstructions={name: images for name, images in examples.items() if name != "images"},
+            samples=self._samples_by_class(),
+            nearest=self._nearest_images(),
+            nearest_distances=self.nearest_distances,
+            entry_counts=self.entry_counts,
+            curves={name: curves.read(folder / curves.FILE) for name, folder in folders.items()},
+            settings={"seed": self.plan.seed, "evaluate": asdict(self.plan.config), "models": _network_meta(folders)},
+            digests={**self.digests(), "evaluation": fingerprint},
+        )
+
+    def _samples_by_class(self) -> dict[str, np.ndarray]:
+        samples = self.inputs.samples
+        if not samples.classes:
+            return {"": samples.images(0, min(samples.count, SAMPLES_SHOWN))}
+        numbers = {name: np.flatnonzero(samples.labels == label) for label, name in enumerate(samples.classes)}
+        with_samples = [name for name in samples.classes if len(numbers[name])]
+        return {
+            name: samples.read_images(numbers[name][:SAMPLES_SHOWN_PER_CLASS]) for name in with_samples[:CLASSES_SHOWN]
+        }
+
+    def _nearest_images(self) -> list[NearestImages]:
+        nearest, training_images = self.nearest("samples"), self.inputs.images("train")
+        samples = self.inputs.samples.images(0, min(self.plan.config.samples_shown, self.plan.num_queries))
+
+        def read(space: str, row: int) -> np.ndarray:
+            indices = nearest[space][1][row]
+            return np.stack([training_images.read(int(index)) for index in indices])
+
+        return [NearestImages(sample, read("pixels", row), read("features", row)) for row, sample in enumerate(samples)]
+
+    def _distortion_sums(self) -> dict[str, dict[str, DistortionSums]]:
+        """Add up the parts: split -> prefix and fill, such as "top/zeros" -> sums."""
+        return {
+            key[1]: {name: distortion.add(DistortionSums(*result[name]) for result in results) for name in results[0]}
+            for key, results in self._results.items()
+            if key[0] == "distortion"
+        }
+
+    def _likelihood_sums(self) -> dict[str, dict[str, LikelihoodSums]]:
+        """Add up the parts: level -> split -> sums."""
+        sums: dict[str, dict[str, LikelihoodSums]] = {level: {} for level in self.inputs.codes.levels}
+        for key, results in self._results.items():
+            if key[0] == "likelihood":
+                _, split, level = key
+                sums[level][split] = rate.add(LikelihoodSums(*result["sums"]) for result in results)
+        return sums
+
+
+def _network_meta(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Read each model's network settings from its manifest."""
+    manifests = {name: json.loads((folder / artifact.MANIFEST).read_bytes()) for name, folder in folders.items()}
+    return {name: manifest["meta"]["network"] for name, manifest in manifests.items()}

@@ -1,0 +1,194 @@
+"""Summary cards and tables of the report."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.priors import Grid
+from stages.evaluation.report_data import ReportData
+from stages.metrics import COMPARISONS
+
+SPLITS = ("train", "validation")
+MISSING = "–"  # cell of a metric that was not computed
+SET_LABELS = {
+    "samples": "samples",
+    "samples_to_reconstructions": "samples, compared with reconstructions",
+    "reconstructions": "reconstructions",
+    "random_codes": "control: random codes",
+    "shuffled_codes": "control: shuffled codes",
+}
+RATE_LABELS = {"fixed": "fixed length, log2 K", "prior": "under the prior", "files": "in files"}
+SPACE_LABELS = {"pixels": "pixels (RMS, 8-bit levels)", "features": "features (Euclidean)"}
+
+
+class Card(NamedTuple):
+    """A key metric at the top of the page."""
+
+    label: str
+    value: str
+    unit: str
+    remark: str
+
+
+class Table(NamedTuple):
+    """A table whose first `text_columns` columns are text and whose others are numbers. The first is the row header."""
+
+    caption: str
+    text_columns: int
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def cards(data: ReportData) -> list[Card]:
+    """Select the key metrics."""
+    metrics, split = data.metrics, data.metrics["reference"]
+    cards = []
+    samples, kid = metrics["compared"]["samples"], f"kid_{data.feature_network}"
+    if kid in samples:
+        ratio = metrics["compared"].get("kid_samples_to_random_codes")
+        remark = f"lower is better; {ratio:.0%} of the KID of random codes" if ratio else "lower is better"
+        error = f"± {samples[f'{kid}_se']:.4f}" if f"{kid}_se" in samples else ""
+        cards.append(Card("KID of samples", f"{samples[kid]:.4f}", error, remark))
+    reconstruction = metrics["reconstruction"][split]
+    if "psnr" in reconstruction:
+        remark = f"{split} PSNR, higher is better"
+        cards.append(Card("Reconstruction", f"{reconstruction['psnr']:.2f}", "dB", remark))
+    for level, usage in metrics["codebook"].items():
+        perplexity = f"{usage['train']['perplexity']:.0f}"
+        cards.append(Card(f"Perplexity, {level}", perplexity, f"of {usage['entries']}", "train, higher is better"))
+    for level, likelihood in metrics["likelihood"].items():
+        if split in likelihood:
+            remark = f"{split} NLL, lower is better; uniform {likelihood['uniform_nats_per_code']:.2f}"
+            cards.append(Card(f"Prior, {level}", f"{likelihood[split]['nats_per_code']:.3f}", "nats/code", remark))
+    total = metrics["rate"]["total"]
+    rate = total.get("prior", total["fixed"])
+    remark = f"{rate['compression']:.0f}x smaller, {'under the priors' if 'prior' in total else 'without priors'}"
+    cards.append(Card("Rate", f"{rate['bits_per_pixel']:.3f}", "bits/pixel", remark))
+    return cards
+
+
+def tables(data: ReportData) -> dict[str, Table]:
+    """Build all tables, by section of the page."""
+    return {
+        "compared": _comparison_table(data),
+        "reconstruction": _reconstruction_table(data),
+        "memorization": _memorization_table(data),
+        "codebook": _codebook_table(data),
+        "likelihood": _likelihood_table(data),
+        "rate": _rate_table(data),
+    }
+
+
+def _comparison_table(data: ReportData) -> Table:
+    measures = [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
+    rows = []
+    for name, label in SET_LABELS.items():
+        values = data.metrics["compared"][name]
+        cells = []
+        for measure in COMPARISONS:
+            key = f"{measure}_{data.feature_network}"
+            value, error = values.get(key), values.get(f"{key}_se")
+            if value is None:
+                cells.append(MISSING)
+            else:
+                cells.append(f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}")
+        rows.append([label, str(values["images"]), *cells])
+    caption = (
+        f"Compared with N {data.metrics['reference']} images unless stated otherwise, by features of "
+        f"{data.feature_network}. ± is one standard error."
+    )
+    return Table(caption, 1, ["images", "N", *measures], rows)
+
+
+def _reconstruction_table(data: ReportData) -> Table:
+    rows = []
+    for split in SPLITS:
+        by_prefix = data.metrics["reconstruction"].get(split)
+        for name in data.reconstructions if by_prefix else ():
+            prefix, fill = name.split("/")
+            # The metrics of all levels are those of the split itself.
+            values = by_prefix.get(name.replace("/", "_filled_with_"), by_prefix)
+            fill_cell = MISSING if values is by_prefix else fill
+            cells = [f"{values['mse']:.5f}", _format(values, "psnr", 2), _format(values, "ssim", 3)]
+            rows.append([split, prefix.replace("+", ", "), fill_cell, *cells])
+    caption = "Pixels in [-1, 1]. MSE: lower is better. PSNR and SSIM: higher is better."
+    return Table(caption, 3, ["images", "decoded levels", "other levels", "MSE", "PSNR, dB", "SSIM"], rows)
+
+
+def _memorization_table(data: ReportData) -> Table:
+    rows = [
+        [SPACE_LABELS[space], name, f"{np.median(distances):.3f}", str(int((distances == 0).sum()))]
+        for space, by_set in data.nearest_distances.items()
+        for name, distances in by_set.items()
+    ]
+    caption = (
+        "Median distance to the nearest training image. Samples closer than validation images indicate memorization."
+    )
+    return Table(caption, 2, ["space", "images", "median", "exact copies"], rows)
+
+
+def _codebook_table(data: ReportData) -> Table:
+    rows = [
+        [
+            level,
+            split,
+            _grid(data.levels[level]),
+            str(data.levels[level].entries),
+            _format(values, "perplexity", 1),
+            str(values["used_entries"]),
+        ]
+        for level, split, values in _by_split(data.metrics["codebook"])
+    ]
+    caption = "Perplexity: the effective number of entries in use. Higher is better, up to the number of entries."
+    return Table(caption, 3, ["level", "images", "grid", "entries", "perplexity", "used"], rows)
+
+
+def _likelihood_table(data: ReportData) -> Table:
+    likelihood = data.metrics["likelihood"]
+    rows = [
+        [
+            level,
+            split,
+            str(values["images"]),
+            _format(values, "nats_per_code", 4),
+            _format(values, "nats_per_code_se", 4),
+            _format(values, "bits_per_code", 4),
+            _format(likelihood[level], "uniform_nats_per_code", 4),
+        ]
+        for level, split, values in _by_split(likelihood)
+    ]
+    caption = "Negative log-likelihood (NLL) per code; lower is better. Validation above train indicates overfitting."
+    return Table(caption, 2, ["level", "images", "N", "nats", "± s.e.", "bits", "uniform, nats"], rows)
+
+
+def _rate_table(data: ReportData) -> Table:
+    rows = [
+        [
+            level,
+            RATE_LABELS[kind],
+            _format(values, "bits_per_pixel", 4),
+            _format(values, "bits_per_dimension", 4),
+            _format(values, "compression", 1),
+        ]
+        for level in (*data.levels, "total")
+        for kind, values in data.metrics["rate"][level].items()
+    ]
+    caption = "Compression is relative to 24 bits per pixel. In files: the level's Parquet column, with its overhead."
+    return Table(caption, 2, ["codes", "rate", "bits/pixel", "bits/dimension", "compression"], rows)
+
+
+def _by_split(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield level, split and values of metrics by level and split."""
+    for level, by_split in metrics.items():
+        for split in SPLITS:
+            if split in by_split:
+                yield level, split, by_split[split]
+
+
+def _grid(grid: Grid) -> str:
+    return f"{grid.height} x {grid.width}"
+
+
+def _format(values: Mapping[str, float], name: str, digits: int) -> str:
+    return f"{values[name]:.{digits}f}" if name in values else MISSING

@@ -1,0 +1,97 @@
+"""Connection to the MLflow store: MLFLOW_TRACKING_URI, or by default a database in the project's folder."""
+
+import fcntl
+import getpass
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE = "mlflow.db"
+
+
+def project_folder(working_dir: Path | None = None) -> Path:
+    """Return the project's folder: the working folder, or the project that it is DVC's temporary copy of."""
+    working_dir = (working_dir or Path.cwd()).resolve()
+    for folder in working_dir.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):  # DVC deletes the copy when a queued experiment has ended
+            return folder.parents[2]
+    return working_dir
+
+
+def store_uri() -> str:
+    """Return the URI of the store: MLFLOW_TRACKING_URI, or the database in the project's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_folder() / DATABASE}"
+
+
+def configure_mlflow() -> None:
+    """Import MLflow without telemetry and console output, and with short timeouts.
+
+    Call it before threads start: threads that import the same libraries at the same time can deadlock.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for each run that ends
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # seconds
+    import mlflow  # noqa: F401
+
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def connect() -> tuple["MlflowClient", str]:
+    """Return a client of the store and the id of the experiment; create both on first use.
+
+    Raises any exception of MLflow if the store does not answer.
+    """
+    from mlflow import MlflowClient
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
+    is_local = not os.environ.get("MLFLOW_TRACKING_URI")
+    with store_lock():
+        if is_local:
+            create_database(project_folder() / DATABASE)
+        client = MlflowClient(store_uri())
+        if experiment := client.get_experiment_by_name(name):
+            return client, experiment.experiment_id
+        return client, client.create_experiment(name, (project_folder() / "mlruns").as_uri() if is_local else None)
+
+
+def _create_tables(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+
+
+def create_database(path: Path, create_tables: Callable[[Path], None] = _create_tables) -> None:
+    """Create MLflow's database atomically: a process killed on the way would leave one that no other can use."""
+    if path.exists():
+        return
+    for leftover in path.parent.glob(f"{path.name}.new-*"):
+        leftover.unlink()
+    # The name is unique because MLflow creates tables only once per process and name.
+    temporary = path.with_name(f"{path.name}.new-{time.time_ns()}")
+    create_tables(temporary)
+    temporary.rename(path)
+
+
+@contextmanager
+def store_lock() -> Iterator[None]:
+    """Exclude other processes of this project: two at once would damage a new database or create a run twice."""
+    with (project_folder() / f"{DATABASE}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def user_name(lookup: Callable[[], str] = getpass.getuser) -> str:
+    """Return the name of the current user, or the user id where it has no name, as in a container."""
+    try:
+        return lookup()
+    except (KeyError, OSError):
+        return str(os.getuid())

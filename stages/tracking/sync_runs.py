@@ -1,0 +1,83 @@
+"""Upload of the journals of runs that have ended, for `vqvae2 sync-metrics` and at the end of a pipeline run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import UserError
+from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, redact_secrets, try_lock
+from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
+from stages.tracking.mlflow_sync import MlflowUploader
+
+UploaderFactory = Callable[..., MlflowUploader]
+
+TIMED_OUT = "the upload takes too long"
+SYNC_HINT = "To send the rest: vqvae2 sync-metrics"
+MAX_ERROR_LENGTH = 160  # characters of an error of MLflow that fit into a message
+
+
+@dataclass
+class SyncResult:
+    """Counts of an upload, and the last error."""
+
+    completed_runs: int = 0  # are complete in MLflow
+    active_runs: int = 0  # are still running, and upload their own journals
+    sent_points: int = 0
+    missing_points: int = 0  # are still not in MLflow
+    error: str = ""
+
+
+def sync_runs(runs: Path = Path("runs"), *, uploader: UploaderFactory = MlflowUploader) -> SyncResult:
+    """Upload what MLflow does not have of all runs in the folder `runs`. Repeating it changes nothing.
+
+    A run whose process died gets the status KILLED. A run that was deleted in MLflow stays deleted. Raises UserError if
+    MLflow does not answer.
+    """
+    configure_mlflow()
+    try:
+        connect()
+    except Exception as error:
+        raise UserError(
+            f"MLflow does not answer: {describe_error(error)}",
+            where=redact_secrets(store_uri()),
+            fix="Start the server or correct MLFLOW_TRACKING_URI, then run: vqvae2 sync-metrics",
+            code=3,
+        ) from error
+    result = SyncResult()
+    for path in sorted(runs.rglob(JOURNAL_FILE)):
+        with try_lock(path.parent) as acquired:
+            if not acquired:
+                result.active_runs += 1
+                continue
+            if not end_status(path):
+                journal = Journal(path.parent)
+                journal.end("KILLED", error="The process ended unexpectedly.")
+                journal.close()
+            upload_journals([path.parent], result, recreate_deleted=False, uploader=uploader)
+    return result
+
+
+def upload_journals(
+    folders: Sequence[Path],
+    result: SyncResult,
+    *,
+    recreate_deleted: bool = True,
+    uploader: UploaderFactory = MlflowUploader,
+) -> None:
+    """Upload journals one after the other and update `result`. A failure does not stop the rest."""
+    for folder in folders:
+        upload = uploader(folder, recreate_deleted=recreate_deleted)
+        try:
+            upload.flush()
+            result.completed_runs += 1
+        except Exception as error:
+            result.error = describe_error(error)
+        result.sent_points += upload.sent_points
+        result.missing_points += upload.missing_points()
+
+
+def describe_error(error: Exception | None) -> str:
+    """Return the first line of an error of an upload, without credentials; None is a timeout."""
+    if error is None:
+        return TIMED_OUT
+    return (redact_secrets(str(error)).strip() or type(error).__name__).partition("\n")[0][:MAX_ERROR_LENGTH]

@@ -1,0 +1,99 @@
+"""Thread that uploads a journal to MLflow while its run goes on."""
+
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+
+from stages.runtime.context import Reporter
+from stages.tracking.journal import Journal, redact_secrets
+from stages.tracking.mlflow_store import store_uri
+from stages.tracking.mlflow_sync import MlflowUploader
+from stages.tracking.sync_runs import SYNC_HINT, describe_error
+from stages.tracking.system_metrics import SystemMetrics
+
+
+@dataclass(frozen=True)
+class UploadTiming:
+    """Interval between two uploads, and the time a run waits at its end for the last one, in seconds."""
+
+    interval_s: float = 3.0
+    shutdown_timeout_s: float = 30.0
+    # After a failure the user waits for the error message, and a server that does not answer is not worth waiting for.
+    failed_shutdown_timeout_s: float = 5.0
+
+
+DEFAULT_TIMING = UploadTiming()
+
+
+class UploadThread(threading.Thread):
+    """Thread that uploads a journal every few seconds and samples system metrics into it.
+
+    If MLflow does not answer, the run continues: the first failure is shown on `screen`, and the upload is tried again.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        screen: Reporter,
+        uploader: MlflowUploader,
+        parent_uploader: MlflowUploader | None = None,
+        timing: UploadTiming = DEFAULT_TIMING,
+    ):
+        super().__init__(name="tracking", daemon=True)
+        self._journal, self._screen, self._uploader, self._timing = journal, screen, uploader, timing
+        # The pipeline's own process uploads its journal only at the end; until then its stages do.
+        self._parent_uploader = parent_uploader
+        self._system_metrics = SystemMetrics(journal)
+        self._finishing = threading.Event()
+        self._error: Exception | None = None  # of the last upload
+        self._warned = False
+
+    def run(self) -> None:
+        while not self._finishing.is_set():
+            self._upload()
+            with suppress(Exception):  # a failing monitor must not stop the upload
+                self._system_metrics.sample()
+            self._finishing.wait(self._timing.interval_s)
+        self._upload()
+
+    def finish(self, *, failed: bool) -> None:
+        """Upload the rest and close the journal; show on the screen what is not uploaded within the timeout.
+
+        `failed` says that the run has failed or was killed. Its own error is then the message to read.
+        """
+        self._finishing.set()
+        timeout_s = self._timing.shutdown_timeout_s
+        if failed or self._error:
+            timeout_s = min(timeout_s, self._timing.failed_shutdown_timeout_s)
+        self.join(timeout_s)
+        if not self.is_alive():
+            self._journal.close()
+        if self._error or self.is_alive():
+            missing = self._uploader.missing_points()
+            if missing or self._error or not failed:
+                subject = f"{missing} points are" if missing else "The end of this run is"
+                reason = describe_error(self._error)
+                self._screen.message(
+                    f"{subject} not in MLflow yet ({reason}), but saved in {self._journal.path}. {SYNC_HINT}"
+                )
+        if self._journal.write_error:
+            self._screen.message(
+                f"Some metrics, images or messages of this run are lost: writing {self._journal.path} failed "
+                f"({self._journal.write_error})."
+            )
+
+    def _upload(self) -> None:
+        try:
+            self._journal.sync()
+            if self._parent_uploader:
+                self._parent_uploader.flush()
+            self._uploader.flush()
+            self._error = None
+        except Exception as error:  # no failure of MLflow may stop the run
+            self._error = error
+            if not self._warned:
+                self._warned = True
+                self._screen.message(
+                    f"MLflow at {redact_secrets(store_uri())} does not answer ({describe_error(error)}). "
+                    "The run continues; its metrics are saved and will be sent when MLflow answers."
+                )

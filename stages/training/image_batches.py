@@ -1,0 +1,109 @@
+"""Batches of images for training and evaluation, read from shards.
+
+B images per rank and step, H x W pixels. Batches are uint8 (B, H, W, 3): loader processes then move a quarter of the
+bytes of floats, and the objective converts them on its device.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from stages.config import AugmentConfig, TrainConfig
+from stages.errors import UserError
+from stages.formats.shards import ImageSet, Shards
+from stages.images.augment import augment
+from stages.training.distributed import DistributedContext
+from stages.training.objective import TrainingData
+from stages.training.sampler import GlobalBatchSampler, SampleRef, ShuffledStream
+
+
+def image_data(
+    shards: Shards,
+    augment_config: AugmentConfig,
+    config: TrainConfig,
+    *,
+    seed: int,
+    dist: DistributedContext,
+    loader_workers: int,
+) -> TrainingData:
+    """Return this rank's batches: augmented training images, and validation images if there are any."""
+    stream = ShuffledStream(len(shards.split("train")), seed)
+    augmented = AugmentedImages(shards.split("train"), augment_config, seed)
+
+    def training(start: int) -> Iterator[Tensor]:
+        sampler = GlobalBatchSampler(
+            stream,
+            config.batch_size,
+            start=start,
+            stop=config.steps,
+            rank=dist.rank,
+            world_size=dist.world_size,
+        )
+        return load_batches(augmented, batch_sampler=sampler, num_workers=loader_workers)
+
+    def evaluation(split: ImageSet) -> Iterator[Tensor]:
+        indices = range(dist.rank, min(len(split), config.evaluate_images), dist.world_size)
+        return load_batches(PlainImages(split, indices), batch_size=config.batch_size, num_workers=loader_workers)
+
+    validation = shards.split("validation")
+    return TrainingData(training, {"validation": lambda: evaluation(validation)} if len(validation) else {})
+
+
+def load_batches(images: Dataset[Tensor], **loader_options: Any) -> Iterator[Tensor]:
+    """Read images batch by batch with a DataLoader. Raises UserError if an image cannot be read."""
+    for batch in DataLoader(ErrorCapturingDataset(images), collate_fn=_collate, **loader_options):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class AugmentedImages(Dataset[Tensor]):
+    """Training images (H, W, 3), augmented by a seed that the position in the stream decides."""
+
+    def __init__(self, images: ImageSet, config: AugmentConfig, seed: int):
+        self.images, self.config, self.seed = images, config, seed
+
+    def __getitem__(self, sample: SampleRef) -> Tensor:
+        image = augment(self.images.read(sample.image_index), self.config, self.seed, sample.position)
+        return torch.from_numpy(np.array(image))  # a copy: torch accepts no flipped view
+
+
+class PlainImages(Dataset[Tensor]):
+    """Images (H, W, 3) of a range of indices, without augmentation."""
+
+    def __init__(self, images: ImageSet, indices: range):
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.from_numpy(np.array(self.images.read(self.indices[number])))
+
+
+class ErrorCapturingDataset(Dataset[Tensor | UserError]):
+    """Dataset that returns a UserError instead of raising it.
+
+    A DataLoader re-raises an exception of its processes as another object, whose message is a traceback.
+    """
+
+    def __init__(self, images: Dataset[Tensor]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]  # DataLoader asks only datasets that have a length
+
+    def __getitem__(self, key: Any) -> Tensor | UserError:
+        try:
+            return self.images[key]
+        except UserError as error:
+            return error
+
+
+def _collate(images: list[Tensor | UserError]) -> Tensor | UserError:
+    error = next((image for image in images if isinstance(image, UserError)), None)
+    return error or default_collate(images)

@@ -1,0 +1,49 @@
+"""Tests of `vqvae2 reconstruct`."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from models.config import QuantizerConfig, VQVAEConfig
+from models.vqvae import VQVAE
+from pipeline import image_commands
+from pipeline.commands import reconstruct
+from stages.errors import UserError
+from stages.formats import model_file
+from stages.formats.shards import open_shards
+from stages.images.sources import MAX_FILE_BYTES
+
+
+def test_image_is_reconstructed_from_each_prefix_of_levels(artifacts, tmp_path: Path):
+    """The line has the levels and their errors; the picture has the image and both reconstructions."""
+    image = open_shards(artifacts.path("shards")).split("validation").read(0)
+    Image.fromarray(image).save(tmp_path / "cat.png")
+    (line,) = reconstruct.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
+    assert "cat.png: top " in line and ", top+bottom " in line and line.endswith(" dB")
+    with Image.open(tmp_path / "out" / "000-cat.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+@pytest.mark.parametrize("name", ["absent.png", "text.png", "long.png"])
+def test_invalid_image_is_refused(artifacts, tmp_path: Path, name: str):
+    """Nothing is written for the other images."""
+    (tmp_path / "text.png").write_text("not an image")
+    with (tmp_path / "long.png").open("w") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # must not be read into memory
+    with pytest.raises(UserError, match=rf"{name} is not a valid image: [\s\S]*in: .*{name}"):
+        reconstruct.reconstruct([tmp_path / name], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_vqvae_without_codes_is_refused(artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A VQ-VAE that does not quantize has no codes to decode."""
+    _, artifact = model_file.load_vqvae(artifacts.path("vqvae"))
+    config = VQVAEConfig(artifacts.network.levels, QuantizerConfig(mode="none"))
+    meta = {**artifact.meta, "network": model_file.network_meta(config)}
+    folder = tmp_path / image_commands.VQVAE
+    model_file.write(folder, "vqvae", VQVAE(config).state_dict(), meta, history=[], images={})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"so it has no codes to reconstruct images from\.") as caught:
+        reconstruct.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
+    assert caught.value.where == str(image_commands.VQVAE) and "mode ema or loss" in caught.value.fix

@@ -1,0 +1,100 @@
+"""Failures of Ray Train become one error for the user, without Ray's own messages."""
+
+from pathlib import Path
+
+import pytest
+import ray.exceptions
+import ray.train
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+
+from stages.config import ClusterConfig
+from stages.errors import UserError
+from stages.runtime.context import StageContext
+from stages.training.distributed import CheckpointMismatch
+from stages.training.failures import (
+    describe_failure,
+    failure_callback,
+    root_cause,
+    summarize_error,
+    training_error,
+)
+from tests.screen import Screen
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    return StageContext("vqvae", "f", tmp_path, ClusterConfig(workers=2))
+
+
+@pytest.mark.parametrize(
+    ("first", "description"),
+    [
+        (UserError("Image 7 is damaged.", where="a shard", fix="Replace it."), ""),
+        (
+            ray.exceptions.OutOfMemoryError("Memory was 23GB used / 24GB limit"),
+            "was lost: its node ran out of memory.",
+        ),
+        (ray.exceptions.ActorDiedError(), "was lost: its process or its node ended."),
+        (WorkerHealthCheckTimeoutError("Worker 1 hangs"), "was lost: it stopped responding."),
+        (ValueError("a bug"), ""),
+    ],
+)
+def test_the_root_cause_is_not_a_lost_connection_to_a_peer(first: Exception, description: str):
+    """A worker whose peer is gone fails in a collective, often before Ray notices the peer."""
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    peer_failure = UserExceptionWithTraceback(broken, "a traceback")
+    first_failure = WorkerHealthCheckFailedError("A worker health check failed.", first)
+    assert root_cause({0: peer_failure, 1: first_failure}) == (1, first)
+    assert root_cause({0: peer_failure}) == (0, broken)
+    assert describe_failure(first) == description
+    assert describe_failure(broken) == "lost connection to a peer."
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_end_of_the_cluster_is_one_sentence(wrapped: bool):
+    """The message of a lost actor is replaced; the last line of any other controller error is kept."""
+    lost = ray.exceptions.ActorUnavailableError("RpcError: RPC error: Socket closed rpc_code: 14", None)
+    summary = summarize_error(ray.train.ControllerError(lost) if wrapped else lost)
+    assert summary == "the Ray cluster or the node of the training controller ended."
+    assert summarize_error(ray.train.ControllerError(OSError("a\nno space"))) == "no space"
+
+
+def test_a_controller_error_becomes_a_user_error(context: StageContext):
+    """It has the controller's own message, the work folder and the fix."""
+    error = training_error(ray.train.ControllerError(OSError("the storage is full")), context)
+    assert isinstance(error, UserError) and error.code == 3
+    assert error.what == "Training could not continue: the storage is full" and error.where == str(context.work_dir)
+    assert error.fix == "Run the same command again; it continues from the newest checkpoint."
+
+
+def test_a_startup_timeout_reports_the_missing_resources(context: StageContext):
+    """The check of the cluster says what is missing; the controller only that time was up."""
+
+    def too_small(config: ClusterConfig) -> None:
+        raise UserError("2 workers need 2 CPUs; the cluster has 1.", where="cluster", fix="Add nodes.", code=3)
+
+    with pytest.raises(UserError, match=r"2 workers need 2 CPUs; the cluster has 1\."):
+        training_error(ray.train.ControllerError(OSError("Worker group startup timed out")), context, too_small)
+
+
+def test_a_repeated_checkpoint_mismatch_becomes_a_user_error(context: StageContext):
+    """It has the steps, and the setting for nodes without a shared disk."""
+    mismatch = CheckpointMismatch("The newest checkpoints of all workers must be of the same step, got steps 4, 8.")
+    failures = {1: UserExceptionWithTraceback(mismatch, "a traceback")}
+    error = training_error(ray.train.WorkerGroupError("failed", failures), context)
+    assert isinstance(error, UserError) and error.code == 3
+    assert error.what == str(mismatch) and error.where == str(context.work_dir)
+    assert error.fix == "Run the same command again. If the nodes share no disk, set cluster.storage first."
+
+
+def test_an_error_of_a_worker_is_reported_when_ray_train_restarts_it():
+    """The message has the rank and the error. A UserError ends training and is not reported twice."""
+    screen = Screen()
+    callback = failure_callback(screen)
+    callback.after_exception(None, {1: UserExceptionWithTraceback(RuntimeError("a\nno luck"), "a traceback")})
+    callback.after_exception(None, {0: UserError("Image 7 is damaged.", where="a shard", fix="Replace it.")})
+    assert screen.messages == ["Worker 1 raised RuntimeError: no luck"]
