@@ -1,4 +1,7 @@
-"""Fingerprint of a stage: a hash of its settings, its inputs' digests and its code."""
+"""Fingerprint of a stage's result: a hash of its settings, the digests of its inputs and its result version.
+
+Equal fingerprints make equal artifacts. A fingerprint names the folder in runs/ that holds a stage's resumable state.
+"""
 
 import dataclasses
 import hashlib
@@ -7,25 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import dvc_yaml
-from stages.config import Params
+from pipeline import dvc_yaml, result_versions
+from stages.config import NEUTRAL, Params
 from stages.errors import UserError
 from stages.formats import artifact
 
-_MADE_BY = {"shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample"}
+PRODUCERS = {"shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample"}  # artifact -> stage
 
 
 def sections_of(stage: dvc_yaml.Stage, settings: Params) -> dict[str, Any]:
-    """Pick the settings that dvc.yaml lists for a stage, by their keys there."""
+    """Return the settings that dvc.yaml lists for a stage, by their keys there."""
     return {
         key: settings.priors[stage.level] if key == f"priors.{stage.level}" else getattr(settings, key)
         for key in stage.params
     }
 
 
-def digests(stage: dvc_yaml.Stage, settings: Params) -> dict[str, str]:
-    """Digest each input of a stage; refuse one that is missing or half written."""
-    found = {}
+def digest_inputs(stage: dvc_yaml.Stage, settings: Params) -> dict[str, str]:
+    """Digest each input of a stage.
+
+    Raises UserError if an input is missing or incomplete.
+    """
+    digests: dict[str, str] = {}
     for path in stage.artifacts:
         folders = [Path(path)]
         if path == "artifacts/priors":
@@ -33,23 +39,24 @@ def digests(stage: dvc_yaml.Stage, settings: Params) -> dict[str, str]:
         for folder in folders:
             manifest = folder / artifact.MANIFEST
             if not manifest.is_file():
-                made_by = f"prior_{folder.name}" if folder.parent.name == "priors" else _MADE_BY[folder.name]
+                producer = f"prior_{folder.name}" if folder.parent.name == "priors" else PRODUCERS[folder.name]
+                state = "is incomplete" if folder.exists() else "does not exist"
                 raise UserError(
-                    f"{stage.cli_name} reads {folder}, which {'is not whole' if folder.exists() else 'does not exist'}.",
+                    f"{stage.cli_name} reads {folder}, which {state}.",
                     where=folder.absolute(),
-                    fix=f"Run: vqvae2 run --stage {made_by}",
+                    fix=f"Run: vqvae2 run --stage {producer}",
                     code=4,
                 )
-            found[str(folder)] = artifact.sha256(manifest)
+            digests[str(folder)] = artifact.sha256(manifest)
     if settings.dataset.source in stage.deps:
-        found[settings.dataset.source] = _source_digest(Path(settings.dataset.source))
-    return found
+        digests[settings.dataset.source] = _digest_source(Path(settings.dataset.source))
+    return digests
 
 
-def _source_digest(source: Path) -> str:
+def _digest_source(source: Path) -> str:
     if source.is_file():
         return artifact.sha256(source)
-    # DVC has just hashed the contents; to know a folder again, names, lengths and times will do.
+    # DVC has just hashed the contents. Names, lengths and times are enough to recognize a folder.
     digest = hashlib.sha256()
     for path in sorted(source.rglob("*")):
         if path.is_file():
@@ -60,23 +67,34 @@ def _source_digest(source: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], code: Mapping[str, str]) -> str:
-    """Name what a stage will make: a hash of its settings, its inputs and its code."""
-    settled = [(key, _plain(section)) for key, section in sections_of(stage, settings).items()]
-    whole = {"stage": stage.name, "settings": settled, "inputs": dict(inputs), "code": dict(code)}
-    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+def identify(stage: dvc_yaml.Stage, settings: Params) -> tuple[dict[str, str], str]:
+    """Return the digests of a stage's inputs and the fingerprint of its result.
+
+    Raises UserError if an input is missing or incomplete.
+    """
+    inputs = digest_inputs(stage, settings)
+    return inputs, fingerprint_of(stage, settings, inputs, result_versions.version_of(stage, settings))
 
 
-def code_of(stage: dvc_yaml.Stage) -> dict[str, str]:
-    """Digest the files that decide what a stage makes."""
-    code: dict[str, str] = {}
-    for entry in map(Path, stage.code):
-        files = sorted(path for path in entry.rglob("*") if path.suffix == ".py") if entry.is_dir() else [entry]
-        code |= {path.as_posix(): artifact.sha256(path) for path in files if path.is_file()}
-    return code
+def fingerprint_of(stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], version: int | str) -> str:
+    """Hash what decides a stage's result: its settings, its inputs and its result version."""
+    sections = [(key, plain_settings(section)) for key, section in sections_of(stage, settings).items()]
+    contents = {"stage": stage.name, "settings": sections, "inputs": dict(inputs), "version": version}
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def _plain(section: Any) -> Any:
+def plain_settings(section: Any) -> Any:
+    """Convert settings to plain data.
+
+    A setting that a later release has added is left out at its neutral value, at which results are as they were without
+    it. So the release keeps finished results and half-finished state.
+    """
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        return dataclasses.asdict(section)
+        return {
+            field.name: plain_settings(getattr(section, field.name))
+            for field in dataclasses.fields(section)
+            if NEUTRAL not in field.metadata or getattr(section, field.name) != field.metadata[NEUTRAL]
+        }
+    if isinstance(section, Mapping):
+        return {name: plain_settings(value) for name, value in section.items()}
     return section

@@ -1,4 +1,4 @@
-"""From a stage's name to a call: paths from dvc.yaml, settings from params.yaml, both held against its signature."""
+"""Runner of one stage: it calls the stage's function with the paths of dvc.yaml and the settings of params.yaml."""
 
 import importlib
 import inspect
@@ -11,26 +11,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import dvc_yaml, params, params_header, shared_cluster
+from pipeline import dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
 from pipeline.error_report import report
-from pipeline.fingerprint import code_of, digests, fingerprint_of, sections_of
+from pipeline.fingerprint import digest_inputs, fingerprint_of, sections_of
 from pipeline.ownership import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
+from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
-from stages.runtime.context import Reporter, StageContext
+from stages.formats import curves
+from stages.formats.flatten import flatten
+from stages.runtime.context import StageContext
 from stages.tracking import tracker
 
 RUNS = Path("runs")
-PATIENCE_SECONDS = 18.0  # for a stage to end that was asked to, before it is ended
-FORCE_RESTART = "VQVAE2_FRESH"  # set: forget what an earlier run of the same fingerprint has done
+SHUTDOWN_TIMEOUT_S = 18.0  # from a signal to the forced end of the process
+FORCE_RESTART = (
+    "VQVAE2_FRESH"  # environment variable; if set, discard the state of an earlier run of the same fingerprint
+)
 RESTARTED_MARKER = (
-    "afresh"  # a file in the work folder: what lies there was begun so, and is not to be forgotten once more
+    "restarted"  # file in the work folder: its state began under FORCE_RESTART and is not discarded again
 )
 
 
-class Stopped(BaseException):
-    """Somebody asked this process to end."""
+class StageStopped(BaseException):
+    """A signal asked this process to end."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -38,21 +43,21 @@ class Stopped(BaseException):
 
 
 def run_stage(module: str, level: str = "") -> int:
-    """Run one stage here on the inputs in place; return the exit status."""
+    """Run one stage in this process, on the inputs in place; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, *not_ignored(signal.SIGHUP)):
         signal.signal(number, _stop)
-    if "DVC_STAGE" in os.environ:  # by hand, the parent is a shell, which may leave it to itself
-        die_with_parent(signal.SIGINT)  # which Ray answers in good order, and SIGTERM with a stack trace
+    if "DVC_STAGE" in os.environ:  # started by hand, the parent is a shell that may end first
+        die_with_parent(signal.SIGINT)  # Ray shuts down in order on SIGINT, and prints a stack trace on SIGTERM
     folder = RUNS / (f"{module}_{level}" if level else module)
     try:
         _run(module, level, folder)
         return 0
-    except Stopped as asked:
-        return shared_cluster.record_exit_status(stopped(asked.number))
-    except SystemExit as ended:  # Ray's handlers in place of ours: SIGTERM ends with its number, SIGINT with 0
-        return shared_cluster.record_exit_status(
-            stopped(signal.SIGTERM if ended.code == signal.SIGTERM else signal.SIGINT)
-        )
+    except StageStopped as stop:
+        return shared_cluster.record_exit_status(stopped(stop.number))
+    except SystemExit as error:
+        # Ray's own signal handlers raise this: SIGTERM ends with its number, SIGINT with 0.
+        number = signal.SIGTERM if error.code == signal.SIGTERM else signal.SIGINT
+        return shared_cluster.record_exit_status(stopped(number))
     except BaseException as error:
         return shared_cluster.record_exit_status(report(error, folder))
 
@@ -62,68 +67,94 @@ def _run(module: str, level: str, folder: Path) -> None:
     data = params.read()
     settings = params.check(data)
     stage = dvc_yaml.find(f"{module}_{level}" if level else module, dvc_yaml.stages(data))
-    inputs = digests(stage, settings)
-    code = code_of(stage)
-    fingerprint = fingerprint_of(stage, settings, inputs, code)
-    function = importlib.import_module(f"stages.{stage.module}").run
+    inputs = digest_inputs(stage, settings)
+    version = result_versions.code_of(stage, settings).version
+    fingerprint = fingerprint_of(stage, settings, inputs, version)
     work = folder / fingerprint[:16]
     with exclusive_lock(folder):
+        result_versions.refuse_kept(stage, settings)
+        # DVC records the version that it finds when the stage has ended: that of the code that ran.
+        result_versions.write(data, settings)
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
         if os.environ.get(FORCE_RESTART):
-            _forget(StageContext(stage.name, fingerprint, work, settings.cluster))
-        os.environ.update(shared_cluster.cluster_environment())
-        with tracker.open_run(
+            _clear(StageContext(stage.name, fingerprint, work, settings.cluster))
+        elif finished_results.restore(stage, work, dvc.cache_folder()):
+            print(f"{stage.cli_name}: restored the finished result of result version {version}", file=sys.stderr)
+            _track_restored(stage, fingerprint, settings, inputs)
+            return
+        _call(stage, fingerprint, work.absolute(), settings, inputs, data)
+        finished_results.record(stage, work)
+        if result_versions.code_of(stage, settings).version != version:
+            print(
+                f"note: the code of {stage.cli_name} was edited while it ran. The next run computes it again.",
+                file=sys.stderr,
+            )
+
+
+def _call(
+    stage: dvc_yaml.Stage,
+    fingerprint: str,
+    work: Path,
+    settings: Params,
+    inputs: Mapping[str, str],
+    data: Mapping[str, Any],
+) -> None:
+    """Call the stage's function with paths and settings, and track it."""
+    os.environ.update(shared_cluster.cluster_environment())
+    function = importlib.import_module(f"stages.{stage.module}").run
+    with tracker.track_stage(
+        stage.name,
+        fingerprint,
+        work,
+        params=flatten(sections_of(stage, settings)),
+        inputs=inputs,
+        metrics=Path(stage.metrics[0]) if stage.metrics else None,
+        outputs=[Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")],
+        parent=os.environ.get(tracker.PARENT_RUN_VARIABLE),
+    ) as reporter:
+        context = StageContext(stage.name, fingerprint, work, settings.cluster, reporter)
+        function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
+        _refuse_edits(stage, data)
+
+
+def _track_restored(stage: dvc_yaml.Stage, fingerprint: str, settings: Params, inputs: Mapping[str, str]) -> None:
+    """Show a restored result in the tracked run of the whole pipeline, if there is one."""
+    if parent := os.environ.get(tracker.PARENT_RUN_VARIABLE):
+        tracker.record_cached_stage(
+            parent,
             stage.name,
             fingerprint,
-            work,
-            params=params.flat(sections_of(stage, settings)),
+            params=flatten(sections_of(stage, settings)),
             inputs=inputs,
             metrics=Path(stage.metrics[0]) if stage.metrics else None,
-            outputs=[Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")],
-        ) as reporter:
-            run = StageContext(stage.name, fingerprint, work.absolute(), settings.cluster, reporter)
-            function(*positionals(function, stage, settings), **keywords(function, stage, settings), run=run)
-            _refuse_edits(stage, data)
-            _tell_edits(stage, code, reporter)
+            curves=curves.read(Path(stage.outs[0], curves.FILE)),
+        )
 
 
-def _refuse_edits(stage: dvc_yaml.Stage, began_with: Mapping[str, Any]) -> None:
-    """Refuse to have finished under settings that params.yaml no longer holds.
+def _refuse_edits(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
+    """Raise UserError if params.yaml no longer holds the settings that the stage ran with.
 
-    DVC looks there once a stage has ended: it would take the new values for those that the result was made with.
+    DVC reads params.yaml when a stage has ended and would record the new values for the old result.
     """
-    watched = tuple(f"{key}." for key in stage.params)
-    then, now = (
-        {key: value for key, value in params.flat(data).items() if f"{key}.".startswith(watched)}
-        for data in (began_with, params.read())
+    prefixes = tuple(f"{key}." for key in stage.params)
+    before, now = (
+        {key: value for key, value in flatten(values).items() if f"{key}.".startswith(prefixes)}
+        for values in (data, params.read())
     )
-    edited = list(params.changes(then, now))
-    if edited:
+    changes = list(params.changes(before, now))
+    if changes:
         raise UserError(
-            f"Settings were edited while {stage.cli_name} ran: {params_header.first_few(edited)}.",
+            f"Settings were edited while {stage.cli_name} ran: {first_few(changes)}.",
             where=params.FILE,
-            fix="Run the same command again, for the new values; for the old ones, put them back before.",
+            fix="To compute with the new values, run the same command again. To keep the result, first restore the old "
+            "values.",
             code=2,
         )
 
 
-def _tell_edits(stage: dvc_yaml.Stage, began_with: Mapping[str, str], reporter: Reporter) -> None:
-    """Say which code is not the one that the stage began with: DVC notes down what it finds, as with settings.
-
-    What days of training have made is not refused for a comment that was mended meanwhile.
-    """
-    now = code_of(stage)
-    edited = sorted(path for path in began_with.keys() | now.keys() if began_with.get(path) != now.get(path))
-    if edited:
-        reporter.note(
-            f"Edited while {stage.cli_name} ran: {params_header.first_few(edited)}. What it made is the earlier code's, and DVC "
-            f"takes it for that of the code as it is now. If this matters: vqvae2 run --force --stage {stage.cli_name}"
-        )
-
-
 def positionals(function: Callable[..., None], stage: dvc_yaml.Stage, settings: Params) -> list[Path | str]:
-    """Fill a stage's positional parameters, by their names, with its level and the paths of dvc.yaml."""
+    """Return the arguments for a stage's positional parameters: its level and the paths of dvc.yaml."""
     named: dict[str, Path | str] = {path.split("/")[1]: Path(path).absolute() for path in stage.artifacts}
     named |= {"level": stage.level, "source": Path(settings.dataset.source).absolute()}
     named |= {
@@ -135,8 +166,10 @@ def positionals(function: Callable[..., None], stage: dvc_yaml.Stage, settings: 
 
 
 def keywords(function: Callable[..., None], stage: dvc_yaml.Stage, settings: Params) -> dict[str, Any]:
-    """Fill a stage's keyword parameters with the sections of params.yaml they name."""
-    names = [name for name, kind in _parameters(function) if kind == inspect.Parameter.KEYWORD_ONLY and name != "run"]
+    """Return the arguments for a stage's keyword parameters: the sections of params.yaml that they name."""
+    names = [
+        name for name, kind in _parameters(function) if kind == inspect.Parameter.KEYWORD_ONLY and name != "context"
+    ]
     return {name: settings.priors[stage.level] if name == "prior" else getattr(settings, name) for name in names}
 
 
@@ -144,29 +177,30 @@ def _parameters(function: Callable[..., None]) -> list[tuple[str, Any]]:
     return [(name, parameter.kind) for name, parameter in inspect.signature(function).parameters.items()]
 
 
-def _forget(run: StageContext) -> None:
-    """Forget what lies here, unless it was begun afresh itself, by a run that did not get to its end."""
-    if (run.work / RESTARTED_MARKER).exists():
-        print(f"note: what --force has begun goes on; to begin once more, delete {run.work}", file=sys.stderr)
+def _clear(context: StageContext) -> None:
+    """Discard the state of an earlier run, unless an interrupted --force has started it."""
+    if (context.work_dir / RESTARTED_MARKER).exists():
+        text = f"note: resuming the interrupted --force; to restart once more, delete {context.work_dir}"
+        print(text, file=sys.stderr)
         return
-    if run.storage:
-        run.storage.clear()
-    for path in run.work.glob("*"):
-        if path.name != "tracked":  # what MLflow may still have to receive
+    if context.storage:
+        context.storage.clear()
+    for path in context.work_dir.glob("*"):
+        if path.name != "tracked":  # MLflow may not have received all of it
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (run.work / RESTARTED_MARKER).touch()
+    (context.work_dir / RESTARTED_MARKER).touch()
 
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-    # An exception can get lost inside of a library. Workers have saved their state long before this.
-    deadline = threading.Timer(PATIENCE_SECONDS, lambda: os._exit(shared_cluster.record_exit_status(stopped(number))))
-    deadline.daemon = True
-    deadline.start()
-    raise Stopped(number)
+    # A library may swallow the exception below. Workers have saved their state long before this timeout.
+    timer = threading.Timer(SHUTDOWN_TIMEOUT_S, lambda: os._exit(shared_cluster.record_exit_status(stopped(number))))
+    timer.daemon = True
+    timer.start()
+    raise StageStopped(number)
 
 
 def stopped(number: int) -> int:
-    """Say which signal ended the work; return the exit status."""
-    print(f"Stopped by {signal.Signals(number).name}. The same command resumes.", file=sys.stderr)
+    """Print which signal ended the work; return the exit status."""
+    print(f"Stopped by {signal.Signals(number).name}. Run the same command again to resume.", file=sys.stderr)
     return 128 + number

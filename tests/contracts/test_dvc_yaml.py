@@ -1,4 +1,4 @@
-"""dvc.yaml against the code: a setting or a file that changes results but not the lock is DVC's quietest failure."""
+"""dvc.yaml lists every setting, path and result version that a stage depends on."""
 
 import importlib
 import inspect
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import dvc_yaml, params, stage_runner
+from pipeline import dvc_yaml, params, result_versions, stage_runner
+from stages.formats.flatten import flatten
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = params.load(ROOT / "params.yaml")
 STAGES = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+ENTRIES = {name: entry.get("do", entry) for name, entry in params.read(ROOT / "dvc.yaml")["stages"].items()}
 
 
 def signature(stage: dvc_yaml.Stage) -> inspect.Signature:
@@ -18,49 +20,56 @@ def signature(stage: dvc_yaml.Stage) -> inspect.Signature:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_the_settings_a_stage_takes_are_those_dvc_watches(name):
-    """A stage's keyword parameters are its `params:` in dvc.yaml, `run` aside."""
+def test_settings_of_a_stage_are_its_params_in_dvc_yaml(name: str):
+    """A stage's keyword-only parameters are its `params:`, the context aside."""
     stage = STAGES[name]
-    taken = {p.name for p in signature(stage).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    watched = {"prior" if key == f"priors.{stage.level}" else key for key in stage.params}
-    assert taken - {"run"} == watched
+    keywords = {p.name for p in signature(stage).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert keywords - {"context"} == {"prior" if key == f"priors.{stage.level}" else key for key in stage.params}
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_the_paths_a_stage_takes_are_those_dvc_knows(name):
-    """A stage's positional parameters can all be filled from dvc.yaml, and no artifact it lists goes unused."""
+def test_paths_of_a_stage_are_those_in_dvc_yaml(name: str):
+    """A stage's positional parameters can all be filled from dvc.yaml, and it uses every artifact that it lists."""
     stage = STAGES[name]
     function = importlib.import_module(f"stages.{stage.module}").run
-    given = stage_runner.positionals(function, stage, SETTINGS)
-    paths = {str(Path(path).relative_to(Path.cwd())) for path in given if isinstance(path, Path)}
+    arguments = stage_runner.positionals(function, stage, SETTINGS)
+    paths = {str(Path(path).relative_to(Path.cwd())) for path in arguments if isinstance(path, Path)}
     expected = {*stage.artifacts, *stage.outs, *stage.metrics, *stage.plots}
     assert paths == (expected | {SETTINGS.dataset.source} if name == "shard" else expected)
 
 
-def test_every_dependency_exists():
-    """Every file of code in dvc.yaml is there."""
-    for stage in STAGES.values():
-        for path in stage.code:
-            assert (ROOT / path).exists(), f"{stage.name} depends on {path}"
+@pytest.mark.parametrize("name", ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE})
+def test_stage_depends_on_its_result_version_and_on_no_source_file(name: str):
+    """A project without source files follows the installed code; a comment reruns nothing."""
+    key = f"{name}_${{key}}" if name == "prior" else name
+    assert {result_versions.FILE.as_posix(): [key]} in ENTRIES[name]["params"]
+    assert not [path for path in ENTRIES[name]["deps"] if path.endswith(".py") or path.startswith(("stages", "models"))]
 
 
-def test_where_a_stage_runs_is_nobodys_dependency():
-    """Changing `cluster` reruns nothing."""
+def test_result_versions_are_written_each_time():
+    """Every `dvc repro` begins with them; they are no file of the cache."""
+    entry = ENTRIES[dvc_yaml.VERSIONS_STAGE]
+    assert entry["always_changed"] and entry["cmd"] == "exec vqvae2 versions --write"
+    assert entry["outs"] == [{result_versions.FILE.as_posix(): {"cache": False}}]
+
+
+def test_no_stage_depends_on_the_cluster():
+    """Another cluster reruns nothing."""
     assert not any("cluster" in stage.params for stage in STAGES.values())
 
 
-def test_there_is_a_prior_for_each_level():
-    """dvc.yaml grows one prior per level of params.yaml."""
+def test_every_level_has_a_prior():
+    """dvc.yaml has one prior per level of params.yaml."""
     assert [stage.level for stage in STAGES.values() if stage.module == "prior"] == list(SETTINGS.vqvae.levels)
 
 
-def test_no_setting_has_a_name_that_dvc_overlooks():
-    """DVC leaves these keys out when it looks a run up in its cache: another value would restore the old result."""
-    for key in params.flat(params.read(ROOT / "params.yaml")):
+def test_no_setting_has_a_name_that_dvc_ignores():
+    """DVC leaves these keys out of the keys of its run cache: another value would restore the old result."""
+    for key in flatten(params.read(ROOT / "params.yaml")):
         assert not {"size", "nfiles", "isexec"} & set(key.split(".")), key
 
 
-def test_no_shell_stays_between_dvc_and_a_stage():
-    """The stage takes its shell's place; else it would outlive a killed DVC, and a second one start beside it."""
-    for name, entry in params.read(ROOT / "dvc.yaml")["stages"].items():
-        assert entry.get("do", entry)["cmd"].startswith(f"exec vqvae2 stage {name}")
+@pytest.mark.parametrize("name", ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE})
+def test_stage_replaces_the_shell_that_dvc_starts(name: str):
+    """A shell between them would outlive a killed DVC, and a second stage could start beside the first."""
+    assert ENTRIES[name]["cmd"].startswith(f"exec vqvae2 stage {name}")

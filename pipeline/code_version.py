@@ -1,0 +1,280 @@
+"""Result version of a stage: an identifier of the code that decides what the stage computes.
+
+The code of a stage is the set of definitions (functions, classes, constants) that its `run` function reaches in stages/
+and models/. Each definition is hashed as a syntax tree without comments, docstrings, annotations, formatting and error
+texts, so none of those makes a finished result out of date.
+
+known_versions.json maps known hashes to version numbers. Two hashes with the same number are shown to compute the same
+bytes (`vqvae2 versions --same-as`). A hash that is not in the table is a version of its own.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import models
+from models.config import PriorConfig
+
+PACKAGES = ("stages", "models")
+ROOT = Path(models.__file__).parents[1]  # of the packages that this process runs
+TABLE = Path(__file__).with_name("known_versions.json")
+HASH_LENGTH = 16  # hexadecimal digits: 64 bits, for a few hundred hashes
+
+# Code that a stage reaches and that does not decide its bytes, by prefix of the dotted name, each with the reason.
+# What such code itself reaches counts again: the network that model_file builds is the network that runs.
+EXCEPTIONS = {
+    "stages.errors": "texts of errors",
+    "stages.runtime": "where a stage runs, not what it computes",
+    "stages.tracking": "what is reported, not what is computed",
+    "stages.mapping": "which process computes a part; the result of a part does not depend on it",
+    "stages.training.ray_train": "which processes train; one and several workers see the same batches",
+    "stages.training.failures": "texts of errors",
+    "stages.training.checkpoint": "a resumed training ends in the same bytes",
+    "stages.formats.artifact": "how a folder is committed, not what it holds",
+    "stages.formats.config_schema": "validation of settings",
+    "stages.formats.model_file": "how weights are stored, not their values",
+    "stages.formats.curves": "how curves are stored, not their values",
+    "stages.config.ClusterConfig": "where a stage runs, not what it computes",
+}
+# The same for single stages: a picture beside the weights must not cost a training.
+STAGE_EXCEPTIONS = {"vqvae": {"stages.images.contact_sheet": "the layout of a picture beside the weights"}}
+# Files that are not Python and decide a result, by the module that reads them.
+RESOURCES = {"stages.evaluation.report": ("report.html.j2",)}
+NETWORKS = get_args(get_type_hints(PriorConfig)["name"])  # each is a file in models/priors/
+# Errors that end a stage: their texts reach the terminal and no artifact.
+MESSAGE_ONLY_ERRORS = frozenset({"UserError", "ValueError"})
+
+# Module and definition. The definition "" is all statements of the module that define nothing.
+Name = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code of one stage."""
+
+    hash: str
+    version: int | str  # the number in the table, or the hash where the table does not have it
+    definitions: Mapping[str, str]  # dotted name of each function, method, class and constant -> hash
+
+
+def code_of(module: str, network: str = "", root: Path | None = None) -> Code:
+    """Hash the code that decides the result of `stages.{module}`.
+
+    `network` names the file in models/priors/ that a prior uses: the other networks do not count. `root` holds the
+    packages; by default they are those that this process runs, of a checkout or an installed distribution.
+    """
+    definitions = _definitions(_Sources(root or ROOT), module, network)
+    digest = _digest(json.dumps(sorted(definitions.items())))
+    entry = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
+    return Code(digest, entry["version"] if entry else digest, definitions)
+
+
+def table_keys() -> list[str]:
+    """List the keys of the table: the stages, with one key per network for the prior."""
+    return ["shard", "vqvae", "codes", *(f"prior.{network}" for network in NETWORKS), "sample", "evaluate"]
+
+
+def read_table() -> dict[str, Any]:
+    """Read the committed table: versions by stage and hash, and the hash of every definition when it was written."""
+    return dict(json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def changed_definitions(definitions: Mapping[str, str]) -> list[str]:
+    """Name the definitions that differ from those that the table was written for."""
+    recorded = read_table()["definitions"]
+    return sorted(name for name, digest in definitions.items() if recorded.get(name) != digest)
+
+
+def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, str]:
+    """Hash every definition that `stages.{module}.run` reaches, by dotted name."""
+    other_networks = {f"models.priors.{name}" for name in NETWORKS if network and name != network}
+    reached: set[Name] = set()
+    pending: list[Name] = [(f"stages.{module}", "run")]
+    while pending:
+        name = pending.pop()
+        if name not in reached and name[0] not in other_networks:
+            reached.add(name)
+            pending += [*sources.references(*name), (name[0], "")]
+    exceptions = EXCEPTIONS.keys() | STAGE_EXCEPTIONS.get(module, {}).keys()
+    digests: dict[str, str] = {}
+    for name in sorted(reached):
+        if not _has_prefix(".".join(filter(None, name)), exceptions):
+            digests |= sources.hash_definition(*name)
+    for module_name in {module_name for module_name, _ in reached} & RESOURCES.keys():
+        for file in RESOURCES[module_name]:
+            contents = sources.path(module_name).with_name(file).read_text(encoding="utf-8")
+            digests[f"{module_name}: {file}"] = _digest(contents)
+    return digests
+
+
+def _has_prefix(name: str, prefixes: Collection[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """Top-level definitions of a module, its other statements, and the targets of its imported names."""
+
+    definitions: Mapping[str, list[ast.stmt]]
+    others: list[ast.stmt]
+    imports: Mapping[str, Name]
+
+
+class _Sources:
+    """Syntax trees of the packages below one folder. Nothing is imported: importing torch would take seconds."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._modules: dict[str, _Module] = {}
+
+    def path(self, module: str) -> Path:
+        path = self.root.joinpath(*module.split("."))
+        return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+    def references(self, module: str, definition: str) -> Iterator[Name]:
+        """Yield the definitions in our packages that a definition, or the rest of a module, names."""
+        parsed = self._parse(module)
+        for statement in parsed.definitions[definition] if definition else parsed.others:
+            for node in _walk(statement):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    target = parsed.imports.get(node.value.id)
+                    if target and not target[1]:
+                        yield from self._resolve(target[0], node.attr)
+                elif isinstance(node, ast.Name):
+                    yield from self._resolve(module, node.id)
+
+    def hash_definition(self, module: str, definition: str) -> dict[str, str]:
+        """Hash one definition. Methods have hashes of their own, so that a change can be named."""
+        parsed = self._parse(module)
+        statements = parsed.definitions[definition] if definition else parsed.others
+        name = f"{module}.{definition}" if definition else module
+        if len(statements) == 1 and isinstance(statements[0], ast.ClassDef):
+            return _hash_class(name, statements[0])
+        return {name: _digest("".join(map(serialize, statements)))} if statements else {}
+
+    def _parse(self, module: str) -> _Module:
+        if module not in self._modules:
+            self._modules[module] = self._parse_file(module)
+        return self._modules[module]
+
+    def _parse_file(self, module: str) -> _Module:
+        tree = ast.parse(self.path(module).read_text(encoding="utf-8"))
+        definitions: dict[str, list[ast.stmt]] = {}
+        others: list[ast.stmt] = []
+        for statement in tree.body:
+            names = list(_defined_names(statement))
+            for name in names:
+                definitions.setdefault(name, []).append(statement)
+            if not names and not isinstance(statement, ast.Import | ast.ImportFrom) and not _is_docstring(statement):
+                others.append(statement)
+        return _Module(definitions, others, dict(self._imports(tree)))
+
+    def _imports(self, tree: ast.AST) -> Iterator[tuple[str, Name]]:
+        """Yield local names and their targets, of imports from our packages anywhere in a module."""
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+                for alias in node.names:
+                    submodule = f"{node.module}.{alias.name}"
+                    target = (submodule, "") if self.path(submodule).is_file() else (node.module, alias.name)
+                    yield alias.asname or alias.name, target
+
+    def _resolve(self, module: str, name: str) -> Iterator[Name]:
+        """Follow a name through imports to the module that defines it."""
+        parsed = self._parse(module)
+        if name in parsed.definitions:
+            yield module, name
+        elif target := parsed.imports.get(name):
+            if target[1]:
+                yield from self._resolve(*target)
+            else:  # a module: its attributes are followed one by one, where they are used
+                yield target[0], ""
+
+
+def _hash_class(name: str, node: ast.ClassDef) -> dict[str, str]:
+    methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+    digests: dict[str, str] = {}
+    for method in methods:  # a property and its setter share a name
+        digests[f"{name}.{method.name}"] = _digest(digests.get(f"{name}.{method.name}", "") + serialize(method))
+    rest = [item for item in node.body if item not in methods]
+    shell = ast.ClassDef(
+        name=node.name, bases=node.bases, keywords=node.keywords, body=rest, decorator_list=node.decorator_list
+    )
+    return {**digests, name: _digest(serialize(shell))}
+
+
+def _defined_names(statement: ast.stmt) -> Iterator[str]:
+    match statement:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            yield statement.name
+        case ast.Assign():
+            for target in statement.targets:
+                yield from (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
+        case ast.AnnAssign() if isinstance(statement.target, ast.Name):
+            yield statement.target.id
+
+
+def _walk(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Walk a syntax tree, and the expressions of annotations that are written as strings, such as "Shards"."""
+    for node in ast.walk(statement):
+        yield node
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            annotation = node.annotation
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            annotation = node.returns
+        else:
+            continue
+        for inner in ast.walk(annotation) if annotation else ():
+            if isinstance(inner, ast.Constant) and isinstance(inner.value, str) and inner.value.isidentifier():
+                yield ast.Name(inner.value, ast.Load())
+
+
+def serialize(node: ast.AST) -> str:
+    """Write a syntax tree as text, without what decides no result.
+
+    The text is the same for every Python version: empty fields are left out, and so are fields that later versions
+    added.
+    """
+    return json.dumps(_plain(node), separators=(",", ":"))
+
+
+_SKIPPED_FIELDS = frozenset({"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "type_ignores"})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ast.Raise) and _is_message_only(value.exc):
+        assert isinstance(value.exc, ast.Call)
+        return ["Raise", ["exc", _plain(value.exc.func)]]
+    if isinstance(value, ast.AST):
+        fields = [(name, getattr(value, name, None)) for name in value._fields if name not in _SKIPPED_FIELDS]
+        plain = [[name, _plain(_body(value, field) if name == "body" else field)] for name, field in fields]
+        return [type(value).__name__, *(pair for pair in plain if pair[1] not in (None, []))]
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | bool | None) else repr(value)
+
+
+def _body(node: ast.AST, statements: Any) -> Any:
+    """Drop docstrings."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement for statement in statements if not _is_docstring(statement)]
+    return statements
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _is_message_only(error: ast.expr | None) -> bool:
+    return isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id in MESSAGE_ONLY_ERRORS
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]

@@ -1,0 +1,145 @@
+"""Result versions: edits that compute the same keep the hash of the code, edits that do not change it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import code_version
+from pipeline.code_version import code_of
+
+ROOT = Path(__file__).parents[2]
+SOURCE = '''"""A stage."""
+
+from models.toy import Layer
+
+SCALE: float = 2.0
+
+
+def run(size: int, layer: "Layer", *, seed: int) -> float:
+    """Scale a layer."""
+    if size < 1:
+        raise ValueError(f"size must be 1 or more, got {size}")
+    return helper(layer) * SCALE  # twice
+
+
+def helper(layer: Layer) -> float:
+    return layer.width
+
+
+def unused() -> int:
+    return 1
+'''
+MODEL = '''"""A layer."""
+
+class Layer:
+    """A width."""
+
+    width = 3.0
+
+    def grow(self) -> None:
+        self.width += 1
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder with one stage and one model."""
+    for name, text in (("stages/toy.py", SOURCE), ("models/toy.py", MODEL)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def edit(root: Path, name: str, old: str, new: str) -> None:
+    text = (root / name).read_text()
+    assert old in text
+    (root / name).write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# twice", "# two times"),
+        ('"""Scale a layer."""', '"""Multiply the width of a layer by a constant."""'),
+        ('    """Scale a layer."""\n', ""),
+        ("size: int", "size: float"),
+        ("-> float:\n    return layer", ":\n    return layer"),
+        ("SCALE: float = 2.0", "SCALE: int = 2.0"),
+        ("helper(layer) * SCALE", "(helper(\n        layer\n    ) * SCALE)"),
+        ("size must be 1 or more, got {size}", "{size} is not a valid size"),
+        ("def unused() -> int:\n    return 1", "def unused() -> int:\n    return 2"),
+    ],
+)
+def test_edit_that_computes_the_same_keeps_the_hash(toy: Path, old: str, new: str):
+    """Comments, docstrings, annotations, formatting, texts of errors and unused code decide no result."""
+    before = code_of("toy", root=toy).hash
+    edit(toy, "stages/toy.py", old, new)
+    assert code_of("toy", root=toy).hash == before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "changed"),
+    [
+        ("stages/toy.py", "= 2.0", "= 2.5", "stages.toy.SCALE"),
+        ("stages/toy.py", "return layer.width", "return layer.width + 0", "stages.toy.helper"),
+        ("stages/toy.py", "size < 1", "size < 2", "stages.toy.run"),
+        ("stages/toy.py", "ValueError(", "KeyError(", "stages.toy.run"),
+        ("models/toy.py", "width = 3.0", "width = 4.0", "models.toy.Layer"),
+        ("models/toy.py", "+= 1", "+= 2", "models.toy.Layer.grow"),
+        ("models/toy.py", '"""A layer."""', "import torch\ntorch.set_default_dtype(torch.float64)", "models.toy"),
+    ],
+)
+def test_edit_that_computes_something_else_is_named(toy: Path, name: str, old: str, new: str, changed: str):
+    """The one definition whose hash changes is the one that was edited."""
+    before = code_of("toy", root=toy)
+    edit(toy, name, old, new)
+    after = code_of("toy", root=toy)
+    assert after.hash != before.hash
+    assert {key for key, digest in after.definitions.items() if before.definitions.get(key) != digest} == {changed}
+
+
+def test_unknown_hash_is_a_version_of_its_own(toy: Path):
+    """Code that the table does not know never passes for a known version."""
+    code = code_of("toy", root=toy)
+    assert code.version == code.hash
+
+
+def test_edit_of_one_network_concerns_the_priors_that_use_it(tmp_path: Path):
+    """Another prior network, and stages that train none, keep their hashes."""
+    for package in code_version.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package)
+    keys = [("prior", "pixelsnail"), ("prior", "pixelcnn"), ("vqvae", ""), ("codes", ""), ("sample", "")]
+    before = {key: code_of(*key, root=tmp_path).hash for key in keys}
+    edit(tmp_path, "models/priors/pixelcnn.py", "two_stacks = True", "two_stacks = bool(1)")
+    after = {key: code_of(*key, root=tmp_path).hash for key in keys}
+    assert [key for key in keys if after[key] != before[key]] == [("prior", "pixelcnn"), ("sample", "")]
+
+
+def test_template_of_the_report_decides_the_evaluation_alone(tmp_path: Path):
+    """The page's template is no Python and counts all the same."""
+    for package in code_version.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package)
+    before = {module: code_of(module, root=tmp_path).hash for module in ("evaluate", "sample")}
+    edit(tmp_path, "stages/evaluation/report.html.j2", "<html", "<html ")
+    assert code_of("sample", root=tmp_path).hash == before["sample"]
+    assert code_of("evaluate", root=tmp_path).hash != before["evaluate"]
+
+
+def newer_pythons() -> list[str]:
+    """Return the later Pythons that start."""
+    names = filter(shutil.which, ("python3.12", "python3.13", "python3.14"))
+    return [name for name in names if not subprocess.run([name, "-c", ""], capture_output=True).returncode]
+
+
+@pytest.mark.skipif(not newer_pythons(), reason="needs a later Python beside the one that runs")
+def test_every_python_gives_the_same_hash():
+    """Later versions add fields to syntax trees; upgrading Python must not make results out of date."""
+    script = "import pipeline.code_version as v; print(v.code_of('evaluate').hash, v.code_of('prior', 'pixelcnn').hash)"
+    outputs = {
+        subprocess.run([python, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for python in (sys.executable, *newer_pythons())
+    }
+    assert len(outputs) == 1

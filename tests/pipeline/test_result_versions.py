@@ -1,0 +1,90 @@
+"""The file of result versions that DVC watches, and results that keep_results holds at an older version."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import dvc_yaml, params, result_versions
+from pipeline.fingerprint import identify
+from stages.errors import UserError
+from stages.formats import artifact
+
+KEPT = "0123456789abcdef"  # a version that no code has
+
+
+@pytest.fixture
+def folder(project, monkeypatch) -> Iterator[Any]:
+    """The current folder: a project whose dvc.lock records a result of the VQ-VAE by other code."""
+    monkeypatch.chdir(project.folder)
+    data = params.read()
+    recorded = {key: data[key] for key in ("vqvae", "augment", "train_vqvae", "seed")}
+    entry = {"params": {"params.yaml": recorded, result_versions.FILE.as_posix(): {"vqvae": KEPT}}}
+    YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": {"vqvae": entry}}, Path("dvc.lock"))
+    return project
+
+
+def write() -> dict[str, Any]:
+    data = params.read()
+    return result_versions.write(data, params.check(data))
+
+
+def keep(folder: Any, *names: str) -> None:
+    folder.edit(lambda data: data.update(keep_results=list(names)))
+
+
+def test_file_has_a_version_for_every_stage(folder):
+    """DVC reads the file as YAML; a second writing of the same versions leaves it untouched."""
+    versions = write()
+    names = [stage.cli_name for stage in dvc_yaml.stages(params.read()).values()]
+    assert list(versions) == names
+    assert YAML(typ="safe").load(result_versions.FILE) == versions
+    before = result_versions.FILE.stat().st_mtime_ns
+    write()
+    assert result_versions.FILE.stat().st_mtime_ns == before
+
+
+def test_kept_stage_has_the_version_of_its_result(folder):
+    """DVC sees no change, and neither does the fingerprint that names the stage's state in runs/."""
+    with artifact.commit_folder(Path("artifacts/shards"), "shards", {}):
+        pass
+    stage = dvc_yaml.find("vqvae", dvc_yaml.stages(params.read()))
+    fingerprint = identify(stage, params.load())[1]
+    assert write()["vqvae"] != KEPT
+    keep(folder, "vqvae")
+    assert write()["vqvae"] == KEPT
+    assert identify(stage, params.load())[1] != fingerprint
+
+
+def test_kept_stage_is_refused_when_it_is_to_run(folder):
+    """Its result would be the other code's; the message names both versions."""
+    stage = dvc_yaml.find("vqvae", dvc_yaml.stages(params.read()))
+    result_versions.refuse_kept(stage, params.load())
+    keep(folder, "vqvae")
+    with pytest.raises(UserError, match=f"vqvae cannot run: keep_results holds its result at version {KEPT}"):
+        result_versions.refuse_kept(stage, params.load())
+
+
+def test_changed_settings_of_a_kept_stage_are_refused_before_dvc_deletes_its_result(folder):
+    """dvc.yaml writes the versions before any other stage runs."""
+    keep(folder, "vqvae")
+    folder.edit(lambda data: data["vqvae"]["quantizer"].update(beta=0.5))
+    with pytest.raises(UserError, match=r"settings changed: vqvae.quantizer.beta 0.25 -> 0.5"):
+        write()
+
+
+@pytest.mark.parametrize(
+    ("name", "headline"),
+    [
+        ("codes", "keep_results names codes, which has no finished result to keep."),
+        ("vqvea", "keep_results names 'vqvea', which is not a stage."),
+    ],
+)
+def test_name_that_cannot_be_kept_is_refused(folder, name: str, headline: str):
+    """A stage without a result, and a misspelt one."""
+    keep(folder, name)
+    with pytest.raises(UserError) as error:
+        write()
+    assert error.value.what == headline

@@ -1,0 +1,52 @@
+"""The code that a stage's result version hashes is the code that the stage executes."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from pipeline import code_version
+
+STAGES: dict[str, Callable[[Any], None]] = {
+    "shard": lambda project: project.shard(),
+    "vqvae": lambda project: project.vqvae(out="executed/vqvae", fingerprint="executed"),
+    "codes": lambda project: project.codes(out="executed/codes", fingerprint="executed"),
+    "prior_top": lambda project: project.prior("top", out="executed/priors", fingerprint="executed"),
+    "prior_bottom": lambda project: project.prior("bottom", out="executed/priors", fingerprint="executed"),
+    "sample": lambda project: project.sample(out="executed/samples", fingerprint="executed"),
+}
+
+
+@contextmanager
+def executed_functions() -> Iterator[set[str]]:
+    """Collect the dotted names of the functions of stages/ and models/ that run in the block."""
+    names: set[str] = set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        module = str(frame.f_globals.get("__name__"))
+        generated = frame.f_code.co_filename == "<string>"  # methods that `dataclass` and `NamedTuple` generate
+        if event == "call" and not generated and module.split(".")[0] in code_version.PACKAGES:
+            names.add(f"{module}.{frame.f_code.co_qualname}".partition(".<")[0])
+
+    sys.setprofile(trace)
+    try:
+        yield names
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_function_that_runs_is_hashed(stage: str, project, in_process):
+    """What a stage executes is part of its code, or of the exceptions, each of which states its reason."""
+    module, _, level = stage.partition("_")
+    network = project.priors[level].name if level else ""
+    hashed = code_version.code_of(module, network).definitions.keys()
+    exceptions = code_version.EXCEPTIONS.keys() | code_version.STAGE_EXCEPTIONS.get(module, {}).keys()
+    with executed_functions() as names:
+        STAGES[stage](project)
+    assert names
+    prefixes = hashed | exceptions
+    assert {name for name in names if not any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)} == set()
