@@ -1,7 +1,11 @@
-"""The how-tos that add something, followed to the letter in a copy. A metric: tests/stages/evaluation/test_report.py."""
+"""The how-tos that add a prior and a dataset, followed step by step in a copy of the project.
+
+The how-to for a metric is followed in tests/stages/evaluation/test_report.py.
+"""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 VQVAE2 = ("-c", "from pipeline.cli import main; main()")
-PRIOR = '''"""A prior of one's own."""
+PRIOR = '''"""A new prior."""
 
 from models.priors.base import Prior
 from models.priors.layers import causal
@@ -37,14 +41,14 @@ def copy(tmp_path: Path) -> Path:
 
 def call(folder: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder), "NO_COLOR": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.mark.slow
-def test_a_prior_of_ones_own_passes_the_tests_of_every_prior(copy: Path):
-    """One file, two lines and its settings: then it is chosen by name, tested like the others, and tracked by DVC."""
+def test_new_prior_passes_the_tests_of_every_prior(copy: Path):
+    """A new prior takes one file, two lines and its settings. It is chosen by name and tested like the others."""
     (copy / "models/priors/mine.py").write_text(PRIOR)
     replace(copy / "models/priors/__init__.py", '"pixelcnn": PixelCNN', '"pixelcnn": PixelCNN, "mine": Mine')
     replace(
@@ -56,22 +60,22 @@ def test_a_prior_of_ones_own_passes_the_tests_of_every_prior(copy: Path):
     shutil.copyfile(copy / "conf/prior/pixelsnail.yaml", copy / "conf/prior/mine.yaml")
     replace(copy / "conf/prior/mine.yaml", "name: pixelsnail", "name: mine")
 
-    told = call(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mine", "tests/models/test_priors.py")
-    assert int(told.splitlines()[-1].split()[0]) >= 10, told
+    output = call(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mine", "tests/models/test_priors.py")
+    assert int(output.splitlines()[-1].split()[0]) >= 10, output
     call(copy, *VQVAE2, "config", "prior@priors.top=mine", "--write")
-    assert "models/priors/mine.py" in call(copy, "-m", "dvc", "status", "--json", "prior@top")
+    assert re.search(r"^prior_top +\w{16} .*models\.priors\.mine\.Mine", call(copy, *VQVAE2, "versions"), re.MULTILINE)
     assert json.loads(call(copy, *VQVAE2, "plan", "--json"))["trainings"][1]["parameters"] > 0
 
 
-def test_a_data_set_of_ones_own_is_one_file(copy: Path):
-    """Its settings in conf/dataset name the folder; the checks before a run then find its images."""
+def test_new_dataset_is_one_file(copy: Path):
+    """A new file in conf/dataset names the folder of images, and the checks before a run read them."""
     shutil.copyfile(copy / "conf/dataset/clothing64.yaml", copy / "conf/dataset/pets.yaml")
     replace(copy / "conf/dataset/pets.yaml", "name: clothing64", "name: pets\nsource: pets")
-    for number, kind in enumerate(("cat", "dog")):
-        (copy / "pets" / kind).mkdir(parents=True)
-        Image.new("RGB", (80, 80), (number, 0, 0)).save(copy / "pets" / kind / "1.png")
+    for number, name in enumerate(("cat", "dog")):
+        (copy / "pets" / name).mkdir(parents=True)
+        Image.new("RGB", (80, 80), (number, 0, 0)).save(copy / "pets" / name / "1.png")
     call(copy, *VQVAE2, "config", "dataset=pets", "--write")
-    findings = {each["name"]: each for each in json.loads(call(copy, *VQVAE2, "doctor", "--json"))}
+    findings = {finding["name"]: finding for finding in json.loads(call(copy, *VQVAE2, "doctor", "--json"))}
     assert findings["images"]["state"] == "ok", findings
 
 
