@@ -3,7 +3,7 @@
 import ctypes
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pipeline import dvc_yaml, params, params_header
@@ -38,10 +38,10 @@ def check_images(dataset: DatasetConfig) -> None:
     listing.check_source(Path(dataset.source), dataset.labels)
 
 
-def check_gpus(cluster: ClusterConfig, where: object) -> None:
+def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError if this machine has fewer GPUs than its private cluster would need."""
     required, available = cluster.gpus_per_worker * cluster.workers, gpu_count()
-    if required <= available or os.environ.get("RAY_ADDRESS"):
+    if required <= available or environment.get("RAY_ADDRESS"):
         return
     overrides = [override for override in params_header.read_overrides() if not override.startswith("cluster")]
     options = " ".join(f"-S {shlex.quote(override)}" for override in (*overrides, "cluster=local"))

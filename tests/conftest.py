@@ -13,7 +13,15 @@ os.environ |= {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VQVAE2_RUN", "VQVAE2_FRESH", "VQVAE2_PARENT_RUN"):
+for name in (
+    "RAY_ADDRESS",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_EXPERIMENT_NAME",
+    "VQVAE2_FAULT",
+    "VQVAE2_RUN",
+    "VQVAE2_FRESH",
+    "VQVAE2_PARENT_RUN",
+):
     os.environ.pop(name, None)
 # A shell script starts background processes with SIGINT ignored, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from models.config import LevelConfig, PriorConfig, VQVAEConfig
-from stages import codes, prior, sample, shard, vqvae
+from stages import codes, evaluate, prior, sample, shard, vqvae
 from stages.config import (
     AugmentConfig,
     ClusterConfig,
@@ -122,15 +122,16 @@ def map_serially(
     return [instance(json.loads(json.dumps(part))) for part in parts]
 
 
+def fit_in_process(train_worker: Callable[..., None], arguments: dict[str, Any], *, context: StageContext) -> None:
+    """Replace `fit` without Ray: train with one worker in this process."""
+    train_worker(dist=DistributedContext(), context=context, **arguments)
+
+
 @contextmanager
-def without_ray() -> Iterator[None]:
-    """Replace the stages' two uses of Ray, mapping and training, by loops in this process."""
-
-    def fit(train_worker: Callable[..., None], arguments: dict[str, Any], *, context: StageContext) -> None:
-        train_worker(dist=DistributedContext(), context=context, **arguments)
-
+def without_ray(fit: Callable[..., None] = fit_in_process) -> Iterator[None]:
+    """Replace the stages' two uses of Ray, mapping and training, by loops in this process, or training by `fit`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_train, "fit", fit)
-        for stage in (shard, codes, sample):
+        for stage in (shard, codes, sample, evaluate):
             patch.setattr(stage, "map_parts", map_serially)
         yield

@@ -40,14 +40,7 @@ def code_data(
         return CodeBatch(grids, torch.from_numpy(split.labels[rows]) if codes.classes else None)
 
     def training(start: int) -> Iterator[CodeBatch]:
-        sampler = GlobalBatchSampler(
-            stream,
-            config.batch_size,
-            start=start,
-            stop=config.steps,
-            rank=dist.rank,
-            world_size=dist.world_size,
-        )
+        sampler = GlobalBatchSampler(stream, config.batch_size, range(start, config.steps), dist.rank, dist.world_size)
         for samples in sampler:
             yield batch(training_set, np.array([sample.image_index for sample in samples]))
 

@@ -35,14 +35,7 @@ def image_data(
     augmented = AugmentedImages(shards.split("train"), augment_config, seed)
 
     def training(start: int) -> Iterator[Tensor]:
-        sampler = GlobalBatchSampler(
-            stream,
-            config.batch_size,
-            start=start,
-            stop=config.steps,
-            rank=dist.rank,
-            world_size=dist.world_size,
-        )
+        sampler = GlobalBatchSampler(stream, config.batch_size, range(start, config.steps), dist.rank, dist.world_size)
         return load_batches(augmented, batch_sampler=sampler, num_workers=loader_workers)
 
     def evaluation(split: ImageSet) -> Iterator[Tensor]:

@@ -36,15 +36,15 @@ class ShuffledStream:
 
 
 class GlobalBatchSampler:
-    """Batch sampler for a DataLoader: one rank's slices of the global batches of steps [start, stop).
+    """Batch sampler for a DataLoader: one rank's slices of the global batches of `steps`.
 
     Raises ValueError if the ranks cannot share `batch_size` evenly.
     """
 
-    def __init__(self, stream: ShuffledStream, batch_size: int, *, start: int, stop: int, rank: int, world_size: int):
+    def __init__(self, stream: ShuffledStream, batch_size: int, steps: range, rank: int = 0, world_size: int = 1):
         if batch_size % world_size:
             raise ValueError(f"batch_size must be a multiple of the {world_size} workers, got {batch_size}")
-        self.stream, self.batch_size, self.steps = stream, batch_size, range(start, stop)
+        self.stream, self.batch_size, self.steps = stream, batch_size, steps
         self.local_batch_size = batch_size // world_size
         self.first = rank * self.local_batch_size  # this rank's first position in the global batch
 

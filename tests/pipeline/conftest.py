@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,10 @@ def initialized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(tmp_path: Path, initialized: Path) -> CommandLineProject:
     """A new project."""
     return CommandLineProject.of_settings(tmp_path, initialized)
+
+
+@pytest.fixture
+def current_project(project: CommandLineProject) -> Iterator[CommandLineProject]:
+    """A new project, as the current folder."""
+    with chdir(project.folder):
+        yield project

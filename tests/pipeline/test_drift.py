@@ -13,13 +13,6 @@ from pipeline.drift import drift
 EARLIER = ("train_vqvae.steps=500", "experiment=smoke")
 
 
-@pytest.fixture
-def current(project, monkeypatch):
-    """A project as the current folder."""
-    monkeypatch.chdir(project.folder)
-    return project
-
-
 def edit_conf(old: str, new: str) -> None:
     """Edit conf/config.yaml and make it newer than params.yaml on file systems of any time resolution."""
     path = Path("conf/config.yaml")
@@ -39,7 +32,7 @@ def edit_conf(old: str, new: str) -> None:
     ],
     ids=["both", "one", "changed", "more", "same"],
 )
-def test_dropped_overrides_are_printed(current, capsys, overrides, note):
+def test_dropped_overrides_are_printed(current_project, capsys, overrides, note):
     """Earlier overrides that are not repeated are printed, a single setting with both values; others are not."""
     demo, smoke = (compose_settings(choice)[1].train_vqvae.steps for choice in ([], ["experiment=smoke"]))
     config.run(EARLIER, write=True)
@@ -48,24 +41,24 @@ def test_dropped_overrides_are_printed(current, capsys, overrides, note):
     assert capsys.readouterr().err == (note and f"note: {note.format(demo=demo, smoke=smoke)}")
 
 
-def test_dropped_edits_of_the_file_are_printed(current, capsys):
+def test_dropped_edits_of_the_file_are_printed(current_project, capsys):
     """So are settings written by `dvc exp run -S`, which removes the header."""
     steps = params.load().train_vqvae.steps
-    current.edit(lambda data: data["train_vqvae"].update(steps=700))
-    current.edit(lambda data: data.update(seed=5))
+    current_project.edit(lambda data: data["train_vqvae"].update(steps=700))
+    current_project.edit(lambda data: data.update(seed=5))
     config.run(["seed=6"], write=True)
     assert capsys.readouterr().err == f"note: back to conf/: train_vqvae.steps 700 -> {steps}\n"
 
 
-def test_run_prints_dropped_overrides(current):
+def test_run_prints_dropped_overrides(current_project):
     """-S has the same meaning in `run`, also with --dry-run."""
     config.run(["seed=3"], write=True)
-    done = current.command("run", "--dry-run", "-S", "cluster=single")
+    done = current_project.command("run", "--dry-run", "-S", "cluster=single")
     assert done.stderr == "note: back to conf/: seed 3 -> 0\n" and done.returncode == 0
     assert params_header.read_overrides() == ["seed=3"]
 
 
-def test_changed_conf_is_reported(current):
+def test_changed_conf_is_reported(current_project):
     """Run, status and doctor print the difference and the command that regenerates params.yaml with its overrides."""
     config.run(["cluster=single"], write=True)
     assert drift() == ("", "")
@@ -75,28 +68,30 @@ def test_changed_conf_is_reported(current):
     difference = "params.yaml differs from what conf/ composes to: seed 0 -> 4"
     command = "vqvae2 config cluster=single --write"
     note = f"note: {difference}. Regenerate it: {command}\n"
-    assert current.command("status", "--json").stderr == current.command("run", "--dry-run").stderr == note
-    doctor = current.command("doctor").stdout
+    assert (
+        current_project.command("status", "--json").stderr == current_project.command("run", "--dry-run").stderr == note
+    )
+    doctor = current_project.command("doctor").stdout
     assert f"warning  settings       {difference}\n" in doctor and f"fix: Regenerate it: {command}\n" in doctor
-    assert current.command(*command.split()[1:]).returncode == 0
+    assert current_project.command(*command.split()[1:]).returncode == 0
     assert drift() == ("", "") and params.load().seed == 4
 
 
-def test_dry_run_restores_the_time_of_params_yaml(current):
+def test_dry_run_restores_the_time_of_params_yaml(current_project):
     """A change of conf/ is still reported after a dry run has restored params.yaml."""
     edit_conf("seed: 0", "seed: 4")
-    current.command("run", "--dry-run", "-S", "cluster=single")
+    current_project.command("run", "--dry-run", "-S", "cluster=single")
     assert "seed 0 -> 4" in drift()[0]
 
 
-def test_invalid_conf_is_reported_without_an_error(current):
+def test_invalid_conf_is_reported_without_an_error(current_project):
     """params.yaml is valid by itself, so a conf/ that does not compose is only a note."""
     edit_conf("seed: 0", "seed: [")
     difference, fix = drift()
     assert "is not valid now: config.yaml is not valid YAML" in difference and fix == "Fix that line."
 
 
-def test_lock_files_of_editors_in_conf_are_ignored(current):
+def test_lock_files_of_editors_in_conf_are_ignored(current_project):
     """Emacs marks an edited file with a dangling link."""
     Path("conf/.#config.yaml").symlink_to("somebody@somewhere.1234:1")
     assert drift() == ("", "")

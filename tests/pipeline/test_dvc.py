@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,14 @@ COPY = "mkdir -p artifacts/second && cp artifacts/first/file artifacts/second"
 
 
 @pytest.fixture
-def small_project(tmp_path, monkeypatch):
+def small_project(tmp_path):
     """A project of two stages that copy a file, as the current folder."""
-    monkeypatch.chdir(tmp_path)
-    subprocess.run([*dvc.COMMAND, "init", "--no-scm", "-q"], check=True)
-    Path("dvc.yaml").write_text(DVC_YAML.format(command=COPY))
-    Path("params.yaml").write_text("settings: {side: 32, name: a}\n")
-    Path("source").write_text("content")
-    return tmp_path
+    with chdir(tmp_path):
+        subprocess.run([*dvc.COMMAND, "init", "--no-scm", "-q"], check=True)
+        Path("dvc.yaml").write_text(DVC_YAML.format(command=COPY))
+        Path("params.yaml").write_text("settings: {side: 32, name: a}\n")
+        Path("source").write_text("content")
+        yield tmp_path
 
 
 def repro(targets=(), **options):
@@ -88,9 +89,9 @@ def test_missing_outputs_are_not_called_deleted(small_project):
 def test_reasons_list_earlier_stages_with_commas_and_one_and(monkeypatch):
     """Several earlier stages are listed as in a sentence."""
     stages = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dvc, "_status", lambda: {"codes": ["changed command"]})
-    reasons = dvc.out_of_date_reasons(stages)
+    with chdir(ROOT):
+        reasons = dvc.out_of_date_reasons(stages)
     assert reasons["codes"] == ["its command changed"] and reasons["prior@top"] == ["codes runs before it"]
     assert reasons["evaluate"] == ["codes, prior_top, prior_bottom and sample run before it"]
 

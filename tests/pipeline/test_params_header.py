@@ -4,9 +4,8 @@ from pipeline import params, params_header
 from pipeline.commands import config
 
 
-def test_header_has_the_overrides_as_given(project, monkeypatch):
+def test_header_has_the_overrides_as_given(current_project):
     """Overrides with any signs and quotes are read back unchanged; without overrides the header has no such line."""
-    monkeypatch.chdir(project.folder)
     overrides = ["vqvae=three_level", "+prior@priors.middle=pixelcnn", "dataset.source='photos (1) # 2'"]
     config.run(overrides, write=True)
     assert params_header.read_overrides() == overrides

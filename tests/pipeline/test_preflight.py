@@ -14,9 +14,8 @@ STAGES = ["shard", "vqvae", "codes", "prior@top", "prior@bottom", "sample", "eva
 
 
 @pytest.fixture
-def settings(project, monkeypatch):
+def settings(current_project):
     """The settings of a project that is the current folder."""
-    monkeypatch.chdir(project.folder)
     return params.load()
 
 
@@ -71,7 +70,7 @@ def test_missing_gpus_are_refused_unless_results_may_be_pulled(settings):
     assert """-S experiment=smoke -S 'dataset.name='"'"'a b'"'"'' -S cluster=local, or set""" in caught.value.fix
 
 
-def test_gpus_of_a_named_cluster_are_not_checked(settings, monkeypatch):
+def test_gpus_of_a_named_cluster_are_not_checked(settings):
     """The machine of the command may have no GPU if RAY_ADDRESS names a cluster."""
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    preflight.check_gpus(replace(settings.cluster, gpus_per_worker=500), "params.yaml")
+    cluster = replace(settings.cluster, gpus_per_worker=500)
+    preflight.check_gpus(cluster, "params.yaml", {"RAY_ADDRESS": "127.0.0.1:6379"})

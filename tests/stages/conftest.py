@@ -1,6 +1,8 @@
 """Fixtures of the pipeline that runs in this process."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +10,17 @@ from tests.mini_pipeline import MiniPipeline, without_ray
 
 
 @pytest.fixture
-def in_process() -> Iterator[None]:
-    """Run stages without Ray."""
-    with without_ray():
+def in_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run stages without Ray, unless the test has the marker `ray`."""
+    with nullcontext() if request.node.get_closest_marker("ray") else without_ray():
         yield
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The node's cache folder, which does not exist yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
 from stages.metrics import COMPARISONS
 from stages.runtime.context import StageContext
+from tests.mini_pipeline import without_ray
 from tests.screen import Screen
 
 IMAGE_SIZE = 16
@@ -53,12 +54,6 @@ class Thumbnail(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) / 255
-
-
-def serial(worker, arguments, parts, *, context, unit):
-    """Map the parts one after another in this process, without Ray."""
-    instance = worker(*arguments)
-    return [instance(json.loads(json.dumps(part))) for part in parts]
 
 
 def make_inputs(root: Path, images: dict[str, int], *, classes: tuple[str, ...] = ("red", "blue"), samples: int = 8):
@@ -156,9 +151,7 @@ def run_evaluate(root: Path, name: str = "evaluate") -> SimpleNamespace:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (shard, codes, sample, evaluate):
-            patch.setattr(module, "map_parts", serial)
+    with without_ray():
         yield
 
 

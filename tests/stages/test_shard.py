@@ -14,17 +14,13 @@ from stages import shard
 from stages.config import ClusterConfig, DatasetConfig
 from stages.errors import UserError
 from stages.formats.shards import open_shards
-from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
-from tests.mini_pipeline import map_serially
+from tests.mini_pipeline import without_ray
 from tests.screen import Screen
 
 SIZE = 8
 
-
-@pytest.fixture(autouse=True)
-def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "map_parts", map_serially)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -218,11 +214,11 @@ def test_rejecting_all_training_images_fails_the_stage(tmp_path):
 
 
 @pytest.mark.ray
-def test_two_ray_workers_write_the_same_bytes_as_one_process(tmp_path, monkeypatch):
+def test_two_ray_workers_write_the_same_bytes_as_one_process(tmp_path):
     """The number of workers does not change the output."""
     source = make(tmp_path / "images", IMAGES)
-    run_shard(source, tmp_path / "serial")
-    monkeypatch.setattr(shard, "map_parts", map_parts)
+    with without_ray():
+        run_shard(source, tmp_path / "serial")
     run_shard(source, tmp_path / "ray", cluster=ClusterConfig(workers=2, cpus_per_worker=1))
     assert files_of(tmp_path / "ray" / "out") == files_of(tmp_path / "serial" / "out")
 

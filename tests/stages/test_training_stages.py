@@ -24,10 +24,10 @@ from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
 from stages.images.tensors import to_float
 from stages.sample import TrainedModels, choose_labels
-from stages.training import ray_train
 from stages.training.distributed import DistributedContext
 from stages.training.image_batches import PlainImages, load_batches
 from stages.training.loop import TrainingStopped
+from tests.mini_pipeline import without_ray
 from tests.screen import Screen
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -50,7 +50,7 @@ def test_a_repeated_training_writes_equal_files(project, stage: str):
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "bottom"])
-def test_a_stopped_training_stage_resumes_to_equal_files(project, monkeypatch, stage: str):
+def test_a_stopped_training_stage_resumes_to_equal_files(project, stage: str):
     """The artifact of a resumed training equals that of an unbroken one."""
 
     def fit_and_stop(train_worker, arguments, *, context):
@@ -62,8 +62,7 @@ def test_a_stopped_training_stage_resumes_to_equal_files(project, monkeypatch, s
     else:
         unbroken, resumed = project.path("priors") / stage, project.path("stopped_priors") / stage
         run_stage = partial(project.prior, stage, out="stopped_priors", fingerprint="stopped")
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match="step 1"):
-        patch.setattr(ray_train, "fit", fit_and_stop)
+    with without_ray(fit=fit_and_stop), pytest.raises(TrainingStopped, match="step 1"):
         run_stage()
     run_stage()
     assert digest(resumed) == digest(unbroken)
@@ -154,18 +153,28 @@ def test_a_stopped_stage_reuses_finished_parts(project, monkeypatch, stage, work
     assert digest(project.path(f"again_{name}")) == expected
 
 
-@pytest.mark.parametrize("stage", [codes, sample], ids=["codes", "sample"])
-def test_a_failed_commit_keeps_the_finished_parts(project, monkeypatch, stage):
+@pytest.mark.parametrize(
+    ("name", "result", "worker", "method"),
+    [("codes", "codes", codes.Encode, "_encode"), ("sample", "samples", sample.Draw, "_write")],
+    ids=["codes", "sample"],
+)
+def test_a_failed_commit_keeps_the_finished_parts(project, monkeypatch, name: str, result: str, worker, method: str):
     """If the disk is full when the artifact is committed, the next attempt computes no part again."""
-    name = stage.__name__.rpartition(".")[2]
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "commit", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space left"):
-            getattr(project, name)(out=f"full_{name}", fingerprint="full")
-    monkeypatch.setattr(codes.Encode, "_encode", lambda *_: pytest.fail("codes were computed again"))
-    monkeypatch.setattr(sample.Draw, "_write", lambda *_: pytest.fail("samples were drawn again"))
-    getattr(project, name)(out=f"full_{name}", fingerprint="full")
-    assert digest(project.path(f"full_{name}")) == digest(project.path("codes" if stage is codes else "samples"))
+    commit, attempts = artifact.commit, []
+
+    def fail_once(*arguments) -> None:
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            raise OSError(28, "No space left on device")
+        commit(*arguments)
+
+    monkeypatch.setattr(artifact, "commit", fail_once)
+    run_stage = partial(getattr(project, name), out=f"full_{name}", fingerprint="full")
+    with pytest.raises(OSError, match="No space left"):
+        run_stage()
+    monkeypatch.setattr(worker, method, lambda *_: pytest.fail("a part was computed again"))
+    run_stage()
+    assert digest(project.path(f"full_{name}")) == digest(project.path(result))
 
 
 def test_parts_on_another_disk_are_copied(project, monkeypatch):
@@ -247,10 +256,12 @@ def test_shards_of_another_image_size_are_refused_before_training(project):
     assert caught.value.where == str(project.path("shards")) and "--stage shard" in caught.value.fix
 
 
-def test_an_incomplete_training_is_not_written_as_a_model(project, monkeypatch):
+def test_an_incomplete_training_is_not_written_as_a_model(project):
     """The error has the last step and the number of steps."""
-    monkeypatch.setattr(ray_train, "fit", lambda *_, **__: None)
-    with pytest.raises(UserError, match=r"Training ended at step 0 of 12\.") as caught:
+    with (
+        without_ray(fit=lambda *_, **__: None),
+        pytest.raises(UserError, match=r"Training ended at step 0 of 12\.") as caught,
+    ):
         project.vqvae(out="early", fingerprint="early")
     assert "runs/vqvae/early" in caught.value.where and "Run the same command again" in caught.value.fix
 

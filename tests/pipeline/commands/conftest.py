@@ -1,6 +1,7 @@
 """Fixture of a finished small pipeline for the commands that use trained models."""
 
 from collections.abc import Iterator
+from contextlib import chdir
 
 import pytest
 
@@ -15,7 +16,7 @@ def finished_pipeline(tmp_path_factory: pytest.TempPathFactory) -> MiniPipeline:
 
 
 @pytest.fixture
-def artifacts(finished_pipeline: MiniPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[MiniPipeline]:
+def artifacts(finished_pipeline: MiniPipeline) -> Iterator[MiniPipeline]:
     """The finished pipeline, as the current folder."""
-    monkeypatch.chdir(finished_pipeline.folder)
-    yield finished_pipeline
+    with chdir(finished_pipeline.folder):
+        yield finished_pipeline

@@ -48,16 +48,15 @@ def test_healthy_machine_passes_all_checks(project):
     assert done.returncode == 0
 
 
-def test_invalid_settings_and_missing_images_are_errors(project, monkeypatch):
+def test_invalid_settings_and_missing_images_are_errors(current_project):
     """Doctor and run have the same texts."""
-    monkeypatch.chdir(project.folder)
-    project.edit(lambda data: data["dataset"].update(source="photos"))
+    current_project.edit(lambda data: data["dataset"].update(source="photos"))
     result = doctor.check_images()
     assert result.state == "error" and result.text.endswith("(photos)") and result.fix
-    project.edit(lambda data: data["cluster"].update(gpus_per_worker=500))
+    current_project.edit(lambda data: data["cluster"].update(gpus_per_worker=500))
     result = doctor.check_settings()
     assert result.state == "error" and "cluster requires 1000 GPUs" in result.text and "RAY_ADDRESS" in result.fix
-    project.edit(lambda data: data.update(sed=1))
+    current_project.edit(lambda data: data.update(sed=1))
     result = doctor.check_settings()
     assert (
         result.state == "error" and "sed is not a valid setting" in result.text and result.fix == "Did you mean seed?"

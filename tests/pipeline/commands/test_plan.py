@@ -1,6 +1,8 @@
 """Tests of `vqvae2 plan`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,11 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+def settings(tmp_path: Path) -> Iterator[Params]:
     """The settings of params.yaml, in a folder without images."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    monkeypatch.chdir(tmp_path)
-    return params.load()
+    with chdir(tmp_path):
+        yield params.load()
 
 
 def write_images(settings: Params, *classes: str) -> None:

@@ -1,5 +1,6 @@
 """Tests of `vqvae2 reconstruct`."""
 
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,16 @@ def test_invalid_image_is_refused(artifacts, tmp_path: Path, name: str):
     assert not (tmp_path / "out").exists()
 
 
-def test_vqvae_without_codes_is_refused(artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_vqvae_without_codes_is_refused(artifacts, tmp_path: Path):
     """A VQ-VAE that does not quantize has no codes to decode."""
     _, artifact = model_file.load_vqvae(artifacts.path("vqvae"))
     config = VQVAEConfig(artifacts.network.levels, QuantizerConfig(mode="none"))
     meta = {**artifact.meta, "network": model_file.network_meta(config)}
     folder = tmp_path / image_commands.VQVAE
     model_file.write(folder, "vqvae", VQVAE(config).state_dict(), meta, history=[], images={})
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"so it has no codes to reconstruct images from\.") as caught:
+    with (
+        chdir(tmp_path),
+        pytest.raises(UserError, match=r"so it has no codes to reconstruct images from\.") as caught,
+    ):
         reconstruct.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
     assert caught.value.where == str(image_commands.VQVAE) and "mode ema or loss" in caught.value.fix

@@ -129,9 +129,8 @@ def test_killed_dvc_is_an_error():
     assert "Run the same command again" in caught.value.fix
 
 
-def test_successful_run_deletes_parts(project, monkeypatch):
+def test_successful_run_deletes_parts(current_project, monkeypatch):
     """It also deletes the marker of a forced restart. A failed run keeps both, and other work folders are kept."""
-    monkeypatch.chdir(project.folder)
     settings = params.load()
     work = Path("runs/shard", identify(dvc_yaml.stages(params.read())["shard"], settings)[1][:16])
     other = Path("runs/shard/other/parts")

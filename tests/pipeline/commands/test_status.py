@@ -20,13 +20,12 @@ def test_json_has_state_and_reasons_of_each_stage(project):
     assert all(row["state"] == "out of date" and row["reasons"] == ["it has not run yet"] for row in rows)
 
 
-def test_running_stage_is_shown_while_dvc_is_busy(project, monkeypatch, capsys):
+def test_running_stage_is_shown_while_dvc_is_busy(current_project, monkeypatch, capsys):
     """DVC computes no status then; the lock of the running stage names its process."""
 
     def fail(stages):
         raise UserError(f"{dvc.BUSY}: PID 7.", where=".", fix="Wait.", code=3)
 
-    monkeypatch.chdir(project.folder)
     monkeypatch.setattr(dvc, "out_of_date_reasons", fail)
     with pytest.raises(UserError, match="PID 7"):
         status.show(as_json=False)

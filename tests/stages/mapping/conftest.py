@@ -1,4 +1,4 @@
-"""One Ray cluster for the tests of mapping."""
+"""One Ray cluster for each file of tests."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from stages.runtime.cluster import connect_cluster
 from stages.runtime.context import StageContext
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageContext]:
     """Context on a private cluster with two workers."""
     config = ClusterConfig(workers=2, cpus_per_worker=1)

@@ -107,9 +107,8 @@ def test_input_that_is_no_artifact_is_read_on_its_own_node(remote: StageContext,
     assert result["folder"] == str(tmp_path)
 
 
-def test_part_with_a_damaged_stored_output_runs_again(tmp_path: Path, monkeypatch):
+def test_part_with_a_damaged_stored_output_runs_again(tmp_path: Path, cache_dir: Path):
     """A damaged output counts as absent. An input may also be a folder of artifacts."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = ClusterConfig(storage=f"file://{tmp_path}/store")
     context = StageContext("sample", "f", tmp_path / "work", config)
     (context.work_dir / "parts").mkdir(parents=True)

@@ -29,6 +29,7 @@ from stages.runtime.storage import (
 )
 from stages.training import ray_train
 from stages.training.checkpoint import Checkpoints, TrainState
+from tests.mini_pipeline import without_ray
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,6 @@ def storage(request, tmp_path: Path) -> Iterator[FaultyStorage]:
     url = f"file://{tmp_path}/store" if request.param == "file" else "memory://store"
     yield FaultyStorage(url, retry_delay_s=0.0)
     fsspec.filesystem("memory").store.clear()
-
-
-@pytest.fixture
-def cache_dir(tmp_path: Path, monkeypatch) -> Path:
-    """The node's cache folder, which does not exist yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -435,12 +429,15 @@ def test_storage_is_checked_once_before_training(storage: Storage, tmp_path: Pat
         on_worker.save(TrainState(4, {"network.weight": torch.ones(2, 1)}, []))
         on_worker.wait()
 
-    monkeypatch.setattr(ray_train, "fit", save_last_step)
     config, network = TrainConfig(steps=4, batch_size=1), torch.nn.Linear(1, 2, bias=False)
-    ray_train.train_or_load(lambda: None, {}, config, network=network, context=context)
+    with without_ray(fit=save_last_step):
+        ray_train.train_or_load(lambda: None, {}, config, network=network, context=context)
     assert torch.equal(network.weight, torch.ones(2, 1)) and len(checked) == 1
 
-    with pytest.raises(UserError, match="checkpoint of step 4 does not match this network: its weights have") as caught:
+    with (
+        without_ray(fit=save_last_step),
+        pytest.raises(UserError, match="checkpoint of step 4 does not match this network: its weights have") as caught,
+    ):
         ray_train.train_or_load(lambda: None, {}, config, network=torch.nn.Linear(3, 3), context=context)
     assert caught.value.where == f"{storage.url}/runs/vqvae/print/step-000000004" and caught.value.code == 5
     assert caught.value.fix.startswith("Remove it there, and from runs/ where the command runs, then run the same")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,18 @@ def empty_store(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def project(empty_store, tmp_path, monkeypatch):
+def project(empty_store, tmp_path):
     """Project in a temporary working folder, with an empty store."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copyfile(empty_store, "mlflow.db")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    Path("params.yaml").write_text("seed: 0\n")
+    with chdir(tmp_path):
+        shutil.copyfile(empty_store, "mlflow.db")
+        Path("params.yaml").write_text("seed: 0\n")
+        yield
+
+
+@pytest.fixture
+def set_tracking_uri(monkeypatch):
+    """Return a function that names another store for the rest of the test."""
+    return lambda uri: monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 
 
 def track(stage="vqvae", fingerprint="f" * 64, screen=None, **options):
@@ -257,9 +263,9 @@ def test_failure_before_the_first_metric_has_no_second_message():
     assert screen.messages == []
 
 
-def test_silent_server_does_not_delay_training(silent_server, monkeypatch):
+def test_silent_server_does_not_delay_training(silent_server, set_tracking_uri, monkeypatch):
     """The run starts in 10 s, reports at once, ends in 6 s and warns once; a later sync uploads everything."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    set_tracking_uri(silent_server)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     screen, started = Screen(), time.monotonic()
     with track(screen=screen) as reporter:
@@ -281,9 +287,9 @@ def test_silent_server_does_not_delay_training(silent_server, monkeypatch):
     assert steps(stage_runs()[0], "loss") == list(range(50)) and stage_runs()[0].info.status == "FINISHED"
 
 
-def test_password_of_a_server_is_not_shown(monkeypatch):
+def test_password_of_a_server_is_not_shown(set_tracking_uri):
     """A closed port is reported at once, without the credentials in the URL."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    set_tracking_uri("http://me:hunter2@127.0.0.1:9")
     screen = Screen()
     with track(screen=screen) as reporter:
         reporter.metrics({"loss": 1.0}, 1)
@@ -355,12 +361,12 @@ def test_pipeline_run_is_resumed_after_a_failure():
     assert parent.info.status == "FINISHED"
 
 
-def test_queued_experiment_is_tracked_in_its_project(tmp_path, monkeypatch):
+def test_queued_experiment_is_tracked_in_its_project(tmp_path):
     """DVC runs a queued experiment in a temporary copy of the project; the project's own store has its run."""
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmp1234"
     copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
-    assert project_folder() == tmp_path and store_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    with chdir(copy):
+        assert project_folder() == tmp_path and store_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.mark.slow
@@ -412,14 +418,14 @@ class Server:
 
 
 @pytest.mark.slow
-def test_killed_server_loses_no_point(tmp_path, monkeypatch, capfd):
+def test_killed_server_loses_no_point(tmp_path, set_tracking_uri, capfd):
     """Points reported before, during and after an outage are uploaded once each, and MLflow prints nothing."""
     folder = tmp_path / "server"
     folder.mkdir()
     server = Server(folder)
     server.start()
     try:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        set_tracking_uri(server.uri)
         screen = Screen()
         with track(screen=screen) as reporter:
             for step in range(60):

@@ -91,7 +91,7 @@ def toy_data(die_at: int = -1) -> TrainingData:
     """Return data that raises Killed instead of the batch of step `die_at`."""
 
     def training(start: int) -> Iterator[Tensor]:
-        sampler = GlobalBatchSampler(ShuffledStream(23, 0), 4, start=start, stop=20, rank=0, world_size=1)
+        sampler = GlobalBatchSampler(ShuffledStream(23, 0), 4, range(start, 20))
         for step, samples in enumerate(sampler, start):
             if step == die_at:
                 raise Killed

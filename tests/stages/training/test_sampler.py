@@ -10,10 +10,9 @@ from stages.training.sampler import GlobalBatchSampler, ShuffledStream
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_any_number_of_ranks_reads_the_same_global_batches(world_size: int):
     """The slices of all ranks, concatenated, are the batches of a single rank."""
-    expected = list(GlobalBatchSampler(ShuffledStream(10, seed=3), 8, start=0, stop=5, rank=0, world_size=1))
+    expected = list(GlobalBatchSampler(ShuffledStream(10, seed=3), 8, range(5)))
     samplers = [
-        GlobalBatchSampler(ShuffledStream(10, seed=3), 8, start=0, stop=5, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        GlobalBatchSampler(ShuffledStream(10, seed=3), 8, range(5), rank, world_size) for rank in range(world_size)
     ]
     batches = [list(chain.from_iterable(slices)) for slices in zip(*samplers, strict=True)]
     assert batches == expected
@@ -29,13 +28,13 @@ def test_each_epoch_is_another_permutation_of_all_images():
 
 def test_a_later_start_continues_the_same_stream():
     """Resuming needs only the step, also in the middle of an epoch and across its end."""
-    expected = list(GlobalBatchSampler(ShuffledStream(7, seed=1), 4, start=0, stop=9, rank=0, world_size=1))
+    expected = list(GlobalBatchSampler(ShuffledStream(7, seed=1), 4, range(9)))
     for start in range(9):
-        sampler = GlobalBatchSampler(ShuffledStream(7, seed=1), 4, start=start, stop=9, rank=0, world_size=1)
+        sampler = GlobalBatchSampler(ShuffledStream(7, seed=1), 4, range(start, 9))
         assert list(sampler) == expected[start:]
 
 
 def test_a_batch_that_ranks_cannot_share_evenly_is_refused():
     """The message has the batch size and the number of workers."""
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 workers, got 9"):
-        GlobalBatchSampler(ShuffledStream(20, seed=0), 9, start=0, stop=1, rank=0, world_size=2)
+        GlobalBatchSampler(ShuffledStream(20, seed=0), 9, range(1), 0, 2)

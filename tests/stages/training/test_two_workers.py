@@ -49,9 +49,7 @@ def train_to_end(
     """Train; return weights and codebooks, and all metrics as one more tensor, "metrics"."""
 
     def batches(start: int) -> Iterator[Tensor]:
-        sampler = GlobalBatchSampler(
-            ShuffledStream(len(IMAGES), 0), 4, start=start, stop=7, rank=dist.rank, world_size=dist.world_size
-        )
+        sampler = GlobalBatchSampler(ShuffledStream(len(IMAGES), 0), 4, range(start, 7), dist.rank, dist.world_size)
         for samples in sampler:
             yield IMAGES[[sample.image_index for sample in samples]]
 
