@@ -292,24 +292,30 @@ def versions(
         str, typer.Option(metavar="REVISION", help="List the smoke pipeline's files that differ from a Git revision's.")
     ] = "",
     new: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Record a new version of a stage; repeatable.")
-    ] = None,
+        bool, typer.Option("--new", help="Record a new version of every stage whose source has changed.")
+    ] = False,
     same_as: Annotated[
-        str, typer.Option(metavar="REVISION", help="Record the other changed stages as computing the same; proves it.")
+        str,
+        typer.Option(metavar="REVISION", help="Record the versions of a Git revision, if its smoke pipeline is equal."),
     ] = "",
     reason: Annotated[str, typer.Option(help="Recorded beside the version.")] = "",
 ) -> None:
-    """Show the result version of each stage's code.
+    """Show or record the result version of each stage's source.
 
-    A stage runs again when its version changes. Comments, docstrings, annotations and formatting do not change it.
+    A stage runs again when its version changes. Comments, docstrings, annotations, formatting and error texts do not
+    change it.
 
     Example:  vqvae2 versions
 
-    Example:  vqvae2 versions --new vqvae --same-as HEAD --reason "EMA in float64"
+    Example:  vqvae2 versions --same-as HEAD --reason "Renamed the encoder's layers."
     """
-    from pipeline.commands import versions
 
-    _guarded(lambda: versions.run(write=write, compare=compare, new=new or (), same_as=same_as, reason=reason))
+    def action() -> int:
+        from pipeline.commands import versions
+
+        return versions.run(write=write, compare=compare, new=new, same_as=same_as, reason=reason)
+
+    _guarded(action)
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
-"""Result version of a stage: an identifier of the code that decides what the stage computes.
+"""Result version of a stage: an identifier of the source code that decides what the stage computes.
 
-The code of a stage is the set of definitions (functions, classes, constants) that its `run` function reaches in stages/
-and models/. Each definition is hashed as a syntax tree without comments, docstrings, annotations, formatting and error
-texts, so none of those makes a finished result out of date.
+The source of a stage is the set of definitions (functions, classes, constants) in stages/ and models/ that its `run`
+function reaches. Each definition is hashed as a syntax tree without comments, docstrings, annotations, formatting and
+texts of errors, so none of those makes a finished result out of date.
 
-known_versions.json maps known hashes to version numbers. Two hashes with the same number are shown to compute the same
-bytes (`vqvae2 versions --same-as`). A hash that is not in the table is a version of its own.
+known_versions.json maps known hashes to version numbers. Two hashes with the same number compute the same, as far as
+the smoke pipeline shows (`vqvae2 versions --same-as`). A hash that is not in the table is a version of its own.
 """
 
 import ast
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,10 +25,15 @@ ROOT = Path(models.__file__).parents[1]  # of the packages that this process run
 TABLE = Path(__file__).with_name("known_versions.json")
 HASH_LENGTH = 16  # hexadecimal digits: 64 bits, for a few hundred hashes
 
-# Code that a stage reaches and that does not decide its bytes, by prefix of the dotted name, each with the reason.
-# What such code itself reaches counts again: the network that model_file builds is the network that runs.
-EXCEPTIONS = {
+# Definitions that a stage reaches and that do not decide its bytes, as patterns of dotted names, with the reasons. A
+# pattern covers everything below it. Definitions that excluded ones reach are hashed.
+EXCLUDED = {
     "stages.errors": "texts of errors",
+    "stages.config.*.__post_init__": "validation of settings",
+    "stages.config.ClusterConfig": "where a stage runs, not what it computes",
+    "models.config.*.__post_init__": "validation of settings",
+    "models.config.check_*": "validation of settings",
+    "stages.formats.config_schema": "validation of settings",
     "stages.runtime": "where a stage runs, not what it computes",
     "stages.tracking": "what is reported, not what is computed",
     "stages.mapping": "which process computes a part; the result of a part does not depend on it",
@@ -35,33 +41,31 @@ EXCEPTIONS = {
     "stages.training.failures": "texts of errors",
     "stages.training.checkpoint": "a resumed training ends in the same bytes",
     "stages.formats.artifact": "how a folder is committed, not what it holds",
-    "stages.formats.config_schema": "validation of settings",
     "stages.formats.model_file": "how weights are stored, not their values",
     "stages.formats.curves": "how curves are stored, not their values",
-    "stages.config.ClusterConfig": "where a stage runs, not what it computes",
 }
-# The same for single stages: a picture beside the weights must not cost a training.
-STAGE_EXCEPTIONS = {"vqvae": {"stages.images.contact_sheet": "the layout of a picture beside the weights"}}
+# The same for single stages.
+EXCLUDED_FROM_STAGE = {
+    "vqvae": {"stages.images.contact_sheet": "the layout of a picture beside the weights; it must not cause a training"}
+}
 # Files that are not Python and decide a result, by the module that reads them.
 RESOURCES = {"stages.evaluation.report": ("report.html.j2",)}
 NETWORKS = get_args(get_type_hints(PriorConfig)["name"])  # each is a file in models/priors/
-# Errors that end a stage: their texts reach the terminal and no artifact.
-MESSAGE_ONLY_ERRORS = frozenset({"UserError", "ValueError"})
 
 # Module and definition. The definition "" is all statements of the module that define nothing.
 Name = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Code:
-    """The code of one stage."""
+class StageSource:
+    """Source code that decides the result of one stage."""
 
     hash: str
     version: int | str  # the number in the table, or the hash where the table does not have it
     definitions: Mapping[str, str]  # dotted name of each function, method, class and constant -> hash
 
 
-def code_of(module: str, network: str = "", root: Path | None = None) -> Code:
+def source_of(module: str, network: str = "", root: Path | None = None) -> StageSource:
     """Hash the code that decides the result of `stages.{module}`.
 
     `network` names the file in models/priors/ that a prior uses: the other networks do not count. `root` holds the
@@ -70,7 +74,7 @@ def code_of(module: str, network: str = "", root: Path | None = None) -> Code:
     definitions = _definitions(_Sources(root or ROOT), module, network)
     digest = _digest(json.dumps(sorted(definitions.items())))
     entry = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
-    return Code(digest, entry["version"] if entry else digest, definitions)
+    return StageSource(digest, entry["version"] if entry else digest, definitions)
 
 
 def table_keys() -> list[str]:
@@ -99,20 +103,20 @@ def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, st
         if name not in reached and name[0] not in other_networks:
             reached.add(name)
             pending += [*sources.references(*name), (name[0], "")]
-    exceptions = EXCEPTIONS.keys() | STAGE_EXCEPTIONS.get(module, {}).keys()
     digests: dict[str, str] = {}
     for name in sorted(reached):
-        if not _has_prefix(".".join(filter(None, name)), exceptions):
-            digests |= sources.hash_definition(*name)
+        digests |= sources.hash_definition(*name)
     for module_name in {module_name for module_name, _ in reached} & RESOURCES.keys():
         for file in RESOURCES[module_name]:
             contents = sources.path(module_name).with_name(file).read_text(encoding="utf-8")
             digests[f"{module_name}: {file}"] = _digest(contents)
-    return digests
+    return {name: digest for name, digest in digests.items() if not is_excluded(name, module)}
 
 
-def _has_prefix(name: str, prefixes: Collection[str]) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+def is_excluded(name: str, module: str) -> bool:
+    """Return whether a definition does not decide the result of `stages.{module}`."""
+    patterns = (*EXCLUDED, *EXCLUDED_FROM_STAGE.get(module, {}))
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class _Module:
     """Top-level definitions of a module, its other statements, and the targets of its imported names."""
 
     definitions: Mapping[str, list[ast.stmt]]
-    others: list[ast.stmt]
+    other_statements: list[ast.stmt]
     imports: Mapping[str, Name]
 
 
@@ -138,7 +142,7 @@ class _Sources:
     def references(self, module: str, definition: str) -> Iterator[Name]:
         """Yield the definitions in our packages that a definition, or the rest of a module, names."""
         parsed = self._parse(module)
-        for statement in parsed.definitions[definition] if definition else parsed.others:
+        for statement in parsed.definitions[definition] if definition else parsed.other_statements:
             for node in _walk(statement):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     target = parsed.imports.get(node.value.id)
@@ -150,7 +154,7 @@ class _Sources:
     def hash_definition(self, module: str, definition: str) -> dict[str, str]:
         """Hash one definition. Methods have hashes of their own, so that a change can be named."""
         parsed = self._parse(module)
-        statements = parsed.definitions[definition] if definition else parsed.others
+        statements = parsed.definitions[definition] if definition else parsed.other_statements
         name = f"{module}.{definition}" if definition else module
         if len(statements) == 1 and isinstance(statements[0], ast.ClassDef):
             return _hash_class(name, statements[0])
@@ -162,16 +166,16 @@ class _Sources:
         return self._modules[module]
 
     def _parse_file(self, module: str) -> _Module:
-        tree = ast.parse(self.path(module).read_text(encoding="utf-8"))
+        tree = _RemoveErrorTexts().visit(ast.parse(self.path(module).read_text(encoding="utf-8")))
         definitions: dict[str, list[ast.stmt]] = {}
-        others: list[ast.stmt] = []
+        other_statements: list[ast.stmt] = []
         for statement in tree.body:
             names = list(_defined_names(statement))
             for name in names:
                 definitions.setdefault(name, []).append(statement)
             if not names and not isinstance(statement, ast.Import | ast.ImportFrom) and not _is_docstring(statement):
-                others.append(statement)
-        return _Module(definitions, others, dict(self._imports(tree)))
+                other_statements.append(statement)
+        return _Module(definitions, other_statements, dict(self._imports(tree)))
 
     def _imports(self, tree: ast.AST) -> Iterator[tuple[str, Name]]:
         """Yield local names and their targets, of imports from our packages anywhere in a module."""
@@ -194,16 +198,31 @@ class _Sources:
                 yield target[0], ""
 
 
+class _RemoveErrorTexts(ast.NodeTransformer):
+    """Removes the arguments of errors that end a stage: their texts reach the terminal and no artifact."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "UserError":
+            return ast.Call(node.func, [], [])
+        return self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        error = node.exc
+        if isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id == "ValueError":
+            return ast.Raise(error.func)
+        return self.generic_visit(node)
+
+
 def _hash_class(name: str, node: ast.ClassDef) -> dict[str, str]:
     methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
     digests: dict[str, str] = {}
     for method in methods:  # a property and its setter share a name
         digests[f"{name}.{method.name}"] = _digest(digests.get(f"{name}.{method.name}", "") + serialize(method))
     rest = [item for item in node.body if item not in methods]
-    shell = ast.ClassDef(
+    class_without_methods = ast.ClassDef(
         name=node.name, bases=node.bases, keywords=node.keywords, body=rest, decorator_list=node.decorator_list
     )
-    return {**digests, name: _digest(serialize(shell))}
+    return {**digests, name: _digest(serialize(class_without_methods))}
 
 
 def _defined_names(statement: ast.stmt) -> Iterator[str]:
@@ -238,27 +257,25 @@ def serialize(node: ast.AST) -> str:
     The text is the same for every Python version: empty fields are left out, and so are fields that later versions
     added.
     """
-    return json.dumps(_plain(node), separators=(",", ":"))
+    return json.dumps(_to_json(node), separators=(",", ":"))
 
 
 _SKIPPED_FIELDS = frozenset({"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "type_ignores"})
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, ast.Raise) and _is_message_only(value.exc):
-        assert isinstance(value.exc, ast.Call)
-        return ["Raise", ["exc", _plain(value.exc.func)]]
+def _to_json(value: Any) -> Any:
     if isinstance(value, ast.AST):
         fields = [(name, getattr(value, name, None)) for name in value._fields if name not in _SKIPPED_FIELDS]
-        plain = [[name, _plain(_body(value, field) if name == "body" else field)] for name, field in fields]
-        return [type(value).__name__, *(pair for pair in plain if pair[1] not in (None, []))]
+        pairs = [
+            [name, _to_json(_without_docstrings(value, field) if name == "body" else field)] for name, field in fields
+        ]
+        return [type(value).__name__, *(pair for pair in pairs if pair[1] not in (None, []))]
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     return value if isinstance(value, str | int | bool | None) else repr(value)
 
 
-def _body(node: ast.AST, statements: Any) -> Any:
-    """Drop docstrings."""
+def _without_docstrings(node: ast.AST, statements: Any) -> Any:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement for statement in statements if not _is_docstring(statement)]
     return statements
@@ -270,10 +287,6 @@ def _is_docstring(statement: ast.stmt) -> bool:
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)
     )
-
-
-def _is_message_only(error: ast.expr | None) -> bool:
-    return isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id in MESSAGE_ONLY_ERRORS
 
 
 def _digest(text: str) -> str:

@@ -21,14 +21,13 @@ from pipeline.process import die_with_parent, handle_signals
 from stages.errors import UserError
 from stages.formats.flatten import flatten
 
-LOCK = Path("dvc.lock")
 STOP_TIMEOUT_S = 30.0  # between SIGINT, SIGTERM and SIGKILL to a stage; a stage itself stops within 18 s
 NEVER_RUN = "it has not run yet"
 COMMAND = [sys.executable, "-m", "dvc"]
 
 # Fixes of DVC's fatal errors, by a part of their text.
 FIXES = {
-    "dvc.lock' ": f"Restore the file: git checkout {LOCK}. Or delete it: finished results are restored from cache.",
+    "dvc.lock' ": f"Restore the file: git checkout {dvc_yaml.LOCK}. Or delete it: results are restored from cache.",
     "not a git repository": "Run: git init",
     "not inside of a DVC repository": "Run: dvc init",
 }
@@ -77,7 +76,7 @@ def out_of_date_reasons(
     """
     status = _status()
     considered = set(targets) if only else with_dependencies(stages, targets) if targets else set(stages)
-    lock = _read_lock()
+    lock = dvc_yaml.read_lock()
     settings = params.read()
     reasons: dict[str, list[str]] = {}
     for name, stage in stages.items():
@@ -260,10 +259,6 @@ def _error_message(text: str) -> str:
     return errors[-1] if errors else " ".join(lines[:2]) or "it printed no message"
 
 
-def _read_lock() -> dict[str, Any]:
-    return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
-
-
 def _own_reasons(
     changes: Sequence[Any],
     name: str,
@@ -296,10 +291,7 @@ def _changed_settings(
 ) -> Iterator[str]:
     """Describe changed settings by their full keys, with both values."""
     for key in changed:
-        value: Any = settings
-        for step in key.split("."):
-            value = value.get(step) if isinstance(value, dict) else None
-        yield from params.changes(flatten(before.get(key), key), flatten(value, key))
+        yield from params.changes(flatten(before.get(key), key), flatten(params.look_up(settings, key), key))
 
 
 def _depends_on(stage: dvc_yaml.Stage, other: dvc_yaml.Stage) -> bool:

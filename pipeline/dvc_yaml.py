@@ -10,6 +10,7 @@ from pipeline import params
 from stages.errors import UserError
 
 FILE = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
 VERSIONS_STAGE = "result_versions"  # the stage of dvc.yaml that writes what the others depend on in place of their code
 
 
@@ -61,6 +62,14 @@ def stages(values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
             code=2,
         ) from error
     return stages
+
+
+def read_lock() -> dict[str, Any]:
+    """Return the entries of dvc.lock by stage name in DVC; none if there is no file.
+
+    Raises UserError if the file is not valid YAML.
+    """
+    return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
 
 
 def find(name: str, stages: Mapping[str, Stage]) -> Stage:

@@ -133,6 +133,14 @@ def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
     return dataclasses.replace(params, priors={level: params.priors[level] for level in params.vqvae.levels})
 
 
+def look_up(data: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key such as priors.top; None if it is absent."""
+    value: Any = data
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yield "key old -> new" for each setting that differs between two flat mappings."""
     for key in {**old, **new}:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
 from pipeline.error_report import report
-from pipeline.fingerprint import digest_inputs, fingerprint_of, sections_of
+from pipeline.fingerprint import identify, sections_of
 from pipeline.ownership import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
 from pipeline.text import first_few
@@ -67,29 +67,28 @@ def _run(module: str, level: str, folder: Path) -> None:
     data = params.read()
     settings = params.check(data)
     stage = dvc_yaml.find(f"{module}_{level}" if level else module, dvc_yaml.stages(data))
-    inputs = digest_inputs(stage, settings)
-    version = result_versions.code_of(stage, settings).version
-    fingerprint = fingerprint_of(stage, settings, inputs, version)
+    inputs, fingerprint = identify(stage, settings)
+    version = result_versions.version_of(stage, settings)
     work = folder / fingerprint[:16]
     with exclusive_lock(folder):
-        result_versions.refuse_kept(stage, settings)
-        # DVC records the version that it finds when the stage has ended: that of the code that ran.
-        result_versions.write(data, settings)
+        result_versions.require_not_pinned(stage, settings)
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
         if os.environ.get(FORCE_RESTART):
             _clear(StageContext(stage.name, fingerprint, work, settings.cluster))
-        elif finished_results.restore(stage, work, dvc.cache_folder()):
-            print(f"{stage.cli_name}: restored the finished result of result version {version}", file=sys.stderr)
-            _track_restored(stage, fingerprint, settings, inputs)
-            return
-        _call(stage, fingerprint, work.absolute(), settings, inputs, data)
-        finished_results.record(stage, work)
-        if result_versions.code_of(stage, settings).version != version:
-            print(
-                f"note: the code of {stage.cli_name} was edited while it ran. The next run computes it again.",
-                file=sys.stderr,
-            )
+        if not os.environ.get(FORCE_RESTART) and finished_results.restore(stage, work, dvc.cache_folder()):
+            print(f"{stage.cli_name}: restored the finished result of version {version}", file=sys.stderr)
+            if parent := os.environ.get(tracker.PARENT_RUN_VARIABLE):
+                track_cached(parent, stage, settings, inputs, fingerprint)
+        else:
+            _call(stage, fingerprint, work.absolute(), settings, inputs, data)
+            finished_results.record(stage, work)
+        # DVC records the version that it finds when the stage has ended. It must be that of the source that ran, even
+        # if the source was edited meanwhile: then the next run computes the stage again.
+        result_versions.write(data, settings, {stage.cli_name: version})
+        if result_versions.version_of(stage, settings) != version:
+            text = f"note: the source of {stage.cli_name} was edited while it ran. The next run computes it again."
+            print(text, file=sys.stderr)
 
 
 def _call(
@@ -118,18 +117,19 @@ def _call(
         _refuse_edits(stage, data)
 
 
-def _track_restored(stage: dvc_yaml.Stage, fingerprint: str, settings: Params, inputs: Mapping[str, str]) -> None:
-    """Show a restored result in the tracked run of the whole pipeline, if there is one."""
-    if parent := os.environ.get(tracker.PARENT_RUN_VARIABLE):
-        tracker.record_cached_stage(
-            parent,
-            stage.name,
-            fingerprint,
-            params=flatten(sections_of(stage, settings)),
-            inputs=inputs,
-            metrics=Path(stage.metrics[0]) if stage.metrics else None,
-            curves=curves.read(Path(stage.outs[0], curves.FILE)),
-        )
+def track_cached(
+    parent: str, stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], fingerprint: str
+) -> None:
+    """Add a stage that did not compute its result to the tracked run `parent`, so that every run has all stages."""
+    tracker.record_cached_stage(
+        parent,
+        stage.name,
+        fingerprint,
+        params=flatten(sections_of(stage, settings)),
+        inputs=inputs,
+        metrics=Path(stage.metrics[0]) if stage.metrics else None,
+        curves=curves.read(Path(stage.outs[0], curves.FILE)),
+    )
 
 
 def _refuse_edits(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:

@@ -21,13 +21,13 @@ from pipeline import (
 )
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.drift import warn_drift, warn_reverted_overrides
-from pipeline.fingerprint import identify, sections_of
+from pipeline.fingerprint import identify
 from pipeline.process import STOP_SIGNALS, handle_signals
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
-from stages.formats import curves
 from stages.formats.flatten import flatten
+from stages.tracking import tracker
 
 REPORT = Path("artifacts/report/report.html")
 
@@ -61,7 +61,7 @@ def run(
                 forced = targets if only else dvc.with_dependencies(stages, targets or list(stages))
                 reasons |= {name: [*reasons.get(name, []), "forced"] for name in stages if name in forced}
             for name in reasons:
-                result_versions.refuse_kept(stages[name], settings)
+                result_versions.require_not_pinned(stages[name], settings)
             if dry_run or not reasons:
                 _print_plan(reasons, stages)
             if reasons:
@@ -137,7 +137,7 @@ def _run_dvc(
                 outcome = dvc.run_repro(
                     targets, stages=stages, reasons=reasons, environment=environment, force=force, only=only, pull=pull
                 )
-                _link_cached_stages(outcome, settings, stages, parent)
+                _track_cached_stages(outcome, settings, stages, parent[tracker.PARENT_RUN_VARIABLE])
                 if not outcome.stop_signal:
                     require_cached(outcome)
                 if outcome.status or outcome.stop_signal:
@@ -193,31 +193,18 @@ def require_cached(
 @contextmanager
 def _tracked(settings: Params) -> Iterator[dict[str, str]]:
     """Record this run as the parent of its stages' runs; yield the environment variables that name it."""
-    from stages.tracking import tracker
-
     command = " ".join(["vqvae2", *sys.argv[1:]])
     with tracker.track_pipeline(flatten(settings), {"command": command, "mlflow.runName": command}) as key:
         yield {tracker.PARENT_RUN_VARIABLE: key}
 
 
-def _link_cached_stages(
-    outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage], parent: Mapping[str, str]
+def _track_cached_stages(
+    outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage], parent: str
 ) -> None:
-    """Add stages that did not run to the tracked run, so that every run has all stages to compare."""
-    from stages.tracking import tracker
-
+    """Add the stages that did not run to the tracked run."""
     for stage in (stages[name] for name in (*outcome.unchanged, *outcome.restored) if name in stages):
         with suppress(UserError):  # a missing input: the run that wrote the output is unknown
-            inputs, fingerprint = identify(stage, settings)
-            tracker.record_cached_stage(
-                parent[tracker.PARENT_RUN_VARIABLE],
-                stage.name,
-                fingerprint,
-                params=flatten(sections_of(stage, settings)),
-                inputs=inputs,
-                metrics=Path(stage.metrics[0]) if stage.metrics else None,
-                curves=curves.read(Path(stage.outs[0], curves.FILE)),
-            )
+            stage_runner.track_cached(parent, stage, settings, *identify(stage, settings))
 
 
 def clean_up(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage]) -> None:

@@ -1,7 +1,7 @@
-"""Proof that two Git revisions compute the same: the smoke pipeline runs at both, and every artifact is compared.
+"""Check that two Git revisions compute the same: the smoke pipeline runs at both, and its artifacts are compared.
 
-Manifests are not compared, nor are names of weights, digests in texts and the metadata of Parquet schemas: they name
-things and compute nothing. Everything else must be equal byte for byte.
+Manifests, names of weights, digests in texts and the metadata of Parquet schemas are not compared: they are names, not
+results. Everything else must be equal.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline import code_version
+from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
 
@@ -24,25 +26,46 @@ UNSET = ("MLFLOW_", "RAY_", "VQVAE2_", "DVC_", "PYTHONPATH")
 DIGEST = re.compile(rb"\b[0-9a-f]{12,64}\b")
 
 
-def compare(revision: str, folders: Sequence[str] = ("artifacts",)) -> list[str]:
-    """Run the smoke pipeline at a revision and with the working tree; return the files that differ.
+def compare(revision: str) -> list[str]:
+    """Run the smoke pipeline at a revision and with the working tree; return the files of artifacts/ that differ.
 
-    Raises UserError if a run fails.
+    Raises UserError if the revision does not exist or a run fails.
     """
-    with _checkout(_resolve(revision)) as before, _checkout(_commit_of_working_tree()) as after:
+    with _checkout(_resolve(revision)) as before, _checkout(_commit_working_tree()) as after:
         for folder in (before, after):
-            _run(folder)
-        return sorted(name for root in folders for name in differences(before, after, root))
+            _run_pipeline(folder)
+        return sorted(differences(before, after, "artifacts"))
 
 
-def require(revision: str, stages: Sequence[str]) -> None:
+def require_equal(revision: str) -> None:
     """Raise UserError if an artifact of the working tree differs from that of the revision."""
-    if different := compare(revision):
+    if different_files := compare(revision):
         raise UserError(
-            f"{len(different)} files differ from those of {revision}: {', '.join(different[:10])}.",
+            f"{len(different_files)} files differ from those of {revision}: {first_few(different_files, 10)}.",
             where="artifacts/",
-            fix=f"Give new versions to the stages that write them, by --new, instead of {', '.join(stages)}.",
+            fix="Record new versions: vqvae2 versions --new --reason TEXT",
         )
+
+
+def versions_at(revision: str, keys: Sequence[str]) -> dict[str, int]:
+    """Return the version numbers that the table has for the source at a revision.
+
+    Raises UserError if the table does not know one of them.
+    """
+    versions: dict[str, int] = {}
+    with _checkout(_resolve(revision)) as folder:
+        for key in keys:
+            module, _, network = key.partition(".")
+            version = code_version.source_of(module, network, folder).version
+            if isinstance(version, str):
+                raise UserError(
+                    f"The table has no version for the source of {key} at {revision}.",
+                    where=code_version.TABLE,
+                    fix="Compare with a revision whose versions are recorded.",
+                    code=2,
+                )
+            versions[key] = version
+    return versions
 
 
 def differences(before: Path, after: Path, root: str) -> Iterator[str]:
@@ -60,7 +83,7 @@ def differences(before: Path, after: Path, root: str) -> Iterator[str]:
 
 
 def _content(path: Path) -> object:
-    """Return what a file holds, without the names that compute nothing."""
+    """Return the contents of a file without the names."""
     match path.suffix:
         case ".safetensors":
             from safetensors.torch import load_file
@@ -90,7 +113,7 @@ def _checkout(revision: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _commit_of_working_tree() -> str:
+def _commit_working_tree() -> str:
     """Commit the working tree, new files included, to no branch, without touching the index."""
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
@@ -103,7 +126,7 @@ def _resolve(revision: str) -> str:
     return _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
 
 
-def _run(folder: Path) -> None:
+def _run_pipeline(folder: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(UNSET)}
     script = "from pipeline.cli import main; main()"
     done = subprocess.run(

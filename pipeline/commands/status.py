@@ -4,12 +4,11 @@ import json
 
 from pipeline import dvc, dvc_yaml, ownership, params, result_versions, stage_runner
 from pipeline.drift import warn_drift
-from stages.config import Params
 from stages.errors import UserError
 
 
 def show(*, as_json: bool) -> int:
-    """Print the state of each stage; return the exit status.
+    """Print the state of each stage; return the exit status. Writes the result versions, which DVC compares.
 
     Raises UserError if DVC cannot compute its status and no stage is running.
     """
@@ -20,13 +19,13 @@ def show(*, as_json: bool) -> int:
     owners = {name: ownership.owner(stage_runner.RUNS / stage.cli_name) for name, stage in stages.items()}
     out_of_date: dict[str, list[str]] = {}
     dvc_is_busy = False
+    result_versions.write(data, settings)
     try:
-        result_versions.write(data, settings)
         out_of_date = dvc.out_of_date_reasons(stages)
-    except UserError:
-        if not any(owners.values()):
+    except UserError as error:
+        if not error.what.startswith(ownership.BUSY) or not any(owners.values()):
             raise
-        dvc_is_busy = True  # it computes no status while it runs a stage
+        dvc_is_busy = True  # DVC locks its outputs while a stage runs
     rows = []
     for name, stage in stages.items():
         reasons: list[str] = []
@@ -38,8 +37,8 @@ def show(*, as_json: bool) -> int:
             state, reasons = "out of date", out_of_date[name]
         else:
             state = "up to date"
-        if stage.cli_name in settings.keep_results:
-            reasons = [*reasons, _describe_kept(stage, settings)]
+        if pinned := result_versions.describe_pinned(stage, settings):
+            reasons = [*reasons, pinned]
         rows.append({"stage": stage.cli_name, "state": state, "reasons": reasons})
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -47,10 +46,3 @@ def show(*, as_json: bool) -> int:
         for row in rows:
             print(f"{row['stage']:<13} {row['state']:<11} {'; '.join(row['reasons'])}".rstrip())
     return 0
-
-
-def _describe_kept(stage: dvc_yaml.Stage, settings: Params) -> str:
-    recorded, current = result_versions.kept_version(stage), result_versions.code_of(stage, settings).version
-    return f"kept at result version {recorded}" + (
-        f"; this code computes version {current}" if current != recorded else ""
-    )

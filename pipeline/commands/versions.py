@@ -1,96 +1,89 @@
-"""`vqvae2 versions`: the result version of each stage, and the committed table of known versions."""
+"""`vqvae2 versions`: the result version of each stage, and the table of known versions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from pipeline import code_version, dvc_yaml, params, result_versions
-from pipeline.code_version import Code
+from pipeline.code_version import StageSource
 from pipeline.commands import same_results
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.artifact import atomic_write
 
 
-def run(*, write: bool, compare: str, new: Sequence[str], same_as: str, reason: str) -> int:
-    """Show the versions, or write, compare or record them."""
+def run(*, write: bool, compare: str, new: bool, same_as: str, reason: str) -> int:
+    """Print the versions, or write, compare or record them; return the exit status.
+
+    Raises UserError if options contradict each other.
+    """
+    if sum(map(bool, (write, compare, new, same_as))) > 1:
+        raise UserError(
+            "--write, --compare, --new and --same-as exclude each other.",
+            where="vqvae2 versions",
+            fix="Use one of them.",
+            code=2,
+        )
     if write:
-        return write_file()
+        data = params.read()
+        result_versions.write(data, params.check(data))
+        return 0
     if compare:
-        differences = same_results.compare(compare)
-        print("\n".join(differences) or "All artifacts are equal.")
-        return 1 if differences else 0
+        different_files = same_results.compare(compare)
+        print("\n".join(different_files) or "All artifacts are equal.")
+        return 1 if different_files else 0
     if new or same_as:
-        return record(new, same_as=same_as, reason=reason)
+        return record(same_as=same_as, reason=reason)
     return show()
 
 
 def show() -> int:
-    """Print the result version of each stage, and the code that has changed since the table was written."""
+    """Print the result version of each stage, and the definitions that have changed since the table was written."""
     data = params.read()
     settings = params.check(data)
     for stage in dvc_yaml.stages(data).values():
-        code = result_versions.code_of(stage, settings)
-        version = str(code.version)
-        if stage.cli_name in settings.keep_results:
-            version = f"{result_versions.kept_version(stage)} (kept; this code computes version {version})"
-        if isinstance(code.version, str):
-            changes = code_version.changed_definitions(code.definitions)
-            version += f"  not in the table; changed: {first_few(changes, 5)}"
-        print(f"{stage.cli_name:<13} {version}")
+        source = result_versions.source_of(stage, settings)
+        text = str(source.version)
+        if isinstance(source.version, str):
+            changes = code_version.changed_definitions(source.definitions)
+            text += f"  not in the table; changed: {first_few(changes, 5)}"
+        if pinned := result_versions.describe_pinned(stage, settings):
+            text += f"  {pinned}"
+        print(f"{stage.cli_name:<13} {text}")
     return 0
 
 
-def write_file() -> int:
-    """Write the versions to the file that DVC watches."""
-    data = params.read()
-    result_versions.write(data, params.check(data))
-    return 0
+def record(*, same_as: str, reason: str) -> int:
+    """Record the source as it is now in the table, for every stage whose source has changed.
 
-
-def record(changed: Sequence[str], *, same_as: str, reason: str) -> int:
-    """Record the code as it is now in the table.
-
-    The stages in `changed` compute something else and get a new version number. With `same_as`, a Git revision, the
-    others keep theirs: the smoke pipeline runs at both revisions and must make equal artifacts.
-    Raises UserError if a stage is unknown, a reason is missing, or artifacts differ.
+    Each gets a new version number. With `same_as`, a Git revision, each gets the number that it has there, if the smoke
+    pipeline makes equal artifacts at both. Raises UserError if a reason is missing, artifacts differ, or the table does
+    not know the source at that revision.
     """
-    keys = code_version.table_keys()
-    for key in changed:
-        if key not in keys:
-            raise UserError(f"{key!r} is not a stage.", where="--new", fix=f"Use any of: {', '.join(keys)}", code=2)
     if not reason:
-        raise UserError("A reason is missing.", where="--reason", fix="State in a sentence what changed.", code=2)
-    table = code_version.read_table()
-    codes = {key: _code_of(key) for key in keys}
-    unproven = [
-        key
-        for key, code in codes.items()
-        if isinstance(code.version, str) and key not in changed and key in table["versions"]
-    ]
-    if unproven and not same_as:
         raise UserError(
-            f"The code of {', '.join(unproven)} has changed.",
-            where=code_version.TABLE,
-            fix="Name each stage that computes something else by --new; prove that the others compute the same by "
-            "--same-as REVISION.",
-            code=2,
+            "--reason is missing.", where="vqvae2 versions", fix="State what changed in a sentence.", code=2
         )
-    if unproven:
-        same_results.require(same_as, unproven)
-    definitions: dict[str, str] = {}
-    for key, code in codes.items():
-        versions = table["versions"].setdefault(key, {})
-        newest = max((entry["version"] for entry in versions.values()), default=0)
-        if code.hash not in versions:
-            is_new = key in changed or not newest
-            versions[code.hash] = {"version": newest + is_new, "reason": reason}
-        definitions |= code.definitions
+    table = code_version.read_table()
+    sources = {key: _source_of(key) for key in code_version.table_keys()}
+    changed = [key for key, source in sources.items() if isinstance(source.version, str)]
+    numbers = {key: 1 + max(_numbers(table, key), default=0) for key in changed}
+    if same_as and changed:
+        numbers = same_results.versions_at(same_as, changed)
+        same_results.require_equal(same_as)
+    for key in changed:
+        entry = {"version": numbers[key], "reason": reason}
+        table["versions"].setdefault(key, {})[sources[key].hash] = entry
+    definitions = {name: digest for source in sources.values() for name, digest in source.definitions.items()}
     table["definitions"] = dict(sorted(definitions.items()))
     with atomic_write(code_version.TABLE) as path:
         path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return show()
 
 
-def _code_of(key: str) -> Code:
+def _source_of(key: str) -> StageSource:
     module, _, network = key.partition(".")
-    return code_version.code_of(module, network)
+    return code_version.source_of(module, network)
+
+
+def _numbers(table: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]], key: str) -> list[int]:
+    return [entry["version"] for entry in table["versions"].get(key, {}).values()]

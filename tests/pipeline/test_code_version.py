@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import code_version
-from pipeline.code_version import code_of
+from pipeline.code_version import source_of
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''"""A stage."""
@@ -75,9 +75,9 @@ def edit(root: Path, name: str, old: str, new: str) -> None:
 )
 def test_edit_that_computes_the_same_keeps_the_hash(toy: Path, old: str, new: str):
     """Comments, docstrings, annotations, formatting, texts of errors and unused code decide no result."""
-    before = code_of("toy", root=toy).hash
+    before = source_of("toy", root=toy).hash
     edit(toy, "stages/toy.py", old, new)
-    assert code_of("toy", root=toy).hash == before
+    assert source_of("toy", root=toy).hash == before
 
 
 @pytest.mark.parametrize(
@@ -94,16 +94,16 @@ def test_edit_that_computes_the_same_keeps_the_hash(toy: Path, old: str, new: st
 )
 def test_edit_that_computes_something_else_is_named(toy: Path, name: str, old: str, new: str, changed: str):
     """The one definition whose hash changes is the one that was edited."""
-    before = code_of("toy", root=toy)
+    before = source_of("toy", root=toy)
     edit(toy, name, old, new)
-    after = code_of("toy", root=toy)
+    after = source_of("toy", root=toy)
     assert after.hash != before.hash
     assert {key for key, digest in after.definitions.items() if before.definitions.get(key) != digest} == {changed}
 
 
 def test_unknown_hash_is_a_version_of_its_own(toy: Path):
     """Code that the table does not know never passes for a known version."""
-    code = code_of("toy", root=toy)
+    code = source_of("toy", root=toy)
     assert code.version == code.hash
 
 
@@ -112,9 +112,9 @@ def test_edit_of_one_network_concerns_the_priors_that_use_it(tmp_path: Path):
     for package in code_version.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package)
     keys = [("prior", "pixelsnail"), ("prior", "pixelcnn"), ("vqvae", ""), ("codes", ""), ("sample", "")]
-    before = {key: code_of(*key, root=tmp_path).hash for key in keys}
+    before = {key: source_of(*key, root=tmp_path).hash for key in keys}
     edit(tmp_path, "models/priors/pixelcnn.py", "two_stacks = True", "two_stacks = bool(1)")
-    after = {key: code_of(*key, root=tmp_path).hash for key in keys}
+    after = {key: source_of(*key, root=tmp_path).hash for key in keys}
     assert [key for key in keys if after[key] != before[key]] == [("prior", "pixelcnn"), ("sample", "")]
 
 
@@ -122,10 +122,10 @@ def test_template_of_the_report_decides_the_evaluation_alone(tmp_path: Path):
     """The page's template is no Python and counts all the same."""
     for package in code_version.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package)
-    before = {module: code_of(module, root=tmp_path).hash for module in ("evaluate", "sample")}
+    before = {module: source_of(module, root=tmp_path).hash for module in ("evaluate", "sample")}
     edit(tmp_path, "stages/evaluation/report.html.j2", "<html", "<html ")
-    assert code_of("sample", root=tmp_path).hash == before["sample"]
-    assert code_of("evaluate", root=tmp_path).hash != before["evaluate"]
+    assert source_of("sample", root=tmp_path).hash == before["sample"]
+    assert source_of("evaluate", root=tmp_path).hash != before["evaluate"]
 
 
 def newer_pythons() -> list[str]:
@@ -137,7 +137,9 @@ def newer_pythons() -> list[str]:
 @pytest.mark.skipif(not newer_pythons(), reason="needs a later Python beside the one that runs")
 def test_every_python_gives_the_same_hash():
     """Later versions add fields to syntax trees; upgrading Python must not make results out of date."""
-    script = "import pipeline.code_version as v; print(v.code_of('evaluate').hash, v.code_of('prior', 'pixelcnn').hash)"
+    script = (
+        "import pipeline.code_version as v; print(v.source_of('evaluate').hash, v.source_of('prior', 'pixelcnn').hash)"
+    )
     outputs = {
         subprocess.run([python, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for python in (sys.executable, *newer_pythons())

@@ -13,11 +13,10 @@ from stages.formats import artifact
 
 
 @pytest.fixture
-def folder(project, monkeypatch):
+def folder(current_project):
     """The current folder: a project with shards."""
-    monkeypatch.chdir(project.folder)
     write_shards(b"images")
-    return project
+    return current_project
 
 
 def write_shards(data: bytes) -> None:

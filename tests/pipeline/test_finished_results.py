@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -56,8 +58,10 @@ def lose() -> None:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def folder(tmp_path: Path) -> Iterator[None]:
+    """An empty current folder."""
+    with chdir(tmp_path):
+        yield
 
 
 def test_result_comes_back_from_the_cache():
@@ -72,9 +76,9 @@ def test_result_comes_back_from_the_cache():
 
 
 def test_earlier_result_comes_back_after_another_one():
-    """dvc.lock names only the newest result; earlier ones are indexed before they leave it."""
+    """dvc.lock names only the newest result. A stage that is about to compute records where the cache has it."""
     first = compute("first")
-    finished_results.index_cache([STAGE], Path("runs"), CACHE)
+    assert not finished_results.restore(STAGE, Path("runs/codes/4567"), CACHE)
     compute("second", Path("runs/codes/4567"))
     lose()
     assert finished_results.restore(STAGE, WORK, CACHE)
@@ -114,6 +118,24 @@ def test_result_that_is_not_intact_is_computed_again(damage: str):
     assert not finished_results.restore(STAGE, WORK, CACHE)
     assert not Path("artifacts/codes").exists() and not Path("artifacts/outside").exists()
     assert not list(Path("artifacts").glob("*"))
+
+
+def test_damaged_artifact_in_place_is_replaced_from_the_cache():
+    """The manifest alone does not show that a file has changed."""
+    digest = compute("first")
+    Path("artifacts/codes/train.parquet").write_text("fixst")
+    assert finished_results.restore(STAGE, WORK, CACHE)
+    assert artifact.read(Path("artifacts/codes"), "codes").digest == digest
+    artifact.read(Path("artifacts/codes"), "codes").verify()
+
+
+def test_damaged_record_of_another_result_is_ignored():
+    """It concerns only the run that it belongs to."""
+    compute("first", Path("runs/codes/4567"))
+    Path("runs/codes/4567/result/manifest.json").write_text("{")
+    compute("second")
+    lose()
+    assert finished_results.restore(STAGE, WORK, CACHE)
 
 
 def test_without_a_record_nothing_is_restored():

@@ -1,6 +1,5 @@
-"""The file of result versions that DVC watches, and results that keep_results holds at an older version."""
+"""The file of result versions that DVC watches, and results that keep_results pins."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,19 @@ from pipeline import dvc_yaml, params, result_versions
 from pipeline.fingerprint import identify
 from stages.errors import UserError
 from stages.formats import artifact
+from tests.command_line_project import CommandLineProject
 
-KEPT = "0123456789abcdef"  # a version that no code has
+PINNED = "0123456789abcdef"  # a version that no code has
 
 
 @pytest.fixture
-def folder(project, monkeypatch) -> Iterator[Any]:
+def folder(current_project: CommandLineProject) -> CommandLineProject:
     """The current folder: a project whose dvc.lock records a result of the VQ-VAE by other code."""
-    monkeypatch.chdir(project.folder)
     data = params.read()
     recorded = {key: data[key] for key in ("vqvae", "augment", "train_vqvae", "seed")}
-    entry = {"params": {"params.yaml": recorded, result_versions.FILE.as_posix(): {"vqvae": KEPT}}}
+    entry = {"params": {"params.yaml": recorded, result_versions.FILE.as_posix(): {"vqvae": PINNED}}}
     YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": {"vqvae": entry}}, Path("dvc.lock"))
-    return project
+    return current_project
 
 
 def write() -> dict[str, Any]:
@@ -31,7 +30,7 @@ def write() -> dict[str, Any]:
     return result_versions.write(data, params.check(data))
 
 
-def keep(folder: Any, *names: str) -> None:
+def pin(folder: Any, *names: str) -> None:
     folder.edit(lambda data: data.update(keep_results=list(names)))
 
 
@@ -46,30 +45,30 @@ def test_file_has_a_version_for_every_stage(folder):
     assert result_versions.FILE.stat().st_mtime_ns == before
 
 
-def test_kept_stage_has_the_version_of_its_result(folder):
+def test_pinned_stage_has_the_version_of_its_result(folder):
     """DVC sees no change, and neither does the fingerprint that names the stage's state in runs/."""
     with artifact.commit_folder(Path("artifacts/shards"), "shards", {}):
         pass
     stage = dvc_yaml.find("vqvae", dvc_yaml.stages(params.read()))
     fingerprint = identify(stage, params.load())[1]
-    assert write()["vqvae"] != KEPT
-    keep(folder, "vqvae")
-    assert write()["vqvae"] == KEPT
+    assert write()["vqvae"] != PINNED
+    pin(folder, "vqvae")
+    assert write()["vqvae"] == PINNED
     assert identify(stage, params.load())[1] != fingerprint
 
 
-def test_kept_stage_is_refused_when_it_is_to_run(folder):
+def test_pinned_stage_is_refused_when_it_is_to_run(folder):
     """Its result would be the other code's; the message names both versions."""
     stage = dvc_yaml.find("vqvae", dvc_yaml.stages(params.read()))
-    result_versions.refuse_kept(stage, params.load())
-    keep(folder, "vqvae")
-    with pytest.raises(UserError, match=f"vqvae cannot run: keep_results holds its result at version {KEPT}"):
-        result_versions.refuse_kept(stage, params.load())
+    result_versions.require_not_pinned(stage, params.load())
+    pin(folder, "vqvae")
+    with pytest.raises(UserError, match=f"vqvae cannot run: keep_results keeps its result of version {PINNED}"):
+        result_versions.require_not_pinned(stage, params.load())
 
 
-def test_changed_settings_of_a_kept_stage_are_refused_before_dvc_deletes_its_result(folder):
+def test_changed_settings_of_a_pinned_stage_are_refused_before_dvc_deletes_its_result(folder):
     """dvc.yaml writes the versions before any other stage runs."""
-    keep(folder, "vqvae")
+    pin(folder, "vqvae")
     folder.edit(lambda data: data["vqvae"]["quantizer"].update(beta=0.5))
     with pytest.raises(UserError, match=r"settings changed: vqvae.quantizer.beta 0.25 -> 0.5"):
         write()
@@ -82,9 +81,9 @@ def test_changed_settings_of_a_kept_stage_are_refused_before_dvc_deletes_its_res
         ("vqvea", "keep_results names 'vqvea', which is not a stage."),
     ],
 )
-def test_name_that_cannot_be_kept_is_refused(folder, name: str, headline: str):
+def test_name_that_cannot_be_pinned_is_refused(folder, name: str, headline: str):
     """A stage without a result, and a misspelt one."""
-    keep(folder, name)
+    pin(folder, name)
     with pytest.raises(UserError) as error:
         write()
     assert error.value.what == headline

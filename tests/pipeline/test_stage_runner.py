@@ -1,6 +1,7 @@
 """Running one stage: its arguments, signals, restarts, and results that are taken over."""
 
 import inspect
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import stage_runner
+from pipeline import code_version, params, result_versions, stage_runner
 from pipeline.stage_runner import RESTARTED_MARKER
 from stages import shard
 from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import StageContext
+from tests.command_line_project import CommandLineProject
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,11 +40,10 @@ class ToyStage:
 
 
 @pytest.fixture
-def toy(project, monkeypatch) -> ToyStage:
+def toy(current_project: CommandLineProject, monkeypatch) -> ToyStage:
     """The current folder is a project whose first stage is a toy."""
-    monkeypatch.chdir(project.folder)
     stage = ToyStage()
-    stage.project = project
+    stage.project = current_project
     monkeypatch.setattr(shard, "run", stage)
     return stage
 
@@ -133,3 +134,25 @@ def test_stage_dies_with_its_parent_only_under_dvc(monkeypatch, by_dvc: bool):
     assert stage_runner.run_stage("vqvae") == 0 and signals == [signal.SIGINT] * by_dvc
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_source_edited_while_a_stage_runs_makes_its_result_out_of_date(
+    toy: ToyStage, tmp_path: Path, monkeypatch, capsys
+):
+    """DVC finds the version of the source that ran, even if another command has written the version of the edit."""
+    for package in code_version.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / "edited" / package)
+    monkeypatch.setattr(code_version, "ROOT", tmp_path / "edited")
+    data = params.read()
+    before = result_versions.write(data, params.check(data))
+
+    def edit_source() -> None:
+        with (tmp_path / "edited/stages/shard.py").open("a") as file:
+            file.write("\n\nprint('edited')\n")
+        result_versions.write(data, params.check(data))  # as `vqvae2 status` does
+
+    toy.edits = edit_source
+    run()
+    assert params.read(result_versions.FILE)["shard"] == before["shard"]
+    assert "The next run computes it again" in capsys.readouterr().err
+    assert result_versions.write(data, params.check(data))["shard"] != before["shard"]

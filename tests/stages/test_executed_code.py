@@ -40,13 +40,12 @@ def executed_functions() -> Iterator[set[str]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_function_that_runs_is_hashed(stage: str, project, in_process):
-    """What a stage executes is part of its code, or of the exceptions, each of which states its reason."""
+    """What a stage executes is part of its code, or of what is excluded with a reason."""
     module, _, level = stage.partition("_")
     network = project.priors[level].name if level else ""
-    hashed = code_version.code_of(module, network).definitions.keys()
-    exceptions = code_version.EXCEPTIONS.keys() | code_version.STAGE_EXCEPTIONS.get(module, {}).keys()
+    hashed = code_version.source_of(module, network).definitions.keys()
     with executed_functions() as names:
         STAGES[stage](project)
     assert names
-    prefixes = hashed | exceptions
-    assert {name for name in names if not any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)} == set()
+    included = {name for name in names if not code_version.is_excluded(name, module)}
+    assert {name for name in included if not any(f"{name}.".startswith(f"{prefix}.") for prefix in hashed)} == set()

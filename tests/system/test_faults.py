@@ -40,7 +40,7 @@ def test_a_run_that_is_killed_and_stopped_ends_in_the_same_bytes(
     job.send(signal.SIGKILL, "dvc")
     killed = job.wait(20)
     assert killed.status == 1
-    assert "error: DVC was ended by SIGKILL.\n" in killed.output
+    assert "error: DVC was killed by SIGKILL.\n" in killed.output
     assert "fix: Run the same command again" in killed.output
     _check_no_process_is_left(namespace)
 
@@ -49,7 +49,7 @@ def test_a_run_that_is_killed_and_stopped_ends_in_the_same_bytes(
     job.send(signal.SIGTERM, "run")
     stopped = job.wait(20)
     assert stopped.status == 128 + signal.SIGTERM
-    assert stopped.output.splitlines()[-1] == "Stopped by SIGTERM. The same command resumes."
+    assert stopped.output.splitlines()[-1] == "Stopped by SIGTERM. Run the same command again to resume."
     assert "Traceback" not in stopped.output
     assert project.newest_step("vqvae") >= slow_step
     _check_no_process_is_left(namespace)
@@ -69,7 +69,7 @@ def test_ctrl_c_saves_the_step_and_prints_one_line(project: CommandLineProject, 
     os.killpg(os.getpgid(command.pid), signal.SIGINT)
     stopped = job.wait(20)
     assert stopped.status == 128 + signal.SIGINT
-    assert stopped.output.splitlines()[-1] == "Stopped by SIGINT. The same command resumes."
+    assert stopped.output.splitlines()[-1] == "Stopped by SIGINT. Run the same command again to resume."
     assert "Traceback" not in stopped.output and "KeyboardInterrupt" not in stopped.output
     _check_no_process_is_left(namespace)
     _resume(project, namespace, at_least=slow_step, log="second")
@@ -110,7 +110,7 @@ def _check_second_command_is_rejected(project: CommandLineProject, namespace: Na
     second = namespace.start(project, "vqvae2", "run", log="refused").wait(10)
     assert second.status == 3
     assert re.search(r"Another vqvae2 or dvc process uses this project: PID \d+", second.output)
-    assert "fix: Wait for it or stop it" in second.output
+    assert "fix: Wait until it ends, or stop it" in second.output
 
 
 def _wait_for_checkpoint(project: CommandLineProject, job: Job, step: int) -> None:
