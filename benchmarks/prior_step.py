@@ -7,13 +7,13 @@ the time of the step's operations, three times those of the forward pass, at the
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from timing import Seconds, arguments, matmul_peak, measure, table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.config import PriorConfig
-from models.cost import forward_flops, parameters
+from models.cost import count_parameters, forward_flops
 from models.priors import Prior, build, nll
 from models.priors.attention import StrictAttention
 
@@ -69,7 +69,9 @@ def main() -> None:
     seconds = measure({"ours": lambda: step(ours), "materialised": lambda: step(materialised)}, options.rounds)
     floor = 3 * forward_flops(lambda: ours(codes)) / matmul_peak() / options.threads
     seconds["floor: arithmetic at peak"] = Seconds(floor, floor * options.threads)
-    table(f"top prior step, 32 x 32, batch {options.batch}, {parameters(ours):,} parameters", seconds, ours="ours")
+    table(
+        f"top prior step, 32 x 32, batch {options.batch}, {count_parameters(ours):,} parameters", seconds, ours="ours"
+    )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ time of the distances alone, block by block, with their argmin.
 """
 
 import torch
+import torch.nn.functional as F
 from timing import arguments, measure, table
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.config import QuantizerConfig
 from models.quantizer import Quantizer

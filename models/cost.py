@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.quantizer import Quantizer
 
 
-def parameters(module: nn.Module) -> int:
-    """Count the numbers that a module learns, including codebooks that are buffers."""
+def count_parameters(module: nn.Module) -> int:
+    """Count learned parameters, including codebook buffers."""
     sizes = {id(parameter): parameter.numel() for parameter in module.parameters()}
     for submodule in module.modules():
         if isinstance(submodule, Quantizer) and submodule.config.mode != "none":

@@ -9,9 +9,9 @@ Sources: van den Oord et al. 2017, equations 1-3 and appendix A.1; Razavi et al.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.config import QuantizerConfig
 from models.precision import autocast_disabled

@@ -3,13 +3,13 @@
 B images or grids, C channels, H x W positions.
 """
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))). Source: van den Oord et al. 2017, section 4.1."""
+    """Residual block: x + conv1x1(relu(conv3x3(relu(x)))). Source: van den Oord et al. 2017, section 4.1."""
 
     def __init__(self, channels: int, residual_channels: int) -> None:
         super().__init__()

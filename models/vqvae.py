@@ -15,9 +15,9 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.config import LevelConfig, VQVAEConfig
 from models.quantizer import BatchSlice, CodebookSums, Quantized, Quantizer

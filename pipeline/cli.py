@@ -48,7 +48,7 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-class _Run(_Commands):
+class _RunCommand(_Commands):
     """`vqvae2 run` without subcommands; under Typer's program, `run` holds all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -67,6 +67,7 @@ def suggestion(argument: str) -> str:
     return f"vqvae2 run {'-S' if '=' in argument else '--stage'} {argument}"
 
 
+# `app` has the commands; `program` is the console script, which adds `run` as a command beside them.
 app = typer.Typer(cls=_Commands, invoke_without_command=True, rich_markup_mode=None)
 program = typer.Typer(
     cls=_Commands,
@@ -126,13 +127,13 @@ def run(
     process.prepare()
     if ctx.invoked_subcommand:
         return
-    from pipeline.commands.run import run as run_pipeline
 
-    _guarded(
-        lambda: run_pipeline(
-            stages or (), overrides=overrides or (), force=force, only=only, pull=pull, dry_run=dry_run
-        )
-    )
+    def action() -> int:
+        from pipeline.commands import run
+
+        return run.run(stages or (), overrides=overrides or (), force=force, only=only, pull=pull, dry_run=dry_run)
+
+    run_and_exit(action)
 
 
 @app.command()
@@ -141,9 +142,13 @@ def status(as_json: AsJson = False) -> None:
 
     Example:  vqvae2 status --json
     """
-    from pipeline.commands.status import show
 
-    _guarded(lambda: show(as_json=as_json))
+    def action() -> int:
+        from pipeline.commands import status
+
+        return status.show(as_json=as_json)
+
+    run_and_exit(action)
 
 
 @app.command()
@@ -154,9 +159,13 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example:  vqvae2 doctor
     """
-    from pipeline.commands import doctor
 
-    _guarded(lambda: doctor.show(as_json=as_json), anywhere=True)
+    def action() -> int:
+        from pipeline.commands import doctor
+
+        return doctor.show(as_json=as_json)
+
+    run_and_exit(action, require_project=False)
 
 
 @app.command("config")
@@ -164,8 +173,8 @@ def compose(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as -S of run.")
     ] = None,
-    more: Annotated[
-        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="The same as an option. Repeatable.")
+    option_overrides: Annotated[
+        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Same as KEY=VALUE. Repeatable.")
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write params.yaml instead of printing it.")] = False,
 ) -> None:
@@ -175,9 +184,13 @@ def compose(
 
     Example:  vqvae2 config experiment=clothing64 vqvae.quantizer.beta=0.5 --write
     """
-    from pipeline.commands import config
 
-    _guarded(lambda: config.run([*(overrides or ()), *(more or ())], write=write))
+    def action() -> int:
+        from pipeline.commands import config
+
+        return config.run([*(overrides or ()), *(option_overrides or ())], write=write)
+
+    run_and_exit(action)
 
 
 @app.command()
@@ -188,9 +201,13 @@ def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
 
     Example:  vqvae2 plan -S experiment=imagenet256
     """
-    from pipeline.commands.plan import show
 
-    _guarded(lambda: show(overrides or (), as_json=as_json))
+    def action() -> int:
+        from pipeline.commands import plan
+
+        return plan.show(overrides or (), as_json=as_json)
+
+    run_and_exit(action)
 
 
 @app.command()
@@ -213,12 +230,12 @@ def sample(
     Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
     """
 
-    def draw() -> int:
+    def action() -> int:
         from pipeline.commands import sample
 
         return sample.run(out, count, classes or (), seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
-    _guarded(draw)
+    run_and_exit(action)
 
 
 @app.command()
@@ -235,12 +252,12 @@ def reconstruct(
     Example:  vqvae2 reconstruct cat.png dog.jpg --out reconstructed
     """
 
-    def reconstruct_all() -> int:
+    def action() -> int:
         from pipeline.commands import reconstruct
 
         return reconstruct.run(images, out)
 
-    _guarded(reconstruct_all)
+    run_and_exit(action)
 
 
 @app.command()
@@ -249,9 +266,13 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0
 
     Example:  vqvae2 ui --port 5001
     """
-    from pipeline.commands.ui import serve
 
-    _guarded(lambda: serve(port))
+    def action() -> int:
+        from pipeline.commands import ui
+
+        return ui.serve(port)
+
+    run_and_exit(action)
 
 
 @app.command("sync-metrics")
@@ -261,17 +282,17 @@ def sync_metrics() -> None:
     Example:  vqvae2 sync-metrics
     """
 
-    def sync() -> int:
+    def action() -> int:
         from pipeline.commands import sync_metrics
 
         return sync_metrics.run()
 
-    _guarded(sync)
+    run_and_exit(action)
 
 
 @app.command("stage")
 def run_stage(
-    name: Annotated[str, typer.Argument(help="File name in stages/, such as prior.")],
+    name: Annotated[str, typer.Argument(help="Stage, named after its file in stages/, such as prior.")],
     level: Annotated[str, typer.Argument(help="Level, for a stage that runs once per level.")] = "",
 ) -> None:
     """Run one stage on the inputs in artifacts/. dvc.yaml calls this command.
@@ -315,24 +336,24 @@ def versions(
 
         return versions.run(write=write, compare=compare, new=new, same_as=same_as, reason=reason)
 
-    _guarded(action)
+    run_and_exit(action)
 
 
 def main() -> None:
     """Run the console script."""
     process.prepare()
-    program.add_typer(app, name="run", cls=_Run, subcommand_metavar="")  # vqvae2 run --stage X
+    program.add_typer(app, name="run", cls=_RunCommand, subcommand_metavar="")  # vqvae2 run --stage X
     program.registered_commands += app.registered_commands  # vqvae2 status
     program(prog_name="vqvae2")
 
 
-def _guarded(action: Callable[[], int], *, anywhere: bool = False) -> None:
+def run_and_exit(action: Callable[[], int], *, require_project: bool = True) -> None:
     """Run an action, print its error if it fails, and exit with its status.
 
-    Outside of a project's folder the action is not run, unless it may run `anywhere`.
+    With `require_project`, it is an error to run it outside of a project's folder.
     """
     try:
-        if not anywhere:
+        if require_project:
             process.require_project()
         code = action()
         sys.stdout.flush()

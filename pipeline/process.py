@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
 
 DEFAULTS = {
     # No usage reports to the projects of Ray, MLflow and DVC.
@@ -26,7 +27,7 @@ DEFAULTS = {
     # Ray Train: poll workers every 0.2 s instead of 2 s, give up on one after 1 min instead of 10 min, do not ask a
     # cloud about preemption, and print each line once.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    HEARTBEAT_TIMEOUT_VARIABLE: str(HEARTBEAT_TIMEOUT_S),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }

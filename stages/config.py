@@ -75,8 +75,9 @@ class TrainConfig:
     steps: int  # optimizer steps, 1 or more
     batch_size: int  # images per step over all workers, a multiple of cluster.workers
     learning_rate: float = 3e-4  # Adam's learning rate after warm-up, above 0
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to 0 at the last step
-    warmup_steps: int = 0  # steps in which the learning rate rises linearly from 0; 0 to steps
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to almost 0 at the last step
+    # first steps, in which the learning rate rises linearly from learning_rate / warmup_steps; 0 to steps
+    warmup_steps: int = 0
     max_grad_norm: float = 0.0  # norm to which gradients are clipped, 0 or more; 0 does not clip
     ema_decay: float = (
         0.0  # decay per step of the weights' moving average, which is saved; 0 up to 1; 0 does not average

@@ -11,7 +11,7 @@ writes  out      report.html, and its images beside it
 
 The networks run over the first `max_images` of each split; the shards mix classes, so these are a fair selection.
 Codebook usage and file sizes cover all images. Image sets are compared at one common number of images N, because most
-measures depend on N. Two controls show the decoder's contribution alone: images decoded from uniformly random codes,
+metrics depend on N. Two baselines show the decoder's contribution alone: images decoded from uniformly random codes,
 and from codes shuffled between images.
 """
 
@@ -102,7 +102,7 @@ def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> Evalua
 
 
 def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
-    """Yield the parts, each a measure on a range of images. The slowest come first, so that workers finish together."""
+    """Yield the parts, each a computation on a range of images. The slowest come first, so workers finish together."""
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
     limits = {split: min(plan.config.max_images, size) for split, size in sizes.items() if size}
     yield from _ranges("features", "train", limits["train"])

@@ -150,7 +150,7 @@ class VQVAEObjective(Objective):
             f"perplexity_{name}": perplexity(sums[f"usage/{name}"]) if sums[f"usage/{name}"].any() else 0.0
             for name in self.network.config.levels
         }
-        psnr = distortion.psnr(mse, min_mse=distortion.MIN_MSE)
+        psnr = distortion.psnr(mse)
         return {"mse": mse, "psnr": psnr, "commitment": commitment / values, **perplexities}
 
     def previews(self, network: nn.Module) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Table of the priors by name. A prior's name is that of its file."""
+"""Registry of the priors: `PRIORS` maps a name to a class. A prior's name is that of its file in this package."""
 
 from collections.abc import Mapping
 

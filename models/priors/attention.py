@@ -55,5 +55,5 @@ class StrictAttention(nn.Module):
         keys, values = (self.split(half) for half in shifted.chunk(2, -1))
         if self.training and self.dropout:
             values = values * F.dropout(torch.ones_like(values[..., :1]), self.dropout)
-        mixed = F.scaled_dot_product_attention(self.split(queries.flatten(1, 2)), keys, values, is_causal=True)
-        return self.merge(x, mixed.transpose(1, 2).reshape(x.shape))
+        attended = F.scaled_dot_product_attention(self.split(queries.flatten(1, 2)), keys, values, is_causal=True)
+        return self.merge(x, attended.transpose(1, 2).reshape(x.shape))

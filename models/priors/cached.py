@@ -1,4 +1,4 @@
-"""The same priors, one position at a time: results that later positions use again are cached.
+"""Incremental inference of a prior: KV cache for attention, row caches for convolutions.
 
 Everything that depends only on finished rows, coarser codes and the label is computed once per row, in products as
 large as those of training. A step then computes only the taps on its own row. Buffers keep their addresses, and views
@@ -21,7 +21,7 @@ from models.priors.layers import GatedBlock, RasterConv
 
 
 class CachedPrior:
-    """Prior that reads codes one by one in raster order, and computes the logits of each position before its code.
+    """Incremental version of a `Prior`: it computes the logits of each position, in raster order, before its code.
 
     For each batch of grids call `reset`; for each row `start_row`; for each column of the row `step`, and then `append`
     with the chosen codes. Dropout is off, and the weights are those at construction. With `static` all shapes are the
@@ -42,7 +42,7 @@ class CachedPrior:
             attention = prior.attention_after(index)
             cached = None if attention is None else _Attention(attention, prior.positions, batch, static)
             self.blocks.append((_ConvBlock(block, batch, width), cached))
-        self.output = [_PointBlock(block) for block in prior.output]
+        self.output = [_PointwiseBlock(block) for block in prior.output]
         self.head, self.head_bias = transposed(prior.head), prior.head.bias
 
     def reset(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None, labels: Int64[Tensor, " B"] | None) -> None:
@@ -106,7 +106,7 @@ class _Rows:
             self.padded[:, row].copy_(self.padded[:, row + 1])
 
 
-class _Taps:
+class _IncrementalConv:
     """Raster convolution, one position at a time: the rows above once per row, the current row's taps in each step."""
 
     def __init__(self, conv: RasterConv, batch: int, width: int) -> None:
@@ -118,7 +118,7 @@ class _Taps:
         # The taps of the current row as one matrix, (taps x inputs, outputs): a step is one product.
         weight = conv.weight[:, :, -current_taps:]
         self.weight = weight.permute(2, 1, 0).reshape(current_taps * inputs, outputs).contiguous()
-        self.row_sum = conv.weight.new_zeros(batch, width, outputs)  # bias, rows above, and other terms of this row
+        self.row_sum = conv.weight.new_zeros(batch, width, outputs)  # bias, rows above, auxiliary and position terms
         # Views of each column: written inputs, windows of inputs under the taps, and row sums.
         self.inputs = self.rows.current.unbind(1)
         self.windows = [self.rows.padded[:, -1, column : column + current_taps].flatten(1) for column in range(width)]
@@ -132,7 +132,7 @@ class _Taps:
             self.row_sum.add_(_convolve(self.rows.padded[:, :-1], self.kernel_above))
 
 
-class _Stem(_Taps):
+class _Stem(_IncrementalConv):
     """Strict convolution over the embedded codes."""
 
     def step(self, column: int) -> Tensor:
@@ -143,31 +143,31 @@ class _ConvBlock:
     """Gated block around a raster convolution."""
 
     def __init__(self, block: GatedBlock[RasterConv], batch: int, width: int) -> None:
-        self.taps = _Taps(block.first, batch, width)
+        self.conv = _IncrementalConv(block.first, batch, width)
         self.auxiliary = block.auxiliary
         self.gate_bias = _GateBias(block)
         self.second = transposed(block.second)
-        self.gates = self.second.new_zeros(batch, width, self.second.shape[1])  # terms of this row before the gate
-        taps = self.taps
-        self.columns = list(zip(taps.inputs, taps.row_sums, taps.windows, self.gates.unbind(1), strict=True))
+        self.row_gate_bias = self.second.new_zeros(batch, width, self.second.shape[1])  # of the current row
+        conv = self.conv
+        self.columns = list(zip(conv.inputs, conv.row_sums, conv.windows, self.row_gate_bias.unbind(1), strict=True))
 
     def reset(self, labels: Tensor | None) -> None:
-        self.taps.rows.clear()
+        self.conv.rows.clear()
         self.gate_bias.reset(labels)
 
     def start_row(self, auxiliary: Tensor | None, condition: Tensor | None) -> None:
         projected = None if self.auxiliary is None or auxiliary is None else self.auxiliary(F.elu(auxiliary))
-        self.taps.start_row(projected)
-        self.gates.copy_(self.gate_bias.row(condition))
+        self.conv.start_row(projected)
+        self.row_gate_bias.copy_(self.gate_bias.row(condition))
 
     def step(self, x: Tensor, column: int) -> Tensor:
-        inputs, row_sum, window, gates = self.columns[column]
+        inputs, row_sum, window, gate_bias = self.columns[column]
         inputs.copy_(F.elu(x))
-        hidden = torch.addmm(row_sum, window, self.taps.weight)
-        return x + F.glu(torch.addmm(gates, F.elu(hidden), self.second), -1)
+        hidden = torch.addmm(row_sum, window, self.conv.weight)
+        return x + F.glu(torch.addmm(gate_bias, F.elu(hidden), self.second), -1)
 
 
-class _PointBlock:
+class _PointwiseBlock:
     """Gated block around a 1x1 layer. It needs no cache."""
 
     def __init__(self, block: GatedBlock[nn.Linear]) -> None:
@@ -184,7 +184,7 @@ class _PointBlock:
 
 
 class _GateBias:
-    """Terms added before a block's gate, for one row: bias, label and coarser codes."""
+    """Sum that a block adds before its gate, for one row: bias, label and coarser codes."""
 
     def __init__(self, block: GatedBlock) -> None:
         self.second_bias, self.label, self.condition = block.second.bias, block.label, block.condition
@@ -237,8 +237,8 @@ class _Attention:
         head_dim = channels // attention.heads
         length = positions.shape[0] * positions.shape[1] + 1
         self.heads = attention.heads
-        self.query_block, self.key_block = _PointBlock(attention.query_block), _PointBlock(attention.key_block)
-        self.merge = _PointBlock(attention.merge)
+        self.query_block, self.key_block = _PointwiseBlock(attention.query_block), _PointwiseBlock(attention.key_block)
+        self.merge = _PointwiseBlock(attention.merge)
         self.query = transposed(attention.query) * head_dim**-0.5  # with the scale of the scores
         self.key_value = transposed(attention.key_value)
         self.code_projection = transposed(attention.code_projection)
@@ -253,9 +253,10 @@ class _Attention:
         self.keys, self.values = self.kv_cache.flatten(1, 2)  # (B x heads, head_dim, L) each, views
         self.static = static
         self.cache_len = 1  # filled slots, without `static`
-        # With `static`, the same on the device: fixed shapes and addresses.
+        # With `static`, the length lives on the device as mask and index: fixed shapes and addresses.
         self.mask = self.query.new_empty(length)  # 0 visible, -inf hidden
         self.write_index = torch.ones(1, dtype=torch.int64, device=self.query.device)
+        self.features: Tensor  # (B, C), input of the last `step`, from which `append` computes the key and the value
 
     def reset(self) -> None:
         self.kv_cache.zero_()
@@ -269,17 +270,17 @@ class _Attention:
         self.row_key_position.copy_(self.key_positions[row])
 
     def step(self, x: Tensor, column: int) -> Tensor:
-        self.features = x  # `append` needs them
+        self.features = x
         queries = torch.mm(self.query_block.step(x + self.row_query_position[column]), self.query)
         queries = queries.view(self.keys.shape[0], 1, -1)  # (B x heads, 1, head_dim)
         # softmax(Q K^T) V, over the filled slots or under the mask.
         if not self.static:
             weights = torch.softmax(torch.bmm(queries, self.keys[:, :, : self.cache_len]), -1)
-            mixed = torch.bmm(self.values[:, :, : self.cache_len], weights.transpose(1, 2))
+            attended = torch.bmm(self.values[:, :, : self.cache_len], weights.transpose(1, 2))
         else:
             weights = torch.softmax(torch.bmm(queries, self.keys) + self.mask, -1)
-            mixed = torch.bmm(self.values, weights.transpose(1, 2))
-        return self.merge.step(x, mixed.view(x.shape))
+            attended = torch.bmm(self.values, weights.transpose(1, 2))
+        return self.merge.step(x, attended.view(x.shape))
 
     def append(self, code_embedding: Tensor, column: int) -> None:
         """Add the key and value of the position of the last step, whose code is now chosen."""

@@ -78,7 +78,7 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
     with torch.device("meta"):
         vqvae, image = VQVAE(settings.vqvae), torch.empty(1, 3, size, size)
     flops = cost.forward_flops(partial(vqvae, image))
-    yield _training("vqvae", cost.parameters(vqvae), 0, flops, settings.train_vqvae)
+    yield _training("vqvae", cost.count_parameters(vqvae), 0, flops, settings.train_vqvae)
 
     coarser: dict[str, Grid] = {}
     coarser_codes: dict[str, torch.Tensor] = {}
@@ -89,7 +89,10 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
             network, larger = build_for(classes=classes), build_for(classes=classes + 1)
             codes, labels = torch.zeros(1, side, side, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         flops = cost.forward_flops(partial(network, codes, coarser_codes, labels if classes else None))
-        parameters, per_class = cost.parameters(network), cost.parameters(larger) - cost.parameters(network)
+        parameters, per_class = (
+            cost.count_parameters(network),
+            cost.count_parameters(larger) - cost.count_parameters(network),
+        )
         yield _training(f"prior_{level}", parameters, per_class, flops, prior.train)
         coarser[level], coarser_codes[level] = Grid(entries, side, side), codes
 

@@ -55,7 +55,7 @@ def reconstruct(images: Sequence[Path], out: Path) -> list[str]:
         row = np.concatenate([image[None], *(to_uint8(pixels.numpy()) for pixels in reconstructions)])  # (B, H, W, 3)
         (out / f"{number:03d}-{safe_name(path.stem)}.png").write_bytes(contact_sheet(row, columns=len(row)))
         errors = [(pixels - batch).square().mean().item() for pixels in reconstructions]
-        psnrs = [distortion.psnr(mse, min_mse=distortion.MIN_MSE) for mse in errors]
+        psnrs = [distortion.psnr(mse) for mse in errors]
         texts = (f"{'+'.join(levels[:count])} {psnr:.1f} dB" for count, psnr in enumerate(psnrs, 1))
         lines.append(f"{path}: {', '.join(texts)}")
     return lines

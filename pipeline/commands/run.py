@@ -27,7 +27,7 @@ from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats.flatten import flatten
-from stages.tracking import tracker
+from stages.tracking import tags, tracker
 
 REPORT = Path("artifacts/report/report.html")
 
@@ -194,7 +194,7 @@ def require_cached(
 def _tracked(settings: Params) -> Iterator[dict[str, str]]:
     """Record this run as the parent of its stages' runs; yield the environment variables that name it."""
     command = " ".join(["vqvae2", *sys.argv[1:]])
-    with tracker.track_pipeline(flatten(settings), {"command": command, "mlflow.runName": command}) as key:
+    with tracker.track_pipeline(flatten(settings), tags.pipeline_tags(command)) as key:
         yield {tracker.PARENT_RUN_VARIABLE: key}
 
 

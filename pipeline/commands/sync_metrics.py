@@ -10,14 +10,14 @@ def run() -> int:
 
 
 def report(result: SyncResult) -> int:
-    """Print a summary of an upload; return the exit status. Raises UserError if MLflow rejected something."""
+    """Print a summary of an upload; return the exit status. Raises UserError if a part of the upload failed."""
     print(
         f"{result.sent_points} points uploaded, {result.missing_points} missing; "
         f"{result.completed_runs} runs complete, {result.active_runs} still running"
     )
     if result.error:
         raise UserError(
-            f"MLflow rejected some metrics: {result.error}.",
+            f"Upload to MLflow failed: {result.error}.",
             where="runs/",
             fix="Fix what the message names, then run: vqvae2 sync-metrics. It uploads what is still missing.",
         )

@@ -1,4 +1,4 @@
-"""Inputs and plan of an evaluation: the artifacts to measure, and the settings that all parts share."""
+"""Inputs and plan of an evaluation: the artifacts to evaluate, and the settings that all parts share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +15,13 @@ from stages.formats.codes import Codes, CodeSet, concatenate, open_codes
 from stages.formats.samples import Samples, open_samples
 from stages.formats.shards import ImageSet, Shards, open_shards
 
-# Image sets that are compared with the reference images; the last two are controls.
+# Image sets that are compared with the reference images; the last two are baselines.
 COMPARED_SETS = ("samples", "reconstructions", "random_codes", "shuffled_codes")
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """Folders of the artifacts to measure. Each artifact is opened on first use."""
+    """Folders of the artifacts to evaluate. Each artifact is opened on first use."""
 
     shards_folder: Path
     vqvae_folder: Path

@@ -29,14 +29,14 @@ SAMPLES_SHOWN_PER_CLASS = 8
 
 
 class EvaluationResults:
-    """Results of all parts of one evaluation, by measure, image set and level."""
+    """Results of all parts of one evaluation, by kind of part, image set and level."""
 
     def __init__(
         self, inputs: EvaluationInputs, plan: EvaluationPlan, parts: Sequence[Part], results: Sequence[Result]
     ):
         self.inputs, self.plan = inputs, plan
         self.feature_network = network_name(plan.config.feature_weights)
-        self._results: dict[tuple[str, ...], list[Result]] = {}  # (measure, image set[, level]) -> in order of images
+        self._results: dict[tuple[str, ...], list[Result]] = {}  # (kind, image set[, level]) -> in order of images
         for part, result in zip(parts, results, strict=True):
             key = (part["measure"], part["image_set"], *([part["level"]] if "level" in part else []))
             self._results.setdefault(key, []).append(result)

@@ -15,7 +15,8 @@ import numpy as np
 
 from models.priors import Grid
 from stages.config import EvaluateConfig
-from stages.metrics import COMPARISONS, distortion, rate, usage
+from stages.metrics import distortion, rate, usage
+from stages.metrics.comparisons import COMPARISONS
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
 
@@ -109,7 +110,7 @@ def rates(
 def comparisons(
     pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], network: str, config: EvaluateConfig, seed: int
 ) -> Metrics:
-    """Compute each measure of COMPARISONS that has enough images, for each pair of feature sets.
+    """Compute each metric of COMPARISONS that has enough images, for each pair of feature sets.
 
     `pairs` maps a name to the features of the reference images and of the compared images, (N, D) each. `network` is
     the name of the feature network and becomes a part of the keys.
@@ -117,24 +118,24 @@ def comparisons(
     metrics: Metrics = {}
     for name, (reference, features) in pairs.items():
         metrics[name] = {"images": len(features), "reference_images": len(reference)}
-        for measure, comparison in COMPARISONS.items():
+        for metric, comparison in COMPARISONS.items():
             if min(len(features), len(reference)) < comparison.min_images(config):
                 continue
             result = comparison.compute(reference, features, config, seed)
             value, standard_error = result if isinstance(result, tuple) else (result, math.nan)
-            metrics[name][f"{measure}_{network}"] = value
+            metrics[name][f"{metric}_{network}"] = value
             if not math.isnan(standard_error):
-                metrics[name][f"{measure}_{network}_se"] = standard_error
+                metrics[name][f"{metric}_{network}_se"] = standard_error
     return metrics
 
 
 def kid_ratios(compared: Metrics, network: str) -> Metrics:
-    """Divide the KID of the samples by that of each control. A good prior gives a ratio far below 1."""
+    """Divide the KID of the samples by that of each baseline. A good prior gives a ratio far below 1."""
     kids = {name: values.get(f"kid_{network}") for name, values in compared.items()}
     return {
-        f"kid_samples_to_{control}": kids["samples"] / kids[control]
-        for control in ("random_codes", "shuffled_codes")
-        if kids.get("samples") is not None and kids.get(control)
+        f"kid_samples_to_{baseline}": kids["samples"] / kids[baseline]
+        for baseline in ("random_codes", "shuffled_codes")
+        if kids.get("samples") is not None and kids.get(baseline)
     }
 
 
@@ -152,7 +153,7 @@ def memorization(distances: Mapping[str, Mapping[str, np.ndarray]]) -> Metrics:
 
 
 def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[str]:
-    """Return warnings for the reader: collapsed levels, omitted measures, missing validation images, exact copies."""
+    """Return warnings for the reader: collapsed levels, omitted metrics, missing validation images, exact copies."""
     warnings = []
     for level, values in metrics["codebook"].items():
         if values["collapsed"]:

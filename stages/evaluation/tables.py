@@ -7,7 +7,7 @@ import numpy as np
 
 from models.priors import Grid
 from stages.evaluation.report_data import ReportData
-from stages.metrics import COMPARISONS
+from stages.metrics.comparisons import COMPARISONS
 
 SPLITS = ("train", "validation")
 MISSING = "–"  # cell of a metric that was not computed
@@ -15,8 +15,8 @@ SET_LABELS = {
     "samples": "samples",
     "samples_to_reconstructions": "samples, compared with reconstructions",
     "reconstructions": "reconstructions",
-    "random_codes": "control: random codes",
-    "shuffled_codes": "control: shuffled codes",
+    "random_codes": "baseline: random codes",
+    "shuffled_codes": "baseline: shuffled codes",
 }
 RATE_LABELS = {"fixed": "fixed length, log2 K", "prior": "under the prior", "files": "in files"}
 SPACE_LABELS = {"pixels": "pixels (RMS, 8-bit levels)", "features": "features (Euclidean)"}
@@ -81,13 +81,13 @@ def tables(data: ReportData) -> dict[str, Table]:
 
 
 def _comparison_table(data: ReportData) -> Table:
-    measures = [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
+    headings = [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
     rows = []
     for name, label in SET_LABELS.items():
         values = data.metrics["compared"][name]
         cells = []
-        for measure in COMPARISONS:
-            key = f"{measure}_{data.feature_network}"
+        for metric in COMPARISONS:
+            key = f"{metric}_{data.feature_network}"
             value, error = values.get(key), values.get(f"{key}_se")
             if value is None:
                 cells.append(MISSING)
@@ -98,7 +98,7 @@ def _comparison_table(data: ReportData) -> Table:
         f"Compared with N {data.metrics['reference']} images unless stated otherwise, by features of "
         f"{data.feature_network}. ± is one standard error."
     )
-    return Table(caption, 1, ["images", "N", *measures], rows)
+    return Table(caption, 1, ["images", "N", *headings], rows)
 
 
 def _reconstruction_table(data: ReportData) -> Table:

@@ -1,6 +1,6 @@
 """Evaluation worker: runs the networks over a part, a range of images, and returns sums, features or images.
 
-The result of each part is saved to a file named after the part, so an interrupted run measures only the missing parts.
+The result of each part is saved to a file named after the part, so an interrupted run computes only the missing parts.
 
 Axes: N images, H rows, W columns (of an image, or of a level's grid of codes), D features, k nearest images.
 """
@@ -103,7 +103,7 @@ class EvaluationWorker:
     def nearest(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
         """Search training images [start, stop) for those nearest, by pixels, to each query: distances, indices (N, k).
 
-        A distance is a root mean square over pixels and colours, in 8-bit levels.
+        A distance is a root mean square over pixels and channels, in 8-bit levels.
         """
         queries = self.queries(image_set)
         distances, indices = neighbours.nearest(
@@ -145,13 +145,13 @@ class EvaluationWorker:
             return real
         generator = np.random.default_rng([self.plan.seed, COMPARED_SETS.index(image_set)])
         levels = self.inputs.codes.levels
-        control = {
+        baseline = {
             level: generator.integers(levels[level].entries, size=grids.shape)
             if image_set == "random_codes"
             else shuffle_codes(grids, generator)
             for level, grids in real.codes.items()
         }
-        return CodeSet(control, real.labels, real.copies, real.keys)
+        return CodeSet(baseline, real.labels, real.copies, real.keys)
 
     def _code_grids(self, image_set: str, start: int, stop: int) -> dict[str, Tensor]:
         """Return codes [start, stop) of an image set on the device: level -> int64 (N, H, W), coarse to fine."""

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.runtime.control import background_thread
+from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
 
 HEARTBEAT_INTERVAL_S = 1.0
 CALL_TIMEOUT_S = 3.0  # for one answer of the control actor; the call is then repeated
-TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train reads it for training workers
-HEARTBEAT_TIMEOUT_S = 60.0  # default; a live process may be slow, and killing it costs its part
 MIN_TIMEOUT_S = 10.0  # several heartbeats, so that one late heartbeat kills nothing
 
 
@@ -88,7 +87,7 @@ def kill_stale_workers(control: Any, notify: Callable[[str], None]) -> Iterator[
 def _timeout_s(environment: Mapping[str, str]) -> float:
     """Return the timeout of an environment. A value that is not a finite number gives the default."""
     try:
-        timeout_s = float(environment.get(TIMEOUT_VARIABLE, ""))
+        timeout_s = float(environment.get(HEARTBEAT_TIMEOUT_VARIABLE, ""))
     except ValueError:
         return HEARTBEAT_TIMEOUT_S
     return max(timeout_s, MIN_TIMEOUT_S) if math.isfinite(timeout_s) else HEARTBEAT_TIMEOUT_S

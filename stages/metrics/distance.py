@@ -53,10 +53,10 @@ def frechet(reference: np.ndarray, images: np.ndarray) -> float:
     return float(max(0.0, distance))  # rounding can make it slightly negative
 
 
-def _check_sizes(measure: str, reference: np.ndarray, images: np.ndarray) -> None:
+def _check_sizes(metric: str, reference: np.ndarray, images: np.ndarray) -> None:
     if min(len(reference), len(images)) < 2:
         raise ValueError(
-            f"{measure} must have 2 or more images of each set, got {len(reference)} reference images and {len(images)}"
+            f"{metric} must have 2 or more images of each set, got {len(reference)} reference images and {len(images)}"
         )
 
 

@@ -3,7 +3,7 @@
 Pixels are in [-1, 1], a range of 2, so PSNR = 10 log10(2^2 / MSE) dB. SSIM is that of Wang et al. 2004 with the default
 Gaussian window of 11 x 11 pixels.
 
-Axes: B images, 3 colours, H rows, W columns.
+Axes: B images, 3 channels, H rows, W columns.
 """
 
 import math
@@ -23,26 +23,28 @@ class DistortionSums(NamedTuple):
     """Sums of distortion over images. Additive over batches and workers."""
 
     images: float
-    values: float  # number of pixels times colours
-    squared: float  # sum over values of the squared difference
-    similarity: float  # sum over images of SSIM; NaN if images are smaller than its window
+    num_values: float  # number of pixels times channels
+    squared_error: float  # sum over values of the squared difference
+    ssim: float  # sum over images of SSIM; NaN if images are smaller than its window
 
 
 def measure(images: Tensor, reconstructions: Tensor) -> DistortionSums:
-    """Compare two batches, (B, 3, H, W) in [-1, 1], in float32."""
-    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import, rarely needed
+    """Return the distortion sums of two batches, (B, 3, H, W) in [-1, 1], computed in float32."""
+    from torchmetrics.functional.image import (
+        structural_similarity_index_measure,  # slow to import; only evaluation needs it
+    )
 
     images, reconstructions = images.float(), reconstructions.float()
-    squared = (images - reconstructions).square().sum(dtype=torch.float64).item()
-    similarity = float("nan")
+    squared_error = (images - reconstructions).square().sum(dtype=torch.float64).item()
+    ssim = math.nan
     if min(images.shape[2:]) >= SSIM_WINDOW:
         # One value per image: a mean over the batch would depend on how images are split into batches.
         per_image = structural_similarity_index_measure(
             reconstructions, images, data_range=PIXEL_RANGE, reduction="none"
         )
         assert isinstance(per_image, Tensor)
-        similarity = per_image.sum(dtype=torch.float64).item()
-    return DistortionSums(len(images), images.numel(), squared, similarity)
+        ssim = per_image.sum(dtype=torch.float64).item()
+    return DistortionSums(len(images), images.numel(), squared_error, ssim)
 
 
 def add(sums: Iterable[DistortionSums]) -> DistortionSums:
@@ -50,26 +52,25 @@ def add(sums: Iterable[DistortionSums]) -> DistortionSums:
     return DistortionSums(*(float(total) for total in np.sum(list(sums), axis=0)))
 
 
-def psnr(mse: float, *, min_mse: float = 0.0) -> float:
+def psnr(mse: float) -> float:
     """Convert an MSE of pixels in [-1, 1] to a peak signal-to-noise ratio in dB.
 
-    An MSE of 0 gives infinity, unless `min_mse` sets a floor for it. A non-finite MSE gives NaN.
+    MIN_MSE is a floor of the MSE: equal images have a finite PSNR. A non-finite MSE gives NaN.
     """
     if not math.isfinite(mse):
         return math.nan
-    mse = max(mse, min_mse)
-    return 10 * math.log10(PIXEL_RANGE**2 / mse) if mse > 0 else math.inf
+    return 10 * math.log10(PIXEL_RANGE**2 / max(mse, MIN_MSE))
 
 
 def summarize(sums: DistortionSums) -> dict[str, float]:
-    """Compute MSE over pixels and colours, PSNR of that MSE in dB, and mean SSIM over images.
+    """Compute MSE over pixels and channels, PSNR of that MSE in dB, and mean SSIM over images.
 
-    PSNR is left out for equal images, because JSON has no infinity, and SSIM for images smaller than its window.
+    PSNR is left out for equal images, whose PSNR is infinite, and SSIM for images smaller than its window.
     """
-    mse = sums.squared / sums.values
+    mse = sums.squared_error / sums.num_values
     summary = {"mse": mse}
     if mse > 0:
         summary["psnr"] = psnr(mse)
-    if not np.isnan(sums.similarity):
-        summary["ssim"] = sums.similarity / sums.images
+    if not math.isnan(sums.ssim):
+        summary["ssim"] = sums.ssim / sums.images
     return summary

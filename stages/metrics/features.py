@@ -6,7 +6,6 @@ downloaded. FID's Inception network has no such package; `evaluate.feature_weigh
 Axes: B images, H rows, W columns, 3 colours, D features.
 """
 
-import copy
 import re
 import warnings
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stages.errors import UserError
@@ -59,8 +58,7 @@ class _EfficientNetLite0(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite0")
-        # The only weights in the project that are not safetensors. They come with the package, and `weights_only`
-        # executes no code from the file.
+        # These weights are not safetensors: they come with the package. `weights_only` executes no code from the file.
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
@@ -72,8 +70,7 @@ class _EfficientNetLite0(nn.Module):
 
 
 def _fold_batch_norms(network: Any) -> Any:
-    """Fold each batch normalization into the convolution before it: the same function in two thirds of the time."""
-    network = copy.deepcopy(network)
+    """Fold each batch normalization into the convolution before it, in place: the same function in 2/3 of the time."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         pairs += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
@@ -90,7 +87,7 @@ def _resize_and_crop(pixels: Tensor) -> Tensor:
     shorter = min(height, width)
     size = [round(height * INPUT_SIZE / shorter), round(width * INPUT_SIZE / shorter)]
     if size != [height, width]:
-        pixels = functional.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
     top, left = (size[0] - INPUT_SIZE) // 2, (size[1] - INPUT_SIZE) // 2
     return pixels[:, :, top : top + INPUT_SIZE, left : left + INPUT_SIZE].clamp(0, 255)
 
@@ -102,7 +99,7 @@ def _load_torchscript(weights: str, device: torch.device) -> nn.Module:
         raise UserError("The file of the feature network does not exist.", where=path, fix=fix, code=2)
     try:
         with warnings.catch_warnings():
-            # PyTorch deprecates TorchScript, but the shared files of FID's network are TorchScript.
+            # PyTorch deprecates TorchScript, but the published weights of FID's network are TorchScript.
             warnings.simplefilter("ignore")
             return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from stages.config import ClusterConfig
 from stages.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
-OBJECT_STORE_BYTES = 500 * 2**20  # enough for batches in flight; Ray's default is 30% of the memory
+RAY_OBJECT_STORE_BYTES = 500 * 2**20  # enough for batches in flight; Ray's default is 30% of the memory
 PRIVATE_CLUSTER_VARIABLE = "VQVAE2_PRIVATE_CLUSTER"  # set together with RAY_ADDRESS for a cluster started here
 PACKAGE_ROOT = Path(__file__).parents[2]  # folder of pipeline/, stages/ and models/
 LOOPBACK_ADDRESS = "127.0.0.1"
@@ -33,9 +33,9 @@ if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # Prefixes of the environment variables that workers on other nodes need as well.
-OBJECT_STORE_PREFIXES = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_")
+STORAGE_VARIABLE_PREFIXES = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_")
 FORWARDED_PREFIXES = (
-    *OBJECT_STORE_PREFIXES,
+    *STORAGE_VARIABLE_PREFIXES,
     "GLOO_",
     "MALLOC_",
     "MLFLOW_",
@@ -159,7 +159,7 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         # One spare CPU, because the processes that only coordinate must never wait for the workers.
         num_cpus=int(config.workers * config.cpus_per_worker) + 1,
         include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=RAY_OBJECT_STORE_BYTES,
     )
     try:
         yield ray.get_runtime_context().gcs_address

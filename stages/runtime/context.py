@@ -37,7 +37,7 @@ class StageContext:
     """Identity, work folder, cluster and reporter of one execution of a stage."""
 
     stage: str  # name in dvc.yaml, such as "vqvae" or "prior@top"
-    fingerprint: str  # hash of the settings, the inputs' digests and the code: equal fingerprints give equal artifacts
+    fingerprint: str  # hash of the settings, inputs and result version: equal fingerprints give equal artifacts
     work_dir: Path  # resumable state of this fingerprint only, outside the outputs, which DVC deletes before a run
     cluster: ClusterConfig
     reporter: Reporter = field(default_factory=Reporter)

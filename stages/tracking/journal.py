@@ -8,7 +8,8 @@
 
 `time` is in seconds since 1970. Each line is one write to the operating system, so a killed process loses nothing. A
 power cut may truncate the last line; readers skip it. A resumed run repeats steps, so a metric may have several values
-at one step: the last one is valid. A kernel lock, released when its process dies, shows that a journal is in use.
+at one step: the last one is valid. An flock on the file `lock` marks a journal in use; the kernel releases it when the
+process ends.
 """
 
 import errno
@@ -31,7 +32,7 @@ from stages.runtime.context import Reporter
 
 JOURNAL_FILE = "journal.jsonl"
 SYSTEM_PREFIX = "system/"  # of the names of system metrics, which are not results
-MAX_OUTPUT_BYTES = 64 * 2**20  # larger output files are not copied for the upload
+MAX_OUTPUT_BYTES = 64 * 2**20  # larger output files are not uploaded
 
 Record = dict[str, Any]
 
@@ -50,10 +51,10 @@ class Journal(Reporter):
         self._clock = clock
         self._last_step = 0
         self._line_is_incomplete = False
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # end a truncated line, so that the next record starts on its own line
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            os.write(self._fd, b"\n")  # end a truncated line, so that the next record starts on its own line
 
     def begin(
         self,
@@ -67,7 +68,11 @@ class Journal(Reporter):
         parent: str,
         cached: bool = False,
     ) -> None:
-        """Record the start of a run: `key` identifies the run, `parent` its parent run, or "" if there is none."""
+        """Record the start of a run.
+
+        `key` identifies the run, `parent` its parent run ("" if there is none). `inputs` are digests by name. `cached`
+        marks a stage whose result was restored instead of computed.
+        """
         self._append(
             "begin",
             key=key,
@@ -107,7 +112,7 @@ class Journal(Reporter):
         outputs: Sequence[Path] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Record the end of a run with status FINISHED, FAILED or KILLED; `tags` replace those of its start.
+        """Record the end of a run with status FINISHED, FAILED or KILLED; `tags` override tags of the same name.
 
         The final metrics of a finished run are the numbers in the JSON file `metrics`, or without one the last value of
         each metric. Output files of up to MAX_OUTPUT_BYTES are copied into the journal's folder, because the next run
@@ -147,20 +152,22 @@ class Journal(Reporter):
 
     def sync(self) -> None:
         """Wait until all records are on disk. Raises OSError if the disk fails."""
-        os.fsync(self._file)
+        os.fsync(self._fd)
 
     def close(self) -> None:
         try:
             self.sync()
         except OSError as error:
             self.write_error = self.write_error or error
-        os.close(self._file)
+        os.close(self._fd)
 
     def _append(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, "time": self._clock(), **fields}, ensure_ascii=False, allow_nan=False)
-        data = b"\n" * self._line_is_incomplete + line.encode() + b"\n"
+        data = line.encode() + b"\n"
+        if self._line_is_incomplete:
+            data = b"\n" + data
         try:
-            written = os.write(self._file, data)
+            written = os.write(self._fd, data)
             self._line_is_incomplete = written < len(data)
             if self._line_is_incomplete:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -169,7 +176,7 @@ class Journal(Reporter):
 
 
 def read_records(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
-    """Yield each complete record from byte `offset` on, with the offset of the next record."""
+    """Yield each valid record from byte `offset` on, with the offset of the next record; skip invalid lines."""
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -203,7 +210,7 @@ def end_status(path: Path) -> str:
 
 
 @contextmanager
-def open_latest(root: Path, fingerprint: str) -> Iterator[Path]:
+def resume_or_create_run(root: Path, fingerprint: str) -> Iterator[Path]:
     """Lock and yield the folder of the newest run in `root` if it can be resumed, otherwise a new folder.
 
     A run can be resumed if it has this fingerprint, has not finished, and no live process holds its lock.

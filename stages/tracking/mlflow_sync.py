@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.tracking import tags as run_tags
 from stages.tracking.journal import JOURNAL_FILE, Record, read_points, read_records
 from stages.tracking.mlflow_store import connect, store_lock, user_name
 
@@ -83,25 +84,25 @@ class MlflowUploader:
         return self._store[0]
 
     def _begin(self, record: Record) -> None:
-        tags = {"stage": record["stage"], "fingerprint": record["fingerprint"], "cached": "no", **record["tags"]}
-        tags |= {f"input.{name}": digest for name, digest in record["inputs"].items()}
+        tags = run_tags.start_tags(record["stage"], record["fingerprint"], record["tags"], record["inputs"])
         self._stage, self._closes_parent = record["stage"], record["parent"].startswith(REPRO_PREFIX)
         with store_lock():
             if record["parent"]:
-                self._parent = tags["mlflow.parentRunId"] = self._find_parent(record)
+                self._parent = tags[run_tags.PARENT_RUN] = self._find_parent(record)
             if record["cached"]:
                 producer = self._find_producer(record)
-                if producer and producer.data.tags.get("mlflow.parentRunId") == self._parent:
+                if producer and producer.data.tags.get(run_tags.PARENT_RUN) == self._parent:
                     self._skipped = True  # the stage ran in this pipeline run, before the pipeline run was resumed
                     return
-                tags |= {"cached": "yes", **self._producer_tags(producer)}
-            by_key = f"tags.`vqvae2.key` = '{record['key']}'"
+                tags |= self._cached_tags(producer)
+            by_key = run_tags.key_condition(record["key"])
             run = self._find(by_key)
             if run is None and not self._recreate_deleted and self._find(by_key, deleted=True):
                 self._skipped = True
                 return
             if run is None:
-                run = self._create(record["key"], record["stage"] + " (cached)" * record["cached"], record["time"])
+                name = f"{record['stage']} (cached)" if record["cached"] else record["stage"]
+                run = self._create(record["key"], name, record["time"])
             elif run.info.run_id != self._run:
                 self._load_sent(run)
         self._run = run.info.run_id
@@ -130,31 +131,26 @@ class MlflowUploader:
         assert self._store is not None
         client, experiment = self._store
         title = f"{PIPELINE_STAGE} {key}" if name == PIPELINE_STAGE else name
-        tags = {"vqvae2.key": key, "stage": name, "mlflow.user": user_name(), "mlflow.source.name": "vqvae2"}
+        tags = run_tags.creation_tags(key, name, user_name())
         return client.create_run(experiment, round(1000 * start_s), tags, title)
 
     def _find_parent(self, record: Record) -> str:
         """Return the id of the run of the whole pipeline; create it if needed."""
-        run = self._find(f"tags.`vqvae2.key` = '{record['parent']}'")
+        run = self._find(run_tags.key_condition(record["parent"]))
         return (run or self._create(record["parent"], PIPELINE_STAGE, record["time"])).info.run_id
 
     def _find_producer(self, record: Record) -> "MlflowRun | None":
         """Return the run that computed the result of a cached stage."""
-        return self._find(
-            f"tags.stage = '{record['stage']}' and tags.fingerprint = '{record['fingerprint']}'"
-            " and tags.cached = 'no' and attributes.status = 'FINISHED'"
-        )
+        return self._find(run_tags.producer_condition(record["stage"], record["fingerprint"]))
 
-    def _producer_tags(self, producer: "MlflowRun | None") -> dict[str, str]:
+    def _cached_tags(self, producer: "MlflowRun | None") -> dict[str, str]:
         """Return tags of a cached stage: the id of the run that computed its result, and a description with a link."""
         assert self._store is not None
         if producer is None:
-            note = "Cached: this stage did not run. The run that computed its result is not in this MLflow store."
-            return {"cached.from": "unknown", "mlflow.note.content": note}
+            return run_tags.cached_tags("unknown", "The run that computed its result is not in this MLflow store.")
         address = f"#/experiments/{self._store[1]}/runs/{producer.info.run_id}"
         link = f"[{producer.info.run_name} {producer.info.run_id[:8]}]({address})"
-        note = f"Cached: this stage did not run. Its result was computed by {link}."
-        return {"cached.from": producer.info.run_id, "mlflow.note.content": note}
+        return run_tags.cached_tags(producer.info.run_id, f"Its result was computed by {link}.")
 
     def _load_sent(self, run: "MlflowRun") -> None:
         """Read from MLflow which points and images a run already has."""
@@ -188,7 +184,7 @@ class MlflowUploader:
 
         context = [InputTag("mlflow.data.context", "input")]
         datasets = [
-            # MLflow limits a digest to 36 characters; the tags `input.NAME` have the full digests.
+            # MLflow limits a digest to 36 characters; the tags INPUT_PREFIX + name have the full digests.
             DatasetInput(Dataset(name, digest[:MAX_DIGEST_LENGTH], "local", json.dumps({"uri": name})), context)
             for name, digest in inputs.items()
         ]
@@ -231,7 +227,7 @@ class MlflowUploader:
             self._client.log_artifact(self._run, str(self._folder / "outputs" / name))
         self._log_params_and_tags(self._run, {}, record.get("tags", {}))
         if record["error"]:
-            self._client.set_tag(self._run, "error", record["error"][:MAX_TAG_LENGTH])
+            self._client.set_tag(self._run, run_tags.ERROR, record["error"][:MAX_TAG_LENGTH])
         if self._parent:
             # The pipeline run has the final metrics of all stages as STAGE/NAME; MLflow groups metrics by the "/".
             prefix = self._stage.replace("@", "_")

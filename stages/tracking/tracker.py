@@ -9,17 +9,16 @@ later.
 """
 
 import hashlib
-import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from stages.formats import artifact
 from stages.runtime.context import Reporter
+from stages.tracking import tags as run_tags
 from stages.tracking.console import CompositeReporter, ConsoleReporter
-from stages.tracking.journal import JOURNAL_FILE, Journal, open_latest
+from stages.tracking.journal import JOURNAL_FILE, Journal, resume_or_create_run
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, REPRO_PREFIX, MlflowUploader
 from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, SyncResult, UploaderFactory, upload_journals
@@ -52,14 +51,14 @@ def track_stage(
     configure_mlflow()
     with ExitStack() as stack:
         screen = screen or stack.enter_context(ConsoleReporter(stage))
-        folder = stack.enter_context(open_latest(work_dir / "tracked", fingerprint))
+        folder = stack.enter_context(resume_or_create_run(work_dir / "tracked", fingerprint))
         journal = Journal(folder)
         journal.begin(
             folder.name,
             stage,
             fingerprint,
             params,
-            {**_code_tags(), **_lock_tag(), "dvc.stage": stage},
+            run_tags.stage_tags(stage),
             inputs=inputs,
             parent=Path(parent).name if parent else REPRO_PREFIX + _pipeline_digest(),
         )
@@ -83,9 +82,11 @@ def track_pipeline(
     Enter it only if at least one stage is to run. The tag `mlflow.runName` names the run.
     """
     digest = _pipeline_digest()
-    with open_latest(runs / PIPELINE_STAGE, digest) as folder:
+    with resume_or_create_run(runs / PIPELINE_STAGE, digest) as folder:
         journal = Journal(folder)
-        journal.begin(folder.name, PIPELINE_STAGE, digest, params, {**_code_tags(), **tags}, inputs={}, parent="")
+        journal.begin(
+            folder.name, PIPELINE_STAGE, digest, params, {**run_tags.code_tags(), **tags}, inputs={}, parent=""
+        )
 
         def upload(*, failed: bool) -> None:
             journal.close()
@@ -106,7 +107,7 @@ def track_pipeline(
                         f"MLflow has not received all of this run ({result.error or TIMED_OUT}). {SYNC_HINT}"
                     )
 
-        with _record_end(journal, None, (), upload, tags=_lock_tag):
+        with _record_end(journal, None, (), upload, tags=run_tags.lock_tag):
             yield str(folder.resolve())
 
 
@@ -129,7 +130,7 @@ def record_cached_stage(
         return
     journal = Journal(folder)
     key = Path(parent).name
-    tags = {**_code_tags(), **_lock_tag(), "dvc.stage": stage}
+    tags = run_tags.stage_tags(stage)
     journal.begin(f"{key}/{stage}", stage, fingerprint, params, tags, inputs=inputs, parent=key, cached=True)
     for step, name, value in curves:
         journal.metrics({name: value}, step)
@@ -169,25 +170,4 @@ def _pipeline_digest() -> str:
     """Return a digest of what a pipeline run computes: params.yaml and the Git commit."""
     settings = Path("params.yaml")
     text = settings.read_bytes() if settings.is_file() else b""
-    return hashlib.sha256(text + _git("rev-parse", "HEAD").encode()).hexdigest()[:16]
-
-
-def _code_tags() -> dict[str, str]:
-    """Return tags with the Git commit and whether the code has uncommitted changes."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "dvc.yaml")
-    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": "yes" if changes else "no"}
-    return {name: value for name, value in tags.items() if value}
-
-
-def _lock_tag() -> dict[str, str]:
-    """Return a tag with the digest of dvc.lock: for a stage before it runs, for a pipeline after it has run."""
-    lock = Path("dvc.lock")
-    return {"dvc.lock": artifact.sha256(lock)} if lock.is_file() else {}
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return hashlib.sha256(text + run_tags.git("rev-parse", "HEAD").encode()).hexdigest()[:16]

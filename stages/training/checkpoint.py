@@ -13,9 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,20 +23,12 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import StageContext
 from stages.runtime.storage import LocalDiskError, Storage, StorageUnavailableError
+from stages.training.state import TrainState
 
 KIND = "checkpoint"
 STATE_FILE, HISTORY_FILE = "state.safetensors", "history.json"
 MIB = 2**20
 DAMAGED_FIX = "Nothing to do: the checkpoint before it is used."
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Complete state of a training run after `step` steps."""
-
-    step: int
-    tensors: Mapping[str, Tensor]
-    history: list[dict[str, Any]]  # rows of step, name, value: the curves so far
 
 
 class Checkpoints:

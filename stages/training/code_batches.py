@@ -41,8 +41,8 @@ def code_data(
 
     def training(start: int) -> Iterator[CodeBatch]:
         sampler = GlobalBatchSampler(stream, config.batch_size, range(start, config.steps), dist.rank, dist.world_size)
-        for samples in sampler:
-            yield batch(training_set, np.array([sample.image_index for sample in samples]))
+        for refs in sampler:
+            yield batch(training_set, np.array([ref.image_index for ref in refs]))
 
     def evaluation(split: CodeSet) -> Iterator[CodeBatch]:
         rows = np.arange(dist.rank, min(len(split), config.evaluate_images), dist.world_size)

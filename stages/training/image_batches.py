@@ -1,7 +1,7 @@
 """Batches of images for training and evaluation, read from shards.
 
-B images per rank and step, H x W pixels. Batches are uint8 (B, H, W, 3): loader processes then move a quarter of the
-bytes of floats, and the objective converts them on its device.
+B images per rank and step, H x W pixels. Batches are uint8 (B, H, W, 3): loader processes then move a quarter of
+float32's bytes, and the objective converts them on its device.
 """
 
 from collections.abc import Iterator
@@ -55,14 +55,14 @@ def load_batches(images: Dataset[Tensor], **loader_options: Any) -> Iterator[Ten
 
 
 class AugmentedImages(Dataset[Tensor]):
-    """Training images (H, W, 3), augmented by a seed that the position in the stream decides."""
+    """Training images (H, W, 3), augmented with a seed derived from their position in the stream."""
 
     def __init__(self, images: ImageSet, config: AugmentConfig, seed: int):
         self.images, self.config, self.seed = images, config, seed
 
-    def __getitem__(self, sample: SampleRef) -> Tensor:
-        image = augment(self.images.read(sample.image_index), self.config, self.seed, sample.position)
-        return torch.from_numpy(np.array(image))  # a copy: torch accepts no flipped view
+    def __getitem__(self, ref: SampleRef) -> Tensor:
+        image = augment(self.images.read(ref.image_index), self.config, self.seed, ref.position)
+        return torch.from_numpy(np.array(image))  # a copy: from_numpy rejects a flipped image's negative strides
 
 
 class PlainImages(Dataset[Tensor]):
@@ -75,13 +75,14 @@ class PlainImages(Dataset[Tensor]):
         return len(self.indices)
 
     def __getitem__(self, number: int) -> Tensor:
-        return torch.from_numpy(np.array(self.images.read(self.indices[number])))
+        image = self.images.read(self.indices[number])
+        return torch.from_numpy(np.array(image))  # a copy: decoded images are read-only
 
 
 class ErrorCapturingDataset(Dataset[Tensor | UserError]):
     """Dataset that returns a UserError instead of raising it.
 
-    A DataLoader re-raises an exception of its processes as another object, whose message is a traceback.
+    A DataLoader re-raises an exception of its processes as a new exception whose message is a traceback.
     """
 
     def __init__(self, images: Dataset[Tensor]):
@@ -99,4 +100,4 @@ class ErrorCapturingDataset(Dataset[Tensor | UserError]):
 
 def _collate(images: list[Tensor | UserError]) -> Tensor | UserError:
     error = next((image for image in images if isinstance(image, UserError)), None)
-    return error or default_collate(images)
+    return default_collate(images) if error is None else error

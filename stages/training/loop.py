@@ -1,9 +1,10 @@
-"""Training loop without a cluster library: it gets batches, collectives and a reporter as arguments.
+"""Training loop, independent of Ray: it gets batches, collectives and a reporter as arguments.
 
     for each step:  objective(batch)  ->  loss.backward(), gradients averaged by DDP  ->  optimizer
                     sums of the batch  ->  all-reduce  ->  objective.absorb  ->  EMA
 
-Only sums cross ranks. All randomness is a function of (seed, step, rank), so a checkpoint holds no generator state.
+Besides DDP gradients, ranks exchange only sums. All randomness is a function of (seed, step, rank), so a checkpoint
+holds no generator state.
 """
 
 import math
@@ -20,11 +21,12 @@ from models.random import seed_from
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
-from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext, StopVote, require_same_start
-from stages.training.metric_sums import MetricAccumulator
+from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
-from stages.training.state import METRICS_SINCE_LOG, TrainableModel
+from stages.training.optimizer import learning_rate
+from stages.training.state import METRICS_SINCE_LOG, TrainableModel, TrainState
 
 
 class TrainingStopped(Exception):
@@ -41,7 +43,7 @@ def train(
     checkpoints: Checkpoints,
     reporter: Reporter,
 ) -> None:
-    """Train to the last step, from the newest checkpoint on. Rank 0 writes checkpoints and draws previews.
+    """Train from the newest checkpoint to the last step. Rank 0 writes checkpoints and draws previews.
 
     Raises TrainingStopped after saving a checkpoint if a stop is requested, CheckpointMismatch if the ranks' newest
     checkpoints differ, and UserError if a metric is not finite, a checkpoint does not match the network, a parameter
@@ -92,30 +94,34 @@ def train(
             if dist.rank == 0:
                 checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start))
 
-        done, stopping = step + 1, stop_vote.poll()
-        is_last = done == config.steps
-        if done % config.log_every == 0 or is_last:
+        completed_steps, stopping = step + 1, stop_vote.poll()
+        is_last = completed_steps == config.steps
+        if completed_steps % config.log_every == 0 or is_last:
             values = metrics_since_log.summarize()
-            _require_finite(values, done, checkpoints.folder)
-            rate = config.batch_size * (done - log_step) / max(time.monotonic() - log_time, 1e-9)
-            record(done, {f"train/{name}": value for name, value in values.items()})
-            reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, done)
-            reporter.progress(done, config.steps, "step", {**values, "images/s": rate})
-            metrics_since_log, log_time, log_step = MetricAccumulator(objective, dist), time.monotonic(), done
-        if done % config.evaluate_every == 0 or is_last:
+            _require_finite(values, completed_steps, checkpoints.folder)
+            rate = config.batch_size * (completed_steps - log_step) / max(time.monotonic() - log_time, 1e-9)
+            record(completed_steps, {f"train/{name}": value for name, value in values.items()})
+            reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, completed_steps)
+            reporter.progress(completed_steps, config.steps, "step", {**values, "images/s": rate})
+            metrics_since_log, log_time, log_step = (
+                MetricAccumulator(objective, dist),
+                time.monotonic(),
+                completed_steps,
+            )
+        if completed_steps % config.evaluate_every == 0 or is_last:
             evaluation_start = time.monotonic()
             for split, batches in data.evaluation.items():
                 values = evaluate(objective, model.evaluation_network, batches(), dist)
-                record(done, {f"{split}/{name}": value for name, value in values.items()})
+                record(completed_steps, {f"{split}/{name}": value for name, value in values.items()})
             if dist.rank == 0:
                 for name, png in objective.previews(model.evaluation_network).items():
-                    reporter.image(name, png, done)
+                    reporter.image(name, png, completed_steps)
             log_time += time.monotonic() - evaluation_start  # images/s is the rate of training alone
-        if done % config.checkpoint_every == 0 or is_last or stopping:
-            save(done)
+        if completed_steps % config.checkpoint_every == 0 or is_last or stopping:
+            save(completed_steps)
         if stopping and not is_last:
             checkpoints.wait()
-            raise TrainingStopped(f"stopped at step {done}")
+            raise TrainingStopped(f"stopped at step {completed_steps}")
     checkpoints.wait()
 
 
@@ -133,19 +139,8 @@ def evaluate(
     return metrics.summarize()
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then constant or half a cosine down to zero."""
-    peak = config.learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return peak
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return peak * (0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Run matrix products in the configured precision."""
+    """Run matrix products and convolutions in the configured precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
@@ -158,7 +153,7 @@ def _require_finite(values: Mapping[str, float], step: int, folder: Path) -> Non
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(
-                f"{name} became {value} by step {step}; the checkpoints before it are kept.",
+                f"{name} must be finite, got {value} at step {step}; the checkpoints before it are kept.",
                 where=folder,
                 fix="Lower learning_rate, or set max_grad_norm, then run again.",
             )

@@ -1,13 +1,15 @@
-"""Weights, their moving average (EMA) and the optimizer as one flat dict of tensors, as checkpoints store them.
+"""State of a training run: weights, their moving average (EMA) and the optimizer as one flat dict of tensors.
 
 network.NAME            weights and buffers
 ema.n_averaged          updates of the moving average so far
 ema.module.NAME         averaged weights and buffers; absent without an EMA
-optimizer.INDEX.NAME    Adam's state of the parameter with this index
+optimizer.INDEX.NAME    optimizer's state of the parameter with this index
 metrics_since_log       (ranks, numbers) sums of the metrics of the steps after the last logged one
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stages.config import TrainConfig
 from stages.errors import UserError
+from stages.training.optimizer import build_optimizer, state_shapes
 
 METRICS_SINCE_LOG = "metrics_since_log"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Complete state of a training run after `step` steps."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    history: list[dict[str, Any]]  # rows of step, name, value: the curves so far
 
 
 class TrainableModel:
@@ -24,7 +36,7 @@ class TrainableModel:
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         self.network = network
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+        self.optimizer = build_optimizer(network, config)
         self.ema_model: AveragedModel | None = None
         if config.ema_decay:
             self.ema_model = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -76,8 +88,7 @@ class TrainableModel:
         shapes = {name: tensor.shape for name, tensor in self._weights().items()}
         for index, weight in enumerate(self.network.parameters()):
             if weight.requires_grad:
-                moments = {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
-                shapes |= {f"optimizer.{index}.{name}": shape for name, shape in moments.items()}
+                shapes |= {f"optimizer.{index}.{name}": shape for name, shape in state_shapes(weight).items()}
         # One row per rank of the run that saved it, which may have had another number of ranks.
         shapes[METRICS_SINCE_LOG] = torch.Size([*saved_shapes.get(METRICS_SINCE_LOG, [])[:1], num_metrics])
         names = sorted(

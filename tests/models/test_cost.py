@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
-from models.cost import forward_flops, parameters
+from models.cost import count_parameters, forward_flops
 from models.vqvae import VQVAE
 
 
@@ -22,7 +22,7 @@ def test_cost_of_the_papers_models(
     with torch.device("meta"):
         vqvae = VQVAE(VQVAEConfig({name: LevelConfig(stride) for name, stride in strides.items()}))
         image = torch.empty(1, 3, image_size, image_size)
-    assert parameters(vqvae) == expected_parameters
+    assert count_parameters(vqvae) == expected_parameters
     assert forward_flops(lambda: vqvae(image)) == expected_flops
 
 
@@ -31,5 +31,5 @@ def test_codebook_counts_once_in_every_mode():
     counts = {}
     for mode in ("ema", "loss", "none"):
         with torch.device("meta"):
-            counts[mode] = parameters(VQVAE(VQVAEConfig({"top": LevelConfig(4)}, QuantizerConfig(mode=mode))))
+            counts[mode] = count_parameters(VQVAE(VQVAEConfig({"top": LevelConfig(4)}, QuantizerConfig(mode=mode))))
     assert counts["ema"] == counts["loss"] == counts["none"] + 512 * 64

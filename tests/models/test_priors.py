@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
-from torch.nn import functional as F
 
 from models.config import PriorConfig
-from models.cost import forward_flops, parameters
+from models.cost import count_parameters, forward_flops
 from models.priors import PRIORS, Grid, Prior, build, nll
 from models.priors.layers import causal, horizontal, vertical
 
@@ -282,7 +282,7 @@ def paper(name: str, settings: dict[str, int], grid: int, coarser: dict[str, Gri
             {level: torch.zeros(1, size.height, size.width, dtype=torch.int64) for level, size in coarser.items()},
             torch.zeros(1, dtype=torch.int64),
         )
-        return parameters(prior), forward_flops(lambda: prior(*inputs)) / 1e12
+        return count_parameters(prior), forward_flops(lambda: prior(*inputs)) / 1e12
 
 
 def test_size_of_the_papers_top_prior():

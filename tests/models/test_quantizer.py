@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
-from torch.nn import functional as F
 
 from models.config import QuantizerConfig
 from models.quantizer import BatchSlice, CodebookSums, Quantizer, perplexity

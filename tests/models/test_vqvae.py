@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
-from torch.nn import functional as F
 
 from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
 from models.quantizer import BatchSlice

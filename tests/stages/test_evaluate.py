@@ -24,7 +24,7 @@ from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
-from stages.metrics import COMPARISONS
+from stages.metrics.comparisons import COMPARISONS
 from stages.runtime.context import StageContext
 from tests.mini_pipeline import without_ray
 from tests.screen import Screen
@@ -192,8 +192,8 @@ def test_max_images_limits_each_split(evaluated):
 
 
 def test_each_image_set_has_all_measures(evaluated):
-    """Samples, reconstructions and controls have KID, Fréchet distance, precision and recall, named by the network."""
-    names = {f"{measure}_thumbnail" for measure in ("kid", "fd", "precision", "recall")}
+    """Samples, reconstructions and baselines have KID, Fréchet distance, precision and recall, named by the network."""
+    names = {f"{metric}_thumbnail" for metric in ("kid", "fd", "precision", "recall")}
     for name in COMPARED_SETS:
         assert names <= set(evaluated.metrics["compared"][name])
     assert set(evaluated.metrics["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}

@@ -72,7 +72,7 @@ def test_a_diverging_training_fails_with_the_metric_and_the_step(project, monkey
     """An infinite MSE is reported as such, although its PSNR is undefined."""
     infinite = {"values": torch.ones(1), "squared": torch.full((1,), torch.inf), "commitment": torch.ones(1)}
     monkeypatch.setattr(vqvae, "loss_sums", lambda *losses: infinite)
-    with pytest.raises(UserError, match=r"mse became inf by step 2[\s\S]*Lower learning_rate"):
+    with pytest.raises(UserError, match=r"mse must be finite, got inf at step 2[\s\S]*Lower learning_rate"):
         project.vqvae(out="diverged", fingerprint="diverged")
 
 

@@ -20,6 +20,6 @@ def test_rejection_by_mlflow_is_an_error(capsys):
         sync_metrics.report(SyncResult(1, 0, 3, 2, "it refused a name"))
     assert capsys.readouterr().out == "3 points uploaded, 2 missing; 1 runs complete, 0 still running\n"
     assert caught.value.code == 1 and str(caught.value) == (
-        "MLflow rejected some metrics: it refused a name.\n  in: runs/\n"
+        "Upload to MLflow failed: it refused a name.\n  in: runs/\n"
         "  fix: Fix what the message names, then run: vqvae2 sync-metrics. It uploads what is still missing."
     )

@@ -15,7 +15,7 @@ from stages.config import EvaluateConfig
 from stages.evaluation import summary
 from stages.evaluation.report import render, write_report
 from stages.evaluation.report_data import NearestImages, ReportData
-from stages.metrics import COMPARISONS, Comparison
+from stages.metrics.comparisons import COMPARISONS, Comparison
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
 
@@ -150,9 +150,15 @@ def test_names_from_data_are_escaped():
 
 
 def test_page_shows_network_direction_and_standard_error_of_kid(html):
-    """KID is shown with the feature network, its better direction, its standard error and both controls."""
+    """KID is shown with the feature network, its better direction, its standard error and both baselines."""
     text = Page(html).text
-    for expected in (NETWORK, "KID (lower is better)", "control: random codes", "control: shuffled codes", "nats/code"):
+    for expected in (
+        NETWORK,
+        "KID (lower is better)",
+        "baseline: random codes",
+        "baseline: shuffled codes",
+        "nats/code",
+    ):
         assert expected in text
     assert re.search(r"0\.\d{4} ± 0\.\d{4}", text)
 
@@ -166,7 +172,7 @@ def test_omitted_measures_are_shown_as_a_dash():
 
 
 def test_added_comparison_is_computed_and_shown(monkeypatch):
-    """A measure added to COMPARISONS is computed for each image set and shown with its better direction."""
+    """A metric added to COMPARISONS is computed for each image set and shown with its better direction."""
     gap = Comparison("Gap of means", "lower", lambda config: 1, lambda a, b, config, seed: float(a.mean() - b.mean()))
     monkeypatch.setitem(COMPARISONS, "gap", gap)
     data = report_data()

@@ -15,6 +15,7 @@ from stages.mapping import heartbeat
 from stages.mapping.heartbeat import WorkerProcess
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
+from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_VARIABLE
 from tests.screen import Screen
 
 
@@ -34,7 +35,7 @@ class SquareThenHang:
 @pytest.mark.ray
 def test_worker_that_hangs_is_killed_and_its_part_runs_again(context: StageContext, tmp_path: Path, monkeypatch):
     """Ray alone would wait for it without end."""
-    monkeypatch.setenv(heartbeat.TIMEOUT_VARIABLE, "10")
+    monkeypatch.setenv(HEARTBEAT_TIMEOUT_VARIABLE, "10")
     screen = Screen()
     parts = [{"number": number} for number in range(4)]
     results = map_parts(SquareThenHang, (tmp_path,), parts, context=replace(context, reporter=screen), unit="part")
@@ -86,7 +87,7 @@ def test_process_that_could_not_be_killed_stays_registered(monkeypatch):
 )
 def test_timeout_is_that_of_ray_train(text: str | None, timeout_s: float):
     """The default is 60 s, also for text that is not a finite number, and the minimum is 10 s."""
-    assert heartbeat._timeout_s({} if text is None else {heartbeat.TIMEOUT_VARIABLE: text}) == timeout_s
+    assert heartbeat._timeout_s({} if text is None else {HEARTBEAT_TIMEOUT_VARIABLE: text}) == timeout_s
 
 
 def test_later_process_with_the_same_pid_is_not_killed():

@@ -28,7 +28,8 @@ from stages.runtime.storage import (
     StoredArtifact,
 )
 from stages.training import ray_train
-from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.checkpoint import Checkpoints
+from stages.training.state import TrainState
 from tests.mini_pipeline import without_ray
 
 

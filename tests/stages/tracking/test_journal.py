@@ -13,10 +13,10 @@ import pytest
 from stages.tracking.journal import (
     Journal,
     end_status,
-    open_latest,
     read_points,
     read_records,
     redact_secrets,
+    resume_or_create_run,
     try_lock,
 )
 
@@ -190,7 +190,7 @@ def test_latest_run_is_resumed_unless_finished_or_different(tmp_path):
     """A failed or killed run is resumed; after a finished run, or for another fingerprint, a new run begins."""
 
     def run_once(fingerprint, status):
-        with open_latest(tmp_path, fingerprint) as folder:
+        with resume_or_create_run(tmp_path, fingerprint) as folder:
             journal = Journal(folder)
             journal.begin(folder.name, "vqvae", fingerprint, {}, {}, inputs={}, parent="")
             if status:
@@ -209,7 +209,7 @@ def test_latest_run_is_resumed_unless_finished_or_different(tmp_path):
 
 def test_locked_journal_is_not_resumed(tmp_path):
     """A run that is still going on is not resumed by another process."""
-    with open_latest(tmp_path, "a") as folder:
+    with resume_or_create_run(tmp_path, "a") as folder:
         Journal(folder).begin(folder.name, "vqvae", "a", {}, {}, inputs={}, parent="")
-        with open_latest(tmp_path, "a") as other:
+        with resume_or_create_run(tmp_path, "a") as other:
             assert other != folder

@@ -501,7 +501,7 @@ def test_lost_reports_are_shown_at_the_end():
     with track(screen=screen) as reporter:
         journal = next(Path("runs").rglob("journal.jsonl"))
         full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, reporter.reporters[0]._file)
+        os.dup2(full, reporter.reporters[0]._fd)
         reporter.metrics({"loss": 1.0}, 1)
     assert any(f"of this run are lost: writing {journal} failed" in message for message in screen.messages)
     assert any("No space left on device" in message for message in screen.messages)

@@ -10,7 +10,8 @@ import torch
 
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
-from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.checkpoint import Checkpoints
+from stages.training.state import TrainState
 from tests.mounts import mount_prefix
 
 
@@ -137,7 +138,8 @@ import sys
 from pathlib import Path
 import torch
 from stages.errors import UserError
-from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.checkpoint import Checkpoints
+from stages.training.state import TrainState
 checkpoints = Checkpoints(Path(sys.argv[1]), "print", keep=2)
 try:
     for step, numbers in ((5, 10), (10, 300_000)):

@@ -12,11 +12,11 @@ from torch import distributed
 from stages import prior, vqvae
 from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.context import StageContext
-from stages.training.checkpoint import Checkpoints, TrainState
+from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.loop import TrainingStopped
 from stages.training.ray_train import wrap_ddp
-from stages.training.state import METRICS_SINCE_LOG
+from stages.training.state import METRICS_SINCE_LOG, TrainState
 from tests.gloo import run_ranks
 
 TOLERANCE = 1e-6  # absolute, of weights, codebooks, moments and curves after 12 steps: a few roundings of float32

@@ -1,4 +1,4 @@
-"""Metric sums over batches and ranks.
+"""Accumulator of metric sums over batches and ranks.
 
 R ranks; M numbers, all metrics of an objective concatenated in the order of `Objective.zero_metrics`.
 """

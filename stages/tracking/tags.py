@@ -1,0 +1,80 @@
+"""Tags of runs: all names, and the functions that compute the values. Names with "mlflow." have a meaning in MLflow."""
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.formats import artifact
+
+KEY = "vqvae2.key"  # identity of a run, by which it is looked up before it is created
+STAGE, FINGERPRINT = "stage", "fingerprint"
+CACHED, CACHED_FROM = "cached", "cached.from"  # "yes" or "no"; the id of the run that computed the result
+INPUT_PREFIX = "input."  # followed by the name of an input; the value is its digest
+ERROR = "error"
+COMMAND = "command"
+DVC_STAGE, DVC_LOCK = "dvc.stage", "dvc.lock"
+GIT_COMMIT, GIT_DIRTY = "git.commit", "git.dirty"
+RUN_NAME, PARENT_RUN = "mlflow.runName", "mlflow.parentRunId"
+NOTE = "mlflow.note.content"  # description on the page of a run
+USER, SOURCE_NAME, SOURCE_COMMIT = "mlflow.user", "mlflow.source.name", "mlflow.source.git.commit"
+
+
+def pipeline_tags(command: str) -> dict[str, str]:
+    """Return the tags of a pipeline run that a command started."""
+    return {COMMAND: command, RUN_NAME: command}
+
+
+def stage_tags(stage: str) -> dict[str, str]:
+    """Return the tags of a run of a stage, or of its cached result."""
+    return {**code_tags(), **lock_tag(), DVC_STAGE: stage}
+
+
+def code_tags() -> dict[str, str]:
+    """Return tags with the Git commit and whether the code has uncommitted changes."""
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "dvc.yaml")
+    tags = {GIT_COMMIT: commit, SOURCE_COMMIT: commit, GIT_DIRTY: "yes" if changes else "no"}
+    return {name: value for name, value in tags.items() if value}
+
+
+def lock_tag() -> dict[str, str]:
+    """Return a tag with the digest of dvc.lock: for a stage before it runs, for a pipeline after it has run."""
+    lock = Path("dvc.lock")
+    return {DVC_LOCK: artifact.sha256(lock)} if lock.is_file() else {}
+
+
+def creation_tags(key: str, stage: str, user: str) -> dict[str, str]:
+    """Return the tags with which a run is created in MLflow."""
+    return {KEY: key, STAGE: stage, USER: user, SOURCE_NAME: "vqvae2"}
+
+
+def start_tags(stage: str, fingerprint: str, tags: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags of a run that starts: `tags` of its journal, and the digests of its inputs."""
+    start = {STAGE: stage, FINGERPRINT: fingerprint, CACHED: "no", **tags}
+    return start | {f"{INPUT_PREFIX}{name}": digest for name, digest in inputs.items()}
+
+
+def cached_tags(producer: str, description: str) -> dict[str, str]:
+    """Return the tags of a cached stage: the id of the run that computed its result, and a description."""
+    return {CACHED: "yes", CACHED_FROM: producer, NOTE: f"Cached: this stage did not run. {description}"}
+
+
+def key_condition(key: str) -> str:
+    """Return the search condition of the run with a key."""
+    return f"tags.`{KEY}` = '{key}'"
+
+
+def producer_condition(stage: str, fingerprint: str) -> str:
+    """Return the search condition of the finished run that computed a result."""
+    return (
+        f"tags.{STAGE} = '{stage}' and tags.{FINGERPRINT} = '{fingerprint}'"
+        f" and tags.{CACHED} = 'no' and attributes.status = 'FINISHED'"
+    )
+
+
+def git(*arguments: str) -> str:
+    """Return the output of a Git command, "" if it fails."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
