@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -41,8 +42,6 @@ EXCLUDED = {
     "stages.training.failures": "texts of errors",
     "stages.training.checkpoint": "a resumed training ends in the same bytes",
     "stages.formats.artifact": "how a folder is committed, not what it holds",
-    "stages.formats.model_file": "how weights are stored, not their values",
-    "stages.formats.curves": "how curves are stored, not their values",
 }
 # The same for single stages.
 EXCLUDED_FROM_STAGE = {
@@ -102,7 +101,10 @@ def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, st
         name = pending.pop()
         if name not in reached and name[0] not in other_networks:
             reached.add(name)
-            pending += [*sources.references(*name), (name[0], "")]
+            packages = accumulate(
+                name[0].split("."), "{}.{}".format
+            )  # importing a module runs its packages' statements
+            pending += [*sources.references(*name), *((package, "") for package in packages)]
     digests: dict[str, str] = {}
     for name in sorted(reached):
         digests |= sources.hash_definition(*name)

@@ -33,6 +33,7 @@ FIXES = {
 }
 # States of a path in `dvc status`, reworded: DVC says "deleted" of a path that may never have existed.
 PATH_STATES = {"deleted": "does not exist", "not in cache": "is not in the cache"}
+MISSING_STATES = tuple(PATH_STATES.values())
 # Lines that `dvc repro` prints.
 RUNNING_LINE = re.compile(r"Running stage '(.+)':")
 UNCHANGED_LINE = re.compile(r"Stage '(.+)' didn't change, skipping")
@@ -118,10 +119,10 @@ def missing_from_cache(names: Sequence[str]) -> list[str]:
     return [name for name in names if any(map(is_missing, status.get(name, [])))]
 
 
-def cache_folder() -> Path:
-    """Return the folder of DVC's cache."""
-    result = subprocess.run([*COMMAND, "cache", "dir"], capture_output=True, text=True, check=True)
-    return Path(result.stdout.strip())
+def cache_folder() -> Path | None:
+    """Return the folder of DVC's cache; None outside of a DVC repository."""
+    result = subprocess.run([*COMMAND, "cache", "dir"], capture_output=True, text=True, check=False)
+    return None if result.returncode else Path(result.stdout.strip())
 
 
 def run_repro(

@@ -76,19 +76,25 @@ def _run(module: str, level: str, folder: Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
         if os.environ.get(FORCE_RESTART):
             _clear(StageContext(stage.name, fingerprint, work, settings.cluster))
-        if not os.environ.get(FORCE_RESTART) and finished_results.restore(stage, work, dvc.cache_folder()):
+        # A folder of images is identified by names, sizes and times: enough to resume, not to prove equal contents.
+        is_restorable = not (settings.dataset.source in stage.deps and Path(settings.dataset.source).is_dir())
+        if not os.environ.get(FORCE_RESTART) and is_restorable and _restore(stage, work):
             print(f"{stage.cli_name}: restored the finished result of version {version}", file=sys.stderr)
+            _refuse_edits(stage, data)
             if parent := os.environ.get(tracker.PARENT_RUN_VARIABLE):
                 track_cached(parent, stage, settings, inputs, fingerprint)
         else:
             _call(stage, fingerprint, work.absolute(), settings, inputs, data)
+            _refuse_edited_source(stage, settings, version, work)
             finished_results.record(stage, work)
-        # DVC records the version that it finds when the stage has ended. It must be that of the source that ran, even
-        # if the source was edited meanwhile: then the next run computes the stage again.
+        # DVC records the version that it finds when the stage has ended. Another command may have written the version
+        # of a later edit meanwhile.
         result_versions.write(data, settings, {stage.cli_name: version})
-        if result_versions.version_of(stage, settings) != version:
-            text = f"note: the source of {stage.cli_name} was edited while it ran. The next run computes it again."
-            print(text, file=sys.stderr)
+
+
+def _restore(stage: dvc_yaml.Stage, work: Path) -> bool:
+    cache = dvc.cache_folder()
+    return cache is not None and finished_results.restore(stage, work, cache)
 
 
 def _call(
@@ -151,6 +157,25 @@ def _refuse_edits(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
             "values.",
             code=2,
         )
+
+
+def _refuse_edited_source(
+    stage: dvc_yaml.Stage, settings: Params, version: result_versions.Version, work: Path
+) -> None:
+    """Raise UserError if the source of a stage was edited while it ran: processes that started later imported the edit.
+
+    Finished parts are deleted, because each may come from either source.
+    """
+    if result_versions.version_of(stage, settings) == version:
+        return
+    shutil.rmtree(work / "parts", ignore_errors=True)
+    raise UserError(
+        f"The source of {stage.cli_name} was edited while it ran, so its result may come from both versions.",
+        where=Path.cwd(),
+        fix="To compute with the edited source, run the same command again. To compute with the former one, restore it "
+        f"and run: vqvae2 run --force --stage {stage.cli_name}",
+        code=2,
+    )
 
 
 def positionals(function: Callable[..., None], stage: dvc_yaml.Stage, settings: Params) -> list[Path | str]:

@@ -60,8 +60,9 @@ def run(
             if force:
                 forced = targets if only else dvc.with_dependencies(stages, targets or list(stages))
                 reasons |= {name: [*reasons.get(name, []), "forced"] for name in stages if name in forced}
-            for name in reasons:
-                result_versions.require_not_pinned(stages[name], settings)
+            for name, texts in reasons.items():
+                if not all(text.endswith(dvc.MISSING_STATES) for text in texts):  # DVC restores what is only missing
+                    result_versions.require_not_pinned(stages[name], settings)
             if dry_run or not reasons:
                 _print_plan(reasons, stages)
             if reasons:

@@ -119,7 +119,9 @@ def _commit_working_tree() -> str:
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
         _git("read-tree", "HEAD", **index)
         _git("add", "--all", **index)
-        return _git("commit-tree", _git("write-tree", **index), "-p", "HEAD", "-m", "working tree")
+        # Git may know no identity, as in a container.
+        identity = {f"GIT_{role}_{key}": "vqvae2" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+        return _git("commit-tree", _git("write-tree", **index), "-p", "HEAD", "-m", "working tree", **identity)
 
 
 def _resolve(revision: str) -> str:

@@ -49,6 +49,7 @@ def toy(tmp_path: Path) -> Path:
     """A folder with one stage and one model."""
     for name, text in (("stages/toy.py", SOURCE), ("models/toy.py", MODEL)):
         (tmp_path / name).parent.mkdir()
+        (tmp_path / name).with_name("__init__.py").touch()
         (tmp_path / name).write_text(text)
     return tmp_path
 
