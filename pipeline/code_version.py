@@ -76,6 +76,12 @@ def source_of(module: str, network: str = "", root: Path | None = None) -> Stage
     return StageSource(digest, entry["version"] if entry else digest, definitions)
 
 
+def source_of_key(key: str, root: Path | None = None) -> StageSource:
+    """Hash the source of a key of the table, such as vqvae or prior.pixelcnn; `root` as in `source_of`."""
+    module, _, network = key.partition(".")
+    return source_of(module, network, root)
+
+
 def table_keys() -> list[str]:
     """List the keys of the table: the stages, with one key per network for the prior."""
     return ["shard", "vqvae", "codes", *(f"prior.{network}" for network in NETWORKS), "sample", "evaluate"]

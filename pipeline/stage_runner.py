@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
 from pipeline.error_report import report
-from pipeline.fingerprint import identify, sections_of
+from pipeline.fingerprint import digest_inputs, fingerprint_of, sections_of
 from pipeline.ownership import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
 from pipeline.text import first_few
@@ -67,8 +67,8 @@ def _run(module: str, level: str, folder: Path) -> None:
     data = params.read()
     settings = params.check(data)
     stage = dvc_yaml.find(f"{module}_{level}" if level else module, dvc_yaml.stages(data))
-    inputs, fingerprint = identify(stage, settings)
-    version = result_versions.version_of(stage, settings)
+    inputs, version = digest_inputs(stage, settings), result_versions.version_of(stage, settings)
+    fingerprint = fingerprint_of(stage, settings, inputs, version)
     work = folder / fingerprint[:16]
     with exclusive_lock(folder):
         result_versions.require_not_pinned(stage, settings)

@@ -55,8 +55,7 @@ def versions_at(revision: str, keys: Sequence[str]) -> dict[str, int]:
     versions: dict[str, int] = {}
     with _checkout(_resolve(revision)) as folder:
         for key in keys:
-            module, _, network = key.partition(".")
-            version = code_version.source_of(module, network, folder).version
+            version = code_version.source_of_key(key, folder).version
             if isinstance(version, str):
                 raise UserError(
                     f"The table has no version for the source of {key} at {revision}.",

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 
 from pipeline import code_version, dvc_yaml, params, result_versions
-from pipeline.code_version import StageSource
 from pipeline.commands import same_results
 from pipeline.text import first_few
 from stages.errors import UserError
@@ -64,7 +63,7 @@ def record(*, same_as: str, reason: str) -> int:
             "--reason is missing.", where="vqvae2 versions", fix="State what changed in a sentence.", code=2
         )
     table = code_version.read_table()
-    sources = {key: _source_of(key) for key in code_version.table_keys()}
+    sources = {key: code_version.source_of_key(key) for key in code_version.table_keys()}
     changed = [key for key, source in sources.items() if isinstance(source.version, str)]
     numbers = {key: 1 + max(_numbers(table, key), default=0) for key in changed}
     if same_as and changed:
@@ -78,11 +77,6 @@ def record(*, same_as: str, reason: str) -> int:
     with atomic_write(code_version.TABLE) as path:
         path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return show()
-
-
-def _source_of(key: str) -> StageSource:
-    module, _, network = key.partition(".")
-    return code_version.source_of(module, network)
 
 
 def _numbers(table: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]], key: str) -> list[int]:

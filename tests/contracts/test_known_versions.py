@@ -8,8 +8,7 @@ from pipeline import code_version
 @pytest.mark.parametrize("key", code_version.table_keys())
 def test_table_knows_the_code_of_every_stage(key: str):
     """A change of what a stage computes gets a new version; any other change proves that it computes the same."""
-    module, _, network = key.partition(".")
-    source = code_version.source_of(module, network)
+    source = code_version.source_of_key(key)
     changed = ", ".join(code_version.changed_definitions(source.definitions)) or "a definition was removed"
     assert isinstance(source.version, int), (
         f"The source of stage {key} changed: {changed}.\n"
@@ -22,6 +21,5 @@ def test_table_has_no_definition_that_no_stage_uses():
     """The table is written as a whole, so it names the definitions of the code as it is."""
     names: set[str] = set()
     for key in code_version.table_keys():
-        module, _, network = key.partition(".")
-        names |= code_version.source_of(module, network).definitions.keys()
+        names |= code_version.source_of_key(key).definitions.keys()
     assert code_version.read_table()["definitions"].keys() == names

@@ -40,7 +40,7 @@ def executed_functions() -> Iterator[set[str]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_function_that_runs_is_hashed(stage: str, project, in_process):
-    """What a stage executes is part of its code, or of what is excluded with a reason."""
+    """Every executed function is part of the stage's source or excluded with a reason."""
     module, _, level = stage.partition("_")
     network = project.priors[level].name if level else ""
     hashed = code_version.source_of(module, network).definitions.keys()
