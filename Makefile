@@ -33,10 +33,10 @@ demo: setup          ## Run every stage on the embedded data; ends with the path
 	vqvae2 run
 
 test: setup          ## Run all tests except the slow ones: 15 minutes on two cores.
-	pytest -q -m "not slow"
+	pytest -q -rs -m "not slow"
 
 test-slow: setup     ## Run the slow tests: clusters, fault injection, compilation.
-	pytest -q -m slow
+	pytest -q -rs -m slow
 
 check: setup         ## Check format, lint and types.
 	ruff format --check .

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -28,6 +28,46 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray reads its environment on import: importing this first sets the variables for clusters that tests start.
 import stages.runtime.cluster  # noqa: E402, F401
+
+SKIPPED = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare the list of tests that are skipped although they need no GPU."""
+    config.stash[SKIPPED] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests with the marker `gpu` where there is none."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_tests:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note tests that are skipped although they need no GPU."""
+    report = yield
+    if report.skipped and not item.get_closest_marker("gpu"):
+        item.config.stash[SKIPPED].append(item.nodeid)
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail in continuous integration if a test was skipped for another reason than a missing GPU."""
+    if os.environ.get("CI") and session.config.stash[SKIPPED] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the skipped tests that fail a run of continuous integration."""
+    for name in config.stash[SKIPPED] if os.environ.get("CI") else ():
+        terminalreporter.line(f"SKIPPED IN CI {name}")
 
 
 @pytest.fixture(autouse=True)

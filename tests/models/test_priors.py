@@ -230,7 +230,6 @@ def test_compiled_prior_has_the_same_gradient():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("name", PRIORS)
 def test_gpu_has_the_same_gradient_as_cpu(name: str):

@@ -347,7 +347,6 @@ def test_prefix_of_another_grid_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_cuda_graph_draws_the_same_codes(name: str, conditioned: bool):
@@ -366,7 +365,6 @@ def test_cuda_graph_draws_the_same_codes(name: str, conditioned: bool):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", PRIORS)
 def test_tf32_and_autocast_do_not_change_samples_on_a_gpu(name: str):
     """Codes drawn under both equal those drawn without."""

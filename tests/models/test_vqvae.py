@@ -193,7 +193,6 @@ def test_compiled_model_is_equal_and_does_not_recompile():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_cpu_and_compiles():
     """Codes agree except near ties, candidates are the same, and a compiled step has the same loss."""
     strides = {"top": 8, "bottom": 4}

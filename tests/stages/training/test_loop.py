@@ -268,7 +268,6 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_after_one_step(tmp_path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device to copy a vote from")
 def test_a_vote_on_a_gpu_is_read_one_step_later():
     """The result is read from the copy on the CPU, not from the device."""
     stop_requested = iter([False, True, False]).__next__
