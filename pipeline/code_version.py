@@ -4,8 +4,9 @@ The source of a stage is the set of definitions (functions, classes, constants) 
 function reaches. Each definition is hashed as a syntax tree without comments, docstrings, annotations, formatting and
 texts of errors, so none of those makes a finished result out of date.
 
-known_versions.json maps known hashes to version numbers. Two hashes with the same number compute the same, as far as
-the smoke pipeline shows (`vqvae2 versions --same-as`). A hash that is not in the table is a version of its own.
+A version is the first hash of a chain of revisions that compute the same. known_versions.json maps later hashes of a
+chain to the first one, as far as the smoke pipeline shows that they compute the same (`vqvae2 versions --same-as`). A
+hash that is not in the table is a version of its own, so branches that are developed apart never share one by accident.
 """
 
 import ast
@@ -51,6 +52,8 @@ EXCLUDED_FROM_STAGE = {
 RESOURCES = {"stages.evaluation.report": ("report.html.j2",)}
 NETWORKS = get_args(get_type_hints(PriorConfig)["name"])  # each is a file in models/priors/
 
+_ANNOTATIONS = frozenset({"annotation", "returns"})  # fields of syntax trees
+
 # Module and definition. The definition "" is all statements of the module that define nothing.
 Name = tuple[str, str]
 
@@ -60,7 +63,8 @@ class StageSource:
     """Source code that decides the result of one stage."""
 
     hash: str
-    version: int | str  # the number in the table, or the hash where the table does not have it
+    version: str  # the first hash that computes the same
+    is_recorded: bool  # in the table
     definitions: Mapping[str, str]  # dotted name of each function, method, class and constant -> hash
 
 
@@ -73,7 +77,7 @@ def source_of(module: str, network: str = "", root: Path | None = None) -> Stage
     definitions = _definitions(_Sources(root or ROOT), module, network)
     digest = _digest(json.dumps(sorted(definitions.items())))
     entry = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
-    return StageSource(digest, entry["version"] if entry else digest, definitions)
+    return StageSource(digest, entry["version"] if entry else digest, entry is not None, definitions)
 
 
 def source_of_key(key: str, root: Path | None = None) -> StageSource:
@@ -151,7 +155,7 @@ class _Sources:
         """Yield the definitions in our packages that a definition, or the rest of a module, names."""
         parsed = self._parse(module)
         for statement in parsed.definitions[definition] if definition else parsed.other_statements:
-            for node in _walk(statement):
+            for node in _walk(statement, is_boundary=definition == "run" and module.startswith("stages.")):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     target = parsed.imports.get(node.value.id)
                     if target and not target[1]:
@@ -244,19 +248,30 @@ def _defined_names(statement: ast.stmt) -> Iterator[str]:
             yield statement.target.id
 
 
-def _walk(statement: ast.stmt) -> Iterator[ast.AST]:
-    """Walk a syntax tree, and the expressions of annotations that are written as strings, such as "Shards"."""
-    for node in ast.walk(statement):
+def _walk(node: ast.AST, *, is_boundary: bool) -> Iterator[ast.AST]:
+    """Walk a syntax tree. Annotations count only where they name the classes of objects from outside the stage.
+
+    These are the parameters of a stage's function, a boundary, and the fields of classes: settings hold settings.
+    Every other object is made by code that names its class.
+    """
+    yield node
+    for name, field in ast.iter_fields(node):
+        for child in field if isinstance(field, list) else [field]:
+            if not isinstance(child, ast.AST):
+                continue
+            if name not in _ANNOTATIONS:
+                is_parameter = is_boundary and isinstance(child, ast.arguments | ast.arg)
+                is_field = isinstance(node, ast.ClassDef) and isinstance(child, ast.AnnAssign)
+                yield from _walk(child, is_boundary=is_parameter or is_field)
+            elif is_boundary:
+                yield from _walk_annotation(child)
+
+
+def _walk_annotation(annotation: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.walk(annotation):
         yield node
-        if isinstance(node, ast.arg | ast.AnnAssign):
-            annotation = node.annotation
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            annotation = node.returns
-        else:
-            continue
-        for inner in ast.walk(annotation) if annotation else ():
-            if isinstance(inner, ast.Constant) and isinstance(inner.value, str) and inner.value.isidentifier():
-                yield ast.Name(inner.value, ast.Load())
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield ast.Name(node.value, ast.Load())  # written as a string, such as "Shards"
 
 
 def serialize(node: ast.AST) -> str:
@@ -268,7 +283,7 @@ def serialize(node: ast.AST) -> str:
     return json.dumps(_to_json(node), separators=(",", ":"))
 
 
-_SKIPPED_FIELDS = frozenset({"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "type_ignores"})
+_SKIPPED_FIELDS = _ANNOTATIONS | frozenset({"type_comment", "type_params", "ctx", "kind", "type_ignores"})
 
 
 def _to_json(value: Any) -> Any:

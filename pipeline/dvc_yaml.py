@@ -105,12 +105,11 @@ def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[st
 
 def _resolve(text: str, values: Mapping[str, Any]) -> Any:
     if template := re.fullmatch(r"\$\{([\w.]+)\}", text):
-        return _look_up(template[1], values)  # of any type: `foreach: ${priors}` is a mapping
-    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_look_up(match[1], values)), text)
+        return _look_up(values, template[1])  # of any type: `foreach: ${priors}` is a mapping
+    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_look_up(values, match[1])), text)
 
 
-def _look_up(key: str, values: Mapping[str, Any]) -> Any:
-    value: Any = values
-    for step in key.split("."):
-        value = value[step]
+def _look_up(values: Mapping[str, Any], key: str) -> Any:
+    if (value := params.look_up(values, key)) is None:
+        raise KeyError(key)
     return value

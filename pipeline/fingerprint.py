@@ -3,27 +3,18 @@
 Equal fingerprints make equal artifacts. A fingerprint names the folder in runs/ that holds a stage's resumable state.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline import dvc_yaml, result_versions
-from stages.config import NEUTRAL, Params
+from pipeline.sections import plain_settings, sections_of
+from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
 
 PRODUCERS = {"shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample"}  # artifact -> stage
-
-
-def sections_of(stage: dvc_yaml.Stage, settings: Params) -> dict[str, Any]:
-    """Return the settings that dvc.yaml lists for a stage, by their keys there."""
-    return {
-        key: settings.priors[stage.level] if key == f"priors.{stage.level}" else getattr(settings, key)
-        for key in stage.params
-    }
 
 
 def digest_inputs(stage: dvc_yaml.Stage, settings: Params) -> dict[str, str]:
@@ -76,25 +67,8 @@ def identify(stage: dvc_yaml.Stage, settings: Params) -> tuple[dict[str, str], s
     return inputs, fingerprint_of(stage, settings, inputs, result_versions.version_of(stage, settings))
 
 
-def fingerprint_of(stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], version: int | str) -> str:
+def fingerprint_of(stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], version: str) -> str:
     """Hash what decides a stage's result: its settings, its inputs and its result version."""
     sections = [(key, plain_settings(section)) for key, section in sections_of(stage, settings).items()]
     contents = {"stage": stage.name, "settings": sections, "inputs": dict(inputs), "version": version}
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-
-
-def plain_settings(section: Any) -> Any:
-    """Convert settings to plain data.
-
-    A setting that a later release has added is left out at its neutral value, at which results are as they were without
-    it. So the release keeps finished results and half-finished state.
-    """
-    if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        return {
-            field.name: plain_settings(getattr(section, field.name))
-            for field in dataclasses.fields(section)
-            if NEUTRAL not in field.metadata or getattr(section, field.name) != field.metadata[NEUTRAL]
-        }
-    if isinstance(section, Mapping):
-        return {name: plain_settings(value) for name, value in section.items()}
-    return section

@@ -34,6 +34,11 @@ def record(stage: dvc_yaml.Stage, work: Path) -> None:
                 shutil.copyfile(path, folder / path)
 
 
+def exists(work: Path) -> bool:
+    """Return whether a work folder has a finished result."""
+    return (work / RESULT / artifact.MANIFEST).is_file()
+
+
 def restore(stage: dvc_yaml.Stage, work: Path, cache: Path) -> bool:
     """Restore the finished result of a work folder; return False if it does not exist or is damaged.
 
@@ -55,14 +60,24 @@ def restore(stage: dvc_yaml.Stage, work: Path, cache: Path) -> bool:
     return True
 
 
+def restore_recorded(stage: dvc_yaml.Stage, folder: Path, cache: Path) -> bool:
+    """Restore the result that dvc.lock records, whatever it was computed from; return False if that is impossible.
+
+    `folder` has the work folders of the stage.
+    """
+    _record_cache_listing(stage, folder, cache)
+    md5 = _recorded_md5(stage)
+    works = [path.parent for path in folder.glob(f"*/{CACHE_MD5}") if path.read_text(encoding="utf-8") == md5]
+    return any(restore(stage, work, cache) for work in works)
+
+
 def _record_cache_listing(stage: dvc_yaml.Stage, folder: Path, cache: Path) -> None:
     """Record under which MD5 DVC's cache lists the stage's newest result.
 
     dvc.lock names only the newest result of a stage, and another one may be about to replace it. `folder` has the work
     folders of the stage.
     """
-    outs = dvc_yaml.read_lock().get(stage.name, {}).get("outs", [])
-    md5 = next((out.get("md5", "") for out in outs if out.get("path") == stage.outs[0]), "")
+    md5 = _recorded_md5(stage)
     try:
         manifest_md5 = _read_listing(cache, md5)[artifact.MANIFEST]
     except UNREADABLE:  # nothing is cached
@@ -76,6 +91,11 @@ def _record_cache_listing(stage: dvc_yaml.Stage, folder: Path, cache: Path) -> N
         if recorded_md5 == manifest_md5 and not md5_file.exists():
             with artifact.atomic_write(md5_file) as temporary:
                 temporary.write_text(md5, encoding="utf-8")
+
+
+def _recorded_md5(stage: dvc_yaml.Stage) -> str:
+    outs = dvc_yaml.read_lock().get(stage.name, {}).get("outs", [])
+    return next((out.get("md5", "") for out in outs if out.get("path") == stage.outs[0]), "")
 
 
 def _copy_from_cache(out: Path, manifest_md5: str, md5: str, cache: Path) -> None:

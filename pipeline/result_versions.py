@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline import code_version, dvc_yaml, params
 from pipeline.code_version import StageSource
+from pipeline.sections import plain_settings, sections_of
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -18,7 +19,6 @@ from stages.formats.artifact import atomic_write
 from stages.formats.flatten import flatten
 
 FILE = Path("artifacts/result_versions.yaml")
-Version = int | str
 
 
 def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
@@ -27,7 +27,7 @@ def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
     return code_version.source_of(stage.module, network)
 
 
-def version_of(stage: dvc_yaml.Stage, settings: Params) -> Version:
+def version_of(stage: dvc_yaml.Stage, settings: Params) -> str:
     """Return the version of a stage's result: that of the source, or the one that keep_results pins it to.
 
     Raises UserError if a pinned stage has no finished result.
@@ -40,9 +40,7 @@ def is_pinned(stage: dvc_yaml.Stage, settings: Params) -> bool:
     return stage.cli_name in settings.keep_results
 
 
-def write(
-    data: Mapping[str, Any], settings: Params, computed: Mapping[str, Version] | None = None
-) -> dict[str, Version]:
+def write(data: Mapping[str, Any], settings: Params, computed: Mapping[str, str] | None = None) -> dict[str, str]:
     """Write the version of every stage to FILE and return them by command-line name.
 
     `data` is params.yaml as read. `computed` has the versions of results that have just been computed: the source may
@@ -51,14 +49,15 @@ def write(
     """
     stages = dvc_yaml.stages(data)
     _require_stages(settings, stages)
-    versions: dict[str, Version] = {}
+    versions: dict[str, str] = {}
     for stage in stages.values():
         version = version_of(stage, settings)
         if is_pinned(stage, settings) and version != source_of(stage, settings).version:
-            _require_recorded_settings(stage, data)
+            _require_recorded_settings(stage, data, settings)
         versions[stage.cli_name] = (computed or {}).get(stage.cli_name, version)
     contents = "# Result version of each stage's source. Written by `vqvae2 versions --write`.\n"
-    contents += "".join(f"{name}: {_to_yaml(version)}\n" for name, version in versions.items())
+    # Quoted: YAML reads a hash such as 12e4567890123456 as a number.
+    contents += "".join(f'{name}: "{version}"\n' for name, version in versions.items())
     if not FILE.is_file() or FILE.read_text(encoding="utf-8") != contents:
         FILE.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(FILE) as path:
@@ -66,7 +65,7 @@ def write(
     return versions
 
 
-def pinned_version(stage: dvc_yaml.Stage) -> Version:
+def pinned_version(stage: dvc_yaml.Stage) -> str:
     """Return the version of a stage's finished result as dvc.lock records it.
 
     Raises UserError if there is no finished result.
@@ -118,14 +117,21 @@ def _require_stages(settings: Params, stages: Mapping[str, dvc_yaml.Stage]) -> N
             )
 
 
-def _require_recorded_settings(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
-    """Refuse changed settings of a pinned stage before DVC deletes its result."""
-    recorded = _recorded_params(stage, params.FILE)
-    changes = [
-        change
-        for key in stage.params
-        for change in params.changes(flatten(recorded.get(key), key), flatten(params.look_up(data, key), key))
-    ]
+def _require_recorded_settings(stage: dvc_yaml.Stage, data: Mapping[str, Any], settings: Params) -> None:
+    """Refuse changed settings of a pinned stage before DVC deletes its result.
+
+    A setting that a later release has added is no change at its neutral value.
+    """
+    recorded_params = _recorded_params(stage, params.FILE)
+    changes: list[str] = []
+    for key, section in sections_of(stage, settings).items():
+        recorded, decisive = (flatten(values, key) for values in (recorded_params.get(key), plain_settings(section)))
+        current = {
+            name: value
+            for name, value in flatten(params.look_up(data, key), key).items()
+            if name in recorded or name in decisive
+        }
+        changes += params.changes(recorded, current)
     if changes:
         raise UserError(
             f"{stage.cli_name} is in keep_results and cannot run, but its settings changed: {first_few(changes)}.",
@@ -137,7 +143,3 @@ def _require_recorded_settings(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -
 
 def _recorded_params(stage: dvc_yaml.Stage, file: Path) -> Mapping[str, Any]:
     return dvc_yaml.read_lock().get(stage.name, {}).get("params", {}).get(file.as_posix(), {})
-
-
-def _to_yaml(version: Version) -> str:
-    return str(version) if isinstance(version, int) else f'"{version}"'

@@ -13,9 +13,10 @@ from typing import Any
 
 from pipeline import dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
 from pipeline.error_report import report
-from pipeline.fingerprint import digest_inputs, fingerprint_of, sections_of
+from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.ownership import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
+from pipeline.sections import sections_of
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -71,11 +72,8 @@ def _run(module: str, level: str, folder: Path) -> None:
     fingerprint = fingerprint_of(stage, settings, inputs, version)
     work = folder / fingerprint[:16]
     with exclusive_lock(folder):
-        result_versions.require_not_pinned(stage, settings)
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
-        if os.environ.get(FORCE_RESTART):
-            _clear(StageContext(stage.name, fingerprint, work, settings.cluster))
         # A folder of images is identified by names, sizes and times: enough to resume, not to prove equal contents.
         is_restorable = not (settings.dataset.source in stage.deps and Path(settings.dataset.source).is_dir())
         if not os.environ.get(FORCE_RESTART) and is_restorable and _restore(stage, work):
@@ -84,6 +82,9 @@ def _run(module: str, level: str, folder: Path) -> None:
             if parent := os.environ.get(tracker.PARENT_RUN_VARIABLE):
                 track_cached(parent, stage, settings, inputs, fingerprint)
         else:
+            _require_not_pinned(stage, settings, folder)
+            if os.environ.get(FORCE_RESTART):
+                _clear(StageContext(stage.name, fingerprint, work, settings.cluster))
             _call(stage, fingerprint, work.absolute(), settings, inputs, data)
             _refuse_edited_source(stage, settings, version, work)
             finished_results.record(stage, work)
@@ -95,6 +96,16 @@ def _run(module: str, level: str, folder: Path) -> None:
 def _restore(stage: dvc_yaml.Stage, work: Path) -> bool:
     cache = dvc.cache_folder()
     return cache is not None and finished_results.restore(stage, work, cache)
+
+
+def _require_not_pinned(stage: dvc_yaml.Stage, settings: Params, folder: Path) -> None:
+    """Raise UserError if keep_results forbids to compute a stage, and put its result back: DVC has deleted it."""
+    try:
+        result_versions.require_not_pinned(stage, settings)
+    except UserError:
+        if (cache := dvc.cache_folder()) is not None:
+            finished_results.restore_recorded(stage, folder, cache)
+        raise
 
 
 def _call(
@@ -159,9 +170,7 @@ def _refuse_edits(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_edited_source(
-    stage: dvc_yaml.Stage, settings: Params, version: result_versions.Version, work: Path
-) -> None:
+def _refuse_edited_source(stage: dvc_yaml.Stage, settings: Params, version: str, work: Path) -> None:
     """Raise UserError if the source of a stage was edited while it ran: processes that started later imported the edit.
 
     Finished parts are deleted, because each may come from either source.

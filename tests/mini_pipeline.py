@@ -17,6 +17,7 @@ from stages.config import (
     ClusterConfig,
     CodesConfig,
     DatasetConfig,
+    EvaluateConfig,
     PriorStageConfig,
     SampleConfig,
     TrainConfig,
@@ -111,6 +112,13 @@ class MiniPipeline:
         sample.run(
             self.path("vqvae"), self.path("priors"), self.path(out), sample=config, seed=0,
             context=self.run("sample", fingerprint),
+        )  # fmt: skip
+
+    def evaluate(self, out: str = "report", fingerprint: str = "f") -> None:
+        metrics, plots = self.files("evaluate")
+        evaluate.run(
+            *map(self.path, ("shards", "vqvae", "codes", "priors", "samples", out)), metrics, plots.with_suffix(""),
+            evaluate=EvaluateConfig(), seed=0, context=self.run("evaluate", fingerprint),
         )  # fmt: skip
 
 

@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pipeline import (
     dvc,
     dvc_yaml,
+    finished_results,
     ownership,
     params,
     params_header,
@@ -62,7 +63,7 @@ def run(
                 reasons |= {name: [*reasons.get(name, []), "forced"] for name in stages if name in forced}
             for name, texts in reasons.items():
                 if not all(text.endswith(dvc.MISSING_STATES) for text in texts):  # DVC restores what is only missing
-                    result_versions.require_not_pinned(stages[name], settings)
+                    _require_not_pinned(stages[name], settings, dvc.with_dependencies(stages, [name]) & reasons.keys())
             if dry_run or not reasons:
                 _print_plan(reasons, stages)
             if reasons:
@@ -72,6 +73,18 @@ def run(
             return 0
         _remove_obsolete_priors(settings)
         return _run_dvc(settings, stages, targets, reasons, force=force, only=only, pull=pull)
+
+
+def _require_not_pinned(stage: dvc_yaml.Stage, settings: Params, reruns: Collection[str]) -> None:
+    """Raise UserError if a stage would compute although keep_results pins it.
+
+    `reruns` names the stages among it and its dependencies that will run.
+    """
+    with suppress(UserError):  # a missing input
+        work = stage_runner.RUNS / stage.cli_name / identify(stage, settings)[1][:16]
+        if set(reruns) == {stage.name} and finished_results.exists(work):
+            return  # the stage restores it: a release has added a setting or changed dvc.yaml
+    result_versions.require_not_pinned(stage, settings)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""Check that two Git revisions compute the same: the smoke pipeline runs at both, and its artifacts are compared.
+"""Check that two Git revisions compute the same: the smoke pipeline runs at both, and its results are compared.
 
 Manifests, names of weights, digests in texts and the metadata of Parquet schemas are not compared: they are names, not
-results. Everything else must be equal.
+results. Everything else in artifacts/, metrics/ and plots/ must be equal.
 """
 
 import hashlib
@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import code_version
+from pipeline import code_version, result_versions
+from pipeline.process import handle_signals
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
 
+ROOTS = ("artifacts", "metrics", "plots")  # folders that hold results
 COMMAND = ("run", "-S", "experiment=smoke")
 # Variables that would lead both runs to one tracking server, one cluster or the caller's sources.
 UNSET = ("MLFLOW_", "RAY_", "VQVAE2_", "DVC_", "PYTHONPATH")
@@ -27,74 +29,87 @@ DIGEST = re.compile(rb"\b[0-9a-f]{12,64}\b")
 
 
 def compare(revision: str) -> list[str]:
-    """Run the smoke pipeline at a revision and with the working tree; return the files of artifacts/ that differ.
+    """Run the smoke pipeline at a revision and with the working tree; return the result files that differ.
 
     Raises UserError if the revision does not exist or a run fails.
     """
-    with _checkout(_resolve(revision)) as before, _checkout(_commit_working_tree()) as after:
+    with (
+        handle_signals(_stop),  # the checkouts must be removed
+        _checkout(_resolve(revision)) as before,
+        _checkout(_commit_working_tree()) as after,
+    ):
         for folder in (before, after):
             _run_pipeline(folder)
-        return sorted(differences(before, after, "artifacts"))
+        return sorted(differences(before, after))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def require_equal(revision: str) -> None:
-    """Raise UserError if an artifact of the working tree differs from that of the revision."""
+    """Raise UserError if a result of the working tree differs from that of the revision."""
     if different_files := compare(revision):
         raise UserError(
             f"{len(different_files)} files differ from those of {revision}: {first_few(different_files, 10)}.",
-            where="artifacts/",
+            where=", ".join(ROOTS),
             fix="Record new versions: vqvae2 versions --new --reason TEXT",
         )
 
 
-def versions_at(revision: str, keys: Sequence[str]) -> dict[str, int]:
-    """Return the version numbers that the table has for the source at a revision.
-
-    Raises UserError if the table does not know one of them.
-    """
-    versions: dict[str, int] = {}
+def versions_at(revision: str, keys: Sequence[str]) -> dict[str, str]:
+    """Return the versions of the source at a revision, by key of the table."""
     with _checkout(_resolve(revision)) as folder:
-        for key in keys:
-            version = code_version.source_of_key(key, folder).version
-            if isinstance(version, str):
-                raise UserError(
-                    f"The table has no version for the source of {key} at {revision}.",
-                    where=code_version.TABLE,
-                    fix="Compare with a revision whose versions are recorded.",
-                    code=2,
-                )
-            versions[key] = version
-    return versions
+        return {key: code_version.source_of_key(key, folder).version for key in keys}
 
 
-def differences(before: Path, after: Path, root: str) -> Iterator[str]:
-    """Yield the names of files under `root` that only one folder has, or whose contents differ."""
+def differences(before: Path, after: Path) -> Iterator[str]:
+    """Yield the names of the result files that only one folder has, or whose contents differ."""
     names = {
         path.relative_to(folder).as_posix()
         for folder in (before, after)
+        for root in ROOTS
         for path in (folder / root).rglob("*")
-        if path.is_file() and path.name != MANIFEST and path.parent.name != root
+        if path.is_file() and path.name != MANIFEST
     }
-    for name in names:
+    for name in names - {result_versions.FILE.as_posix()}:
         left, right = before / name, after / name
-        if not left.is_file() or not right.is_file() or _content(left) != _content(right):
+        if not left.is_file() or not right.is_file() or not _have_equal_contents(left, right):
             yield name
+
+
+def _have_equal_contents(left: Path, right: Path) -> bool:
+    if left.suffix != ".safetensors":
+        return _content(left) == _content(right)
+    first, second = _tensors(left), _tensors(right)
+    if first.keys() == second.keys():
+        return first == second
+    return sorted(first.values()) == sorted(second.values())  # renamed: the names compute nothing
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Return type, shape and hash of each tensor by name."""
+    import torch
+    from safetensors.torch import load_file
+
+    return {
+        name: (
+            str(tensor.dtype),
+            tuple(tensor.shape),
+            hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest(),
+        )
+        for name, tensor in load_file(path).items()
+    }
 
 
 def _content(path: Path) -> object:
     """Return the contents of a file without the names."""
     match path.suffix:
-        case ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path).values()
-            return sorted(
-                (str(t.dtype), tuple(t.shape), hashlib.sha256(t.numpy().tobytes()).hexdigest()) for t in tensors
-            )
         case ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).replace_schema_metadata(None).to_pydict()
+            # As text, in which NaN equals NaN.
+            return repr(pyarrow.parquet.read_table(path).replace_schema_metadata(None).to_pydict())
         case ".html":
             return DIGEST.sub(b"", path.read_bytes())
         case _:

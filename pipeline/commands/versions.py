@@ -1,7 +1,6 @@
 """`vqvae2 versions`: the result version of each stage, and the table of known versions."""
 
 import json
-from collections.abc import Mapping
 
 from pipeline import code_version, dvc_yaml, params, result_versions
 from pipeline.commands import same_results
@@ -28,7 +27,7 @@ def run(*, write: bool, compare: str, new: bool, same_as: str, reason: str) -> i
         return 0
     if compare:
         different_files = same_results.compare(compare)
-        print("\n".join(different_files) or "All artifacts are equal.")
+        print("\n".join(different_files) or "All results are equal.")
         return 1 if different_files else 0
     if new or same_as:
         return record(same_as=same_as, reason=reason)
@@ -41,8 +40,8 @@ def show() -> int:
     settings = params.check(data)
     for stage in dvc_yaml.stages(data).values():
         source = result_versions.source_of(stage, settings)
-        text = str(source.version)
-        if isinstance(source.version, str):
+        text = source.version
+        if not source.is_recorded:
             changes = code_version.changed_definitions(source.definitions)
             text += f"  not in the table; changed: {first_few(changes, 5)}"
         if pinned := result_versions.describe_pinned(stage, settings):
@@ -54,30 +53,33 @@ def show() -> int:
 def record(*, same_as: str, reason: str) -> int:
     """Record the source as it is now in the table, for every stage whose source has changed.
 
-    Each gets a new version number. With `same_as`, a Git revision, each gets the number that it has there, if the smoke
-    pipeline makes equal artifacts at both. Raises UserError if a reason is missing, artifacts differ, or the table does
-    not know the source at that revision.
+    The version of each is its hash. With `same_as`, a Git revision, it is the version that the stage has there, if the
+    smoke pipeline has equal results at both. Raises UserError if a reason is missing, results differ, or the code is
+    not that of a clone.
     """
+    if not (code_version.ROOT / ".git").exists():
+        raise UserError(
+            "The table of versions can only be written in a clone of the repository.",
+            where=code_version.TABLE,
+            fix="Clone the repository and run the command there.",
+            code=2,
+        )
     if not reason:
         raise UserError(
             "--reason is missing.", where="vqvae2 versions", fix="State what changed in a sentence.", code=2
         )
     table = code_version.read_table()
     sources = {key: code_version.source_of_key(key) for key in code_version.table_keys()}
-    changed = [key for key, source in sources.items() if isinstance(source.version, str)]
-    numbers = {key: 1 + max(_numbers(table, key), default=0) for key in changed}
+    changed = [key for key, source in sources.items() if not source.is_recorded]
+    new_versions = {key: sources[key].hash for key in changed}
     if same_as and changed:
-        numbers = same_results.versions_at(same_as, changed)
+        new_versions = same_results.versions_at(same_as, changed)
         same_results.require_equal(same_as)
     for key in changed:
-        entry = {"version": numbers[key], "reason": reason}
+        entry = {"version": new_versions[key], "reason": reason}
         table["versions"].setdefault(key, {})[sources[key].hash] = entry
     definitions = {name: digest for source in sources.values() for name, digest in source.definitions.items()}
     table["definitions"] = dict(sorted(definitions.items()))
     with atomic_write(code_version.TABLE) as path:
         path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return show()
-
-
-def _numbers(table: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]], key: str) -> list[int]:
-    return [entry["version"] for entry in table["versions"].get(key, {}).values()]

@@ -28,6 +28,12 @@ class DistributedContext:
     inject_fault: Callable[[int], bool] = lambda step: False  # before a step; True makes the step's loss NaN
 
 
+def wrap_ddp(module: nn.Module) -> nn.Module:
+    """Average gradients over ranks."""
+    # Codebooks are buffers that every rank updates from the same all-reduced sums, so DDP need not broadcast them.
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
 def require_same_start(start: int, dist: DistributedContext) -> None:
     """Raise CheckpointMismatch unless all ranks start at the same step.
 

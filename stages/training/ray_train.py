@@ -30,7 +30,7 @@ from stages.runtime.control import (
 )
 from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext
+from stages.training.distributed import DistributedContext, wrap_ddp
 from stages.training.failures import failure_callback, training_error
 from stages.training.loop import TrainingStopped
 from stages.training.state import trained_weights
@@ -248,12 +248,6 @@ def _fetch_same_checkpoint(checkpoints: Checkpoints, dist: DistributedContext) -
             checkpoints.fetch_step(int(step))
         torch.distributed.barrier(group=group)
     checkpoints.remove_except(int(step))
-
-
-def wrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
-    """Average gradients over ranks."""
-    # Codebooks are buffers that every rank updates from the same all-reduced sums, so DDP need not broadcast them.
-    return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def _resources(context: StageContext) -> dict[str, float]:

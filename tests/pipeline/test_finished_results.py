@@ -138,6 +138,17 @@ def test_damaged_record_of_another_result_is_ignored():
     assert finished_results.restore(STAGE, WORK, CACHE)
 
 
+def test_recorded_result_comes_back_whatever_it_was_computed_from():
+    """For a stage that must not compute: DVC has deleted the result that dvc.lock records."""
+    compute("first", Path("runs/codes/4567"))
+    digest = compute("second")
+    lose()
+    assert finished_results.restore_recorded(STAGE, Path("runs/codes"), CACHE)
+    assert artifact.sha256(Path("artifacts/codes/manifest.json")) == digest
+    shutil.rmtree("runs")
+    assert not finished_results.restore_recorded(STAGE, Path("runs/codes"), CACHE)
+
+
 def test_without_a_record_nothing_is_restored():
     """A stage that has not finished under this fingerprint computes."""
     compute("first")

@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 
 from pipeline import dvc_yaml, params, result_versions
 from pipeline.fingerprint import identify
+from stages.config import NEUTRAL, AugmentConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from tests.command_line_project import CommandLineProject
@@ -71,6 +72,21 @@ def test_changed_settings_of_a_pinned_stage_are_refused_before_dvc_deletes_its_r
     pin(folder, "vqvae")
     folder.edit(lambda data: data["vqvae"]["quantizer"].update(beta=0.5))
     with pytest.raises(UserError, match=r"settings changed: vqvae.quantizer.beta 0.25 -> 0.5"):
+        write()
+
+
+def test_setting_that_a_release_adds_at_its_neutral_value_is_no_change_of_a_pinned_stage(folder, monkeypatch):
+    """Results are as they were without it. Another value than the neutral one is a change."""
+    data = params.read()
+    lock = params.read(dvc_yaml.LOCK)
+    del lock["stages"]["vqvae"]["params"]["params.yaml"]["augment"]["max_shift"]  # as recorded before the release
+    YAML(typ="safe", pure=True).dump(lock, dvc_yaml.LOCK)
+    field = AugmentConfig.__dataclass_fields__["max_shift"]
+    monkeypatch.setattr(field, "metadata", {NEUTRAL: data["augment"]["max_shift"]})
+    pin(folder, "vqvae")
+    assert write()["vqvae"] == PINNED
+    folder.edit(lambda data: data["augment"].update(max_shift=3))
+    with pytest.raises(UserError, match=r"settings changed: augment\.max_shift"):
         write()
 
 

@@ -17,6 +17,7 @@ STAGES: dict[str, Callable[[Any], None]] = {
     "prior_top": lambda project: project.prior("top", out="executed/priors", fingerprint="executed"),
     "prior_bottom": lambda project: project.prior("bottom", out="executed/priors", fingerprint="executed"),
     "sample": lambda project: project.sample(out="executed/samples", fingerprint="executed"),
+    "evaluate": lambda project: project.evaluate(out="executed/report", fingerprint="executed"),
 }
 
 
@@ -28,7 +29,8 @@ def executed_functions() -> Iterator[set[str]]:
     def trace(frame: FrameType, event: str, argument: object) -> None:
         module = str(frame.f_globals.get("__name__"))
         generated = frame.f_code.co_filename == "<string>"  # methods that `dataclass` and `NamedTuple` generate
-        if event == "call" and not generated and module.split(".")[0] in code_version.PACKAGES:
+        anonymous = frame.f_code.co_qualname.startswith("<")  # an import, or a lambda that belongs to a constant
+        if event == "call" and not generated and not anonymous and module.split(".")[0] in code_version.PACKAGES:
             names.add(f"{module}.{frame.f_code.co_qualname}".partition(".<")[0])
 
     sys.setprofile(trace)

@@ -46,3 +46,15 @@ def test_results_survive_a_release_that_changes_dvc_yaml(project: CommandLinePro
     assert len(re.findall("restored the finished result of version", output)) == 7
     assert project.digests() == before
     assert project.run().output == "Everything is up to date.\n"
+
+
+def test_kept_result_is_not_lost_when_its_inputs_change(project: CommandLineProject):
+    """DVC deletes a result before its stage runs. The stage refuses to compute another one and puts it back."""
+    edit(project, "models/quantizer.py", "2048", "1024")
+    edit(project, "params.yaml", "keep_results: []", "keep_results: [vqvae]")
+    files = ["artifacts/vqvae/manifest.json", "metrics/vqvae.json", "plots/vqvae.csv"]
+    before = [(project.folder / name).read_bytes() for name in files]
+    edit(project, "params.yaml", "image_format: png", "image_format: jpeg")
+    failed = project.call("dvc", "repro", "vqvae", status=255)  # DVC's status of any failed stage
+    assert "vqvae cannot run: keep_results keeps its result" in failed.output
+    assert [(project.folder / name).read_bytes() for name in files] == before

@@ -34,7 +34,7 @@ def test_names_and_digests_are_no_differences(tmp_path: Path):
     other_table = TABLE.replace_schema_metadata({"vqvae2": "other"})
     before = artifacts(tmp_path / "before", WEIGHTS, TABLE, "digest 0123456789ab", b"png")
     after = artifacts(tmp_path / "after", renamed, other_table, "digest ba9876543210", b"png")
-    assert list(differences(before, after, "artifacts")) == []
+    assert list(differences(before, after)) == []
 
 
 def test_every_other_difference_is_named(tmp_path: Path):
@@ -45,7 +45,7 @@ def test_every_other_difference_is_named(tmp_path: Path):
     after = artifacts(tmp_path / "after", weights, table, "psnr 26.7", b"pnh")
     (after / "artifacts/vqvae/new.csv").touch()
     names = ["codes.parquet", "grid.png", "model.safetensors", "new.csv", "report.html"]
-    assert sorted(differences(before, after, "artifacts")) == [f"artifacts/vqvae/{name}" for name in names]
+    assert sorted(differences(before, after)) == [f"artifacts/vqvae/{name}" for name in names]
 
 
 def test_unknown_revision_is_refused():

@@ -13,9 +13,8 @@ from stages import prior, vqvae
 from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.context import StageContext
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext
+from stages.training.distributed import DistributedContext, wrap_ddp
 from stages.training.loop import TrainingStopped
-from stages.training.ray_train import wrap_ddp
 from stages.training.state import METRICS_SINCE_LOG, TrainState
 from tests.gloo import run_ranks
 

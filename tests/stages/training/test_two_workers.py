@@ -15,10 +15,9 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext
+from stages.training.distributed import DistributedContext, wrap_ddp
 from stages.training.loop import train
 from stages.training.objective import TrainingData
-from stages.training.ray_train import wrap_ddp
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
 from stages.vqvae import VQVAEObjective
 from tests.gloo import run_ranks
