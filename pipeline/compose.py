@@ -1,6 +1,5 @@
 """Composition of conf/ and overrides into params.yaml. The only module that imports Hydra."""
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from ruamel.yaml import YAML
 from yaml import MarkedYAMLError
 
 from pipeline import params
@@ -114,9 +112,4 @@ def _quoted(override: str) -> str:
 
 def to_yaml(data: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """Format composed settings as the text of params.yaml, with the overrides in its header."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    text = io.StringIO()
-    yaml.dump(data, text)
-    return format_header(overrides) + text.getvalue()
+    return format_header(overrides) + params.to_yaml(data)

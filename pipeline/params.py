@@ -6,6 +6,7 @@ the value, and suggests the nearest valid key for an unknown one.
 
 import dataclasses
 import difflib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,6 +101,16 @@ def _restore(path: Path) -> str:
     if path == FILE:
         return "regenerate the file: vqvae2 config --write"
     return f"restore the file: git checkout {path}"
+
+
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Format a mapping as YAML in block style, its keys in the given order."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    yaml.dump(data, text)
+    return text.getvalue()
 
 
 def write(text: bytes, path: Path = FILE) -> None:

@@ -1,0 +1,112 @@
+"""Comparison of a run's settings with those of the run before, and the record of the last run.
+
+The record is runs/last_run.yaml: the contents of params.yaml, and how they differ from those of the run before.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import params
+from pipeline.text import format_value, shorten
+from stages.formats.flatten import flatten
+
+RECORD = Path("runs/last_run.yaml")
+CHOICES = "composed_from.choices."  # prefix of the choices of groups, such as composed_from.choices.dataset
+OVERRIDES = "composed_from.overrides"
+MAX_LINES = 10
+# Sections and groups of conf/ by the consequence of a change, the largest first.
+FIRST = ("dataset", "experiment")
+SECTIONS = ("vqvae", "train_vqvae", "priors", "augment", "codes", "seed", "sample", "evaluate", "keep_results")
+LAST = ("cluster",)
+
+
+class Change(NamedTuple):
+    """One setting that differs between two runs. A value is None if the run does not have the setting."""
+
+    key: str  # such as "train_vqvae.steps", or the name of a group in conf/, such as "experiment"
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        before, after = (
+            "(none)" if value is None else shorten(format_value(value)) for value in (self.before, self.after)
+        )
+        return f"{self.key} {before} -> {after}"
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Compare two contents of params.yaml: data set, preset, other choices of groups, settings, cluster last.
+
+    Choices are compared only if both contents have them.
+    """
+    old, new = flatten(before), flatten(after)
+    have_choices = all(any(key.startswith(CHOICES) for key in values) for values in (old, new))
+    differences = [
+        Change(key.removeprefix(CHOICES), old.get(key), new.get(key))
+        for key in {**new, **old}
+        if old.get(key) != new.get(key)
+        and not key.startswith(OVERRIDES)
+        and (have_choices or not key.startswith("composed_from"))
+    ]
+    is_choice = {key.removeprefix(CHOICES) for key in {**new, **old} if key.startswith(CHOICES)}
+    return sorted(differences, key=lambda change: _rank(change.key, is_choice=change.key in is_choice))
+
+
+def _rank(key: str, *, is_choice: bool) -> tuple[int, int, bool]:
+    section = key.partition(".")[0]
+    if section in FIRST:
+        return (0, FIRST.index(section), not is_choice)
+    if section in LAST:
+        return (3, 0, not is_choice)
+    if is_choice:
+        return (1, 0, False)
+    return (2, SECTIONS.index(section) if section in SECTIONS else len(SECTIONS), False)
+
+
+def describe(changes: Sequence[Change]) -> str:
+    """Describe what a run changes in at most ten lines; "" without changes."""
+    if not changes:
+        return ""
+    shown = changes if len(changes) < MAX_LINES else changes[: MAX_LINES - 2]
+    lines = ["Changes against the last run:", *(f"  {change}" for change in shown)]
+    if len(shown) < len(changes):
+        lines.append(f"  and {len(changes) - len(shown)} more settings")
+    return "\n".join(lines)
+
+
+def since_last_run(data: Mapping[str, Any]) -> list[Change]:
+    """Compare the contents of params.yaml with those of the last run; no changes if there was no run."""
+    before = _read().get("settings")
+    return compare(before, data) if before else []
+
+
+def of_recorded_run() -> list[Change]:
+    """Return how the settings of the last recorded run differ from those of the run before."""
+    return [Change(*change) for change in _read().get("changes", ())]
+
+
+def record_run(data: Mapping[str, Any]) -> None:
+    """Record the contents of params.yaml as those of the last run.
+
+    A repeated run, such as one that resumes, keeps the changes that were recorded for it.
+    """
+    record = _read()
+    if record.get("settings") == data or _is_copy():
+        return
+    changes = [list(change) for change in since_last_run(data)]
+    RECORD.parent.mkdir(exist_ok=True)
+    params.write(params.to_yaml({"changes": changes, "settings": dict(data)}).encode(), RECORD)
+
+
+def _read() -> Mapping[str, Any]:
+    """Read the record of the last run. An experiment in a temporary copy of the project uses that of the project."""
+    path = Path(os.environ.get("DVC_ROOT", "."), RECORD) if _is_copy() else RECORD
+    return params.read(path) if path.is_file() else {}
+
+
+def _is_copy() -> bool:
+    """Return whether `dvc exp run --temp` or the queue runs this process in a temporary copy of the project."""
+    root = os.environ.get("DVC_ROOT")
+    return bool(root) and Path(str(root), ".dvc").resolve() in Path.cwd().parents

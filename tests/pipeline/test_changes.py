@@ -1,0 +1,89 @@
+"""Tests of the comparison of a run's settings with those of the run before."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import changes
+
+BEFORE = {
+    "seed": 0,
+    "dataset": {"name": "folder", "source": "data/mine"},
+    "vqvae": {"levels": {"top": {"entries": 32}}},
+    "train_vqvae": {"steps": 8},
+    "sample": {"temperature": 1.0},
+    "cluster": {"workers": 1},
+    "composed_from": {
+        "choices": {"cluster": "single", "dataset": "folder", "vqvae": "smoke", "experiment": "mine"},
+        "overrides": ["experiment=mine", "dataset=folder"],
+    },
+}
+AFTER = {
+    "seed": 0,
+    "dataset": {"name": "emoji", "source": "data/emoji.zip"},
+    "vqvae": {"levels": {"top": {"entries": 64}}},
+    "train_vqvae": {"steps": 8},
+    "sample": {"temperature": 0.7},
+    "cluster": {"workers": 2},
+    "composed_from": {
+        "choices": {"cluster": "local", "dataset": "emoji", "vqvae": "two_level", "experiment": "emoji32"},
+        "overrides": [],
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch):
+    """An empty project as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return tmp_path
+
+
+def test_data_set_and_preset_come_first_and_the_cluster_last():
+    """Choices of groups come before the settings that they change."""
+    keys = [change.key for change in changes.compare(BEFORE, AFTER)]
+    assert keys == [
+        "dataset", "dataset.name", "dataset.source", "experiment", "vqvae",
+        "vqvae.levels.top.entries", "sample.temperature", "cluster", "cluster.workers",
+    ]  # fmt: skip
+
+
+def test_settings_without_choices_are_compared_by_their_values():
+    """A params.yaml of another origin has no choices: that is no change."""
+    without = {key: value for key, value in AFTER.items() if key != "composed_from"}
+    assert changes.compare(without, AFTER) == []
+
+
+def test_description_has_at_most_ten_lines():
+    """The number of the other settings is in the last line."""
+    before = {"dataset": {"source": "a"}, "train_vqvae": {f"setting_{i}": 0 for i in range(20)}}
+    after = {"dataset": {"source": "b"}, "train_vqvae": {f"setting_{i}": 1 for i in range(20)}}
+    lines = changes.describe(changes.compare(before, after)).splitlines()
+    assert len(lines) == 10
+    assert lines[:2] == ["Changes against the last run:", '  dataset.source "a" -> "b"']
+    assert lines[-1] == "  and 13 more settings"
+    assert changes.describe([]) == ""
+
+
+def test_repeated_run_keeps_its_changes(folder):
+    """The first run changes nothing; a run that resumes is not compared with itself."""
+    assert changes.since_last_run(BEFORE) == []
+    changes.record_run(BEFORE)
+    assert changes.since_last_run(AFTER) == changes.compare(BEFORE, AFTER)
+    changes.record_run(AFTER)
+    changes.record_run(AFTER)
+    assert changes.since_last_run(AFTER) == []
+    assert changes.of_recorded_run() == changes.compare(BEFORE, AFTER)
+
+
+def test_copy_of_the_project_reads_the_record_and_does_not_write_it(folder, monkeypatch):
+    """`dvc exp run --temp` and the queue run in copies without runs/."""
+    changes.record_run(BEFORE)
+    copy = folder / ".dvc" / "tmp" / "exps" / "copy"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    assert changes.since_last_run(AFTER) == changes.compare(BEFORE, AFTER)
+    changes.record_run(AFTER)
+    assert list(copy.iterdir()) == [] and changes.since_last_run(BEFORE) == []
