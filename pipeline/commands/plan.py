@@ -19,6 +19,7 @@ from pipeline.compose import compose_settings
 from pipeline.preflight import classes_of
 from stages.config import DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
+from stages.tracking.quantities import format_number
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ def show(overrides: Sequence[str], *, as_json: bool) -> int:
         rows = [asdict(training) for training in trainings]
         print(json.dumps({"classes": classes, "trainings": rows, "code_bytes_per_image": code_bytes}, indent=1))
         return 0
-    print(f"{'stage':<14}{'parameters':>13}{'GFLOP/image':>13}{'training FLOP':>15}{'checkpoint MB':>15}")
+    print(f"{'stage':<14}{'parameters':>13}{'GFLOP/image':>13}{'training TFLOP':>16}{'checkpoint MB':>15}")
     for training in trainings:
         print(
-            f"{training.stage:<14}{training.parameters:>13,}{training.forward_flops / 1e9:>13.3g}"
-            f"{training.training_flops:>15.3g}{training.checkpoint_bytes / 1e6:>15,.1f}"
+            f"{training.stage:<14}{training.parameters:>13,}{format_number(training.forward_flops / 1e9, 3):>13}"
+            f"{format_number(training.training_flops / 1e12, 3):>16}{training.checkpoint_bytes / 1e6:>15,.1f}"
         )
     if classes is None:
         added = ", ".join(f"{prior.parameters_per_class:,} parameters to {prior.stage}" for prior in trainings[1:])

@@ -2,10 +2,8 @@
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -15,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.runtime.context import Reporter
+from stages.tracking.quantities import ProgressState, RateEstimator
 
 PLAIN_LINE_INTERVAL_S = 10.0
-RATE_WINDOW_S = 60.0
 
 
 class CompositeReporter(Reporter):
@@ -41,54 +39,6 @@ class CompositeReporter(Reporter):
     def message(self, text: str) -> None:
         for reporter in self.reporters:
             reporter.message(text)
-
-
-@dataclass
-class RateEstimator:
-    """Rate of progress over the last RATE_WINDOW_S, measured by a monotonic clock."""
-
-    clock: Callable[[], float] = time.monotonic
-    history: deque[tuple[float, float]] = field(default_factory=deque)  # (time in seconds, units done)
-
-    def update(self, done: float) -> None:
-        now = self.clock()
-        if self.history and done < self.history[-1][1]:
-            self.history.clear()  # the workers were restarted from a checkpoint
-        self.history.append((now, done))
-        while len(self.history) > 2 and now - self.history[0][0] > RATE_WINDOW_S:
-            self.history.popleft()
-
-    @property
-    def rate(self) -> float:
-        """Units per second; 0 if it is unknown."""
-        if len(self.history) < 2:
-            return 0.0
-        (start, first), (end, last) = self.history[0], self.history[-1]
-        return (last - first) / (end - start) if end > start else 0.0
-
-
-@dataclass(frozen=True)
-class ProgressState:
-    """Progress of a run at one moment."""
-
-    done: float
-    total: float
-    unit: str
-    rate: float
-    numbers: Mapping[str, float]
-
-    @property
-    def fraction(self) -> float:
-        return min(max(self.done / self.total, 0.0), 1.0) if self.total > 0 else 0.0
-
-    def fields(self) -> list[str]:
-        """Return the fields of a progress line, most important first."""
-        fields = [f"{self.done:.0f}/{self.total:.0f} {self.unit}", f"{100 * self.fraction:.0f}%"]
-        if self.rate > 0:
-            if self.done < self.total:
-                fields.append(f"{_format_duration((self.total - self.done) / self.rate)} left")
-            fields.append(f"{self.rate:.3g}/s" if self.rate >= 1 else f"{1 / self.rate:.3g} s each")
-        return fields + [f"{name} {value:.4g}" for name, value in self.numbers.items()]
 
 
 class _Console(Console):
@@ -159,9 +109,3 @@ class ConsoleReporter(Reporter):
             cells.append(ProgressBar(total=1.0, completed=self._state.fraction, width=min(room, 40)))
         row.add_row(*cells)
         yield row
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

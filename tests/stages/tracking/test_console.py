@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from stages.runtime.context import Reporter
-from stages.tracking.console import CompositeReporter, ConsoleReporter, RateEstimator
+from stages.tracking.console import CompositeReporter, ConsoleReporter
+from stages.tracking.quantities import RateEstimator
 
 
 class Clock:
@@ -36,9 +37,9 @@ def test_plain_lines_are_printed_at_intervals():
             clock.now += 0.25
 
     lines = file.getvalue().splitlines()
-    assert lines[0] == "vqvae: 1/100 step  1%  loss 1"
-    assert lines[1] == "vqvae: 41/100 step  41%  0:15 left  4/s  loss 0.02439"
-    assert lines[-1] == "vqvae: 100/100 step  100%  4/s  loss 0.01"
+    assert lines[0] == "vqvae: 1/100 steps  1%  loss 1"
+    assert lines[1] == "vqvae: 41/100 steps  41%  15 s left  4 steps/s  loss 0.02439"
+    assert lines[-1] == "vqvae: 100/100 steps  100%  4 steps/s  loss 0.01"
     assert len(lines) == 4 and "\x1b" not in file.getvalue()
 
 
@@ -49,7 +50,7 @@ def test_new_unit_prints_a_line_and_resets_the_rate():
     progress.progress(5, 10, "image", {})
     clock.now += 1
     progress.progress(1, 10, "step", {})
-    assert file.getvalue().splitlines() == ["vqvae: 5/10 image  50%", "vqvae: 1/10 step  10%"]
+    assert file.getvalue().splitlines() == ["vqvae: 5/10 images  50%", "vqvae: 1/10 steps  10%"]
 
 
 def test_end_is_printed_once():
@@ -100,13 +101,13 @@ def test_bar_fits_any_width(width):
     """On a terminal, progress is one line that never wraps, and has no colour if NO_COLOR is set."""
     environment = {"NO_COLOR": "1", "TERM": "xterm"}
     console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, _environ=environment)
-    progress = ConsoleReporter("prior@bottom", console)
+    progress = ConsoleReporter("prior_bottom", console)
     progress.progress(120, 1500, "step", {"nll": 3.21, "bits": 4.63})
     with console.capture() as capture:
         console.print(progress)
     lines = capture.get().splitlines()
     assert len(lines) == 1 and len(lines[0]) <= width
-    assert "prior@bottom" in lines[0]
+    assert "prior_bottom" in lines[0]
     assert "\x1b[3" not in lines[0]
 
 
@@ -116,7 +117,7 @@ def test_dumb_terminal_gets_plain_lines():
     with ConsoleReporter("vqvae", console) as progress:
         progress.progress(1, 2, "step", {})
         progress.message("[red]literal[/red]")
-    assert console.file.getvalue().splitlines() == ["vqvae: 1/2 step  50%", "vqvae: [red]literal[/red]"]
+    assert console.file.getvalue().splitlines() == ["vqvae: 1/2 steps  50%", "vqvae: [red]literal[/red]"]
 
 
 def test_message_is_printed_above_the_bar():
