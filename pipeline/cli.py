@@ -31,6 +31,12 @@ TopP = Annotated[
     float | None,
     typer.Option(min=0.01, max=1.0, help="Sample from the likeliest entries with this total probability; 1 keeps all."),
 ]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", "-m", metavar="FOLDER", help="Folder with vqvae/ and priors/, instead of artifacts/ of this project."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -212,30 +218,47 @@ def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Argument(help="Write the images to this folder.")],
+    out: Annotated[Path, typer.Argument(help="Write the images to this folder, and nothing else.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 16,
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", "-c", help="Draw images of this class, or of several in turn. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
+    model: Model = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the contact sheet to this PNG file. [default: OUT.png]")
+    ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
 ) -> None:
     """Draw images from the trained priors.
 
-    Temperature, top-k and top-p default to the section `sample` of params.yaml.
+    Replaces an earlier draw in the same folder. Temperature, top-k and top-p default to the section `sample` of
+    params.yaml; with --model, to those of FOLDER/samples if it exists.
 
     Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
+
+    Example:  vqvae2 sample drawn --model ../other/artifacts
     """
 
     def action() -> int:
         from pipeline.commands import sample
 
-        return sample.run(out, count, classes or (), seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+        return sample.run(
+            out,
+            count,
+            classes or (),
+            seed=seed,
+            model=model,
+            sheet=sheet,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
-    run_and_exit(action)
+    run_and_exit(action, require_project=model is None)
 
 
 @app.command()
@@ -244,10 +267,12 @@ def reconstruct(
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the reconstructions to this folder.")] = Path(
         "reconstructed"
     ),
+    model: Model = None,
 ) -> None:
     """Encode and decode your own images.
 
-    Decodes each image from every prefix of levels, coarse to fine, and writes it next to its reconstructions.
+    Decodes each image from every prefix of levels, coarse to fine, and writes it next to its reconstructions. Replaces
+    earlier reconstructions in the same folder.
 
     Example:  vqvae2 reconstruct cat.png dog.jpg --out reconstructed
     """
@@ -255,9 +280,9 @@ def reconstruct(
     def action() -> int:
         from pipeline.commands import reconstruct
 
-        return reconstruct.run(images, out)
+        return reconstruct.run(images, out, *([model] if model else []))
 
-    run_and_exit(action)
+    run_and_exit(action, require_project=model is None)
 
 
 @app.command()

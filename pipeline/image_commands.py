@@ -1,20 +1,82 @@
-"""Paths that `vqvae2 sample` and `vqvae2 reconstruct` share: the trained models, and the images they write."""
+"""Model folders and output folders of `vqvae2 sample` and `vqvae2 reconstruct`.
 
+A model folder holds `vqvae/` and `priors/`, as the folder `artifacts` of a project does. An output folder holds the
+images of one call and a manifest; a later call replaces it only if it holds nothing else.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from pipeline.text import first_few
 from stages.errors import UserError
+from stages.formats import artifact
 
-VQVAE = Path("artifacts/vqvae")
-PRIORS = Path("artifacts/priors")
+MODEL = Path("artifacts")
 MAX_NAME_LENGTH = 80  # characters; file systems allow 255 bytes
 
 
-def require_folder(out: Path) -> None:
-    """Raise UserError if the output folder is a file, before anything is computed."""
+def require_model(model: Path, *names: str) -> None:
+    """Raise UserError if a folder given as --model does not hold the named parts of a model."""
+    if model == MODEL or all((model / name).is_dir() for name in names):
+        return  # of the project's own artifacts, the reader of each states which stage writes it
+    inner = model / MODEL
+    raise UserError(
+        f"A model folder must hold {' and '.join(f'{name}/' for name in names)}, got {model}.",
+        where=model.absolute(),
+        fix=f"Did you mean --model {inner}?"
+        if inner.is_dir()
+        else "Use the folder artifacts/ of a project with a finished run: --model PROJECT/artifacts",
+        code=2,
+    )
+
+
+def require_replaceable(out: Path, kind: str) -> None:
+    """Raise UserError if an output folder exists and holds more than the images of an earlier call, or is a file."""
     if out.exists() and not out.is_dir():
         raise UserError(
             f"{out} must be a folder for images, got a file.", where=out, fix="Choose another name.", code=2
         )
+    if out.is_dir() and (foreign := _foreign_files(out, kind)):
+        raise UserError(
+            f"{out} must be a new or empty folder, or hold only earlier {kind}; it also holds {first_few(foreign)}.",
+            where=out.absolute(),
+            fix="Choose another folder, or move these files.",
+            code=2,
+        )
+
+
+@contextmanager
+def replace_folder(out: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder to write images to; commit it as `out`, with a manifest, when the block succeeds.
+
+    Raises UserError as `require_replaceable`.
+    """
+    require_replaceable(out, kind)
+    with artifact.commit_folder(out.resolve(), kind, meta) as folder:
+        yield folder
+
+
+def earlier_meta(out: Path, kind: str) -> dict[str, Any]:
+    """Return the metadata of an earlier call's images in a folder; empty if there are none."""
+    try:
+        return dict(artifact.read(out, kind).meta)
+    except (UserError, OSError):
+        return {}
+
+
+def _foreign_files(out: Path, kind: str) -> list[str]:
+    """List the files and empty folders of an output folder that an earlier call has not written, or not like this."""
+    names = {
+        path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or not any(path.iterdir())
+    }
+    try:
+        handle = artifact.read(out, kind)
+        handle.verify()
+    except (UserError, OSError):
+        return sorted(names)
+    return sorted(names - handle.files.keys() - {artifact.MANIFEST})
 
 
 def safe_name(name: str) -> str:

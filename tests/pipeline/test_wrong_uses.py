@@ -56,6 +56,16 @@ def _reserved_level_name(project):
     project.edit(rename)
 
 
+def _other_files(project):
+    (project.folder / "drawn").mkdir()
+    for number in range(5):
+        (project.folder / "drawn" / f"{number}.txt").touch()
+
+
+def _project_beside(project):
+    (project.folder / "other" / "artifacts").mkdir(parents=True)
+
+
 def _no_dvc(project):
     shutil.rmtree(project.folder / ".dvc")
 
@@ -151,6 +161,10 @@ CASES = {
     "sample_without_model": (_nothing, ["sample", "drawn"], 4),
     "reconstruct_without_model": (_nothing, ["reconstruct", "cat.png"], 4),
     "sample_output_is_a_file": (_write("drawn", b"a file"), ["sample", "drawn"], 2),
+    "sample_output_holds_other_files": (_other_files, ["sample", "drawn"], 2),
+    "sample_sheet_among_images": (_nothing, ["sample", "drawn", "--sheet", "drawn/sheet.png"], 2),
+    "sample_sheet_exists": (_write("drawn.png", b"a picture"), ["sample", "drawn"], 2),
+    "model_folder_of_a_project": (_project_beside, ["sample", "drawn", "--model", "other"], 2),
     "reconstruct_output_is_a_file": (_write("drawn", b"a file"), ["reconstruct", "cat.png", "--out", "drawn"], 2),
 }
 

@@ -17,13 +17,19 @@ from stages.images.sources import MAX_FILE_BYTES
 
 
 def test_image_is_reconstructed_from_each_prefix_of_levels(artifacts, tmp_path: Path):
-    """The line has the levels and their errors; the picture has the image and both reconstructions."""
+    """The line has the errors, the picture both reconstructions; a second call replaces only the first one's files."""
     image = open_shards(artifacts.path("shards")).split("validation").read(0)
     Image.fromarray(image).save(tmp_path / "cat.png")
     (line,) = reconstruct.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
     assert "cat.png: top " in line and ", top+bottom " in line and line.endswith(" dB")
     with Image.open(tmp_path / "out" / "000-cat.png") as picture:
         assert picture.width > 2 * picture.height
+    (tmp_path / "cat.png").rename(tmp_path / "dog.png")
+    reconstruct.reconstruct([tmp_path / "dog.png"], tmp_path / "out", artifacts.path("vqvae").parent)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000-dog.png", "manifest.json"]
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(UserError, match="earlier reconstructions; it also holds notes"):
+        reconstruct.reconstruct([tmp_path / "dog.png"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["absent.png", "text.png", "long.png"])
@@ -42,11 +48,11 @@ def test_vqvae_without_codes_is_refused(artifacts, tmp_path: Path):
     _, artifact = model_file.load_vqvae(artifacts.path("vqvae"))
     config = VQVAEConfig(artifacts.network.levels, QuantizerConfig(mode="none"))
     meta = {**artifact.meta, "network": model_file.network_meta(config)}
-    folder = tmp_path / image_commands.VQVAE
+    folder = tmp_path / image_commands.MODEL / "vqvae"
     model_file.write(folder, "vqvae", VQVAE(config).state_dict(), meta, history=[], images={})
     with (
         chdir(tmp_path),
         pytest.raises(UserError, match=r"so it has no codes to reconstruct images from\.") as caught,
     ):
         reconstruct.reconstruct([tmp_path / "cat.png"], tmp_path / "out")
-    assert caught.value.where == str(image_commands.VQVAE) and "mode ema or loss" in caught.value.fix
+    assert caught.value.where == str(image_commands.MODEL / "vqvae") and "mode ema or loss" in caught.value.fix

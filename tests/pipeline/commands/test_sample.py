@@ -1,5 +1,6 @@
 """Tests of `vqvae2 sample`."""
 
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +14,98 @@ from stages.errors import UserError
 from stages.formats.samples import open_samples
 
 
+def draw(out: Path, count: int = 5, *, seed: int = 0, top_k: int = 0, **options) -> None:
+    """Draw with default settings; the contact sheet is written beside the folder."""
+    config = SampleConfig(count=count, top_k=top_k)
+    sample.draw(out, config, seed=seed, **{"sheet": sample.default_sheet(out), **options})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_drawn_images_equal_those_of_the_pipeline(artifacts, tmp_path: Path):
-    """Image names have the number and the class."""
-    sample.draw(tmp_path / "out", SampleConfig(count=5), seed=0)
-    files = sorted((tmp_path / "out").glob("0*.png"))
+    """Image names have the number and the class, and the folder has no other images."""
+    draw(tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.png"))
     drawn = np.stack([np.asarray(Image.open(path)) for path in files])
     assert (drawn == open_samples(artifacts.path("samples")).images(0, 5)).all()
-    assert {path.stem[7:] for path in files} == {"dark", "light"} and (tmp_path / "out" / "sheet.png").exists()
+    assert {path.stem[7:] for path in files} == {"dark", "light"}
+    assert Image.open(tmp_path / "out.png").size > (100, 100)
+
+
+def test_second_draw_replaces_the_first(artifacts, tmp_path: Path):
+    """A folder holds images of one size and one draw, so that a metric over the folder means something."""
+    draw(tmp_path / "out", 5)
+    draw(tmp_path / "out", 2, seed=1)
+    assert [name[:6] for name in names(tmp_path / "out")] == ["000000", "000001", "manife"]
+    first = (tmp_path / "out.png").read_bytes()
+    draw(tmp_path / "out", 2, seed=1)
+    assert (tmp_path / "out.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("change", ["another file", "an edited image", "no manifest"])
+def test_folder_with_other_files_is_refused(change, artifacts, tmp_path: Path):
+    """Nothing is deleted that the command has not written."""
+    out = tmp_path / "out"
+    draw(out, 1)
+    image = next(out.glob("*.png"))
+    match change:
+        case "another file":
+            (out / "notes.txt").write_text("mine")
+        case "an edited image":
+            image.write_bytes(image.read_bytes()[:-1] + b"!")
+        case "no manifest":
+            (out / "manifest.json").unlink()
+    before = names(out)
+    with pytest.raises(UserError, match=r"new or empty folder, or hold only earlier drawn samples"):
+        draw(out, 2)
+    assert names(out) == before
+
+
+def test_contact_sheet_replaces_no_other_file(artifacts, tmp_path: Path):
+    """The contact sheet is neither among the images nor in the place of another picture."""
+    (tmp_path / "out.png").write_bytes(b"a picture")
+    with pytest.raises(UserError, match="exists and is not the contact sheet"):
+        draw(tmp_path / "out")
+    for sheet in (tmp_path / "out" / "sheet.png", tmp_path / "sheet.jpg", tmp_path / "absent" / "sheet.png"):
+        with pytest.raises(UserError, match="The contact sheet must be"):
+            draw(tmp_path / "out", sheet=sheet)
+    assert not (tmp_path / "out").exists()
+    draw(tmp_path / "out", sheet=tmp_path / "sheet.png")
+    assert names(tmp_path) == ["out", "out.png", "sheet.png"]
+
+
+def test_sheet_of_the_current_folder_lies_beside_it(tmp_path: Path):
+    """`.` and `..` have no name of their own."""
+    with chdir(tmp_path):
+        assert sample.default_sheet(Path()) == tmp_path.with_name(f"{tmp_path.name}.png")
+    assert sample.default_sheet(Path("a/b.c/")) == Path("a/b.c.png")
+
+
+def test_samples_of_another_model_folder(artifacts, tmp_path: Path):
+    """--model works outside of a project, with the sampling rule of that folder's samples."""
+    model = artifacts.path("vqvae").parent
+    with chdir(tmp_path):
+        draw(Path("out"), 3, model=model)
+        assert (np.asarray(Image.open(min(Path("out").glob("*.png")))) == _pipeline_image(artifacts)).all()
+        with pytest.raises(UserError, match=r"must hold vqvae/ and priors/[\s\S]*PROJECT/artifacts"):
+            draw(Path("other"), model=tmp_path)
+    meta = open_samples(artifacts.path("samples")).artifact.meta
+    assert sample.model_settings(model).temperature == meta["temperature"]
+    assert sample.model_settings(tmp_path) == SampleConfig()
+
+
+def _pipeline_image(artifacts) -> np.ndarray:
+    return open_samples(artifacts.path("samples")).images(0, 1)[0]
 
 
 def test_top_k_above_the_codebook_size_is_refused(artifacts, tmp_path: Path):
     """The error has the number of entries, and nothing is written."""
     entries = max(level.entries for level in artifacts.network.levels.values())
-    sample.draw(tmp_path / "out", SampleConfig(count=1, top_k=entries), seed=0)
+    draw(tmp_path / "out", 1, top_k=entries)
     with pytest.raises(UserError, match=rf"at most {entries}, .* got {entries + 1}\.[\s\S]*to 1 to {entries}, or to 0"):
-        sample.draw(tmp_path / "other", SampleConfig(count=1, top_k=entries + 1), seed=0)
+        draw(tmp_path / "other", 1, top_k=entries + 1)
     assert not (tmp_path / "other").exists()
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from stages.tracking.quantities import ProgressState, format_duration, format_number, format_rate
 
-
 NUMBERS = {
     "1,250": 1250.0,
     "1,234,568": 1_234_567.8,
