@@ -317,12 +317,12 @@ def sync_metrics() -> None:
 
 @app.command("stage")
 def run_stage(
-    name: Annotated[str, typer.Argument(help="Stage, named after its file in stages/, such as prior.")],
-    level: Annotated[str, typer.Argument(help="Level, for a stage that runs once per level.")] = "",
+    name: Annotated[str, typer.Argument(help="Stage, such as vqvae or prior_top.")],
+    level: Annotated[str, typer.Argument(help="Level, if the name is without one: prior top.")] = "",
 ) -> None:
     """Run one stage on the inputs in artifacts/. dvc.yaml calls this command.
 
-    Example:  vqvae2 stage prior top
+    Example:  vqvae2 stage prior_top
     """
     from pipeline.stage_runner import run_stage
 

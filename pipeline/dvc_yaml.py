@@ -29,13 +29,18 @@ class Stage:
 
     @property
     def cli_name(self) -> str:
-        """Name on the command line, such as prior_top."""
-        return self.name.replace("@", "_")
+        """Name that commands print, such as prior_top."""
+        return cli_name(self.name)
 
     @property
     def artifacts(self) -> tuple[str, ...]:
         """Dependencies that other stages write."""
         return tuple(path for path in self.deps if path.startswith("artifacts/"))
+
+
+def cli_name(name: str) -> str:
+    """Return the name that commands print of a stage, for that name or the one in DVC: prior_top for prior@top."""
+    return name.replace("@", "_")
 
 
 def stages(values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
@@ -78,7 +83,7 @@ def find(name: str, stages: Mapping[str, Stage]) -> Stage:
     Raises UserError if there is none.
     """
     for stage in stages.values():
-        if name in (stage.name, stage.cli_name):
+        if cli_name(name) == stage.cli_name:
             return stage
     levels = [stage.cli_name for stage in stages.values() if stage.level and stage.module == name]
     options = ", ".join(levels or (stage.cli_name for stage in stages.values()))

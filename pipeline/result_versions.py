@@ -37,7 +37,7 @@ def version_of(stage: dvc_yaml.Stage, settings: Params) -> str:
 
 def is_pinned(stage: dvc_yaml.Stage, settings: Params) -> bool:
     """Return whether keep_results names a stage."""
-    return stage.cli_name in settings.keep_results
+    return stage.cli_name in map(dvc_yaml.cli_name, settings.keep_results)
 
 
 def write(data: Mapping[str, Any], settings: Params, computed: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -108,7 +108,7 @@ def require_not_pinned(stage: dvc_yaml.Stage, settings: Params) -> None:
 def _require_stages(settings: Params, stages: Mapping[str, dvc_yaml.Stage]) -> None:
     names = [stage.cli_name for stage in stages.values()]
     for name in settings.keep_results:
-        if name not in names:
+        if dvc_yaml.cli_name(name) not in names:
             raise UserError(
                 f"keep_results names {name!r}, which is not a stage.",
                 where=params.FILE,

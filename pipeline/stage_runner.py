@@ -44,14 +44,18 @@ class StageStopped(BaseException):
 
 
 def run_stage(module: str, level: str = "") -> int:
-    """Run one stage in this process, on the inputs in place; return the exit status."""
+    """Run one stage in this process, on the inputs in place; return the exit status.
+
+    The stage is a module and a level, or its name: `prior top`, `prior_top` or `prior@top`.
+    """
+    name = dvc_yaml.cli_name(f"{module}_{level}" if level else module)
     for number in (signal.SIGTERM, signal.SIGINT, *not_ignored(signal.SIGHUP)):
         signal.signal(number, _stop)
     if "DVC_STAGE" in os.environ:  # started by hand, the parent is a shell that may end first
         die_with_parent(signal.SIGINT)  # Ray shuts down in order on SIGINT, and prints a stack trace on SIGTERM
-    folder = RUNS / (f"{module}_{level}" if level else module)
+    folder = RUNS / name
     try:
-        _run(module, level, folder)
+        _run(name, folder)
         return 0
     except StageStopped as stop:
         return shared_cluster.record_exit_status(stopped(stop.number))
@@ -63,11 +67,11 @@ def run_stage(module: str, level: str = "") -> int:
         return shared_cluster.record_exit_status(report(error, folder))
 
 
-def _run(module: str, level: str, folder: Path) -> None:
+def _run(name: str, folder: Path) -> None:
     require_project()
     data = params.read()
     settings = params.check(data)
-    stage = dvc_yaml.find(f"{module}_{level}" if level else module, dvc_yaml.stages(data))
+    stage = dvc_yaml.find(name, dvc_yaml.stages(data))
     inputs, version = digest_inputs(stage, settings), result_versions.version_of(stage, settings)
     fingerprint = fingerprint_of(stage, settings, inputs, version)
     work = folder / fingerprint[:16]
@@ -120,7 +124,7 @@ def _call(
     os.environ.update(shared_cluster.cluster_environment())
     function = importlib.import_module(f"stages.{stage.module}").run
     with tracker.track_stage(
-        stage.name,
+        stage.cli_name,
         fingerprint,
         work,
         params=flatten(sections_of(stage, settings)),
@@ -140,7 +144,7 @@ def track_cached(
     """Add a stage that did not compute its result to the tracked run `parent`, so that every run has all stages."""
     tracker.record_cached_stage(
         parent,
-        stage.name,
+        stage.cli_name,
         fingerprint,
         params=flatten(sections_of(stage, settings)),
         inputs=inputs,

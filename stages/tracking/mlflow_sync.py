@@ -141,7 +141,7 @@ class MlflowUploader:
 
     def _find_producer(self, record: Record) -> "MlflowRun | None":
         """Return the run that computed the result of a cached stage."""
-        return self._find(run_tags.producer_condition(record["stage"], record["fingerprint"]))
+        return self._find(run_tags.producer_condition(record["fingerprint"]))
 
     def _cached_tags(self, producer: "MlflowRun | None") -> dict[str, str]:
         """Return tags of a cached stage: the id of the run that computed its result, and a description with a link."""

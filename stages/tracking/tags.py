@@ -64,12 +64,9 @@ def key_condition(key: str) -> str:
     return f"tags.`{KEY}` = '{key}'"
 
 
-def producer_condition(stage: str, fingerprint: str) -> str:
-    """Return the search condition of the finished run that computed a result."""
-    return (
-        f"tags.{STAGE} = '{stage}' and tags.{FINGERPRINT} = '{fingerprint}'"
-        f" and tags.{CACHED} = 'no' and attributes.status = 'FINISHED'"
-    )
+def producer_condition(fingerprint: str) -> str:
+    """Return the search condition of the finished run that computed a result. A fingerprint includes the stage."""
+    return f"tags.{FINGERPRINT} = '{fingerprint}' and tags.{CACHED} = 'no' and attributes.status = 'FINISHED'"
 
 
 def git(*arguments: str) -> str:

@@ -94,6 +94,7 @@ def test_setting_that_a_release_adds_at_its_neutral_value_is_no_change_of_a_pinn
     ("name", "headline"),
     [
         ("codes", "keep_results names codes, which has no finished result to keep."),
+        ("prior@top", "keep_results names prior_top, which has no finished result to keep."),
         ("vqvea", "keep_results names 'vqvea', which is not a stage."),
     ],
 )

@@ -49,7 +49,7 @@ def toy(current_project: CommandLineProject, monkeypatch) -> ToyStage:
 
 
 def run() -> None:
-    stage_runner._run("shard", "", Path("runs/shard"))
+    stage_runner._run("shard", Path("runs/shard"))
 
 
 def test_settings_edited_while_a_stage_runs_are_refused(toy: ToyStage):
@@ -60,6 +60,14 @@ def test_settings_edited_while_a_stage_runs_are_refused(toy: ToyStage):
     toy.project.edit(lambda data: data["dataset"].update(background="#000000"))
     with pytest.raises(UserError, match=r'dataset.image_size \d+ -> 64, dataset.resize_mode "crop" -> "pad"\.'):
         run()
+
+
+@pytest.mark.parametrize("arguments", [("prior", "top"), ("prior_top",), ("prior@top",)], ids=" ".join)
+def test_stage_has_one_name_whatever_name_is_typed(project, arguments):
+    """Messages and folders use prior_top."""
+    done = project.command("stage", *arguments)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: prior_top reads artifacts/codes, which does not exist.")
 
 
 def test_finished_result_is_not_computed_again(toy: ToyStage, capsys):
