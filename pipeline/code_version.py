@@ -41,6 +41,7 @@ EXCLUDED = {
     "stages.mapping": "which process computes a part; the result of a part does not depend on it",
     "stages.training.ray_train": "which processes train; one and several workers see the same batches",
     "stages.training.failures": "texts of errors",
+    "stages.images.overview": "what is reported, not what is computed",
     "stages.training.checkpoint": "a resumed training ends in the same bytes",
     "stages.formats.artifact": "how a folder is committed, not what it holds",
 }

@@ -25,6 +25,7 @@ from stages.formats import artifact
 from stages.formats.shards import INDEX, KIND, REJECTED, EncodedImage, IndexRow, write_index, write_shard
 from stages.images.decode import RejectedImage, decode, encode
 from stages.images.listing import SPLITS, ListedImage, Listing, list_images
+from stages.images.overview import describe
 from stages.images.sources import Member, UnreadableFile, open_source, printable
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
@@ -40,8 +41,8 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, conte
     """Write the shards. Raises UserError if too many images, or all training images, are rejected."""
     _check_background(dataset)
     listing = list_images(source, dataset.labels, validation_fraction=dataset.validation_fraction)
-    for message in listing.messages:
-        context.reporter.message(message)
+    for line in describe(listing):
+        context.reporter.message(line)
 
     work = context.work_dir / "parts"
     parts = _plan(listing, dataset, work)

@@ -7,6 +7,8 @@ cannot be converted faithfully is rejected with a reason.
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -43,21 +45,46 @@ class Decoded(NamedTuple):
     conversions: tuple[str, ...]  # such as "colour mode L: converted to RGB"
 
 
+class Header(NamedTuple):
+    """Properties of an image file that its first bytes state."""
+
+    width: int  # pixels, before EXIF turns the image upright
+    height: int
+    file_format: str  # such as JPEG
+    mode: str  # of Pillow, such as RGB
+
+
+def read_header(data: bytes, config: DatasetConfig) -> Header:
+    """Read the header of an image file, of which `data` may be the first part.
+
+    Raises RejectedImage as `decode` does, and if the header is not complete.
+    """
+    with _open(data, config) as image:
+        return Header(*image.size, str(image.format), image.mode)
+
+
 def decode(data: bytes, config: DatasetConfig) -> Decoded:
     """Decode one file and fit it to `config.image_size`. Raises RejectedImage if it cannot be converted faithfully."""
+    conversions: list[str] = []
+    with _open(data, config) as image:
+        if getattr(image, "is_animated", False):
+            conversions.append("several frames: the first is used")
+            image.seek(0)
+        image.load()  # verify() would accept truncated files
+        rgb = _to_rgb(_upright(image, conversions), config.background, conversions)
+        return Decoded(np.asarray(_fit(rgb, config, conversions)), tuple(conversions))
+
+
+@contextmanager
+def _open(data: bytes, config: DatasetConfig) -> Iterator[Image.Image]:
+    """Open an image file whose size is allowed; convert the errors of decoders in the block to RejectedImage."""
     if not data:
         raise RejectedImage("the file is empty")
     Image.MAX_IMAGE_PIXELS = config.max_pixels  # Pillow raises at twice this; _check_size rejects at once this
-    conversions: list[str] = []
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, config)
-            if getattr(image, "is_animated", False):
-                conversions.append("several frames: the first is used")
-                image.seek(0)
-            image.load()  # verify() would accept truncated files
-            rgb = _to_rgb(_upright(image, conversions), config.background, conversions)
-        return Decoded(np.asarray(_fit(rgb, config, conversions)), tuple(conversions))
+            yield image
     except RejectedImage:
         raise
     except Image.UnidentifiedImageError:

@@ -1,39 +1,34 @@
 """Listing of a source: its images with their splits and classes, read from names without decoding anything.
 
-    cat/1.png                        class folders
-    train/cat/1.png  val/cat/2.png   split folders, of class folders or of images
-    1.png                            images without labels
-    labels.csv                       columns path,label and optionally split; inside the source, so that DVC tracks it
-
-Images are ordered by a hash of their names, which is independent of the disk and mixes the classes.
+Splits and classes come from folder names (layout.py) or from a CSV inside the source (table.py), so that DVC tracks
+them. Images are ordered by a hash of their names, which is independent of the disk and mixes the classes.
 """
 
-import csv
 import hashlib
-import io
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from stages.errors import UserError
-from stages.images.sources import Member, Source, UnreadableFile, open_source, printable
+from stages.images import table
+from stages.images.layout import RENAME_TO_UTF8, Candidate, is_utf8, read_folders
+from stages.images.sources import Member, Source, TarSource, UnreadableFile, open_source, printable
 
 SPLITS = ("train", "validation", "test")
 _EXPECTED_LAYOUT = "Use class folders of images (cat/1.png), with or without train/ and validation/ above them."
-_SPLIT_FOLDERS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "val": "validation", "valid": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 _IMAGE_SUFFIXES = frozenset({  # also of unsupported formats, which are then rejected by name instead of ignored
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
     ".eps", ".psd", ".svg", ".heic", ".heif", ".avif", ".pdf", ".ico", ".jp2", ".ppm", ".pgm", ".tga",
 })  # fmt: skip
+_TABLE_SUFFIXES = (".csv", ".tsv")
+_MAX_UNUSED_TABLE_BYTES = 1 << 24  # of a table that is only looked at, to mention that it lists classes
 _SHOWN_SUFFIXES = 5  # in the message about files that are not images
+_SHOWN_REASONS = 5  # in the messages about skipped images
 _SHOWN_CLASSES = 10  # in the message about classes without a training image
-_SHOWN_FOLDERS = 5  # in the error about folders beside split folders
+_SHOWN_TABLES = 3  # in the error about a missing table
+CHECKED_FILES = 20_000  # that `check_source` lists in a fraction of a second
 
 
 class ListedImage(NamedTuple):
@@ -51,14 +46,7 @@ class Listing(NamedTuple):
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]  # image files that are not used: name, reason
     messages: tuple[str, ...]  # assumptions to show to the user
-
-
-class _Candidate(NamedTuple):
-    """An image file before splits are assigned and classes are numbered."""
-
-    member: Member
-    split: str  # "": the source names none
-    label: str | None
+    doubts: tuple[str, ...]  # assumptions that may be wrong
 
 
 def list_images(path: Path, labels: str, *, validation_fraction: float) -> Listing:
@@ -67,25 +55,74 @@ def list_images(path: Path, labels: str, *, validation_fraction: float) -> Listi
     Raises UserError if there are no (training) images, or if the folders or the labels CSV are inconsistent.
     """
     source = open_source(path)
-    members = list(source.members())
+    return _list(source, list(source.members()), path, labels, validation_fraction)
+
+
+def check_source(path: Path, labels: str) -> None:
+    """Raise UserError if a source is missing, has no images, or has inconsistent folders or labels, in about a second.
+
+    Of a tar, and of a source with more than CHECKED_FILES files, only the first files and the header of the labels are
+    checked.
+    """
+    source = open_source(path)
+    if not isinstance(source, TarSource):
+        members = list(islice(source.members(), CHECKED_FILES + 1))
+        if path.is_dir():
+            _check_utf8(members, path)
+        if len(members) <= CHECKED_FILES:
+            _list(source, members, path, labels, validation_fraction=0.0)
+            return
+    problems = []
+    for member in source.members():
+        if member.problem:
+            problems.append((member.name, member.problem))
+        elif is_image(member.name):
+            break
+    else:
+        raise _no_images(path, problems)
+    name = _table_name(path, labels)
+    if labels not in ("folders", "none") and path.is_dir():
+        if name.startswith(("/", "../")):
+            raise _no_table(path, labels, ())
+        if (path / name).is_file():  # else one per split folder
+            table.read_table((path / name).read_bytes(), path / name)
+
+
+def _check_utf8(members: Iterable[Member], path: Path) -> None:
+    """Raise UserError if a name in a folder is not UTF-8: DVC cannot hash it. Archives may have such names."""
+    for member in members:
+        if not is_utf8(member.name):
+            raise UserError(
+                f"The name of a file is not UTF-8, so DVC cannot track it: {printable(member.name)}.",
+                where=path,
+                fix=RENAME_TO_UTF8,
+                code=4,
+            )
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is named like an image, also of a format that is not supported."""
+    return PurePosixPath(name).suffix.lower() in _IMAGE_SUFFIXES
+
+
+def _list(source: Source, members: list[Member], path: Path, labels: str, validation_fraction: float) -> Listing:
     skipped = [(member.name, member.problem) for member in members if member.problem]
     readable = [member for member in members if not member.problem]
-    image_files = [member for member in readable if _is_image(member.name)]
+    image_files = [member for member in readable if is_image(member.name)]
     if not image_files:
         raise _no_images(path, skipped)
-    messages = []
-    suffixes = Counter(PurePosixPath(member.name).suffix.lower() or "no suffix" for member in readable)
-    other_suffixes = Counter({suffix: count for suffix, count in suffixes.items() if suffix not in _IMAGE_SUFFIXES})
-    if other_suffixes:
-        counts = ", ".join(
-            f"{printable(suffix)} {count}" for suffix, count in other_suffixes.most_common(_SHOWN_SUFFIXES)
-        )
-        messages.append(f"{other_suffixes.total()} files that are not images are ignored: {counts}.")
+    messages, doubts = [*source.messages, *_other_files(readable)], []
     if labels in ("folders", "none"):
-        candidates, outside = _from_folders(image_files, labels == "folders", path, messages)
-        skipped += outside
+        layout = read_folders(image_files, labels == "folders", path)
+        candidates = layout.candidates
+        skipped += layout.skipped
+        messages += layout.messages
+        doubts += layout.doubts
+        if labels == "folders":
+            doubts += _unused_tables(source, readable)
     else:
-        candidates = _from_table(image_files, readable, source, path, labels, messages)
+        candidates = _from_tables(source, image_files, readable, path, labels, messages)
+    messages += _skipped_files(skipped)
     classes = sorted({candidate.label for candidate in candidates if candidate.label is not None})
     if len(classes) == 1:
         messages.append(f"All images have one class, {printable(classes[0])}.")
@@ -97,33 +134,12 @@ def list_images(path: Path, labels: str, *, validation_fraction: float) -> Listi
     untrained = sorted(set(range(len(classes))) - {image.label for image in images if image.split == "train"})
     if untrained:
         names = ", ".join(printable(classes[label]) for label in untrained[:_SHOWN_CLASSES])
-        messages.append(f"Classes without a training image: {names}.")
+        doubts.append(f"Classes without a training image: {names}.")
     images.sort(key=lambda image: SPLITS.index(image.split))  # stable: the hash order within a split stays
-    return Listing(tuple(images), tuple(classes), tuple(skipped), tuple(messages))
+    return Listing(tuple(images), tuple(classes), tuple(skipped), tuple(messages), tuple(doubts))
 
 
-def check_source(path: Path, labels: str) -> None:
-    """Raise UserError if a source is missing, not a folder or archive, or without images. Stops at the first image."""
-    source = open_source(path)
-    problems = []
-    for member in source.members():
-        if member.problem:
-            problems.append((member.name, member.problem))
-        elif _is_image(member.name):
-            break
-    else:
-        raise _no_images(path, problems)
-    if labels not in ("folders", "none") and path.is_dir():
-        table = _table_name(path, labels)
-        if table.startswith(("/", "../")) or not (path / table).is_file():
-            raise _no_table(path, labels)
-
-
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in _IMAGE_SUFFIXES
-
-
-def _name_hash(candidate: _Candidate) -> tuple[bytes, int]:
+def _name_hash(candidate: Candidate) -> tuple[bytes, int]:
     """Return the sort key of an image. The location separates members of one name, which a zip may have."""
     name = candidate.member.name.encode("utf-8", "surrogateescape")
     return hashlib.sha256(name).digest(), candidate.member.location
@@ -137,138 +153,105 @@ def _no_images(path: Path, skipped: list[tuple[str, str]]) -> UserError:
     return UserError(f"The source has no images.{reason}", where=path, fix=_EXPECTED_LAYOUT, code=2)
 
 
-def _class_name(folder: str) -> str:
-    """Normalize a class name to valid Unicode in form NFC: any file can hold it, and equal names compare equal."""
-    return unicodedata.normalize("NFC", folder.encode("utf-8", "backslashreplace").decode())
+def _other_files(readable: list[Member]) -> list[str]:
+    """Count the files that are not images, by suffix."""
+    suffixes = Counter(
+        PurePosixPath(member.name).suffix.lower() or "no suffix" for member in readable if not is_image(member.name)
+    )
+    counts = ", ".join(f"{printable(suffix)} {count}" for suffix, count in suffixes.most_common(_SHOWN_SUFFIXES))
+    return [f"{suffixes.total()} files that are not images are ignored: {counts}."] if suffixes else []
 
 
-def _from_folders(
-    image_files: list[Member], labelled: bool, path: Path, messages: list[str]
-) -> tuple[list[_Candidate], list[tuple[str, str]]]:
-    """Read splits and classes from folder names. Also return the images outside these folders, with a reason each."""
-    paths = [(member, member.name.split("/")) for member in image_files]
-    while True:  # skip a single top folder that holds only folders: the name of the archive or of the dataset
-        tops = {names[0] for _, names in paths}
+def _skipped_files(skipped: list[tuple[str, str]]) -> list[str]:
+    reasons = Counter(reason for _, reason in skipped).most_common()
+    messages = [f"{count} images are skipped: {printable(reason)}." for reason, count in reasons[:_SHOWN_REASONS]]
+    if others := sum(count for _, count in reasons[_SHOWN_REASONS:]):
+        messages.append(f"{others} images are skipped for other reasons.")
+    return messages
+
+
+def _unused_tables(source: Source, readable: list[Member]) -> list[str]:
+    """Mention a table that lists classes although classes come from folders. Tables in subfolders are not read."""
+    doubts = []
+    for member in readable:
+        is_table = "/" not in member.name and member.name.lower().endswith(_TABLE_SUFFIXES)
         if (
-            len(tops) > 1
-            or any(len(names) < 3 for _, names in paths)
-            or {top.lower() for top in tops} & set(_SPLIT_FOLDERS)
+            is_table
+            and member.size <= _MAX_UNUSED_TABLE_BYTES
+            and table.has_columns(_read(source, member, member.name))
         ):
-            break
-        messages.append(
-            f"The single top folder {printable(tops.pop())} is taken as the dataset, its folders as classes."
-        )
-        paths = [(member, names[1:]) for member, names in paths]
-
-    tops = {names[0] for _, names in paths if len(names) > 1}
-    split_tops = {top for top in tops if top.lower() in _SPLIT_FOLDERS}
-    splits = {_SPLIT_FOLDERS[top.lower()] for top in split_tops}
-    if len(splits) > 1 and split_tops != tops:
-        others = ", ".join(printable(top) for top in sorted(tops - split_tops)[:_SHOWN_FOLDERS])
-        raise UserError(
-            f"The source has split folders ({', '.join(sorted(split_tops))}) beside other folders ({others}).",
-            where=path,
-            fix="Move the other folders into a split folder, or out of the source.",
-            code=4,
-        )
-    by_split = bool(tops) and split_tops == tops
-    depth = int(by_split)  # folders above the class folder
-    has_classes = labelled and any(len(names) > depth + 1 for _, names in paths)
-    candidates, outside = [], []
-    for member, names in paths:
-        if by_split and len(names) == 1:
-            outside.append((member.name, "outside the split folders"))
-        elif has_classes and len(names) == depth + 1:
-            outside.append((member.name, "outside the class folders"))
-        else:
-            split = _SPLIT_FOLDERS[names[0].lower()] if by_split else ""
-            candidates.append(_Candidate(member, split, _class_name(names[depth]) if has_classes else None))
-    if labelled and not has_classes:
-        messages.append("There are no class folders: the images have no labels.")
-    if outside:
-        messages.append(f"{len(outside)} images outside the {'split' if by_split else 'class'} folders are skipped.")
-    return candidates, outside
+            name = printable(member.name)
+            doubts.append(f"{name} lists classes and is not used, because dataset.labels is folders, not {name}.")
+    return doubts
 
 
-def _from_table(
-    image_files: list[Member], readable: list[Member], source: Source, path: Path, labels: str, messages: list[str]
-) -> list[_Candidate]:
-    """Read splits and classes from a CSV."""
-    by_name = {member.name: member for member in readable}
-    table = by_name.get(_table_name(path, labels))
-    if table is None:
-        raise _no_table(path, labels)
+def _from_tables(
+    source: Source, image_files: list[Member], readable: list[Member], path: Path, labels: str, messages: list[str]
+) -> list[Candidate]:
+    """Read splits and classes from a CSV, or from one CSV of this name in each split folder."""
+    name = _table_name(path, labels)
+    tables = [member for member in readable if member.name == name]
+    if not tables and "/" not in name:
+        tables = sorted(member for member in readable if PurePosixPath(member.name).name == name)
+    if not tables:
+        suggested = [member.name for member in readable if member.name.lower().endswith(_TABLE_SUFFIXES)]
+        raise _no_table(path, labels, suggested)
+    index = table.ImageIndex(image_files, path)
+    matched: dict[Member, table.Row] = {}
+    table_messages: list[str] = []
+    for member in tables:
+        where = path / member.name
+        content = table.read_table(_read(source, member, where), where)
+        folder = member.name.rpartition("/")[0]
+        matched |= table.match_rows(content, index, folder, where)
+        table_messages += content.messages
+    messages += dict.fromkeys(table_messages)
+    if index.short_names_used:
+        messages.append(f"{index.short_names_used} rows of the labels name their image without its folder or suffix.")
+    if unlisted := len(image_files) - len(matched):
+        messages.append(f"{unlisted} images that the labels do not list are ignored.")
+    return table.to_candidates(matched, messages)
 
-    def invalid(line: int, problem: str) -> UserError:
-        return UserError(
-            f"Line {line} of the labels is invalid: {problem}.", where=path / table.name, fix="Fix this line.", code=4
-        )
 
+def _read(source: Source, member: Member, where: object) -> bytes:
     try:
-        text = source.read(table).decode("utf-8-sig", "surrogateescape")
+        return source.read(member)
     except UnreadableFile as error:
         raise UserError(
-            f"The labels cannot be read: {error}.", where=path / table.name, fix="Run the same command again.", code=4
+            f"The labels cannot be read: {error}.", where=where, fix="Run the same command again.", code=4
         ) from None
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    candidates: dict[str, _Candidate] = {}
-    lines: dict[str, int] = {}
-    try:
-        header = next(rows, [])
-        if not {"path", "label"} <= set(header):
-            columns = ", ".join(map(printable, header)) or "none"
-            raise invalid(1, f"the columns must be path,label[,split], got {columns}")
-        for row in rows:
-            line = rows.line_num
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise invalid(line, f"it must have {len(header)} fields, got {len(row)}")
-            values = dict(zip(header, row, strict=True))
-            name, label, split = values["path"].removeprefix("./"), values["label"], values.get("split", "")
-            if name in lines:
-                raise invalid(line, f"{printable(name)} is already listed in line {lines[name]}")
-            if name not in by_name:
-                raise invalid(line, f"the source has no file {printable(name)!r}")
-            if not label:
-                raise invalid(line, "the label is empty")
-            if "split" in header and split.lower() not in _SPLIT_FOLDERS:
-                raise invalid(line, f"the split must be train, validation or test, got {printable(split)!r}")
-            lines[name] = line
-            candidates[name] = _Candidate(by_name[name], _SPLIT_FOLDERS.get(split.lower(), ""), _class_name(label))
-    except csv.Error as error:
-        raise invalid(rows.line_num, str(error)) from None
-    if not candidates:
-        raise invalid(1, "no image is listed below the header")
-    unlisted = sum(member.name not in candidates for member in image_files)
-    if unlisted:
-        messages.append(f"{unlisted} images that the labels do not list are ignored.")
-    return list(candidates.values())
 
 
 def _table_name(path: Path, labels: str) -> str:
     """Return the CSV's name inside the source. `labels` may include the path of the source."""
-    table = Path(labels)
-    return (table.relative_to(path) if table.is_relative_to(path) else table).as_posix()
+    name = Path(labels)
+    return (name.relative_to(path) if name.is_relative_to(path) else name).as_posix()
 
 
-def _no_table(path: Path, labels: str) -> UserError:
+def _no_table(path: Path, labels: str, tables: Iterable[str]) -> UserError:
+    names = ", ".join(printable(name) for name in islice(tables, _SHOWN_TABLES))
+    hint = (
+        f"Use one of the source: {names}." if names else "Move the CSV into the source, where DVC tracks its changes."
+    )
     return UserError(
         f"dataset.labels must be folders, none, or a CSV inside the source, got {labels!r}.",
         where=path,
-        fix="Move the CSV (columns path,label and optionally split) into the source, where DVC tracks its changes.",
+        fix=hint if names else f"{hint} {table.EXPECTED_COLUMNS}.",
         code=2,
     )
 
 
 def _assign_splits(
-    candidates: Iterable[_Candidate], validation_fraction: float, path: Path, messages: list[str]
-) -> list[tuple[_Candidate, str]]:
+    candidates: Iterable[Candidate], validation_fraction: float, path: Path, messages: list[str]
+) -> list[tuple[Candidate, str]]:
     """Assign a split to each image. Without validation images in the source, hold out the first training images."""
     assigned = [(candidate, candidate.split or "train") for candidate in candidates]
     train = [position for position, (_, split) in enumerate(assigned) if split == "train"]
     if not train:
-        raise UserError("The source has no training images.", where=path, fix=_EXPECTED_LAYOUT, code=4)
+        splits = " and ".join(sorted({split for _, split in assigned}))
+        raise UserError(
+            f"The source has no training images, only {splits} images.", where=path, fix=_EXPECTED_LAYOUT, code=4
+        )
     if validation_fraction and not any(split == "validation" for _, split in assigned):
         held_out = min(max(1, round(len(train) * validation_fraction)), len(train) - 1)
         for position in train[:held_out]:

@@ -2,17 +2,19 @@
 
 Archives are never extracted: members are listed by name and read into memory one at a time, each at most
 MAX_FILE_BYTES. So a member named ../x cannot be written outside, links and devices are never followed, and a
-decompression bomb costs at most MAX_FILE_BYTES. Names may hold any bytes (surrogateescape).
+decompression bomb costs at most MAX_FILE_BYTES. Names in folders and tars may hold any bytes (surrogateescape).
 """
 
 import bz2
 import gzip
+import io
 import lzma
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, Self
 
@@ -20,6 +22,10 @@ from stages.errors import UserError
 
 MAX_FILE_BYTES = 1 << 28  # 256 MiB: larger than any image worth training on
 _MAX_TAR_HEADER_BYTES = 1 << 20  # of a tar's long names, which tarfile reads into memory; real ones have hundreds
+_UTF8_FLAG = 0x800  # of a zip's member: the name is UTF-8
+_UNICODE_PATH_FIELD = 0x7075  # Info-ZIP's extra field: version, CRC-32 of the other name, name in UTF-8
+_ZIP64_RECORDS_BYTES = 56 + 20  # end record and locator of a large zip, directly before the usual end record
+_MAX_END_RECORD_BYTES = 22 + 65_535 + _ZIP64_RECORDS_BYTES  # with the longest comment
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 _SET_SOURCE = "Set dataset.source to a folder, a zip or a tar of images."
 _COPY_AGAIN = "Download or copy the file again."
@@ -41,11 +47,16 @@ class UnreadableFile(Exception):
 class Source(Protocol):
     """Image files by name."""
 
+    messages: Sequence[str]  # assumptions about the names, complete after `members`
+
     def members(self) -> Iterator[Member]:
         """List every file that is not hidden. Raises UserError if the source is damaged."""
 
     def read(self, member: Member) -> bytes:
         """Read one file. Raises UnreadableFile if it cannot be read or differs from the listing."""
+
+    def read_start(self, member: Member, size: int) -> bytes:
+        """Read at most the first `size` bytes of a file. Raises UnreadableFile if it cannot be read."""
 
 
 def open_source(path: Path) -> Source:
@@ -85,6 +96,8 @@ def _name_problem(name: str) -> str:
 class FolderSource:
     """Source of the files under a folder. Follows links to files; refuses links to folders: DVC does not track them."""
 
+    messages: Sequence[str] = ()
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -122,62 +135,120 @@ class FolderSource:
             yield from self._walk(f"{path}/")
 
     def read(self, member: Member) -> bytes:
-        try:
-            with (self.path / member.name).open("rb") as file:
-                data = file.read(member.size + 1)  # one more, to notice a file that has grown
-        except OSError as error:
-            raise UnreadableFile(f"cannot be read: {error.strerror}") from None
+        data = self.read_start(member, member.size + 1)  # one more, to notice a file that has grown
         if len(data) != member.size:
             raise UnreadableFile("the file changed after it was listed")
         return data
+
+    def read_start(self, member: Member, size: int) -> bytes:
+        try:
+            with (self.path / member.name).open("rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise UnreadableFile(f"cannot be read: {error.strerror}") from None
 
 
 class ZipSource:
     """Source of the members of a zip."""
 
     def __init__(self, path: Path):
+        self.messages: Sequence[str] = ()
         try:
             self._zip = zipfile.ZipFile(path)
             self._infos = self._zip.infolist()
             with path.open("rb") as file:
-                expected = zipfile._EndRecData(file)[zipfile._ECD_ENTRIES_TOTAL]  # type: ignore[attr-defined]
+                expected = _stated_entries(file)
             # A damaged length in the central directory makes one record swallow the records behind it; zipfile does
             # not compare the counts. Some programs store the count modulo 2**16.
-            if (len(self._infos) - expected) % 65_536:
+            if expected is not None and (len(self._infos) - expected) % 65_536:
                 raise zipfile.BadZipFile(f"it lists {len(self._infos)} files, not {expected}")
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"The zip is damaged: {error}.", where=path, fix=_COPY_AGAIN, code=4) from None
 
     def members(self) -> Iterator[Member]:
+        legacy_names = []
         for location, info in enumerate(self._infos):
-            name = info.filename
-            if not info.flag_bits & 0x800:  # not declared as UTF-8: Python decoded the bytes as code page 437
-                name = name.encode("cp437").decode("utf-8", "surrogateescape")
+            name, is_legacy = _zip_name(info)
+            name = name.partition("\0")[0]
             if info.create_system == 0 and "/" not in name:  # some Windows programs write backslashes
                 name = name.replace("\\", "/")
             file_type = stat.S_IFMT(info.external_attr >> 16)
-            if info.is_dir() or _hidden(name):
+            if name.endswith("/") or _hidden(name):
                 continue
+            if is_legacy:
+                legacy_names.append(name)
             problem = _name_problem(name) or _size_problem(info.file_size)
             if file_type not in (0, stat.S_IFREG):
                 problem = "a link or a device"
             elif info.flag_bits & 1:
                 problem = "encrypted"
             yield Member(name, location, info.file_size, problem)
+        if legacy_names:
+            self.messages = [
+                f"{len(legacy_names)} names in the zip are not UTF-8 and are read as code page 437, such as "
+                f"{printable(legacy_names[0])}."
+            ]
 
     def read(self, member: Member) -> bytes:
-        try:
-            with self._zip.open(self._infos[member.location]) as file:
-                data = file.read(member.size)
-        except Exception as error:  # zipfile, zlib, lzma and bz2 raise errors of many types on damaged bytes
-            raise UnreadableFile(f"cannot be read from the zip: {error or type(error).__name__}") from None
+        data = self.read_start(member, member.size)
         if len(data) != member.size:
             raise UnreadableFile("shorter than the zip states")
         return data
 
+    def read_start(self, member: Member, size: int) -> bytes:
+        try:
+            with self._zip.open(self._infos[member.location]) as file:
+                return file.read(size)
+        except Exception as error:  # zipfile, zlib, lzma and bz2 raise errors of many types on damaged bytes
+            raise UnreadableFile(f"cannot be read from the zip: {error or type(error).__name__}") from None
+
+
+def _zip_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
+    """Decode the name of a member; also return whether it was read as code page 437, for want of UTF-8.
+
+    Without the UTF-8 flag, zipfile decodes as code page 437; macOS writes UTF-8 without the flag.
+    """
+    if info.flag_bits & _UTF8_FLAG:
+        return info.orig_filename, False
+    raw = info.orig_filename.encode("cp437")
+    try:
+        return _unicode_path(info.extra, raw) or raw.decode(), False
+    except UnicodeDecodeError:
+        return info.orig_filename, True
+
+
+def _unicode_path(extra: bytes, raw_name: bytes) -> str:
+    """Return the name in Info-ZIP's extra field, if there is one for `raw_name`; else "".
+
+    Raises UnicodeDecodeError if it is not UTF-8.
+    """
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        field, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == _UNICODE_PATH_FIELD and length > 5 and field[1:5] == struct.pack("<I", zlib.crc32(raw_name)):
+            return field[5:].decode()
+    return ""
+
+
+def _stated_entries(file: BinaryIO) -> int | None:
+    """Read the number of members from the end record of a zip; None if the record does not state it."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _MAX_END_RECORD_BYTES))
+    tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    if end < 0 or end + 12 > len(tail):
+        return None
+    (entries,) = struct.unpack_from("<H", tail, end + 10)
+    zip64 = end - _ZIP64_RECORDS_BYTES
+    if zip64 >= 0 and tail[zip64 : zip64 + 4] == b"PK\6\6":
+        (entries,) = struct.unpack_from("<Q", tail, zip64 + 32)
+    return None if entries in (0xFFFF, 0xFFFF_FFFF_FFFF_FFFF) else int(entries)
+
 
 class TarSource:
     """Source of the members of a tar. Read by ascending location, a compressed tar is decompressed only once."""
+
+    messages: Sequence[str] = ()
 
     def __init__(self, path: Path):
         self.path = path
@@ -213,14 +284,17 @@ class TarSource:
             ) from None
 
     def read(self, member: Member) -> bytes:
-        try:
-            self._file.seek(member.location)
-            data = self._file.read(member.size)
-        except _READ_ERRORS as error:
-            raise UnreadableFile(f"cannot be read from the tar: {error}") from None
+        data = self.read_start(member, member.size)
         if len(data) != member.size:
             raise UnreadableFile("the tar is truncated")
         return data
+
+    def read_start(self, member: Member, size: int) -> bytes:
+        try:
+            self._file.seek(member.location)
+            return self._file.read(min(size, member.size))
+        except _READ_ERRORS as error:
+            raise UnreadableFile(f"cannot be read from the tar: {error}") from None
 
 
 _COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by first bytes

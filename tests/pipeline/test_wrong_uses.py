@@ -43,6 +43,21 @@ def _no_labels_file(project):
     project.edit(lambda data: data["dataset"].update(labels="labels.csv"))
 
 
+def _images(*names, table=""):
+    """Return a preparation that writes image files, of which only names are read, and perhaps a table of labels."""
+
+    def write(project):
+        for name in names:
+            (project.folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+            (project.folder / "photos" / name).write_bytes(b"image")
+        if table:
+            (project.folder / "photos" / "labels.csv").write_text(table)
+        labels = "labels.csv" if table else "folders"
+        project.edit(lambda data: data["dataset"].update(source="photos", labels=labels))
+
+    return write
+
+
 def _incomplete_shards(project):
     (project.folder / "artifacts" / "shards").mkdir(parents=True)
 
@@ -156,6 +171,11 @@ CASES = {
     "folder_without_images": (_no_images, RUN, 2),
     "empty_folder": (_empty_folder, RUN, 2),
     "labels_file_missing": (_no_labels_file, ["stage", "shard"], 2),
+    "labels_without_header": (_images("1.png", "2.png", table="1.png;cat\n2.png;dog\n"), RUN, 4),
+    "labels_name_no_image": (_images("1.png", table="file_name,label\n1.png,cat\n2.png,dog\n"), RUN, 4),
+    "split_folders_beside_others": (_images("train/a/1.png", "val/a/2.png", "more/a/3.png"), RUN, 4),
+    "no_training_images": (_images("dev/a/1.png", "test/a/2.png"), RUN, 4),
+    "class_not_utf8": (_images("M\udcfcller/1.png", "other/2.png"), ["data"], 4),
     "inputs_missing": (_nothing, ["stage", "vqvae"], 4),
     "inputs_incomplete": (_incomplete_shards, ["stage", "vqvae"], 4),
     "sample_without_model": (_nothing, ["sample", "drawn"], 4),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
+from stages.images import listing
 from stages.images.listing import Listing, check_source, list_images
 from stages.images.sources import FolderSource, UnreadableFile
 
@@ -52,7 +53,7 @@ def test_class_folders_are_classes(tmp_path):
 
 
 def test_split_folders_are_splits(tmp_path):
-    """train, val, validation, valid and test are accepted in any case, with or without class folders inside."""
+    """train, val, valid and test are accepted in any case, with or without class folders inside."""
     path = make(tmp_path, "Train/cat/1.png", "val/cat/2.png", "test/dog/3.png")
     listing = listed(path)
     assert by_name(listing) == {
@@ -60,7 +61,7 @@ def test_split_folders_are_splits(tmp_path):
         "val/cat/2.png": ("validation", "cat"),
         "test/dog/3.png": ("test", "dog"),
     }
-    assert "Classes without a training image: dog." in listing.messages
+    assert listing.doubts == ("Classes without a training image: dog.",)
     flat = listed(make(tmp_path / "flat", "train/1.png", "valid/2.png"))
     assert by_name(flat) == {"train/1.png": ("train", None), "valid/2.png": ("validation", None)}
 
@@ -74,7 +75,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     assert unlabelled.classes == () and len(unlabelled.images) == 3 and unlabelled.messages == ()
 
 
-@pytest.mark.parametrize("wrapper", ["data/", "data/set/"])
+@pytest.mark.parametrize("wrapper", ["pets/", "pets/set/"])
 def test_a_single_folder_around_the_class_folders_is_skipped(tmp_path, wrapper):
     """It is accepted with a message."""
     path = make(tmp_path, *(wrapper + name for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png")))
@@ -87,7 +88,7 @@ def test_images_outside_class_or_split_folders_are_skipped(tmp_path):
     """They have no class or no split. A message and the list of skipped files name them."""
     listing = listed(make(tmp_path / "a", "cat/1.png", "loose.png"))
     assert listing.skipped == (("loose.png", "outside the class folders"),) and len(listing.images) == 1
-    assert "1 images outside the class folders are skipped." in listing.messages
+    assert "1 images are skipped: outside the class folders." in listing.messages
     listing = listed(make(tmp_path / "b", "train/1.png", "val/2.png", "loose.png"), labels="none")
     assert listing.skipped == (("loose.png", "outside the split folders"),)
 
@@ -133,9 +134,9 @@ def test_one_image_of_one_class_is_accepted(tmp_path):
 
 
 def test_class_names_may_hold_any_characters(tmp_path):
-    """NFC and NFD are one class, invalid bytes are escaped, and 10,000 classes are accepted."""
-    path = make(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "\udcff/3.png", "<script>/4.png", "\U0001f600/5.png")
-    assert listed(path).classes == ("<script>", "\\udcff", "caf\u00e9", "\U0001f600")
+    """NFC and NFD are one class, and 10,000 classes are accepted."""
+    path = make(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "<script>/4.png", "\U0001f600/5.png")
+    assert listed(path).classes == ("<script>", "caf\u00e9", "\U0001f600")
     rows = "".join(f"{number}.png,c{number:05d}\n" for number in range(10_000))
     many = make(tmp_path / "many", *(f"{number}.png" for number in range(10_000)))
     (many / "labels.csv").write_text("path,label\n" + rows)
@@ -143,44 +144,13 @@ def test_class_names_may_hold_any_characters(tmp_path):
     assert len(listing.classes) == 10_000 and by_name(listing)["77.png"] == ("train", "c00077")
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
-@pytest.mark.parametrize("bom", ["", "\ufeff"])
-def test_a_csv_defines_labels_and_splits(tmp_path, ending, bom):
-    """With or without BOM and CRLF; other columns and blank lines are ignored."""
-    path = make(tmp_path, "1.png", "a,b.png", "3.png", "unnamed.png")
-    rows = ["id,path,label,split", "1,1.png,a/b,train", '2,"a,b.png","x, y",val', "", "3,./3.png,a/b,test"]
-    (path / "labels.csv").write_text(bom + ending.join(rows), encoding="utf-8", newline="")
-    for labels in ("labels.csv", str(path / "labels.csv")):
-        listing = listed(path, labels)
-        assert listing.classes == ("a/b", "x, y")
-        assert by_name(listing) == {
-            "1.png": ("train", "a/b"),
-            "a,b.png": ("validation", "x, y"),
-            "3.png": ("test", "a/b"),
-        }
-        assert "1 images that the labels do not list are ignored." in listing.messages
-
-
-@pytest.mark.parametrize(
-    ("table", "line", "problem"),
-    [
-        ("", 1, "must be path,label[,split], got none"),
-        ("file,label\n1.png,a", 1, "got file, label"),
-        ("path,label\n1.png,a\n1.png,b", 3, "already listed in line 2"),
-        ("path,label\n1.png,a\n\nmissing.png,b", 4, "no file 'missing.png'"),
-        ("path,label\n1.png", 2, "2 fields, got 1"),
-        ("path,label\n1.png,", 2, "label is empty"),
-        ("path,label,split\n1.png,a,tarin", 2, "got 'tarin'"),
-        ('path,label\n1.png,a\n2.png,"b', 3, "unexpected end of data"),
-        ("path,label\n", 1, "no image is listed"),
-    ],
-)
-def test_an_invalid_csv_is_rejected_with_its_line_number(tmp_path, table, line, problem):
-    """The error names the line and the violation."""
-    path = make(tmp_path, "1.png", "2.png")
-    (path / "labels.csv").write_text(table)
-    message = refusal(path, "labels.csv")
-    assert f"Line {line} of the labels is invalid" in message and problem in message
+def test_a_class_folder_whose_name_is_not_utf8_is_rejected(tmp_path):
+    """Its bytes would be guessed; a file name may have any bytes."""
+    assert "not UTF-8: M\\udcfcller" in refusal(make(tmp_path / "a", "M\udcfcller/1.png", "b/2.png"))
+    path = make(tmp_path / "b", "a/\udcfc.png")
+    assert listed(path).classes == ("a",)
+    with pytest.raises(UserError, match="not UTF-8, so DVC cannot track it"):
+        check_source(path, "folders")
 
 
 def test_a_csv_outside_the_source_is_rejected(tmp_path):
@@ -205,6 +175,19 @@ def test_a_source_without_images_is_rejected(tmp_path):
         check_source(tmp_path / "missing", "folders")
     assert "has no training images" in refusal(make(tmp_path / "val", "val/1.png", "test/2.png"))
     check_source(make(tmp_path / "fine", "1.png"), "folders")
+
+
+def test_the_quick_check_reports_what_listing_would(tmp_path, monkeypatch):
+    """Folders and labels are checked before a run starts; of many files, only the header of the labels."""
+    path = make(tmp_path, "1.png", "2.png", "3.png")
+    (path / "labels.csv").write_text("path,label\n1.png,a\nmissing.png,b\n")
+    with pytest.raises(UserError, match="Line 3 of the labels"):
+        check_source(path, "labels.csv")
+    monkeypatch.setattr(listing, "CHECKED_FILES", 2)
+    check_source(path, "labels.csv")
+    (path / "labels.csv").write_text("path,width\n1.png,a\n")
+    with pytest.raises(UserError, match="one of classes, got the columns path, width"):
+        check_source(path, "labels.csv")
 
 
 def test_listing_imports_no_heavy_library():

@@ -6,6 +6,7 @@ import struct
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,17 +75,41 @@ def test_a_tar_may_have_member_names_of_any_bytes(tmp_path, mode):
 
 
 def test_a_zip_may_have_any_names(tmp_path):
-    """Names are declared UTF-8 or raw bytes; two members of one name stay separate."""
+    """Names that are declared UTF-8 are unchanged; two members of one name stay separate."""
     names = {name: data for name, data in FILES.items() if "\udcff" not in name}
     assert contents(zip_(tmp_path / "a.zip", names | HIDDEN)) == names
-    raw = zip_(tmp_path / "b.zip", {"QQ.png": b"x"})
-    raw.write_bytes(raw.read_bytes().replace(b"QQ.png", b"\xff\xfe.png"))
-    assert contents(raw) == {"\udcff\udcfe.png": b"x"}
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive, pytest.warns(UserWarning):
         archive.writestr("a.png", b"first")
         archive.writestr("a.png", b"second")
     source = open_source(tmp_path / "c.zip")
     assert [source.read(member) for member in source.members()] == [b"first", b"second"]
+
+
+def test_legacy_names_in_a_zip_are_decoded_as_zipfile_does(tmp_path):
+    """Without the UTF-8 flag, bytes that are not UTF-8 are code page 437, with a message. macOS omits the flag."""
+    raw = zip_(tmp_path / "a.zip", {"MQQller/1.png": b"x"})
+    legacy = raw.read_bytes().replace(b"MQQller", b"M\x81\x94ller")
+    raw.write_bytes(legacy)
+    source = open_source(raw)
+    assert [member.name for member in source.members()] == ["Müöller/1.png"] == zipfile.ZipFile(raw).namelist()
+    assert source.messages == ["1 names in the zip are not UTF-8 and are read as code page 437, such as Müöller/1.png."]
+    assert contents(raw) == {"Müöller/1.png": b"x"}
+    raw.write_bytes(legacy.replace(b"M\x81\x94ller", "Müller".encode()))
+    source = open_source(raw)
+    assert [member.name for member in source.members()] == ["Müller/1.png"] and not source.messages
+
+
+@pytest.mark.parametrize(("checksum", "name"), [(0, "Müller.png"), (1, "Mⁿller.png")])
+def test_the_unicode_name_of_a_zip_is_preferred(tmp_path, checksum, name):
+    """Info-ZIP writes it in an extra field, which counts only if its checksum is that of the other name."""
+    legacy = b"M\xfcller.png"
+    info = zipfile.ZipInfo("MQller.png")
+    field = b"\1" + struct.pack("<I", zlib.crc32(legacy) ^ checksum) + "Müller.png".encode()
+    info.extra = struct.pack("<HH", 0x7075, len(field)) + field
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(info, b"x")
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(b"MQller.png", legacy))
+    assert contents(tmp_path / "a.zip") == {name: b"x"}
 
 
 def test_links_to_files_are_followed(tmp_path):
