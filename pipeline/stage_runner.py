@@ -16,6 +16,7 @@ from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.ownership import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
+from pipeline.run_name import EXPERIMENT_VARIABLE, run_tags
 from pipeline.sections import sections_of
 from pipeline.text import first_few
 from stages.config import Params
@@ -33,6 +34,13 @@ FORCE_RESTART = (
 RESTARTED_MARKER = (
     "restarted"  # file in the work folder: its state began under FORCE_RESTART and is not discarded again
 )
+# Pictures that a run in MLflow shows: stage -> name -> file in the folder of its output. `evaluate` has the same as the
+# stages before it, and shows them also if those did not run.
+PICTURES = {
+    "vqvae": {"reconstructions": "reconstructions.png"},
+    "sample": {"samples": "grid.png"},
+    "evaluate": {"samples": "samples.png", "reconstructions": "reconstructions.png"},
+}
 
 
 class StageStopped(BaseException):
@@ -129,13 +137,35 @@ def _call(
         work,
         params=flatten(sections_of(stage, settings)),
         inputs=inputs,
-        metrics=Path(stage.metrics[0]) if stage.metrics else None,
-        outputs=[Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")],
-        parent=os.environ.get(tracker.PARENT_RUN_VARIABLE),
+        metrics=_metrics_file(stage),
+        outputs=_outputs(stage),
+        pictures=_pictures(stage),
+        parent=os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data),
     ) as reporter:
         context = StageContext(stage.name, fingerprint, work, settings.cluster, reporter)
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
         _refuse_edits(stage, data)
+
+
+def _metrics_file(stage: dvc_yaml.Stage) -> Path | None:
+    return Path(stage.metrics[0]) if stage.metrics else None
+
+
+def _outputs(stage: dvc_yaml.Stage) -> list[Path]:
+    """Return the files that a run in MLflow has as artifacts. Not all exist."""
+    return [Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")]
+
+
+def _pictures(stage: dvc_yaml.Stage) -> dict[str, Path]:
+    return {name: Path(stage.outs[0], file) for name, file in PICTURES.get(stage.module, {}).items()}
+
+
+def _pipeline_run(settings: Params, data: Mapping[str, Any]) -> tracker.PipelineRun:
+    """Describe the pipeline run of a stage that was started by DVC or by hand."""
+    command = "dvc exp run" if EXPERIMENT_VARIABLE in os.environ else "dvc repro"
+    if "DVC_STAGE" not in os.environ:
+        command = " ".join(["vqvae2", *sys.argv[1:]])
+    return tracker.PipelineRun(flatten(settings), run_tags(data, command))
 
 
 def track_cached(
@@ -148,8 +178,10 @@ def track_cached(
         fingerprint,
         params=flatten(sections_of(stage, settings)),
         inputs=inputs,
-        metrics=Path(stage.metrics[0]) if stage.metrics else None,
+        metrics=_metrics_file(stage),
         curves=curves.read(Path(stage.outs[0], curves.FILE)),
+        outputs=_outputs(stage),
+        pictures=_pictures(stage),
     )
 
 

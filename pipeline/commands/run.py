@@ -24,11 +24,12 @@ from pipeline.compose import compose_settings, to_yaml
 from pipeline.drift import warn_drift, warn_reverted_overrides
 from pipeline.fingerprint import identify
 from pipeline.process import STOP_SIGNALS, handle_signals
+from pipeline.run_name import run_tags
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats.flatten import flatten
-from stages.tracking import tags, tracker
+from stages.tracking import tracker
 
 REPORT = Path("artifacts/report/report.html")
 
@@ -208,7 +209,7 @@ def require_cached(
 def _tracked(settings: Params) -> Iterator[dict[str, str]]:
     """Record this run as the parent of its stages' runs; yield the environment variables that name it."""
     command = " ".join(["vqvae2", *sys.argv[1:]])
-    with tracker.track_pipeline(flatten(settings), tags.pipeline_tags(command)) as key:
+    with tracker.track_pipeline(flatten(settings), run_tags(params.read(), command)) as key:
         yield {tracker.PARENT_RUN_VARIABLE: key}
 
 

@@ -4,7 +4,7 @@
     {"kind": "metrics", "time": ..., "step": 10, "values": {"loss": 0.5}}
     {"kind": "image", "time": ..., "step": 10, "name": "reconstructions", "file": "images/reconstructions/10.png"}
     {"kind": "message", "time": ..., "text": "..."}
-    {"kind": "end", "time": ..., "status": "FINISHED", "final": {...}, ...}
+    {"kind": "end", "time": ..., "status": "FINISHED", "headline": {"psnr": 26.6}, ...}
 
 `time` is in seconds since 1970. Each line is one write to the operating system, so a killed process loses nothing. A
 power cut may truncate the last line; readers skip it. A resumed run repeats steps, so a metric may have several values
@@ -29,9 +29,11 @@ from urllib.parse import quote
 
 from stages.formats.flatten import flatten_numbers
 from stages.runtime.context import Reporter
+from stages.tracking.headline import headline_metrics
 
 JOURNAL_FILE = "journal.jsonl"
 SYSTEM_PREFIX = "system/"  # of the names of system metrics, which are not results
+OUTPUTS = "outputs"  # folder in that of the journal, with copies of the files that a finished run has written
 MAX_OUTPUT_BYTES = 64 * 2**20  # larger output files are not uploaded
 
 Record = dict[str, Any]
@@ -49,7 +51,6 @@ class Journal(Reporter):
         self.path = folder / JOURNAL_FILE
         self.write_error: Exception | None = None
         self._clock = clock
-        self._last_step = 0
         self._line_is_incomplete = False
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._fd).st_size
@@ -66,29 +67,32 @@ class Journal(Reporter):
         *,
         inputs: Mapping[str, str],
         parent: str,
+        parent_params: Mapping[str, Any] | None = None,
+        parent_tags: Mapping[str, str] | None = None,
         cached: bool = False,
     ) -> None:
         """Record the start of a run.
 
-        `key` identifies the run, `parent` its parent run ("" if there is none). `inputs` are digests by name. `cached`
-        marks a stage whose result was restored instead of computed.
+        `key` identifies the run, `parent` its parent run ("" if there is none). `parent_params` and `parent_tags`
+        describe a parent run without a journal. `inputs` are digests by name. `cached` marks a stage whose result was
+        restored instead of computed.
         """
         self._append(
             "begin",
             key=key,
             stage=stage,
             fingerprint=fingerprint,
-            params=redact_secrets({name: str(value) for name, value in params.items()}),
+            params=_to_text(params),
             tags=redact_secrets(dict(tags)),
             inputs=dict(inputs),
             parent=parent,
+            parent_params=_to_text(parent_params or {}),
+            parent_tags=redact_secrets(dict(parent_tags or {})),
             cached=cached,
         )
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self._append("metrics", step=step, values={name: _to_json(value) for name, value in values.items()})
-        if not all(name.startswith(SYSTEM_PREFIX) for name in values):
-            self._last_step = step
 
     def image(self, name: str, png: bytes, step: int) -> None:
         file = Path("images") / quote(name, safe="") / f"{step}.png"
@@ -110,45 +114,58 @@ class Journal(Reporter):
         error: str = "",
         metrics: Path | None = None,
         outputs: Sequence[Path] = (),
+        pictures: Mapping[str, Path] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Record the end of a run with status FINISHED, FAILED or KILLED; `tags` override tags of the same name.
 
-        The final metrics of a finished run are the numbers in the JSON file `metrics`, or without one the last value of
-        each metric. Output files of up to MAX_OUTPUT_BYTES are copied into the journal's folder, because the next run
-        may replace them before they are uploaded.
+        For a finished run, the numbers in the JSON file `metrics` are reported unless the run has reported them itself,
+        and the headline metrics among them are recorded for the parent run. The files `outputs` and `pictures`, PNG
+        files by name, are copied into the journal's folder, because the next run may replace them before they are
+        uploaded.
         """
-        final: dict[str, float] = {}
+        headline: dict[str, float] = {}
         copied: list[str] = []
+        copied_pictures: list[str] = []
         try:
             if status == "FINISHED":
-                final = self._final_metrics(metrics)
-                copied = self._copy_outputs(outputs)
+                headline = self._report_metrics(metrics)
+                copied = self._copy({path.name: path for path in outputs})
+                copied_pictures = self._copy({f"{name}.png": path for name, path in (pictures or {}).items()})
         except (OSError, ValueError) as write_error:  # the stage has succeeded even if its metrics cannot be recorded
             self.write_error = self.write_error or write_error
         self._append(
             "end",
             status=status,
             error=redact_secrets(error),
-            final={name: _to_json(value) for name, value in final.items()},
+            headline={name: _to_json(value) for name, value in headline.items()},
             outputs=copied,
+            pictures=copied_pictures,
             tags=dict(tags or {}),
         )
 
-    def _final_metrics(self, metrics: Path | None) -> dict[str, float]:
-        if metrics and metrics.is_file():
-            final = flatten_numbers(json.loads(metrics.read_bytes()))
-            self.metrics({f"final/{name}": value for name, value in final.items()}, self._last_step)
-            return final
-        curves = read_points(self.path)
-        return {name: curve[max(curve)] for name, curve in curves.items() if not name.startswith(SYSTEM_PREFIX)}
+    def _report_metrics(self, path: Path | None) -> dict[str, float]:
+        """Report the numbers in a JSON file that are not reported yet, and return the headline metrics among them."""
+        if not path or not path.is_file():
+            return {}
+        values = flatten_numbers(json.loads(path.read_bytes()))
+        reported = {
+            name.replace("/", ".") for name in read_points(self.path)
+        }  # a curve "train/mse" ends in "train.mse"
+        if missing := {name: value for name, value in values.items() if name not in reported}:
+            self.metrics(missing, 0)
+        return headline_metrics({f"{path.stem}.{name}": value for name, value in values.items()})
 
-    def _copy_outputs(self, outputs: Sequence[Path]) -> list[str]:
-        paths = [path for path in outputs if path.is_file() and path.stat().st_size <= MAX_OUTPUT_BYTES]
-        (self.folder / "outputs").mkdir(exist_ok=True)
-        for path in paths:
-            shutil.copyfile(path, self.folder / "outputs" / path.name)
-        return [path.name for path in paths]
+    def _copy(self, files: Mapping[str, Path]) -> list[str]:
+        """Copy files that exist and are not too large to the folder OUTPUTS; return their names there."""
+        files = {
+            name: path for name, path in files.items() if path.is_file() and path.stat().st_size <= MAX_OUTPUT_BYTES
+        }
+        if files:
+            (self.folder / OUTPUTS).mkdir(exist_ok=True)
+        for name, path in files.items():
+            shutil.copyfile(path, self.folder / OUTPUTS / name)
+        return list(files)
 
     def sync(self) -> None:
         """Wait until all records are on disk. Raises OSError if the disk fails."""
@@ -251,6 +268,11 @@ def redact_secrets(value: Any) -> Any:
 # A password, after the colon, may have any character, also "/" and "@". A port and a path after it are no password.
 _URL_CREDENTIALS = re.compile(r"://([^/@\s]+|[^/:@\s]+:(?!\d+/)\S+)@")
 _SECRET_KEY = re.compile(r"password|secret|token|credential|api_?key", re.IGNORECASE)
+
+
+def _to_text(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return parameters as text, without secrets."""
+    return dict(redact_secrets({name: str(value) for name, value in params.items()}))
 
 
 def _to_json(value: float) -> float | str:

@@ -6,12 +6,12 @@ journal record, so a repeated point is the same row in MLflow. Records are uploa
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.tracking import tags as run_tags
-from stages.tracking.journal import JOURNAL_FILE, Record, read_points, read_records
+from stages.tracking.journal import JOURNAL_FILE, OUTPUTS, Record, read_points, read_records
 from stages.tracking.mlflow_store import connect, store_lock, user_name
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PIPELINE_STAGE = "pipeline"  # stage name of a run of the whole pipeline
 # Prefix of the key of a pipeline run that `dvc repro` started: no process of ours opens and closes that run.
 REPRO_PREFIX = "repro-"
+SUMMARY_STAGE = "evaluate"  # reports on all stages before it
+PICTURES = "pictures/"  # of the names of a pipeline run's images; MLflow shows this group before the metrics
 
 # MLflow's limits: items per request, and characters of a text.
 MAX_POINTS_PER_REQUEST = 1000
@@ -41,7 +43,7 @@ class MlflowUploader:
         self._offset = 0  # in bytes, of the first record that is not uploaded
         self._store: tuple[MlflowClient, str] | None = None  # client, experiment id
         self._run = self._parent = self._stage = ""  # _run and _parent are ids of MLflow
-        self._closes_parent = False
+        self._closes_parent = self._describes_parent = False
         self._sent: dict[str, set[int]] = {}  # metric name -> steps
         self._sent_images: set[tuple[str, int]] = set()  # name, step
 
@@ -57,7 +59,7 @@ class MlflowUploader:
                     self._begin(record)
                 case "metrics":
                     for name, value in record["values"].items():
-                        pending[_clean_name(name), record["step"]] = (float(value), record["time"])
+                        pending[_metric_name(name), record["step"]] = (float(value), record["time"])
                 case "image":
                     self._log_image(record)
             if len(pending) >= MAX_POINTS_PER_REQUEST or record["kind"] == "end":
@@ -76,7 +78,7 @@ class MlflowUploader:
         if self._skipped:
             return 0
         curves = read_points(self._path)
-        return sum(len(curve.keys() - self._sent.get(_clean_name(name), set())) for name, curve in curves.items())
+        return sum(len(curve.keys() - self._sent.get(_metric_name(name), set())) for name, curve in curves.items())
 
     @property
     def _client(self) -> "MlflowClient":
@@ -86,6 +88,8 @@ class MlflowUploader:
     def _begin(self, record: Record) -> None:
         tags = run_tags.start_tags(record["stage"], record["fingerprint"], record["tags"], record["inputs"])
         self._stage, self._closes_parent = record["stage"], record["parent"].startswith(REPRO_PREFIX)
+        # A cached stage has done nothing in this pipeline run, but the last stage describes the whole pipeline.
+        self._describes_parent = not record["cached"] or self._stage == SUMMARY_STAGE
         with store_lock():
             if record["parent"]:
                 self._parent = tags[run_tags.PARENT_RUN] = self._find_parent(record)
@@ -101,8 +105,7 @@ class MlflowUploader:
                 self._skipped = True
                 return
             if run is None:
-                name = f"{record['stage']} (cached)" if record["cached"] else record["stage"]
-                run = self._create(record["key"], name, record["time"])
+                run = self._create(record["key"], record["stage"], record["time"], cached=record["cached"])
             elif run.info.run_id != self._run:
                 self._load_sent(run)
         self._run = run.info.run_id
@@ -110,7 +113,8 @@ class MlflowUploader:
         self._log_inputs(self._run, record["inputs"])
         self._client.update_run(self._run, status="RUNNING")
         if self._parent:
-            self._log_params_and_tags(self._parent, record["params"], {})
+            params = record["params"] | record.get("parent_params", {})
+            self._log_params_and_tags(self._parent, params, record.get("parent_tags", {}))
             # The inputs of the pipeline are those that no stage has written.
             external = {name: digest for name, digest in record["inputs"].items() if not name.startswith("artifacts/")}
             self._log_inputs(self._parent, external)
@@ -127,12 +131,12 @@ class MlflowUploader:
         runs = client.search_runs([experiment], condition, view, max_results=1, order_by=["start_time DESC"])
         return runs[0] if runs else None
 
-    def _create(self, key: str, name: str, start_s: float) -> "MlflowRun":
+    def _create(self, key: str, stage: str, start_s: float, *, cached: bool = False) -> "MlflowRun":
         assert self._store is not None
         client, experiment = self._store
-        title = f"{PIPELINE_STAGE} {key}" if name == PIPELINE_STAGE else name
-        tags = run_tags.creation_tags(key, name, user_name())
-        return client.create_run(experiment, round(1000 * start_s), tags, title)
+        name = stage.replace("@", "_")
+        tags = run_tags.creation_tags(key, stage, user_name())
+        return client.create_run(experiment, round(1000 * start_s), tags, f"{name} (cached)" if cached else name)
 
     def _find_parent(self, record: Record) -> str:
         """Return the id of the run of the whole pipeline; create it if needed."""
@@ -156,10 +160,8 @@ class MlflowUploader:
         """Read from MLflow which points and images a run already has."""
         for name in run.data.metrics:
             self._sent[name] = {point.step for point in self._client.get_metric_history(run.info.run_id, name)}
-        for file in self._client.list_artifacts(run.info.run_id, "images"):
-            # MLflow names an image NAME+step+STEP+..., with "~" for "/".
-            name, _, step, *_ = Path(file.path).name.split("+")
-            self._sent_images.add((name.replace("~", "/"), int(step)))
+        for name, step, _ in self._images(run.info.run_id):
+            self._sent_images.add((name, step))
 
     def _log_params_and_tags(self, run: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -207,39 +209,66 @@ class MlflowUploader:
             self.sent_points += len(batch)
 
     def _log_image(self, record: Record) -> None:
+        name, step = _image_name(record["name"]), record["step"]
+        if (name, step) not in self._sent_images:
+            self._upload_image(self._run, self._folder / record["file"], name, step, record["time"])
+            self._sent_images.add((name, step))
+
+    def _upload_image(self, run: str, path: Path, name: str, step: int, time_s: float) -> None:
         from PIL import Image
 
-        name, step = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", _clean_name(record["name"])), record["step"]
-        if (name, step) in self._sent_images:
-            return
-        with Image.open(self._folder / record["file"], formats=["PNG"]) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            self._client.log_image(
-                self._run, image, key=name, step=step, timestamp=round(1000 * record["time"]), synchronous=True
-            )
-        self._sent_images.add((name, step))
+            self._client.log_image(run, image, key=name, step=step, timestamp=round(1000 * time_s), synchronous=True)
 
     def _end(self, record: Record) -> None:
-        from mlflow.entities import Metric
-
         time_ms = round(1000 * record["time"])
         for name in record["outputs"]:
-            self._client.log_artifact(self._run, str(self._folder / "outputs" / name))
+            self._client.log_artifact(self._run, str(self._folder / OUTPUTS / name))
         self._log_params_and_tags(self._run, {}, record.get("tags", {}))
         if record["error"]:
             self._client.set_tag(self._run, run_tags.ERROR, record["error"][:MAX_TAG_LENGTH])
-        if self._parent:
-            # The pipeline run has the final metrics of all stages as STAGE/NAME; MLflow groups metrics by the "/".
-            prefix = self._stage.replace("@", "_")
-            final = [
-                Metric(_clean_name(f"{prefix}/{name.replace('/', '.')}"), float(value), time_ms, 0)
-                for name, value in record["final"].items()
-            ]
-            for start in range(0, len(final), MAX_POINTS_PER_REQUEST):
-                self._client.log_batch(self._parent, metrics=final[start : start + MAX_POINTS_PER_REQUEST])
+        if self._parent and self._describes_parent:
+            self._describe_parent(record)
         self._client.set_terminated(self._run, record["status"], time_ms)
         if self._closes_parent:
             self._client.set_terminated(self._parent, record["status"], time_ms)
+
+    def _describe_parent(self, record: Record) -> None:
+        """Give the pipeline run the headline metrics, pictures and pages of its stage."""
+        from mlflow.entities import Metric
+
+        time_ms = round(1000 * record["time"])
+        headline = record.get("headline", {})
+        metrics = [Metric(_clean_name(name), float(value), time_ms, 0) for name, value in headline.items()]
+        if metrics:
+            self._client.log_batch(self._parent, metrics=metrics)
+        pictures = record.get("pictures", [])
+        pages = [name for name in record["outputs"] if name.endswith(".html")]
+        for name in (*pages, *pictures):
+            self._client.log_artifact(self._parent, str(self._folder / OUTPUTS / name))
+        sent = set(self._images(self._parent))
+        for file in pictures:
+            name = _image_name(PICTURES + Path(file).stem)
+            if (name, 0, time_ms) not in sent:
+                self._upload_image(self._parent, self._folder / OUTPUTS / file, name, 0, record["time"])
+
+    def _images(self, run: str) -> Iterator[tuple[str, int, int]]:
+        """Yield name, step and time in ms of each image of a run."""
+        for file in self._client.list_artifacts(run, "images"):
+            # MLflow names an image NAME+step+STEP+timestamp+TIME+..., with "~" for "/".
+            name, _, step, _, time_ms, *_ = Path(file.path).name.split("+")
+            yield name.replace("~", "/"), int(step), int(time_ms)
+
+
+def _metric_name(name: str) -> str:
+    """Return a valid name in which "/" ends the first part, by which MLflow groups metrics."""
+    return _clean_name(name if "/" in name else name.replace(".", "/", 1))
+
+
+def _image_name(name: str) -> str:
+    """Replace the characters that MLflow does not accept in the name of an image."""
+    return re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", _clean_name(name))
 
 
 def _clean_name(text: str) -> str:

@@ -11,7 +11,8 @@ STAGE, FINGERPRINT = "stage", "fingerprint"
 CACHED, CACHED_FROM = "cached", "cached.from"  # "yes" or "no"; the id of the run that computed the result
 INPUT_PREFIX = "input."  # followed by the name of an input; the value is its digest
 ERROR = "error"
-COMMAND = "command"
+COMMAND, DATASET, PRESET = "command", "dataset", "preset"
+DVC_EXPERIMENT = "dvc.experiment"
 DVC_STAGE, DVC_LOCK = "dvc.stage", "dvc.lock"
 GIT_COMMIT, GIT_DIRTY = "git.commit", "git.dirty"
 RUN_NAME, PARENT_RUN = "mlflow.runName", "mlflow.parentRunId"
@@ -19,9 +20,15 @@ NOTE = "mlflow.note.content"  # description on the page of a run
 USER, SOURCE_NAME, SOURCE_COMMIT = "mlflow.user", "mlflow.source.name", "mlflow.source.git.commit"
 
 
-def pipeline_tags(command: str) -> dict[str, str]:
-    """Return the tags of a pipeline run that a command started."""
-    return {COMMAND: command, RUN_NAME: command}
+def pipeline_tags(
+    name: str, command: str, *, dataset: str, preset: str = "", experiment: str = "", note: str = ""
+) -> dict[str, str]:
+    """Return the tags of a pipeline run: its name, the command that started it, and what it computes.
+
+    `experiment` is the name of DVC's experiment, `note` the description on the page of the run. Empty tags are omitted.
+    """
+    tags = {RUN_NAME: name, COMMAND: command, DATASET: dataset, PRESET: preset, DVC_EXPERIMENT: experiment, NOTE: note}
+    return {tag: value for tag, value in tags.items() if value}
 
 
 def stage_tags(stage: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,22 @@ from stages.tracking.upload_thread import DEFAULT_TIMING, UploadThread, UploadTi
 PARENT_RUN_VARIABLE = "VQVAE2_PARENT_RUN"  # environment variable: folder of the pipeline run that a stage belongs to
 
 
+@dataclass(frozen=True)
+class PipelineRun:
+    """Pipeline run that DVC started itself, so that no process of ours tracks it; its stages describe it instead."""
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """Return the key of this run: the same for all stages of one `dvc repro`."""
+        experiment = self.tags.get(run_tags.DVC_EXPERIMENT, "")
+        return REPRO_PREFIX + _pipeline_digest() + (f"-{experiment}" if experiment else "")
+
+
+UNDESCRIBED_RUN = PipelineRun()
+
+
 @contextmanager
 def track_stage(
     stage: str,
@@ -37,17 +54,21 @@ def track_stage(
     inputs: Mapping[str, str],
     metrics: Path | None = None,
     outputs: Sequence[Path] = (),
-    parent: str | None = None,
+    pictures: Mapping[str, Path] | None = None,
+    parent: str | PipelineRun = UNDESCRIBED_RUN,
     screen: Reporter | None = None,
     uploader: UploaderFactory = MlflowUploader,
     timing: UploadTiming = DEFAULT_TIMING,
 ) -> Iterator[Reporter]:
     """Track one execution of a stage and yield its reporter; a resumed stage continues its run.
 
-    `inputs` are digests by name, `parent` is the folder of the pipeline run. If the block succeeds, the numbers in the
-    JSON file `metrics` become the final metrics of the run, and the files `outputs` its artifacts. `screen` shows
-    progress and messages, by default on the terminal.
+    `inputs` are digests by name, `parent` is the folder of the pipeline run, or describes one without a folder. If the
+    block succeeds, the run gets the numbers in the JSON file `metrics` and the files `outputs`. The pipeline run gets
+    the headline metrics among the numbers, the pages among the outputs, and `pictures`, PNG files by name. `screen`
+    shows progress and messages, by default on the terminal.
     """
+    parent_folder = Path(parent) if isinstance(parent, str) else None
+    pipeline_run = UNDESCRIBED_RUN if isinstance(parent, str) else parent
     configure_mlflow()
     with ExitStack() as stack:
         screen = screen or stack.enter_context(ConsoleReporter(stage))
@@ -60,11 +81,14 @@ def track_stage(
             params,
             run_tags.stage_tags(stage),
             inputs=inputs,
-            parent=Path(parent).name if parent else REPRO_PREFIX + _pipeline_digest(),
+            parent=parent_folder.name if parent_folder else pipeline_run.key(),
+            parent_params=pipeline_run.params,
+            parent_tags=run_tags.code_tags() | dict(pipeline_run.tags),
         )
-        thread = UploadThread(journal, screen, uploader(folder), uploader(Path(parent)) if parent else None, timing)
+        parent_uploader = uploader(parent_folder) if parent_folder else None
+        thread = UploadThread(journal, screen, uploader(folder), parent_uploader, timing)
         thread.start()
-        with _record_end(journal, metrics, outputs, thread.finish):
+        with _record_end(journal, thread.finish, metrics=metrics, outputs=outputs, pictures=pictures):
             yield CompositeReporter([journal, screen])
 
 
@@ -107,7 +131,7 @@ def track_pipeline(
                         f"MLflow has not received all of this run ({result.error or TIMED_OUT}). {SYNC_HINT}"
                     )
 
-        with _record_end(journal, None, (), upload, tags=run_tags.lock_tag):
+        with _record_end(journal, upload, tags=run_tags.lock_tag):
             yield str(folder.resolve())
 
 
@@ -120,8 +144,10 @@ def record_cached_stage(
     inputs: Mapping[str, str],
     metrics: Path | None = None,
     curves: Iterable[tuple[int, str, float]] = (),
+    outputs: Sequence[Path] = (),
+    pictures: Mapping[str, Path] | None = None,
 ) -> None:
-    """Record a stage whose result was restored, with its metrics and a link to the run that computed it.
+    """Record a stage whose result was restored, with what it has written and a link to the run that computed it.
 
     `parent` is the folder of the pipeline run, `curves` are (step, name, value). Call it inside `track_pipeline`.
     """
@@ -132,9 +158,13 @@ def record_cached_stage(
     key = Path(parent).name
     tags = run_tags.stage_tags(stage)
     journal.begin(f"{key}/{stage}", stage, fingerprint, params, tags, inputs=inputs, parent=key, cached=True)
-    for step, name, value in curves:
-        journal.metrics({name: value}, step)
-    journal.end("FINISHED", metrics=metrics)
+    last_step = 0
+    for last_step, name, value in curves:
+        journal.metrics({name: value}, last_step)
+    for name, path in (pictures or {}).items():
+        if path.is_file():
+            journal.image(name, path.read_bytes(), last_step)
+    journal.end("FINISHED", metrics=metrics, outputs=outputs, pictures=pictures)
     journal.close()
 
 
@@ -145,10 +175,11 @@ class _Finish(Protocol):
 @contextmanager
 def _record_end(
     journal: Journal,
-    metrics: Path | None,
-    outputs: Sequence[Path],
     finish: _Finish,
     *,
+    metrics: Path | None = None,
+    outputs: Sequence[Path] = (),
+    pictures: Mapping[str, Path] | None = None,
     tags: Callable[[], Mapping[str, str]] = dict,
 ) -> Iterator[None]:
     """Record how the block ended, with the tags that are known only then, and call `finish`."""
@@ -162,7 +193,7 @@ def _record_end(
         journal.end("KILLED", tags=tags())
         finish(failed=True)
         raise
-    journal.end("FINISHED", metrics=metrics, outputs=outputs, tags=tags())
+    journal.end("FINISHED", metrics=metrics, outputs=outputs, pictures=pictures, tags=tags())
     finish(failed=False)
 
 

@@ -133,26 +133,19 @@ def test_secrets_are_not_written(tmp_path):
         assert redact_secrets(harmless) == harmless
 
 
-def test_final_metrics_come_from_the_file_or_the_last_values(tmp_path):
-    """A metrics file is flattened; without one, the last values count, except those of system metrics."""
-    with_file = Journal(tmp_path / "with_file")
-    with_file.metrics({"loss": 1.0}, 7)
-    (tmp_path / "metrics.json").write_text('{"validation": {"mse": 0.5, "name": "x", "good": true}, "images": 3}')
-    with_file.end(
-        "FINISHED", metrics=tmp_path / "metrics.json", outputs=[tmp_path / "metrics.json", tmp_path / "absent"]
-    )
-    without_file = Journal(tmp_path / "without_file")
-    without_file.metrics({"loss": 2.0}, 1)
-    without_file.metrics({"loss": 1.0, "system/cpu": 9.0}, 2)
-    without_file.end("FINISHED")
+def test_metrics_file_is_reported_once(tmp_path):
+    """Numbers of the metrics file that the run has not reported itself become points; headline metrics are selected."""
+    journal = Journal(tmp_path / "run")
+    journal.metrics({"validation/psnr": 19.5}, 7)
+    file = tmp_path / "vqvae.json"
+    file.write_text('{"validation": {"psnr": 19.5, "name": "x", "good": true}, "images": 3}')
+    journal.end("FINISHED", metrics=file, outputs=[file, tmp_path / "absent"], pictures={"samples": file})
 
-    assert records(with_file)[-1]["final"] == {"validation.mse": 0.5, "images": 3.0}
-    assert read_points(with_file.path)["final/validation.mse"] == {7: 0.5}
-    assert (
-        records(with_file)[-1]["outputs"] == ["metrics.json"]
-        and (tmp_path / "with_file/outputs/metrics.json").is_file()
-    )
-    assert records(without_file)[-1]["final"] == {"loss": 1.0}
+    assert read_points(journal.path) == {"validation/psnr": {7: 19.5}, "images": {0: 3.0}}
+    end = records(journal)[-1]
+    assert end["headline"] == {"psnr": 19.5}
+    assert (end["outputs"], end["pictures"]) == (["vqvae.json"], ["samples.png"])
+    assert {path.name for path in (tmp_path / "run/outputs").iterdir()} == {"vqvae.json", "samples.png"}
 
 
 def test_corrupt_metrics_file_does_not_fail_a_finished_run(tmp_path):

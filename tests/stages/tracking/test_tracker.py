@@ -22,7 +22,7 @@ from stages.tracking.journal import Journal
 from stages.tracking.mlflow_store import connect, create_database, project_folder, store_uri, user_name
 from stages.tracking.mlflow_sync import MlflowUploader
 from stages.tracking.sync_runs import describe_error, sync_runs
-from stages.tracking.tracker import record_cached_stage, track_pipeline, track_stage
+from stages.tracking.tracker import PipelineRun, record_cached_stage, track_pipeline, track_stage
 from stages.tracking.upload_thread import UploadTiming
 from tests.screen import Screen
 
@@ -89,8 +89,11 @@ def png(shade=0):
 
 
 def test_finished_run_is_complete_in_the_store():
-    """Settings, inputs, metrics, images, final metrics, artifacts and status are in the store, without a server."""
-    Path("metrics.json").write_text(json.dumps({"validation": {"mse": 0.01}}))
+    """Settings, inputs, metrics, images, artifacts and status are in the store, without a server.
+
+    A number of the metrics file is a metric of the group before its first dot.
+    """
+    Path("metrics.json").write_text(json.dumps({"validation": {"top": {"mse": 0.01}}}))
     with track(metrics=Path("metrics.json"), outputs=[Path("metrics.json")]) as reporter:
         for step in range(1, 6):
             reporter.metrics({"loss/train": 1 / step, "odd@name": step}, step)
@@ -103,7 +106,7 @@ def test_finished_run_is_complete_in_the_store():
     assert run.data.tags.items() >= {"dvc.stage": "vqvae", "fingerprint": "f" * 64, "input.shards": "d" * 64}.items()
     assert [(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs] == [("shards", "d" * 36)]
     assert steps(run, "loss/train") == steps(run, "odd_name") == [1, 2, 3, 4, 5]
-    assert run.data.metrics["final/validation.mse"] == 0.01
+    assert run.data.metrics["validation/top.mse"] == 0.01
     store = client()
     assert {file.path for file in store.list_artifacts(run.info.run_id)} == {"images", "metrics.json"}
     images = [file.path for file in store.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
@@ -135,13 +138,18 @@ def test_points_are_ordered_by_step_not_by_time():
 
 
 def test_stages_of_dvc_repro_share_a_pipeline_run():
-    """Stages started by `dvc repro` with the same params.yaml and commit have the same parent run."""
-    with track("vqvae") as reporter:
-        reporter.metrics({"mse": 0.5}, 1)
-    with track("prior@top", "e" * 64) as reporter:
-        reporter.metrics({"nll": 2.0}, 1)
-    Path("params.yaml").write_text("seed: 1\n")
-    with track("vqvae", "c" * 64):
+    """Stages started by `dvc repro` with the same params.yaml and commit have the same parent run, which they describe.
+
+    Experiments of DVC have a parent each.
+    """
+    description = PipelineRun({"seed": 0}, {"mlflow.runName": "emoji · seed 0", "dataset": "emoji"})
+    Path("vqvae.json").write_text('{"validation": {"psnr": 20.0, "mse": 0.1}}')
+    Path("prior_top.json").write_text('{"validation": {"nll_nats_per_code": 2.0}}')
+    with track("vqvae", parent=description, metrics=Path("vqvae.json")):
+        pass
+    with track("prior@top", "e" * 64, parent=description, metrics=Path("prior_top.json")):
+        pass
+    with track("vqvae", "c" * 64, parent=PipelineRun(tags={"dvc.experiment": "tidy-owl"})):
         pass
 
     other, prior, vqvae = stage_runs()
@@ -150,8 +158,11 @@ def test_stages_of_dvc_repro_share_a_pipeline_run():
     assert prior.data.tags["mlflow.parentRunId"] == vqvae.data.tags["mlflow.parentRunId"]
     assert other.data.tags["mlflow.parentRunId"] != vqvae.data.tags["mlflow.parentRunId"]
     parent = parents[vqvae.data.tags["mlflow.parentRunId"]]
-    assert parent.data.metrics == {"vqvae/mse": 0.5, "prior_top/nll": 2.0}
-    assert parent.info.status == "FINISHED"
+    assert prior.info.run_name == "prior_top"
+    assert (parent.info.run_name, parent.info.status) == ("emoji · seed 0", "FINISHED")
+    assert parent.data.metrics == {"psnr": 20.0, "nll_top": 2.0}
+    assert parent.data.params == {"seed": "0", "vqvae.beta": "0.25"}
+    assert parent.data.tags["dataset"] == "emoji"
 
 
 def test_interrupted_creation_of_the_database_is_repeated():
@@ -303,7 +314,7 @@ def test_password_of_a_server_is_not_shown(set_tracking_uri):
 
 
 def test_pipeline_run_has_its_stages_as_children():
-    """Stages are child runs, cached ones link to the run that computed them; the parent has all final metrics."""
+    """Stages are child runs, cached ones link to the run that computed them; the parent has all settings."""
     with track("shard", "a" * 64) as reporter:
         reporter.metrics({"images": 100.0}, 1)
     producer = stage_runs()[0]
@@ -338,12 +349,63 @@ def test_pipeline_run_has_its_stages_as_children():
     assert steps(cached, "train/mse") == [1, 2] and cached.data.metrics["train/mse"] == 0.25
     assert [item.dataset.name for item in pipeline_run.inputs.dataset_inputs] == ["images.zip"]
     assert pipeline_run.data.tags["dvc.lock"] == hashlib.sha256(b"after").hexdigest()
-    assert cached.data.metrics["final/images"] == 100 and cached.data.params == {"dataset.name": "x"}
+    assert cached.data.metrics["images"] == 100 and cached.data.params == {"dataset.name": "x"}
     assert children["codes (cached)"].data.tags["cached.from"] == "unknown"
-    assert pipeline_run.data.metrics == {"vqvae/mse": 0.5, "shard/images": 100}
     assert pipeline_run.data.params == {"seed": "0", "vqvae.beta": "0.25", "dataset.name": "x"}
     assert {run.info.status for run in children.values()} == {pipeline_run.info.status} == {"FINISHED"}
     assert sync_runs().sent_points == 0
+
+
+def test_pipeline_run_has_headline_metrics_pictures_and_report():
+    """They come from the stages that ran and from `evaluate`, also if its result is cached; all is uploaded once.
+
+    Pictures are images at step 0, which MLflow shows side by side for several runs.
+    """
+    for name, shade in (("new", 1), ("newer", 2)):
+        Path(f"{name}.png").write_bytes(png(shade))
+    Path("report.html").write_text("<p>report</p>")
+    Path("evaluate.json").write_text('{"reconstruction": {"validation": {"psnr": 21.0, "mse": 0.1}}}')
+    Path("vqvae.json").write_text('{"validation": {"psnr": 20.0}}')
+    with track_pipeline({}, {}) as parent:
+        with track("vqvae", parent=parent, metrics=Path("vqvae.json"), pictures={"reconstructions": Path("new.png")}):
+            pass
+        record_cached_stage(
+            parent,
+            "prior@top",
+            "e" * 64,
+            params={},
+            inputs={},
+            metrics=Path("vqvae.json"),
+            curves=[(5, "train/nll", 2.0)],
+        )
+        record_cached_stage(
+            parent,
+            "evaluate",
+            "d" * 64,
+            params={},
+            inputs={},
+            metrics=Path("evaluate.json"),
+            outputs=[Path("report.html"), Path("evaluate.json")],
+            pictures={"reconstructions": Path("newer.png"), "samples": Path("absent.png")},
+        )
+    for path in [*Path().glob("*.png"), Path("report.html")]:
+        path.unlink()  # as the next run does
+    sync_runs()
+
+    (pipeline_run,) = [run for run in all_runs() if run.data.tags["stage"] == "pipeline"]
+    assert pipeline_run.data.metrics == {"psnr": 21.0}
+    store, run_id = client(), pipeline_run.info.run_id
+    assert {file.path for file in store.list_artifacts(run_id)} == {"images", "report.html", "reconstructions.png"}
+    images = [file.path for file in store.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    assert [path.split("+")[:3] for path in images] == 2 * [["images/pictures~reconstructions", "step", "0"]]
+    newest = store.download_artifacts(run_id, max(images))
+    assert Image.open(newest).getpixel((0, 0)) == (2, 0, 0)
+    (evaluate,) = [run for run in stage_runs() if run.data.tags["stage"] == "evaluate"]
+    assert {file.path for file in store.list_artifacts(evaluate.info.run_id)} == {
+        "images",
+        "report.html",
+        "evaluate.json",
+    }
 
 
 def test_pipeline_run_is_resumed_after_a_failure():
