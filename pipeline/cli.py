@@ -286,6 +286,30 @@ def reconstruct(
 
 
 @app.command()
+def export(
+    what: Annotated[str, typer.Argument(metavar="samples|images", help="Drawn samples, or images of the dataset.")],
+    out: Annotated[Path, typer.Argument(help="An .npz file, or a folder for PNG files.")],
+    split: Annotated[str, typer.Option(help="Split of the images: train, validation or test.")] = "train",
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Number of images, from the first; 0: all.")] = 0,
+) -> None:
+    """Write samples or dataset images for other programs that evaluate them.
+
+    An .npz file has the images as arr_0 (uint8, N x H x W x 3) and their labels as arr_1. A folder has PNG files.
+
+    Example:  vqvae2 export samples samples.npz
+
+    Example:  vqvae2 export images validation --split validation
+    """
+
+    def action() -> int:
+        from pipeline.commands import export
+
+        return export.run(what, out, split=split, count=count)
+
+    run_and_exit(action)
+
+
+@app.command()
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000) -> None:
     """Start the web interface of MLflow for this project.
 

@@ -1,0 +1,111 @@
+"""`vqvae2 export`: samples or dataset images in the layouts that other programs for evaluation read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from pipeline.image_commands import MODEL, replace_folder, require_replaceable, safe_name
+from stages.errors import UserError
+from stages.formats.image_files import write_npz
+from stages.formats.samples import open_samples
+from stages.formats.shards import open_shards
+from stages.images.contact_sheet import encode_png
+from stages.images.listing import SPLITS
+
+KIND = "exported images"
+BATCH = 256  # samples read at a time
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images to export, read one by one."""
+
+    count: int
+    size: int  # side in pixels
+    labels: np.ndarray  # (count,) int64
+    classes: tuple[str, ...]
+    images: Callable[[], Iterator[np.ndarray]]  # (H, W, 3) uint8 each
+
+
+def run(what: str, out: Path, *, split: str, count: int, artifacts: Path = MODEL) -> int:
+    """Write the first `count` images, or all for 0, to an .npz file or a folder; return the exit status.
+
+    Raises UserError if the images do not exist, if the file exists, or if the folder holds more than an earlier export.
+    """
+    is_archive = out.suffix == ".npz"
+    _require_absent(out) if is_archive else require_replaceable(out, KIND)
+    source = _open(what, split, artifacts)
+    count = min(count, source.count) if count else source.count
+    labels = source.labels[:count].astype(np.int64) if source.classes else None
+    progress = track(
+        (image for image, _ in zip(source.images(), range(count), strict=False)),
+        description=f"Exporting {count} images",
+        total=count,
+        console=Console(stderr=True),
+        disable=count < BATCH,
+    )
+    if is_archive:
+        write_npz(out, progress, (count, source.size, source.size, 3), labels)
+    else:
+        with replace_folder(out, KIND, {"what": what, "split": split, "count": count}) as folder:
+            for number, image in enumerate(progress):
+                name = (
+                    f"{number:06d}" if labels is None else f"{number:06d}-{safe_name(source.classes[labels[number]])}"
+                )
+                (folder / f"{name}.png").write_bytes(encode_png(image))
+    print(out)
+    return 0
+
+
+def _open(what: str, split: str, artifacts: Path) -> ImageSource:
+    if what == "samples":
+        samples = open_samples(artifacts / "samples")
+        return ImageSource(
+            samples.count,
+            samples.image_size,
+            samples.labels,
+            samples.classes,
+            lambda: (
+                image
+                for start in range(0, samples.count, BATCH)
+                for image in samples.images(start, min(start + BATCH, samples.count))
+            ),
+        )
+    if what != "images":
+        raise UserError(
+            f"samples or images can be exported, got {what}.",
+            where="vqvae2 export",
+            fix="Run: vqvae2 export samples OUT, or: vqvae2 export images OUT",
+            code=2,
+        )
+    shards = open_shards(artifacts / "shards")
+    splits = [name for name in SPLITS if len(shards.split(name))]
+    if split not in splits:
+        raise UserError(
+            f"--split must be one of {', '.join(splits)}, got {split}.",
+            where=artifacts / "shards",
+            fix=f"Use for example --split {splits[0]}.",
+            code=2,
+        )
+    images = shards.split(split)
+    return ImageSource(
+        len(images),
+        images.image_size,
+        images.labels,
+        shards.classes,
+        lambda: (images.read(position) for position in range(len(images))),
+    )
+
+
+def _require_absent(out: Path) -> None:
+    """Raise UserError if a file exists, or if its folder does not."""
+    if not out.parent.is_dir():
+        raise UserError(
+            f"The folder of {out.name} does not exist.", where=out.parent.absolute(), fix="Create it first.", code=2
+        )
+    if out.exists():
+        raise UserError(f"{out.name} exists.", where=out.absolute(), fix="Choose another name, or remove it.", code=2)
