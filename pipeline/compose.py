@@ -1,6 +1,11 @@
-"""Composition of conf/ and overrides into params.yaml. The only module that imports Hydra."""
+"""Composition of conf/ and overrides into params.yaml. The only module that imports Hydra.
+
+conf/config.yaml calls the resolver `vqvae2.record_composition` when all choices are known. It adds the section
+`composed_from`, also in `dvc exp run`, which composes conf/ itself and finds the resolver through hydra_plugins/.
+"""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,20 +13,56 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from pipeline import params
-from pipeline.params_header import CONF, describe_source, format_header
+from pipeline import composed_from, dvc_experiment, group_files, params
+from pipeline.composed_from import CONF, describe_source, key_of
 from stages.config import Params
 from stages.errors import UserError
+
+NOTICE = "# Composed from conf/. Choose or override settings: vqvae2 run -S experiment=smoke -S seed=1\n"
+PRESETS = "experiment"  # the group whose files set any section
+KEY_VALUE_SEPARATOR = "="  # Hydra's default for the setting that calls the resolver
+
+
+def record_composition(*, _root_: DictConfig) -> str:
+    """Add the section `composed_from` to a composition that Hydra has just finished.
+
+    Ends the process if this is `dvc exp run` and the data set or the preset would change unasked.
+    """
+    chosen = reversed(_root_.hydra.runtime.choices.items())  # as in the defaults list of conf/config.yaml
+    choices = {group: choice for group, choice in chosen if not group.startswith("hydra/")}
+    overrides = OmegaConf.to_container(_root_.hydra.overrides.task, resolve=False)
+    names = [str(name) for name in _root_ if name != "hydra"]
+    settings = _to_mapping(OmegaConf.masked_copy(_root_, names))
+    assert isinstance(overrides, list)
+    section = composed_from.section(choices, overrides, settings)
+    if dvc_experiment.is_composing():
+        try:
+            if PRESETS in settings and (mistake := group_files.explain(CONF, choices)):
+                raise mistake
+            dvc_experiment.require_asked({**settings, composed_from.SECTION: section})
+        except UserError as error:  # Hydra would wrap it, and DVC would ask to report a bug
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(error.code) from None
+    section["overrides"] = [override.replace("${", r"\${") for override in section["overrides"]]
+    with open_dict(_root_):
+        _root_[composed_from.SECTION] = section
+    return KEY_VALUE_SEPARATOR
+
+
+OmegaConf.register_new_resolver("vqvae2.record_composition", record_composition, replace=True)
 
 
 def compose_settings(overrides: Sequence[str]) -> tuple[dict[str, Any], Params]:
     """Compose conf/ with overrides; return the contents of params.yaml and the validated settings."""
     data = compose_params(overrides)
-    return data, params.check(data, describe_source(overrides))
+    try:
+        return data, params.check(data, describe_source(overrides))
+    except UserError as error:
+        raise group_files.explain(CONF, composed_from.choices_of(data)) or error from None
 
 
 def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str, Any]:
@@ -31,7 +72,7 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
     """
     where = describe_source(overrides, conf)
     for override in overrides:
-        if len(override.splitlines()) > 1 or not _is_utf8(override):  # the header of params.yaml is one line of text
+        if len(override.splitlines()) > 1 or not _is_utf8(override):  # a command that repeats it is one line of text
             raise UserError(
                 f"{override!r} is not a valid override.", where=f"{conf}/", fix="Write it as one line of text.", code=2
             )
@@ -43,9 +84,11 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
     try:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
             config = compose("config", overrides=list(overrides))
-            data = OmegaConf.to_container(config, resolve=True)
+            return _to_mapping(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise to_user_error(error, overrides, where) from None
+        preset = {key_of(override): override.partition("=")[2] for override in overrides}.get(PRESETS)
+        choices = {PRESETS: preset or group_files.default_choice(conf, PRESETS)}
+        raise group_files.explain(conf, choices) or to_user_error(error, overrides, where) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         file = Path(mark.name).relative_to(conf.resolve()) if mark else None
@@ -55,6 +98,10 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
             fix="Fix that line.",
             code=2,
         ) from None
+
+
+def _to_mapping(config: DictConfig) -> dict[str, Any]:
+    data = OmegaConf.to_container(config, resolve=True)
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
@@ -110,6 +157,6 @@ def _quoted(override: str) -> str:
     return f"""Quote the value: -S "{key}='{value}'\""""
 
 
-def to_yaml(data: dict[str, Any], overrides: Sequence[str] = ()) -> str:
-    """Format composed settings as the text of params.yaml, with the overrides in its header."""
-    return format_header(overrides) + params.to_yaml(data)
+def to_yaml(data: dict[str, Any]) -> str:
+    """Format composed settings as the text of params.yaml."""
+    return NOTICE + params.to_yaml(data)

@@ -1,6 +1,5 @@
 """Differences between params.yaml and what conf/ composes to, reported as notes on the terminal."""
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,31 +9,57 @@ from typing import Any
 
 from pipeline import params
 from pipeline.compose import compose_params
-from pipeline.params_header import CONF, read_overrides
+from pipeline.composed_from import CONF, format_override, is_edited, key_of, overrides_of, settings_of
 from pipeline.text import first_few
 from stages.errors import UserError
-from stages.formats.flatten import flatten
 
 
 def drift() -> tuple[str, str]:
     """Compare params.yaml with what conf/ composes to; return the difference and its fix, or two empty strings.
 
-    conf/ is composed only if one of its files is newer than params.yaml, because composing is slow.
+    Edits of params.yaml are not a difference. conf/ is composed only if one of its files is newer than params.yaml,
+    because composing is slow.
     """
     files = [CONF, *CONF.rglob("*")] if CONF.is_dir() else []
     if max(map(_modification_time_ns, files), default=0) <= params.FILE.stat().st_mtime_ns:
         return "", ""
-    overrides = read_overrides()
+    data = params.read()
+    if is_edited(data):
+        return "", ""
+    overrides = overrides_of(data)
     try:
         composed = compose_params(overrides)
     except UserError as error:
         reason = error.what.rstrip(".")
         return f"conf/ has changed since {params.FILE} was composed and is not valid now: {reason}", error.fix
-    differences = list(params.changes(flatten(params.read()), flatten(composed)))
+    differences = list(params.changes(settings_of(data), settings_of(composed)))
     if not differences:
         return "", ""
-    command = shlex.join(["vqvae2", "config", *overrides, "--write"])
-    return f"{params.FILE} differs from what conf/ composes to: {first_few(differences)}", f"Regenerate it: {command}"
+    return (
+        f"{params.FILE} differs from what conf/ composes to: {first_few(differences)}",
+        f"Regenerate it: {_config_command(overrides)}",
+    )
+
+
+def repeating_overrides(data: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that compose conf/ to contents of params.yaml, with edits of the file.
+
+    Raises UserError if conf/ does not compose with the recorded overrides.
+    """
+    overrides = overrides_of(data)
+    if not is_edited(data):
+        return overrides
+    values, composed = settings_of(data), settings_of(compose_params(overrides))
+    edits = {
+        key: format_override(key if key in composed else f"+{key}", value)
+        for key, value in values.items()
+        if key not in composed or composed[key] != value
+    }
+    return [override for override in overrides if key_of(override) not in edits] + list(edits.values())
+
+
+def _config_command(overrides: Sequence[str]) -> str:
+    return shlex.join(["vqvae2", "config", *overrides, "--write"])
 
 
 def _modification_time_ns(path: Path) -> int:
@@ -51,28 +76,21 @@ def warn_drift() -> None:
 
 
 def warn_reverted_overrides(overrides: Sequence[str], composed: Mapping[str, Any]) -> None:
-    """Print the settings of params.yaml that return to conf/ when `composed` replaces it."""
-    if reverted := list(_reverted(overrides, composed)):
-        print(f"note: back to conf/: {first_few(reverted)}", file=sys.stderr)
-
-
-def _reverted(overrides: Sequence[str], composed: Mapping[str, Any]) -> Iterator[str]:
-    """Yield earlier overrides that are not repeated now, and settings that were edited in params.yaml itself."""
+    """Print the settings of params.yaml that return to conf/ when `composed` replaces it, and how to keep them."""
     with suppress(UserError):  # an unreadable params.yaml, or a choice that conf/ no longer has: nothing to compare
-        old, new = flatten(params.read()), flatten(composed)
-        if old == new:
-            return
-        keys = {_key(override) for override in overrides}
-        earlier = {_key(override): override for override in read_overrides()}
-        for key, override in earlier.items():
-            if key in old and key not in keys:
-                yield from params.changes({key: old[key]}, {key: new.get(key)})
-            elif key not in keys:  # a choice of a group, which stands for many settings
-                yield override
-        before_edits = flatten(compose_params(read_overrides()))
-        edited = [key for key in old if old[key] != before_edits.get(key) and key not in keys | earlier.keys()]
-        yield from params.changes({key: old[key] for key in edited}, {key: new.get(key) for key in edited})
+        former = params.read()
+        old, new = settings_of(former), settings_of(composed)
+        given = {key_of(override) for override in overrides}
+        dropped = [override for override in repeating_overrides(former) if key_of(override) not in given]
+        if old != new and dropped:
+            reverted = [text for override in dropped for text in _describe_reverted(override, old, new)]
+            options = shlex.join([argument for override in dropped for argument in ("-S", override)])
+            print(f"note: back to conf/: {first_few(reverted)}. To keep them, repeat: {options}", file=sys.stderr)
 
 
-def _key(override: str) -> str:
-    return re.sub(r"^[+~]+", "", override).partition("=")[0]
+def _describe_reverted(override: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    key = key_of(override)
+    if key in old:
+        yield from params.changes({key: old[key]}, {key: new.get(key)})
+    else:  # a choice of a group, which stands for many settings
+        yield override

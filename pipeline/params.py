@@ -21,7 +21,7 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
 
 from pipeline.text import capitalize, format_value, shorten
-from stages.config import Params
+from stages.config import ComposedFrom, Params
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.config_schema import adapter
@@ -84,7 +84,7 @@ def read(path: Path = FILE) -> dict[str, Any]:
         raise UserError(
             f"{path.name} is not valid YAML: {problem}.",
             where=f"{path}, line {mark.line + 1}" if mark else path,
-            fix=f"Fix that line, or {_restore(path)}",
+            fix="Fix that line." if path == FILE else f"Fix that line, or {_restore(path)}",
             code=2,
         ) from None
     if not isinstance(data, dict):
@@ -183,7 +183,7 @@ def _explain(error: dict[str, Any]) -> Problem:
             near = nearest(key)
             return Problem(key, f"{key} is not a valid setting.", f"Did you mean {near}?" if near else f"Remove {key}.")
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return Problem(key, f"{key} is missing.", "Regenerate the file: vqvae2 config --write")
+            return Problem(key, f"{key} is missing.", f"Set {key}. To see the values of conf/: vqvae2 config")
         case "value_error":
             return explain(error["ctx"]["error"], key)
         case "dataclass_type" | "dict_type":
@@ -241,6 +241,8 @@ def _generalize(key: str) -> str:
 
 def _keys(kind: Any, prefix: str) -> Iterator[str]:
     for name, hint in get_type_hints(kind).items():
+        if hint is ComposedFrom:
+            continue  # written by Hydra only
         key = f"{prefix}{name}"
         yield key
         if dataclasses.is_dataclass(hint):

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from pipeline import dvc_yaml, params, params_header
+from pipeline import composed_from, dvc_yaml, params
 from pipeline.text import first_few
 from stages.config import ClusterConfig, DatasetConfig, Params
 from stages.errors import UserError
@@ -43,7 +43,7 @@ def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, 
     required, available = cluster.gpus_per_worker * cluster.workers, gpu_count()
     if required <= available or environment.get("RAY_ADDRESS"):
         return
-    overrides = [override for override in params_header.read_overrides() if not override.startswith("cluster")]
+    overrides = [override for override in composed_from.read_overrides() if not override.startswith("cluster")]
     options = " ".join(f"-S {shlex.quote(override)}" for override in (*overrides, "cluster=local"))
     raise UserError(
         f"cluster requires {required:g} GPU{'s' * (required != 1)}, and this machine has {available}.",

@@ -6,7 +6,7 @@ never what it computes. A field's comment is its entry in the reference of setti
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from models.config import (
     PriorConfig,
@@ -178,6 +178,15 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class ComposedFrom:
+    """Composition of params.yaml, recorded by Hydra; not for editing. It shows presets in `dvc exp show`."""
+
+    choices: Mapping[str, Any] = field(default_factory=dict)  # chosen file of each group in conf/, by group
+    overrides: tuple[str, ...] = ()  # overrides in the order in which they were given
+    digest: str = ""  # digest of the composed settings; another one shows that params.yaml was edited
+
+
+@dataclass(frozen=True)
 class Params:
     """Sections of params.yaml."""
 
@@ -192,6 +201,7 @@ class Params:
     cluster: ClusterConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     keep_results: tuple[str, ...] = ()  # stages whose finished results stay valid although newer code computes others
+    composed_from: ComposedFrom = field(default_factory=ComposedFrom)
 
     def __post_init__(self) -> None:
         check_field(self, "seed", 0 <= self.seed < 2**63, "0 or more and below 2**63")

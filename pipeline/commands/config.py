@@ -11,9 +11,9 @@ def run(overrides: Sequence[str], *, write: bool) -> int:
     """Print the composed settings, or write them to params.yaml; return the exit status."""
     data, _ = compose_settings(overrides)
     if not write:
-        print(to_yaml(data, overrides), end="")
+        print(to_yaml(data), end="")
         return 0
     with ownership.exclusive_project(stage_runner.RUNS):
         warn_reverted_overrides(overrides, data)
-        params.write(to_yaml(data, overrides).encode())
+        params.write(to_yaml(data).encode())
     return 0

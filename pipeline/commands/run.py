@@ -9,18 +9,19 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pipeline import (
+    changes,
     dvc,
     dvc_yaml,
     finished_results,
     ownership,
     params,
-    params_header,
     preflight,
     result_versions,
     shared_cluster,
     stage_runner,
 )
 from pipeline.compose import compose_settings, to_yaml
+from pipeline.composed_from import describe_source
 from pipeline.drift import warn_drift, warn_reverted_overrides
 from pipeline.fingerprint import identify
 from pipeline.process import STOP_SIGNALS, handle_signals
@@ -65,14 +66,17 @@ def run(
             for name, texts in reasons.items():
                 if not all(text.endswith(dvc.MISSING_STATES) for text in texts):  # DVC restores what is only missing
                     _require_not_pinned(stages[name], settings, dvc.with_dependencies(stages, [name]) & reasons.keys())
+            if reasons and (description := changes.describe(changes.since_last_run(params.read()))):
+                print(description)
             if dry_run or not reasons:
                 _print_plan(reasons, stages)
             if reasons:
-                where = params_header.describe_source(overrides) if overrides else str(params.FILE)
+                where = describe_source(overrides) if overrides else str(params.FILE)
                 preflight.check(settings, reasons, where, pull=pull)
         if dry_run or not reasons:
             return 0
         _remove_obsolete_priors(settings)
+        changes.record_run(params.read())
         return _run_dvc(settings, stages, targets, reasons, force=force, only=only, pull=pull)
 
 
@@ -112,7 +116,7 @@ def _apply_settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]
     time_ns = params.FILE.stat().st_mtime_ns if before is not None else 0
     succeeded = False
     try:
-        params.write(to_yaml(data, overrides).encode())
+        params.write(to_yaml(data).encode())
         yield settings
         succeeded = True
     finally:

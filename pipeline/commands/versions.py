@@ -1,8 +1,11 @@
 """`vqvae2 versions`: the result version of each stage, and the table of known versions."""
 
 import json
+import os
+from collections.abc import Mapping
+from typing import Any
 
-from pipeline import code_version, dvc_yaml, params, result_versions
+from pipeline import changes, code_version, dvc_yaml, params, result_versions, shared_cluster
 from pipeline.commands import same_results
 from pipeline.text import first_few
 from stages.errors import UserError
@@ -24,6 +27,7 @@ def run(*, write: bool, compare: str, new: bool, same_as: str, reason: str) -> i
     if write:
         data = params.read()
         result_versions.write(data, params.check(data))
+        _announce_changes(data)
         return 0
     if compare:
         different_files = same_results.compare(compare)
@@ -34,6 +38,15 @@ def run(*, write: bool, compare: str, new: bool, same_as: str, reason: str) -> i
     return show()
 
 
+def _announce_changes(data: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+    """Print and record what a run that plain DVC started changes. This is its first stage."""
+    if "DVC_STAGE" not in environment or shared_cluster.FOLDER in environment:  # `vqvae2 run` has done so
+        return
+    if description := changes.describe(changes.since_last_run(data)):
+        print(description, flush=True)
+    changes.record_run(data)
+
+
 def show() -> int:
     """Print the result version of each stage, and the definitions that have changed since the table was written."""
     data = params.read()
@@ -42,8 +55,8 @@ def show() -> int:
         source = result_versions.source_of(stage, settings)
         text = source.version
         if not source.is_recorded:
-            changes = code_version.changed_definitions(source.definitions)
-            text += f"  not in the table; changed: {first_few(changes, 5)}"
+            definitions = code_version.changed_definitions(source.definitions)
+            text += f"  not in the table; changed: {first_few(definitions, 5)}"
         if pinned := result_versions.describe_pinned(stage, settings):
             text += f"  {pinned}"
         print(f"{stage.cli_name:<13} {text}")

@@ -204,4 +204,4 @@ def extra_parameters(network: PriorConfig, classes: int, coarser: int) -> dict[s
 def test_cluster_choice_changes_one_section():
     """Choosing another cluster changes no other section."""
     default, gpus8 = compose_params((), CONF), compose_params(["cluster=gpus8"], CONF)
-    assert {key for key in default if default[key] != gpus8[key]} == {"cluster"}
+    assert {key for key in default if default[key] != gpus8[key]} == {"cluster", "composed_from"}

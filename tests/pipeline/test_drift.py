@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import params, params_header
+from pipeline import composed_from, params
 from pipeline.commands import config
 from pipeline.compose import compose_settings
 from pipeline.drift import drift
@@ -55,7 +55,7 @@ def test_run_prints_dropped_overrides(current_project):
     config.run(["seed=3"], write=True)
     done = current_project.command("run", "--dry-run", "-S", "cluster=single")
     assert done.stderr == "note: back to conf/: seed 3 -> 0\n" and done.returncode == 0
-    assert params_header.read_overrides() == ["seed=3"]
+    assert composed_from.read_overrides() == ["seed=3"]
 
 
 def test_changed_conf_is_reported(current_project):
