@@ -143,16 +143,21 @@ def run(
 
 
 @app.command()
-def status(as_json: AsJson = False) -> None:
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every two seconds, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show the state of each stage, and why it is out of date.
 
-    Example:  vqvae2 status --json
+    Of a running or interrupted stage also shows the step, the rate, the time left and the newest checkpoint.
+
+    Example:  vqvae2 status --watch
     """
 
     def action() -> int:
         from pipeline.commands import status
 
-        return status.show(as_json=as_json)
+        return status.show(as_json=as_json, watch=watch)
 
     run_and_exit(action)
 

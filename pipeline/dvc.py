@@ -1,6 +1,7 @@
 """DVC, called as a program: why stages are out of date, and bringing them up to date. The only module that runs DVC."""
 
 import json
+import math
 import os
 import queue
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,12 @@ from typing import Any
 from pipeline import dvc_yaml, params, result_versions
 from pipeline.ownership import BUSY, RETRY_LATER
 from pipeline.process import die_with_parent, handle_signals
+from pipeline.text import first_few, format_row
 from stages.errors import UserError
 from stages.formats.flatten import flatten
 
 STOP_TIMEOUT_S = 30.0  # between SIGINT, SIGTERM and SIGKILL to a stage; a stage itself stops within 18 s
+MAX_REASONS = 3  # of a stage, in one line
 NEVER_RUN = "it has not run yet"
 COMMAND = [sys.executable, "-m", "dvc"]
 
@@ -64,7 +67,13 @@ class Outcome:
     ran: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)  # from DVC's run cache
     unchanged: list[str] = field(default_factory=list)
+    current: str = ""  # the stage that runs now
     stop_signal: int = 0  # the first signal that ended it; 0 for none
+
+    @property
+    def visited(self) -> list[str]:
+        """Stages that DVC has come to."""
+        return [*self.ran, *self.restored, *self.unchanged]
 
 
 def out_of_date_reasons(
@@ -89,6 +98,11 @@ def out_of_date_reasons(
         if (own_reasons or earlier) and name in considered:
             reasons[name] = own_reasons or [NEVER_RUN]
     return reasons
+
+
+def summarize(reasons: Sequence[str]) -> str:
+    """Join the first reasons, and count the others."""
+    return first_few(reasons, MAX_REASONS, "; ")
 
 
 def with_dependencies(stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str]) -> set[str]:
@@ -128,14 +142,17 @@ def cache_folder() -> Path | None:
 def run_repro(
     targets: Sequence[str],
     *,
-    stages: Mapping[str, dvc_yaml.Stage],
     reasons: Mapping[str, Sequence[str]],
     environment: Mapping[str, str],
+    on_change: Callable[["Outcome"], None] = lambda outcome: None,
     force: bool = False,
     only: bool = False,
     pull: bool = False,
 ) -> Outcome:
-    """Run `dvc repro` and print one line per stage. SIGTERM, SIGINT and SIGHUP stop it gracefully."""
+    """Run `dvc repro` and print one line per stage. SIGTERM, SIGINT and SIGHUP stop it gracefully.
+
+    `on_change` is called with the outcome so far when a stage starts, is restored or is unchanged.
+    """
     options = {"--force": force, "--single-item": only, "--pull": pull}
     process = subprocess.Popen(
         [*COMMAND, "repro", *(option for option, enabled in options.items() if enabled), *targets],
@@ -148,7 +165,8 @@ def run_repro(
     outcome = Outcome()
     with handle_signals(_SignalForwarder(process, outcome).stop):
         for line in _read_lines(process):
-            _report_line(line, outcome, stages, reasons)
+            if _report_line(line, outcome, reasons):
+                on_change(outcome)
         outcome.status = process.wait()
     return outcome
 
@@ -158,15 +176,15 @@ def _prepare_child() -> None:
     die_with_parent(signal.SIGTERM)
 
 
-def _report_line(
-    line: str, outcome: Outcome, stages: Mapping[str, dvc_yaml.Stage], reasons: Mapping[str, Sequence[str]]
-) -> None:
-    """Record and print one line of `dvc repro` in terms of the command line."""
+def _report_line(line: str, outcome: Outcome, reasons: Mapping[str, Sequence[str]]) -> bool:
+    """Record and print one line of `dvc repro` in terms of the command line; return whether the outcome changed."""
     if HIDDEN_LINES.match(line):
-        return
+        return False
+    current = ""
     if match := RUNNING_LINE.match(line):
-        outcome.ran.append(match[1])
-        text = f"runs: {'; '.join(reasons.get(match[1], ())) or 'requested'}"
+        current = match[1]
+        outcome.ran.append(current)
+        text = f"runs: {summarize(reasons.get(current, ())) or 'requested'}"
     elif match := RESTORED_LINE.match(line):
         outcome.restored.append(match[1])
         text = "restored from cache"
@@ -175,9 +193,10 @@ def _report_line(
         text = "unchanged"
     else:
         _print(line)
-        return
-    name = stages[match[1]].cli_name if match[1] in stages else match[1]
-    _print(f"{name:<13} {text}")
+        return False
+    outcome.current = current
+    _print(format_row(dvc_yaml.cli_name(match[1]), text))
+    return True
 
 
 def _print(line: str) -> None:
@@ -290,9 +309,20 @@ def _own_reasons(
 def _changed_settings(
     changed: Mapping[str, str], before: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Describe changed settings by their full keys, with both values."""
+    """Describe changed settings by their full keys, with both values, the largest changes first."""
+    old: dict[str, Any] = {}
+    new: dict[str, Any] = {}
     for key in changed:
-        yield from params.changes(flatten(before.get(key), key), flatten(params.look_up(settings, key), key))
+        old |= flatten(before.get(key), key)
+        new |= flatten(params.look_up(settings, key), key)
+    keys = sorted({**old, **new}, key=lambda key: _change_size(old.get(key), new.get(key)), reverse=True)
+    yield from params.changes({key: old.get(key) for key in keys}, {key: new.get(key) for key in keys})
+
+
+def _change_size(old: Any, new: Any) -> float:
+    """Return the size of a setting's change: the ratio of positive numbers; infinity for anything else."""
+    are_numbers = all(isinstance(value, int | float) and value > 0 for value in (old, new))
+    return abs(math.log(new / old)) if are_numbers else math.inf
 
 
 def _depends_on(stage: dvc_yaml.Stage, other: dvc_yaml.Stage) -> bool:

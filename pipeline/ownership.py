@@ -2,18 +2,24 @@
 
 import fcntl
 import os
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from pipeline.text import shorten
 from stages.errors import UserError
+from stages.tracking.journal import redact_secrets
 
+LOCK_FILE = "lock"
 BUSY = "Another vqvae2 or dvc process uses this project"
 RETRY_LATER = "Wait until it ends, or stop it. Then run the same command again."
 UNKNOWN_OWNER = "it has just started"  # the lock is held and its owner has not written its name yet
+MAX_COMMAND_LENGTH = 200  # characters of a command in a message
 ATTEMPTS, ATTEMPT_INTERVAL_S = 5, 0.1
 
 
@@ -24,16 +30,17 @@ def exclusive_lock(folder: Path, refusal: str = "Another process runs this stage
     Raises UserError with `refusal` and the owner as the headline if another process holds the lock for half a second.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+", encoding="utf-8") as file:
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
         try:
             _lock(file)  # the kernel releases it however the process ends
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{refusal}: {file.read().strip() or UNKNOWN_OWNER}.", where=folder / "lock", fix=RETRY_LATER, code=3
+                f"{refusal}: {file.read().strip() or UNKNOWN_OWNER}.", where=folder / LOCK_FILE, fix=RETRY_LATER, code=3
             ) from None
         file.truncate(0)
-        file.write(f"PID {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"PID {os.getpid()} on {socket.gethostname()} since {since} ({_command_line()})")
         file.flush()
         yield
 
@@ -51,6 +58,12 @@ def exclusive_project(runs: Path) -> Iterator[None]:
         yield
 
 
+def _command_line() -> str:
+    """Return the command that this process runs, without secrets."""
+    program = "typer" if Path(sys.argv[0]).name == "typer" else "vqvae2"
+    return shorten(redact_secrets(shlex.join([program, *sys.argv[1:]])), MAX_COMMAND_LENGTH)
+
+
 def _lock(file: TextIO) -> None:
     for _ in range(ATTEMPTS):  # `owner` holds the lock for an instant
         with suppress(BlockingIOError):
@@ -62,7 +75,7 @@ def _lock(file: TextIO) -> None:
 def owner(folder: Path) -> str:
     """Return the description of the process that holds a folder's lock; "" if it is free."""
     try:
-        with (folder / "lock").open(encoding="utf-8") as file:
+        with (folder / LOCK_FILE).open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
 
-from pipeline.text import capitalize, format_value, shorten
+from pipeline.text import capitalize, format_value, shorten, shorten_middle
 from stages.config import ComposedFrom, Params
 from stages.errors import UserError
 from stages.formats import artifact
@@ -157,7 +157,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for key in {**old, **new}:
         if old.get(key) != new.get(key):
             before, after = (
-                "(none)" if values.get(key) is None else format_value(values[key]) for values in (old, new)
+                "(none)" if values.get(key) is None else shorten_middle(format_value(values[key]))
+                for values in (old, new)
             )
             yield f"{key} {before} -> {after}"
 

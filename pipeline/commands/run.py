@@ -26,6 +26,7 @@ from pipeline.drift import warn_drift, warn_reverted_overrides
 from pipeline.fingerprint import identify
 from pipeline.process import STOP_SIGNALS, handle_signals
 from pipeline.run_name import run_tags
+from pipeline.run_state import record_run_state
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -153,9 +154,17 @@ def _run_dvc(
                 environment = {**os.environ, **parent, shared_cluster.FOLDER: str(cluster.folder)}
                 if force:
                     environment[stage_runner.FORCE_RESTART] = "1"
-                outcome = dvc.run_repro(
-                    targets, stages=stages, reasons=reasons, environment=environment, force=force, only=only, pull=pull
-                )
+                considered = targets if only else dvc.with_dependencies(stages, targets or list(stages))
+                with record_run_state(stage_runner.RUNS, considered, reasons) as state:
+                    outcome = dvc.run_repro(
+                        targets,
+                        reasons=reasons,
+                        environment=environment,
+                        on_change=lambda outcome: state.update(outcome.visited, outcome.current),
+                        force=force,
+                        only=only,
+                        pull=pull,
+                    )
                 _track_cached_stages(outcome, settings, stages, parent[tracker.PARENT_RUN_VARIABLE])
                 if not outcome.stop_signal:
                     require_cached(outcome)

@@ -1,48 +1,159 @@
-"""`vqvae2 status`: the state of each stage, and why it is not up to date."""
+"""`vqvae2 status`: the state of each stage, why it is not up to date, and the progress of the one that runs."""
 
 import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from pipeline import dvc, dvc_yaml, ownership, params, result_versions, stage_runner
+from pipeline import activity, dvc, dvc_yaml, ownership, params, result_versions, run_state, stage_runner
+from pipeline.activity import Activity
 from pipeline.drift import warn_drift
+from pipeline.text import format_row, wrap
 from stages.errors import UserError
 
+WATCH_INTERVAL_S = 2.0
+OUT_OF_DATE, UNKNOWN = "out of date", "unknown"
 
-def show(*, as_json: bool) -> int:
-    """Print the state of each stage; return the exit status. Writes the result versions, which DVC compares.
 
-    Raises UserError if DVC cannot compute its status and no stage is running.
+@dataclass(frozen=True)
+class Row:
+    """State of one stage."""
+
+    stage: str  # name in commands
+    state: str
+    reasons: list[str]
+    activity: Activity | None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        idle = {"owner": None, "progress": None, "checkpoint": None}
+        facts = self.activity.facts() if self.activity else idle
+        return {"stage": self.stage, "state": self.state, "reasons": self.reasons, **facts}
+
+    def text(self) -> str:
+        """Format the row as a line."""
+        progress = ", ".join(self.activity.texts()) if self.activity else ""
+        if self.state == OUT_OF_DATE and progress:
+            progress = f"interrupted at {progress}"
+        details = "; ".join(filter(None, (progress, dvc.summarize(self.reasons))))
+        return format_row(self.stage, f"{self.state:<11} {details}")
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of the project."""
+
+    holder: str  # the command, or DVC, that uses the project; "" if none does
+    rows: list[Row]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the status as JSON values."""
+        return {"in_use_by": self.holder or None, "stages": [row.facts() for row in self.rows]}
+
+    def text(self) -> str:
+        """Format the status as lines."""
+        lines = [row.text() for row in self.rows]
+        return "\n".join([*lines, wrap(f"In use by {self.holder}")] if self.holder else lines)
+
+    def key(self) -> Any:
+        """Return what has changed if anything but an age or a rate has."""
+        steps = [(row.activity.progress, row.activity.checkpoint_step) if row.activity else () for row in self.rows]
+        return self.holder, [(row.state, row.reasons) for row in self.rows], steps
+
+
+class StatusReader:
+    """Reader of the status. DVC is asked again only if a file that it compares, or the state of a run, has changed."""
+
+    def __init__(self, runs: Path = stage_runner.RUNS):
+        self.runs = runs
+        self._dvc_key: Any = None
+        self._dvc_reasons: dict[str, list[str]] | None = None  # None: DVC is busy
+        self._dvc_holder = ""
+
+    def read(self) -> Status:
+        """Read the status. Raises UserError if params.yaml is invalid or DVC cannot compute its status."""
+        data = params.read()
+        settings = params.check(data)
+        stages = dvc_yaml.stages(data)
+        running = {name: activity.running(self.runs / stage.cli_name) for name, stage in stages.items()}
+        holder = ownership.owner(self.runs)
+        states = run_state.read(self.runs) if holder else {}
+        if not states:
+            self._ask_dvc(data, settings, stages, (holder, *running.values()))
+        rows = []
+        for name, stage in stages.items():
+            stage_activity = running[name]
+            reasons: list[str] = []
+            if stage_activity:
+                state = run_state.RUNNING
+            elif states:
+                state = states.get(stage.cli_name, UNKNOWN)
+                state = UNKNOWN if state == run_state.RUNNING else state  # between two stages
+            elif self._dvc_reasons is None:
+                state, reasons = UNKNOWN, ["DVC is busy"]
+            elif name in self._dvc_reasons:
+                state, reasons = OUT_OF_DATE, self._dvc_reasons[name]
+                stage_activity = activity.interrupted(self.runs / stage.cli_name, stage, settings)
+            else:
+                state = run_state.UP_TO_DATE
+            if pinned := result_versions.describe_pinned(stage, settings):
+                reasons = [*reasons, pinned]
+            rows.append(Row(stage.cli_name, state, reasons, stage_activity))
+        owners = [stage_activity.owner for stage_activity in running.values() if stage_activity]
+        return Status(holder or next(iter(owners), self._dvc_holder), rows)
+
+    def _ask_dvc(self, data: Any, settings: Any, stages: dict[str, dvc_yaml.Stage], owners: tuple[Any, ...]) -> None:
+        """Ask DVC which stages are out of date. Writes the result versions, which DVC compares."""
+        files = (params.FILE, dvc_yaml.FILE, dvc_yaml.LOCK)
+        key = (*(path.stat().st_mtime_ns if path.exists() else 0 for path in files), *(bool(owner) for owner in owners))
+        if key == self._dvc_key:
+            return
+        result_versions.write(data, settings)
+        self._dvc_holder = ""
+        try:
+            self._dvc_reasons = dvc.out_of_date_reasons(stages)
+            self._dvc_key = key
+        except UserError as error:
+            if not error.what.startswith(ownership.BUSY):
+                raise
+            self._dvc_reasons, self._dvc_key = None, None  # DVC locks outputs while a stage runs
+            self._dvc_holder = error.what.removeprefix(f"{ownership.BUSY}: ").rstrip(".")
+
+
+def show(*, as_json: bool, watch: bool = False) -> int:
+    """Print the state of each stage, once or again and again until Ctrl-C; return the exit status.
+
+    Raises UserError if DVC cannot compute its status.
     """
-    data = params.read()
-    settings = params.check(data)
     warn_drift()
-    stages = dvc_yaml.stages(data)
-    owners = {name: ownership.owner(stage_runner.RUNS / stage.cli_name) for name, stage in stages.items()}
-    out_of_date: dict[str, list[str]] = {}
-    dvc_is_busy = False
-    result_versions.write(data, settings)
-    try:
-        out_of_date = dvc.out_of_date_reasons(stages)
-    except UserError as error:
-        if not error.what.startswith(ownership.BUSY) or not any(owners.values()):
-            raise
-        dvc_is_busy = True  # DVC locks its outputs while a stage runs
-    rows = []
-    for name, stage in stages.items():
-        reasons: list[str] = []
-        if owners[name]:
-            state, reasons = "running", [owners[name]]
-        elif dvc_is_busy:
-            state, reasons = "unknown", ["DVC is busy"]
-        elif name in out_of_date:
-            state, reasons = "out of date", out_of_date[name]
-        else:
-            state = "up to date"
-        if pinned := result_versions.describe_pinned(stage, settings):
-            reasons = [*reasons, pinned]
-        rows.append({"stage": stage.cli_name, "state": state, "reasons": reasons})
-    if as_json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        for row in rows:
-            print(f"{row['stage']:<13} {row['state']:<11} {'; '.join(row['reasons'])}".rstrip())
+    reader = StatusReader()
+    if watch:
+        with suppress(KeyboardInterrupt):  # the usual end
+            _watch(reader.read, as_json=as_json)
+        return 0
+    status = reader.read()
+    print(json.dumps(status.facts(), indent=1, ensure_ascii=False) if as_json else status.text())
     return 0
+
+
+def _watch(read: Callable[[], Status], *, as_json: bool, wait: Callable[[float], None] = time.sleep) -> None:
+    """Refresh the status in place on a terminal; otherwise print it whenever it changes, as JSON in one line."""
+    if sys.stdout.isatty() and not as_json:
+        from rich.live import Live
+        from rich.text import Text
+
+        with Live(auto_refresh=False) as live:
+            while True:
+                live.update(Text(read().text()), refresh=True)
+                wait(WATCH_INTERVAL_S)
+    previous = None
+    while True:
+        status = read()
+        if status.key() != previous:
+            previous = status.key()
+            print(json.dumps(status.facts(), ensure_ascii=False) if as_json else f"{status.text()}\n", flush=True)
+        wait(WATCH_INTERVAL_S)

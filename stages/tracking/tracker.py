@@ -22,6 +22,7 @@ from stages.tracking.console import CompositeReporter, ConsoleReporter
 from stages.tracking.journal import JOURNAL_FILE, Journal, resume_or_create_run
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, REPRO_PREFIX, MlflowUploader
+from stages.tracking.progress_file import ProgressFile
 from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, SyncResult, UploaderFactory, upload_journals
 from stages.tracking.upload_thread import DEFAULT_TIMING, UploadThread, UploadTiming
 
@@ -89,7 +90,7 @@ def track_stage(
         thread = UploadThread(journal, screen, uploader(folder), parent_uploader, timing)
         thread.start()
         with _record_end(journal, thread.finish, metrics=metrics, outputs=outputs, pictures=pictures):
-            yield CompositeReporter([journal, screen])
+            yield CompositeReporter([journal, screen, ProgressFile(work_dir)])
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def small_project(tmp_path):
 def repro(targets=(), **options):
     stages = dvc_yaml.stages(params.read())
     reasons = dvc.out_of_date_reasons(stages, targets)
-    return dvc.run_repro(targets, stages=stages, reasons=reasons, environment=os.environ, **options)
+    return dvc.run_repro(targets, reasons=reasons, environment=os.environ, **options)
 
 
 def reasons(targets=(), **options):
@@ -122,9 +122,8 @@ def test_signal_stops_the_stage_gracefully(small_project, number):
     """The run forwards SIGINT to the stage, waits for it, and leaves no process behind."""
     stage = "trap 'echo ended > trace; exit 130' INT; echo $$ > pid; sleep 60 & wait"
     Path("dvc.yaml").write_text(DVC_YAML.format(command=stage))
-    code = "import os; from pipeline import dvc, dvc_yaml, params\n"
-    code += "stages = dvc_yaml.stages(params.read())\n"
-    code += "print(dvc.run_repro([], stages=stages, reasons={}, environment=os.environ).stop_signal)"
+    code = "import os; from pipeline import dvc\n"
+    code += "print(dvc.run_repro([], reasons={}, environment=os.environ).stop_signal)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60

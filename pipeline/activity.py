@@ -1,0 +1,104 @@
+"""Activity of a stage: progress, newest checkpoint and the process that runs it, read from its folders in runs/."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import dvc_yaml, ownership
+from pipeline.fingerprint import identify
+from stages.config import Params
+from stages.errors import UserError
+from stages.formats import artifact
+from stages.tracking.journal import JOURNAL_FILE, end_status
+from stages.tracking.progress_file import PROGRESS_FILE, read_progress
+from stages.tracking.quantities import ProgressState, format_duration
+
+STALE_PROGRESS_S = 60.0  # older progress of a running stage is shown with its age
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Progress and newest checkpoint of one execution of a stage."""
+
+    owner: str  # process that runs the stage; "" if none does
+    progress: ProgressState | None
+    progress_age_s: float
+    checkpoint_step: int | None
+    checkpoint_age_s: float
+
+    def texts(self) -> list[str]:
+        """Describe the activity, most important first."""
+        texts = []
+        if self.progress:
+            fields = self.progress.fields()
+            texts = [" ".join([fields[0], f"({fields[1]})"])]
+            if self.owner:
+                texts += fields[2:4] if self.progress.rate else []
+            if self.owner and self.progress_age_s > STALE_PROGRESS_S:
+                texts.append(f"no progress for {format_duration(self.progress_age_s)}")
+        elif self.owner:
+            texts = ["starting"]
+        if self.checkpoint_step is not None:
+            texts.append(f"checkpoint of step {self.checkpoint_step:,} is {format_duration(self.checkpoint_age_s)} old")
+        return texts
+
+    def facts(self) -> dict[str, Any]:
+        """Return the activity as JSON values."""
+        progress = self.progress
+        return {
+            "owner": self.owner or None,
+            "progress": progress
+            and {
+                **asdict(progress),
+                "rate": progress.rate or None,
+                "remaining_s": progress.remaining_s if self.owner else None,
+                "age_s": self.progress_age_s,
+            },
+            "checkpoint": None
+            if self.checkpoint_step is None
+            else {"step": self.checkpoint_step, "age_s": self.checkpoint_age_s},
+        }
+
+
+def running(folder: Path, clock: Callable[[], float] = time.time) -> Activity | None:
+    """Return the activity of the stage with this folder in runs/; None if no process runs it."""
+    owner = ownership.owner(folder)
+    if not owner:
+        return None
+    started_s = (folder / ownership.LOCK_FILE).stat().st_mtime
+    files = [path for name in (PROGRESS_FILE, f"tracked/*/{JOURNAL_FILE}") for path in folder.glob(f"*/{name}")]
+    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None or newest.stat().st_mtime < started_s:
+        return Activity(owner, None, 0.0, None, 0.0)
+    return _read(folder / newest.relative_to(folder).parts[0], owner, clock(), started_s)
+
+
+def interrupted(
+    folder: Path, stage: dvc_yaml.Stage, settings: Params, clock: Callable[[], float] = time.time
+) -> Activity | None:
+    """Return the activity of an unfinished execution that the next run would resume; None if there is none."""
+    try:
+        work = folder / identify(stage, settings)[1][:16]
+    except UserError:  # an input is missing, so the fingerprint is unknown
+        return None
+    journal = max(work.glob(f"tracked/*/{JOURNAL_FILE}"), default=None)
+    if journal is None or end_status(journal) == "FINISHED":
+        return None
+    activity = _read(work, "", clock(), 0.0)
+    return activity if activity.progress or activity.checkpoint_step is not None else None
+
+
+def _read(work: Path, owner: str, now_s: float, started_s: float) -> Activity:
+    progress, progress_s = read_progress(work) or (None, 0.0)
+    if progress_s < started_s:  # of an earlier execution
+        progress = None
+    manifests = {
+        int(path.parent.name.partition("-")[2]): path.stat().st_mtime
+        for path in work.glob(f"step-*/{artifact.MANIFEST}")
+        if path.parent.name.partition("-")[2].isdecimal()  # not step-000000004.damaged
+    }
+    step = max(manifests, default=None)
+    age_s = 0.0 if step is None else now_s - manifests[step]
+    return Activity(owner, progress, now_s - progress_s, step, age_s)
