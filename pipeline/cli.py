@@ -205,6 +205,28 @@ def compose(
 
 
 @app.command()
+def data(
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write data.html to this folder.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Read the headers of this many images; 0 reads all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show the images that a run would use: splits, classes, sizes, and what is left out or doubtful.
+
+    Reads names and headers, and changes nothing. --out writes a page with images of each class.
+
+    Example:  vqvae2 data -S dataset=folder -S dataset.source=path/to/images --out overview
+    """
+
+    def action() -> int:
+        from pipeline.commands import data
+
+        return data.show(overrides or (), out=out, sample=sample, as_json=as_json)
+
+    run_and_exit(action)
+
+
+@app.command()
 def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Estimate the cost of a run before it starts.
 

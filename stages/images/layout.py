@@ -195,8 +195,9 @@ def _has_splits_in_classes(named: list[_Named], tops: set[str], path: Path) -> b
 
 
 def _mixed_folders(path: Path, where: str, split_tops: list[str], others: Collection[str]) -> UserError:
+    splits = _join_first(split_tops)
     return UserError(
-        f"The source has split folders ({_join_first(split_tops)}){where} beside other folders ({_join_first(others)}).",
+        f"The source has split folders ({splits}){where} beside other folders ({_join_first(others)}).",
         where=path,
         fix="Move the other folders into a split folder, or out of the source.",
         code=4,

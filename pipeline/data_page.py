@@ -1,0 +1,62 @@
+"""HTML page of `vqvae2 data`: the counts of splits and classes, the facts, and images of each class.
+
+The page is one file: images are embedded, and nothing is requested.
+"""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from stages.config import DatasetConfig
+from stages.images import overview
+from stages.images.contact_sheet import contact_sheet
+from stages.images.listing import Listing
+from stages.images.sources import Source, printable
+
+FILE = "data.html"
+MAX_CLASSES = 60  # with images; the table has all
+IMAGES_PER_CLASS = 16
+IMAGES_WITHOUT_CLASSES = 64
+COLUMNS = 8
+MAX_SIDE = 96  # pixels of an image on the page
+
+
+def write(
+    folder: Path, source: Source, dataset: DatasetConfig, listing: Listing, facts: Sequence[tuple[str, str]]
+) -> Path:
+    """Write the page to a folder, which is created; return its path."""
+    classes = overview.count_classes(listing)
+    names = list(classes)[:MAX_CLASSES] or [overview.UNLABELED]
+    sheets = overview.examples(
+        source,
+        listing,
+        dataset,
+        classes=names,
+        count=IMAGES_PER_CLASS if classes else IMAGES_WITHOUT_CLASSES,
+        side=min(dataset.image_size, MAX_SIDE),
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("data_page.html.j2").render(
+        name=dataset.name,
+        splits={split: count for split, count in overview.count_splits(listing).items() if count},
+        classes={printable(name): counts for name, counts in classes.items()},
+        facts=[(title, text) for title, text in facts if title != "DOUBT"],
+        doubts=[text for title, text in facts if title == "DOUBT"],
+        sheets=[
+            (printable(name), base64.b64encode(contact_sheet(images, min(COLUMNS, len(images)))).decode())
+            for name, images in sheets
+        ],
+        classes_without_images=max(0, len(classes) - MAX_CLASSES),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    path.write_text(page, encoding="utf-8")
+    return path

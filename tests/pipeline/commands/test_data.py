@@ -1,0 +1,82 @@
+"""Tests of `vqvae2 data`."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.commands import data
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder of images with a doubtful class, as the current folder with the settings of params.yaml."""
+    for number, name in enumerate(("cat", "cat", "<b>dog</b>".replace("/", "\u2215"), "test")):
+        path = tmp_path / "photos" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(path)
+    (tmp_path / "photos" / "notes.txt").touch()
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        re.sub("source: .*", "source: photos", text).replace("validation_fraction: 0.05", "validation_fraction: 0.0"),
+        encoding="utf-8",
+    )
+    with chdir(tmp_path):
+        yield tmp_path
+
+
+def show(capsys: pytest.CaptureFixture[str], *, sample: int = 0, as_json: bool = False) -> str:
+    assert data.show((), out=None, sample=sample, as_json=as_json) == 0
+    return capsys.readouterr().out
+
+
+def test_text_has_splits_classes_sizes_and_doubts(folder, capsys):
+    """What is left out and what is doubtful is stated."""
+    text = show(capsys)
+    assert text.startswith("data set    emoji: photos, classes from folders\n")
+    assert re.search(r"^cat +2$", text, re.MULTILINE) and re.search(r"^all images +4$", text, re.MULTILINE)
+    assert "width 40 / 40 / 40, height 30 / 30 / 30 pixels (smallest / median / largest)\n" in text
+    assert "4 are not square and are cropped; 4 are smaller and are enlarged" in text
+    assert "note        1 files that are not images are ignored: .txt 1.\n" in text
+    assert "DOUBT       The folder test is used as a class" in text
+
+
+def test_json_has_the_same_facts(folder, capsys):
+    """--json is for programs; names are complete."""
+    result = json.loads(show(capsys, as_json=True))
+    assert result["splits"] == {"train": 4, "validation": 0, "test": 0}
+    assert result["classes"]["cat"] == {"train": 2, "validation": 0, "test": 0} and len(result["classes"]) == 3
+    assert result["sizes"]["width"] == {"min": 40, "median": 40, "max": 40}
+    assert (result["formats"], result["copies"], len(result["doubts"])) == ({"PNG": 4}, 0, 1)
+
+
+def test_a_sample_of_headers_is_stated(folder, capsys):
+    """Copies cannot be counted in it."""
+    text = show(capsys, sample=2)
+    assert "in 2 of 4 images" in text and "copies      not checked" in text
+
+
+def test_page_shows_images_of_each_class_offline(folder, capsys):
+    """The page requests nothing, and names are escaped."""
+    assert data.show((), out=Path("overview"), sample=0, as_json=False) == 0
+    assert capsys.readouterr().out.endswith("page        overview/data.html\n")
+    page = Path("overview/data.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 3 == page.count("data:image/png;base64,")
+    assert "&lt;b&gt;dog" in page and "<b>dog" not in page
+    assert "The folder test is used as a class" in page
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://|<script", page)
+
+
+def test_images_without_classes_have_a_page(folder, capsys):
+    """All images are in one sheet."""
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("labels: folders", "labels: none"), encoding="utf-8")
+    data.show((), out=Path("overview"), sample=0, as_json=False)
+    assert "no classes" in capsys.readouterr().out
+    assert Path("overview/data.html").read_text(encoding="utf-8").count("<figure>") == 1
