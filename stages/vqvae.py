@@ -129,8 +129,7 @@ class VQVAEObjective(Objective):
         output = self.network(images, batch_slice)
         loss = self.network.objective(output, images)
         sums = {name: level.sums for name, level in output.levels.items()}
-        # Cloned: the loop sums `sums` over ranks in place, and sums the metrics over ranks later.
-        usage = {f"usage/{name}": level.sums.counts.clone() for name, level in output.levels.items()}
+        usage = {f"usage/{name}": level.sums.counts for name, level in output.levels.items()}
         return StepResult(loss.total, sums, loss_sums(images, loss.reconstruction, loss.commitment) | usage)
 
     def absorb(self, sums: Mapping[str, CodebookSums]) -> None:

@@ -4,10 +4,12 @@ Every collective runs at a point that depends only on the step number or on a va
 A collective behind a condition that one rank alone computes would leave the other ranks waiting for ever.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 
@@ -23,9 +25,18 @@ class DistributedContext:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     all_reduce: Callable[[Tensor], None] = lambda tensor: None  # sums over ranks, in place
+    # The same in the background. The tensor holds the sum after a call of the returned function.
+    start_all_reduce: Callable[[Tensor], Callable[[], Any]] = lambda tensor: lambda: None
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # DDP: averages gradients over ranks
     stop_requested: Callable[[], bool] = lambda: False
     inject_fault: Callable[[int], bool] = lambda step: False  # before a step; True makes the step's loss NaN
+
+
+def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
+    """Sum a tensor over ranks in place and in the background; return the function that waits for the sum."""
+    work = torch.distributed.all_reduce(tensor, async_op=True)
+    assert work is not None  # it is None only on processes outside of the group
+    return work.wait
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
@@ -48,27 +59,62 @@ def require_same_start(start: int, dist: DistributedContext) -> None:
         raise CheckpointMismatch(f"The newest checkpoints of all workers must be of the same step, got steps {steps}.")
 
 
+class SumsInFlight:
+    """Codebook sums and stop vote of one step, summed over ranks as one tensor while the backward pass runs.
+
+    One large collective costs less than many small ones: each has a latency of its own. Every rank starts it once per
+    step, before its backward pass.
+    """
+
+    def __init__(self, sums: Mapping[str, tuple[Tensor, ...]], vote: Tensor, dist: DistributedContext) -> None:
+        self._sums, self._vote = sums, vote
+        self._wait = lambda: None
+        if dist.world_size > 1:
+            tensors = [tensor for level_sums in sums.values() for tensor in level_sums]
+            self._flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), vote])
+            self._wait = dist.start_all_reduce(self._flat)
+            views = iter(self._flat.split([*(tensor.numel() for tensor in tensors), 1]))
+            self._sums = {
+                level: _with_tensors(level_sums, [next(views).view_as(tensor) for tensor in level_sums])
+                for level, level_sums in sums.items()
+            }
+            self._vote = next(views)
+
+    def wait(self) -> tuple[Mapping[str, tuple[Tensor, ...]], Tensor]:
+        """Return the sums over all ranks, and the number of ranks that voted to stop."""
+        self._wait()
+        return self._sums, self._vote
+
+
+def _with_tensors(example: tuple[Tensor, ...], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return a tuple of tensors of the same type as `example`, which may be a NamedTuple."""
+    make = getattr(example, "_make", tuple)
+    return cast("tuple[Tensor, ...]", make(tensors))
+
+
 class StopVote:
     """Stop requests of all ranks, combined so that every rank stops after the same step.
 
-    With several ranks, `poll` returns the result of the previous call. The all-reduce and its copy to the CPU then
-    overlap the work of the GPU instead of stalling it.
+    The votes of a step are read after the next one. Their copy to the CPU then overlaps the work of the GPU instead of
+    stalling it.
     """
 
     def __init__(self, dist: DistributedContext) -> None:
         self.dist = dist
-        self._votes = torch.zeros(1)  # ranks that were asked to stop, as of the previous call
+        self._votes = torch.zeros(1)  # ranks that voted to stop in the step before
         self._copied: torch.cuda.Event | None = None
 
-    def poll(self) -> bool:
-        """Vote, and return whether to stop after this step. Every rank calls this once per step."""
+    def cast(self) -> Tensor:
+        """Return this rank's vote, to be summed over ranks: (1,), 1 to stop."""
+        return torch.full((1,), float(self.dist.stop_requested()), device=self.dist.device)
+
+    def count(self, votes: Tensor) -> bool:
+        """Take the votes of this step; return whether to stop after it. Every rank calls this once per step."""
         if self.dist.world_size == 1:
-            return self.dist.stop_requested()
+            return bool(votes)
         if self._copied is not None:
             self._copied.synchronize()
         stop = bool(self._votes)
-        votes = torch.full((1,), float(self.dist.stop_requested()), device=self.dist.device)
-        self.dist.all_reduce(votes)
         self._votes = votes.to("cpu", non_blocking=True)
         if votes.is_cuda:
             self._copied = torch.cuda.Event()

@@ -1,7 +1,7 @@
 """Training loop, independent of Ray: it gets batches, collectives and a reporter as arguments.
 
     for each step:  objective(batch)  ->  loss.backward(), gradients averaged by DDP  ->  optimizer
-                    sums of the batch  ->  all-reduce  ->  objective.absorb  ->  EMA
+                    sums of the batch  ->  all-reduce during backward  ->  objective.absorb  ->  EMA
 
 Besides DDP gradients, ranks exchange only sums. All randomness is a function of (seed, step, rank), so a checkpoint
 holds no generator state.
@@ -22,7 +22,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, StopVote, require_same_start
+from stages.training.distributed import DistributedContext, StopVote, SumsInFlight, require_same_start
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
 from stages.training.optimizer import learning_rate
@@ -81,12 +81,11 @@ def train(
         torch.manual_seed(seed_from(seed, step, 0 if objective.same_rng_on_all_workers else dist.rank))
         with autocast(config, dist.device):
             result = wrapped(batch, step, dist)
+        sums_in_flight = SumsInFlight(result.sums, stop_vote.cast(), dist)
         (result.loss * math.nan if inject_nan else result.loss).backward()
         model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
-        for sums in result.sums.values():
-            for tensor in sums:
-                dist.all_reduce(tensor)
-        objective.absorb(result.sums)
+        sums, votes = sums_in_flight.wait()
+        objective.absorb(sums)
         model.update_ema()  # after `absorb`: the EMA copies the codebooks
         metrics_since_log.add(result.metrics)
         if step == start:  # the optimizer has all its tensors now
@@ -94,7 +93,7 @@ def train(
             if dist.rank == 0:
                 checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start))
 
-        completed_steps, stopping = step + 1, stop_vote.poll()
+        completed_steps, stopping = step + 1, stop_vote.count(votes)
         is_last = completed_steps == config.steps
         if completed_steps % config.log_every == 0 or is_last:
             values = metrics_since_log.summarize()

@@ -15,7 +15,7 @@ class StepResult(NamedTuple):
     """Loss, collective sums and metrics of one step on one rank."""
 
     loss: Tensor
-    sums: Mapping[str, tuple[Tensor, ...]]  # all-reduced over ranks in this order, then passed to `absorb`
+    sums: Mapping[str, tuple[Tensor, ...]]  # summed over ranks, then passed to `absorb`
     metrics: MetricSums
 
 

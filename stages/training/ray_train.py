@@ -30,7 +30,7 @@ from stages.runtime.control import (
 )
 from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, wrap_ddp
+from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.failures import failure_callback, training_error
 from stages.training.loop import TrainingStopped
 from stages.training.state import trained_weights
@@ -207,6 +207,7 @@ def worker_main(config: dict[str, Any]) -> None:
         world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
         all_reduce=torch.distributed.all_reduce if parallel else lambda tensor: None,
+        start_all_reduce=start_all_reduce,
         wrap=wrap_ddp if parallel else lambda module: module,
         stop_requested=stop_requested(control),
         inject_fault=lambda step: fault_injection.inject_faults(context.stage, dist.rank, step, marker_folder),

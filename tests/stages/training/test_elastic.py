@@ -13,7 +13,7 @@ from stages import prior, vqvae
 from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.context import StageContext
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, wrap_ddp
+from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.loop import TrainingStopped
 from stages.training.state import METRICS_SINCE_LOG, TrainState
 from tests.gloo import run_ranks
@@ -31,6 +31,7 @@ def train_rank(
         rank,
         world_size,
         all_reduce=distributed.all_reduce,
+        start_all_reduce=start_all_reduce,
         wrap=wrap_ddp,
         stop_requested=answers.__next__,
     )

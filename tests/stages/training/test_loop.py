@@ -272,7 +272,7 @@ def test_a_vote_on_a_gpu_is_read_one_step_later():
     """The result is read from the copy on the CPU, not from the device."""
     stop_requested = iter([False, True, False]).__next__
     vote = StopVote(DistributedContext(world_size=2, device=torch.device("cuda"), stop_requested=stop_requested))
-    assert [vote.poll() for _ in range(3)] == [False, False, True]
+    assert [vote.count(vote.cast()) for _ in range(3)] == [False, False, True]
 
 
 def test_metrics_since_the_last_log_are_restored_by_fewer_and_by_more_ranks():

@@ -15,7 +15,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, wrap_ddp
+from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.loop import train
 from stages.training.objective import TrainingData
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
@@ -64,7 +64,9 @@ def train_to_end(
 
 def train_rank(rank: int, folder: Path) -> None:
     """Train as one of two ranks and save the result."""
-    dist = DistributedContext(rank, 2, all_reduce=distributed.all_reduce, wrap=wrap_ddp)
+    dist = DistributedContext(
+        rank, 2, all_reduce=distributed.all_reduce, start_all_reduce=start_all_reduce, wrap=wrap_ddp
+    )
     save_file(train_to_end(folder, dist), folder / f"{rank}.safetensors")
 
 
@@ -74,6 +76,7 @@ def train_rank_with_nan(rank: int, folder: Path) -> None:
         rank,
         2,
         all_reduce=distributed.all_reduce,
+        start_all_reduce=start_all_reduce,
         wrap=wrap_ddp,
         inject_fault=lambda step: rank == 1 and step == 3,
     )
