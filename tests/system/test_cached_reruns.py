@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dvc_yaml import VERSIONS_STAGE
 from tests.command_line_project import SMOKE, CommandLineProject, CommandResult
 from tests.namespace import wait_until
 
@@ -62,7 +63,7 @@ def test_a_single_stage_can_be_rerun(project: CommandLineProject):
 def test_dvc_experiments_compose_the_same_settings(project: CommandLineProject):
     """`dvc exp run -S` composes conf/ as `vqvae2 run -S` does, so it runs only the changed stage."""
     experiment = project.call("dvc", "exp", "run", *SMOKE, "-S", "evaluate.nearest_images=2")
-    assert re.findall("Running stage '(.+)'", experiment.output) == ["evaluate"]
+    assert re.findall("Running stage '(.+)'", experiment.output) == [VERSIONS_STAGE, "evaluate"]
     assert project.run().output == "Everything is up to date.\n"
 
 
