@@ -25,11 +25,10 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	    $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The demo uses the committed settings: overrides left in params.yaml by -S or by dvc exp run are dropped, and the
-# command prints which.
+# The demo uses the settings of conf/: overrides and edits in params.yaml are dropped, and the command prints which, with
+# the options that repeat them.
 demo: setup          ## Run every stage on the embedded data; ends with the path of the report.
-	@if ! grep -q '^# Composed from conf/' params.yaml || grep -q '^# Overrides: ' params.yaml; then \
-	    vqvae2 config --write; fi
+	vqvae2 config --write
 	vqvae2 run
 
 test: setup          ## Run all tests except the slow ones: 15 minutes on two cores.

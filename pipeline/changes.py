@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import params
+from pipeline import composed_from, params
 from pipeline.text import format_value, shorten
 from stages.formats.flatten import flatten
 
 RECORD = Path("runs/last_run.yaml")
-CHOICES = "composed_from.choices."  # prefix of the choices of groups, such as composed_from.choices.dataset
-OVERRIDES = "composed_from.overrides"
+CHOICES = f"{composed_from.SECTION}.choices."  # prefix of the choices of groups, such as composed_from.choices.dataset
 MAX_LINES = 10
 # Sections and groups of conf/ by the consequence of a change, the largest first.
 FIRST = ("dataset", "experiment")
@@ -41,17 +40,24 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
     Choices are compared only if both contents have them.
     """
-    old, new = flatten(before), flatten(after)
+    old, new = _settings(before), _settings(after)
+    is_choice = {key.removeprefix(CHOICES) for key in {**new, **old} if key.startswith(CHOICES)}
     have_choices = all(any(key.startswith(CHOICES) for key in values) for values in (old, new))
     differences = [
         Change(key.removeprefix(CHOICES), old.get(key), new.get(key))
         for key in {**new, **old}
-        if old.get(key) != new.get(key)
-        and not key.startswith(OVERRIDES)
-        and (have_choices or not key.startswith("composed_from"))
+        if old.get(key) != new.get(key) and (have_choices or not key.startswith(CHOICES))
     ]
-    is_choice = {key.removeprefix(CHOICES) for key in {**new, **old} if key.startswith(CHOICES)}
     return sorted(differences, key=lambda change: _rank(change.key, is_choice=change.key in is_choice))
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat settings and choices, without the other entries of the section composed_from."""
+    return {
+        key: value
+        for key, value in flatten(data).items()
+        if key.startswith(CHOICES) or key.partition(".")[0] != composed_from.SECTION
+    }
 
 
 def _rank(key: str, *, is_choice: bool) -> tuple[int, int, bool]:

@@ -80,8 +80,8 @@ def warn_reverted_overrides(overrides: Sequence[str], composed: Mapping[str, Any
     with suppress(UserError):  # an unreadable params.yaml, or a choice that conf/ no longer has: nothing to compare
         former = params.read()
         old, new = settings_of(former), settings_of(composed)
-        given = {key_of(override) for override in overrides}
-        dropped = [override for override in repeating_overrides(former) if key_of(override) not in given]
+        repeated = {key_of(override) for override in overrides}
+        dropped = [override for override in repeating_overrides(former) if key_of(override) not in repeated]
         if old != new and dropped:
             reverted = [text for override in dropped for text in _describe_reverted(override, old, new)]
             options = shlex.join([argument for override in dropped for argument in ("-S", override)])

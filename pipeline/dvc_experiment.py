@@ -59,7 +59,7 @@ def unasked_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
         is_new_preset and not (data_set_dropped and choices_of(after).get("dataset") == default_choice(CONF, "dataset"))
     )
     is_fallback = data_set_dropped or "experiment" in dropped or is_edited(before)
-    return [
+    unasked = [
         change
         for change in changes
         if change.key not in asked
@@ -68,6 +68,7 @@ def unasked_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
             or (_is_data_set(change.key) and is_fallback and not is_new_data_set)
         )
     ]
+    return sorted(unasked, key=lambda change: "." in change.key)  # first the choices, then the settings
 
 
 def _keys(data: Mapping[str, Any]) -> set[str]:

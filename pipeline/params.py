@@ -184,7 +184,7 @@ def _explain(error: dict[str, Any]) -> Problem:
             near = nearest(key)
             return Problem(key, f"{key} is not a valid setting.", f"Did you mean {near}?" if near else f"Remove {key}.")
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return Problem(key, f"{key} is missing.", f"Set {key}. To see the values of conf/: vqvae2 config")
+            return Problem(key, f"{key} is missing.", "Add what is missing. To see the values of conf/: vqvae2 config")
         case "value_error":
             return explain(error["ctx"]["error"], key)
         case "dataclass_type" | "dict_type":

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline import composed_from, dvc_yaml, params
@@ -43,7 +44,7 @@ def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, 
     required, available = cluster.gpus_per_worker * cluster.workers, gpu_count()
     if required <= available or environment.get("RAY_ADDRESS"):
         return
-    overrides = [override for override in composed_from.read_overrides() if not override.startswith("cluster")]
+    overrides = [override for override in _repeating_overrides() if not override.startswith("cluster")]
     options = " ".join(f"-S {shlex.quote(override)}" for override in (*overrides, "cluster=local"))
     raise UserError(
         f"cluster requires {required:g} GPU{'s' * (required != 1)}, and this machine has {available}.",
@@ -51,6 +52,15 @@ def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, 
         fix=f"Use {options}, or set RAY_ADDRESS to a Ray cluster with GPUs.",
         code=3,
     )
+
+
+def _repeating_overrides() -> Sequence[str]:
+    """Return the overrides that compose params.yaml; only the recorded ones if conf/ does not compose."""
+    with suppress(ImportError, UserError):  # `doctor` runs without Hydra
+        from pipeline.drift import repeating_overrides
+
+        return repeating_overrides(params.read())
+    return composed_from.read_overrides()
 
 
 def check_classes(settings: Params, where: str, *, from_source: bool) -> None:

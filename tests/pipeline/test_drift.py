@@ -24,8 +24,8 @@ def edit_conf(old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "note"),
     [
-        (["seed=3"], "back to conf/: train_vqvae.steps 500 -> {demo}, experiment=smoke\n"),
-        (["experiment=smoke", "cluster=local"], "back to conf/: train_vqvae.steps 500 -> {smoke}\n"),
+        (["seed=3"], "train_vqvae.steps 500 -> {demo}, experiment=smoke"),
+        (["experiment=smoke", "cluster=local"], "train_vqvae.steps 500 -> {smoke}"),
         (["train_vqvae.steps=600", "experiment=smoke"], ""),
         ([*EARLIER, "seed=3"], ""),
         (list(EARLIER), ""),
@@ -33,28 +33,35 @@ def edit_conf(old: str, new: str) -> None:
     ids=["both", "one", "changed", "more", "same"],
 )
 def test_dropped_overrides_are_printed(current_project, capsys, overrides, note):
-    """Earlier overrides that are not repeated are printed, a single setting with both values; others are not."""
+    """Earlier overrides that are not repeated are printed, with the options that repeat them; others are not."""
     demo, smoke = (compose_settings(choice)[1].train_vqvae.steps for choice in ([], ["experiment=smoke"]))
     config.run(EARLIER, write=True)
     assert capsys.readouterr().err == ""
     config.run(overrides, write=True)
-    assert capsys.readouterr().err == (note and f"note: {note.format(demo=demo, smoke=smoke)}")
+    options = " ".join(f"-S {override}" for override in EARLIER if override.partition("=")[0] in note)
+    note = (
+        f"note: back to conf/: {note.format(demo=demo, smoke=smoke)}. To keep them, repeat: {options}\n" if note else ""
+    )
+    assert capsys.readouterr().err == note
 
 
 def test_dropped_edits_of_the_file_are_printed(current_project, capsys):
-    """So are settings written by `dvc exp run -S`, which removes the header."""
+    """So are settings that were edited in params.yaml."""
     steps = params.load().train_vqvae.steps
     current_project.edit(lambda data: data["train_vqvae"].update(steps=700))
     current_project.edit(lambda data: data.update(seed=5))
     config.run(["seed=6"], write=True)
-    assert capsys.readouterr().err == f"note: back to conf/: train_vqvae.steps 700 -> {steps}\n"
+    change = f"train_vqvae.steps 700 -> {steps}"
+    assert capsys.readouterr().err == (
+        f"note: back to conf/: {change}. To keep them, repeat: -S train_vqvae.steps=700\n"
+    )
 
 
 def test_run_prints_dropped_overrides(current_project):
     """-S has the same meaning in `run`, also with --dry-run."""
     config.run(["seed=3"], write=True)
     done = current_project.command("run", "--dry-run", "-S", "cluster=single")
-    assert done.stderr == "note: back to conf/: seed 3 -> 0\n" and done.returncode == 0
+    assert done.stderr == "note: back to conf/: seed 3 -> 0. To keep them, repeat: -S seed=3\n" and done.returncode == 0
     assert composed_from.read_overrides() == ["seed=3"]
 
 
@@ -75,6 +82,13 @@ def test_changed_conf_is_reported(current_project):
     assert f"warning  settings       {difference}\n" in doctor and f"fix: Regenerate it: {command}\n" in doctor
     assert current_project.command(*command.split()[1:]).returncode == 0
     assert drift() == ("", "") and params.load().seed == 4
+
+
+def test_edited_params_yaml_is_no_difference(current_project):
+    """Settings from an editor, from Git or from `dvc exp run --no-hydra` are used as they are."""
+    current_project.edit(lambda data: data.update(seed=7))
+    edit_conf("seed: 0", "seed: 4")
+    assert drift() == ("", "")
 
 
 def test_dry_run_restores_the_time_of_params_yaml(current_project):

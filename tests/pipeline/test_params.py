@@ -57,7 +57,7 @@ def error_for(key: str, value: object) -> str:
         (
             "dataset.source",
             REMOVED,
-            "dataset.source is missing.\n  in: params.yaml\n  fix: Set dataset.source. To see the values of ",
+            "dataset.source is missing.\n  in: params.yaml\n  fix: Add what is missing. To see the values of ",
         ),
         ("seed", "x" * 100, f'seed must be a valid integer, got "{"x" * 56}....'),
     ],

@@ -101,6 +101,9 @@ def _set(section, **values):
     return lambda project: project.edit(lambda data: data[section].update(values))
 
 
+PRESET, PETS = "conf/experiment/mine.yaml", "conf/dataset/pets.yaml"
+MINE = ("run", "-S", "experiment=mine")
+
 CASES = {
     # name: (preparation of the project, the command, the exit status)
     # Commands and options
@@ -128,6 +131,13 @@ CASES = {
     "plus_on_existing_key": (_nothing, ["run", "-S", "+seed=1"], 2),
     "plus_on_existing_group": (_nothing, ["run", "-S", "+experiment=smoke"], 2),
     "plus_missing": (_nothing, ["run", "-S", "vqvae.levels.middle.stride=4"], 2),
+    # Files in conf/
+    "preset_without_package": (_write(PRESET, b"train_vqvae:\n  steps: 500\n"), MINE, 2),
+    "preset_with_value_for_group": (_write(PRESET, b"# @package _global_\ndataset: folder\n"), MINE, 2),
+    "preset_without_override": (_write(PRESET, b"# @package _global_\ndefaults:\n  - /dataset: folder\n"), MINE, 2),
+    "preset_with_relative_group": (_write(PRESET, b"# @package _global_\ndefaults:\n  - dataset: folder\n"), MINE, 2),
+    "dataset_file_with_package": (_write(PETS, b"# @package _global_\nname: pets\n"), ["config", "dataset=pets"], 2),
+    "dataset_file_nested": (_write(PETS, b"dataset:\n  name: pets\n"), ["config", "dataset=pets"], 2),
     # Values of settings
     "misspelt_key": (_set("train_vqvae", learing_rate=0.1), RUN, 2),
     "source_empty": (_nothing, ["run", "-S", "dataset.source="], 2),
