@@ -29,6 +29,7 @@ WIDTH = 120  # columns of text
 HELP_WIDTH = 80  # columns of help texts
 CLI = "from pipeline.cli import main; main()"
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+PLAIN_MAPPING = Mapping[str, Any]  # of values, not of sections
 
 # Each field is set to each of these values in turn: the error messages state the allowed values.
 PROBES: dict[type, tuple[Any, ...]] = {
@@ -103,7 +104,7 @@ def _sections(key: str, section: Any) -> Iterator[tuple[str, Any]]:
         value, inner_key = getattr(section, field.name), f"{key}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(value):
             yield from _sections(inner_key, value)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(next(iter(value.values()), None)):
             yield from _sections(f"{inner_key}.LEVEL", next(iter(value.values())))
 
 
@@ -112,18 +113,26 @@ def _rows(key: str, section: Any, reruns: Mapping[str, list[str]]) -> Iterator[t
     comments, hints = _comments(type(section)), get_type_hints(type(section))
     for field in dataclasses.fields(section):
         hint, meaning = hints[field.name], comments.get(field.name, "")
-        if hint not in TYPES and get_origin(hint) not in (Literal, tuple):
+        if hint not in TYPES and hint != PLAIN_MAPPING and get_origin(hint) not in (Literal, tuple):
             continue  # a section or a mapping of sections
         if not key:
             stages = f"reruns: {_names(_stages_of(field.name, reruns))}"
             meaning = f"{meaning}; {stages}" if meaning else stages
-        default = "required" if field.default is dataclasses.MISSING else f"`{_yaml(field.default)}`"
+        default = _default(field)
         yield f"`{field.name}`", _type(hint), _allowed(section, field.name, hint), default, meaning
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{_yaml(field.default_factory())}`"
+    return "required" if field.default is dataclasses.MISSING else f"`{_yaml(field.default)}`"
 
 
 def _type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "choice"
+    if hint == PLAIN_MAPPING:
+        return "mapping"
     return "list" if get_origin(hint) is tuple else TYPES[hint]
 
 
