@@ -31,6 +31,7 @@ DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+PROJECT_NAME = "vqvae2"  # in pyproject.toml
 # Signals that ask a process to end: from a service manager, Ctrl-C, and a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -51,11 +52,24 @@ def require_project() -> None:
         )
 
 
+def is_copy_of_project(folder: Path) -> bool:
+    """Return whether a folder holds the code of this project. Reads files and executes none of them."""
+    if not (folder / "pipeline" / "cli.py").is_file():
+        return False
+    import tomllib
+
+    try:
+        with (folder / "pyproject.toml").open("rb") as file:
+            return bool(tomllib.load(file)["project"]["name"] == PROJECT_NAME)
+    except (OSError, ValueError, LookupError, TypeError):  # none, not TOML, or of another form
+        return False
+
+
 def _use_code_of_current_folder() -> None:
     # `dvc exp run --queue` runs in a copy of the project, while an editable install points to the original. Without
     # this, the original's code would run under the copy's settings and be recorded as the copy's.
     folder, installed = Path.cwd(), Path(__file__).parents[1]
-    if (folder / "pipeline" / "cli.py").is_file() and not installed.samefile(folder):
+    if is_copy_of_project(folder) and not installed.samefile(folder):
         if "VQVAE2_CODE" in os.environ:  # already restarted once
             return
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))

@@ -5,15 +5,58 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pipeline import process
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_console_script(folder, *arguments, **environment):
+    """Run the installed program in a folder. Python itself must not add the folder to its path."""
+    program = Path(sys.executable).with_name("vqvae2")
+    inherited = {name: value for name, value in os.environ.items() if name != "VQVAE2_CODE"}
+    return subprocess.run(
+        [program, *arguments], cwd=folder, env=inherited | environment, capture_output=True, text=True
+    )
+
+
+def write_code(folder, text, pyproject):
+    """Write a package `pipeline` that prints a text when it is imported or run."""
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "__init__.py").touch()
+    (folder / "pipeline" / "cli.py").write_text(f"print({text!r})\ndef main():\n    pass\n")
+    (folder / "pyproject.toml").write_text(pyproject)
+
 
 def test_copy_of_the_project_runs_its_own_code(tmp_path):
     """A queued experiment runs in a copy of the project, with the code of the copy."""
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "__init__.py").touch()
-    (tmp_path / "pipeline" / "cli.py").write_text("def main():\n    print('the code of the copy')\n")
-    program = Path(sys.executable).with_name("vqvae2")
-    done = subprocess.run([program, "status"], cwd=tmp_path, capture_output=True, text=True)
+    write_code(tmp_path, "the code of the copy", '[project]\nname = "vqvae2"\n')
+    done = run_console_script(tmp_path, "status")
     assert done.stdout == "the code of the copy\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "pyproject",
+    ['[project]\nname = "other"\n', "[tool.ruff]\n", "project = 3\n", "not TOML", '[project]\nname = ["vqvae2"]\n'],
+)
+def test_code_of_another_project_is_not_executed(tmp_path, pyproject):
+    """Another project may have a module of the same name. The installed code runs there, and no module of it."""
+    write_code(tmp_path, "foreign code", pyproject)
+    for name in ("dvc", "stages", "yaml", "tomllib"):
+        (tmp_path / f"{name}.py").write_text("print('foreign code')\n")
+    assert not process.is_copy_of_project(tmp_path)
+    done = run_console_script(tmp_path, "--version")
+    assert done.returncode == 0 and done.stdout.startswith("vqvae2 ") and "foreign" not in done.stdout + done.stderr
+    done = run_console_script(tmp_path, "status")
+    assert done.returncode == 2 and "dvc.yaml does not exist" in done.stderr and "foreign" not in done.stdout
+
+
+def test_programs_started_by_a_command_import_nothing_from_the_current_folder(project):
+    """A file of the user's that is named as a package of DVC's is not imported by DVC."""
+    (project.folder / "dvc.py").write_text("print('foreign code')\n")
+    done = run_console_script(project.folder, "status", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and "foreign" not in done.stdout + done.stderr, done.stderr
 
 
 def test_closed_output_is_not_an_error(project):
