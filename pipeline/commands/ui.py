@@ -7,8 +7,6 @@ import sys
 from stages.errors import UserError
 
 HOST = "127.0.0.1"
-# Schemes of the store URIs that MLflow supports.
-STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks", "databricks-uc")
 
 
 def serve(port: int) -> int:
@@ -17,9 +15,10 @@ def serve(port: int) -> int:
     Raises UserError if MLFLOW_TRACKING_URI is a server or not supported, or if the port cannot be used.
     """
     from stages.tracking.mlflow_store import store_uri
+    from stages.tracking.store_check import check_scheme
 
     uri = store_uri()
-    require_store(uri)
+    check_scheme(uri)
     if uri.startswith(("http://", "https://", "databricks")):
         raise UserError(
             "MLFLOW_TRACKING_URI is the address of a server, which has its own web interface.",
@@ -41,16 +40,4 @@ def serve(port: int) -> int:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # it would start a dozen processes that stay idle
     print(f"http://{HOST}:{port}  (stop it with Ctrl-C)", flush=True)
     arguments = ["--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", uri]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
-
-
-def require_store(uri: str) -> None:
-    """Raise UserError if MLflow does not support a store URI."""
-    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "file"  # mysql+pymysql
-    if scheme not in STORES:
-        raise UserError(
-            f"MLFLOW_TRACKING_URI must start with one of {', '.join(STORES)}, got {scheme}://.",
-            where=uri.rpartition("@")[2],
-            fix="Correct it, or unset it to track runs in mlflow.db in this folder.",
-            code=2,
-        )
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "mlflow", "server", *arguments])

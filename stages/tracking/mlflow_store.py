@@ -5,7 +5,7 @@ import getpass
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,20 @@ def project_folder(working_dir: Path | None = None) -> Path:
 
 def store_uri() -> str:
     """Return the URI of the store: MLFLOW_TRACKING_URI, or the database in the project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_folder() / DATABASE}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(project_folder() / DATABASE)
+
+
+def database_uri(path: Path) -> str:
+    """Return the URI of an SQLite database, quoted: a path may hold %, ? and #, which have a meaning in a URI."""
+    from sqlalchemy import URL
+
+    # With the driver in the scheme: for sqlite:// MLflow also creates the folder that the quoted path names.
+    return URL.create("sqlite+pysqlite", database=str(path)).render_as_string()
+
+
+def experiment_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the name of the experiment in MLflow."""
+    return environment.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
 
 
 def configure_mlflow() -> None:
@@ -52,7 +65,7 @@ def connect() -> tuple["MlflowClient", str]:
     """
     from mlflow import MlflowClient
 
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
+    name = experiment_name()
     is_local = not os.environ.get("MLFLOW_TRACKING_URI")
     with store_lock():
         if is_local:
@@ -66,7 +79,7 @@ def connect() -> tuple["MlflowClient", str]:
 def _create_tables(path: Path) -> None:
     from mlflow import MlflowClient
 
-    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    MlflowClient(database_uri(path)).search_experiments(max_results=1)
 
 
 def create_database(path: Path, create_tables: Callable[[Path], None] = _create_tables) -> None:

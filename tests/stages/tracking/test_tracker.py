@@ -19,7 +19,7 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.tracking.journal import Journal
-from stages.tracking.mlflow_store import connect, create_database, project_folder, store_uri, user_name
+from stages.tracking.mlflow_store import connect, create_database, database_uri, project_folder, store_uri, user_name
 from stages.tracking.mlflow_sync import MlflowUploader
 from stages.tracking.sync_runs import describe_error, sync_runs
 from stages.tracking.tracker import PipelineRun, record_cached_stage, track_pipeline, track_stage
@@ -428,7 +428,7 @@ def test_queued_experiment_is_tracked_in_its_project(tmp_path):
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmp1234"
     copy.mkdir(parents=True)
     with chdir(copy):
-        assert project_folder() == tmp_path and store_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+        assert project_folder() == tmp_path and store_uri() == database_uri(tmp_path / "mlflow.db")
 
 
 @pytest.mark.slow
