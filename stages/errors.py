@@ -24,6 +24,11 @@ _OS_ERROR_FIXES = {
 }
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of this project, which is on no package index, in its folder."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 class UserError(Exception):
     """Error that the user can fix.
 

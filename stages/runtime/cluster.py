@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,14 @@ from typing import Any
 
 from stages.config import ClusterConfig
 from stages.errors import UserError
+from stages.runtime.ray_address import check_address
+from stages.runtime.ray_sessions import sessions_parent
 
-CONNECT_TIMEOUT_S = 5.0
 RAY_OBJECT_STORE_BYTES = 500 * 2**20  # enough for batches in flight; Ray's default is 30% of the memory
 PRIVATE_CLUSTER_VARIABLE = "VQVAE2_PRIVATE_CLUSTER"  # set together with RAY_ADDRESS for a cluster started here
 PACKAGE_ROOT = Path(__file__).parents[2]  # folder of pipeline/, stages/ and models/
 LOOPBACK_ADDRESS = "127.0.0.1"
+RESTART_FIX = "Run the same command again; it starts another cluster."
 OTHER_NODES_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback only, on every system
 if not os.environ.get("RAY_ADDRESS"):
     # Ray reads these variables when it is first imported, which happens before a cluster starts.
@@ -81,6 +82,11 @@ def connect_cluster(config: ClusterConfig) -> Iterator[None]:
         return
     runtime_env = {}
     is_private = PRIVATE_CLUSTER_VARIABLE in os.environ
+    try:
+        address = check_address(address)
+    except UserError as error:
+        error.fix = RESTART_FIX if is_private else error.fix
+        raise
     if not is_private:
         # Other machines have neither this code nor this environment.
         runtime_env = {
@@ -90,7 +96,6 @@ def connect_cluster(config: ClusterConfig) -> Iterator[None]:
             "worker_process_setup_hook": f"{__name__}.{set_gloo_interface.__name__}",
         }
     try:
-        _check_reachable(address)
         _init_ray(address=address, runtime_env=runtime_env)
     except Exception as error:  # Ray raises many types, with texts that are not meant for users
         raise connection_error(error, address, is_private) from error
@@ -113,7 +118,7 @@ def connection_error(error: Exception, address: str, is_private: bool) -> UserEr
     return UserError(
         f"The Ray cluster does not answer: {str(error).splitlines()[0]}",
         where=f"RAY_ADDRESS={address}",
-        fix="Run the same command again; it starts another cluster."
+        fix=RESTART_FIX
         if is_private
         else "Check the address and the token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS "
         "to run on this machine.",
@@ -140,13 +145,6 @@ def _set_gloo_interface(node_address: str, environment: MutableMapping[str, str]
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def _check_reachable(address: str) -> None:
-    """Raise OSError within seconds if nothing listens at the address; Ray itself retries for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdecimal():  # Ray resolves other forms, such as "auto"
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-
-
 @contextmanager
 def _private_cluster(config: ClusterConfig) -> Iterator[str]:
     """Start a cluster on this machine for the length of the block; yield its address."""
@@ -160,6 +158,7 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         num_cpus=int(config.workers * config.cpus_per_worker) + 1,
         include_dashboard=False,
         object_store_memory=RAY_OBJECT_STORE_BYTES,
+        _temp_dir=str(sessions_parent() / "ray"),
     )
     try:
         yield ray.get_runtime_context().gcs_address

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.errors import UserError
+from stages.errors import UserError, install_command
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST, Artifact
 
@@ -83,7 +83,7 @@ class Storage:
             raise StorageUnavailableError(
                 f"The storage cannot be opened: {error}.",
                 where=f"cluster.storage: {self.url}",
-                fix="Use a URL such as s3://bucket/prefix; for S3, pip install 'vqvae2[s3]'.",
+                fix=f"Use a URL such as s3://bucket/prefix. S3 needs: {install_command('s3')}",
                 code=3,
             ) from error
 

@@ -255,7 +255,7 @@ def test_check_rejects_a_storage_that_cannot_be_written_to(tmp_path: Path):
     (tmp_path / "file").touch()
     for url, what, fix in (
         (f"file://{tmp_path}/file/within", "The storage does not work: ", "Fix the URL, the store, or the keys"),
-        ("nosuch://bucket", "The storage cannot be opened: ", "pip install 'vqvae2[s3]'"),
+        ("nosuch://bucket", "The storage cannot be opened: ", "pip install -c constraints.txt -e '.[s3]'"),
     ):
         with pytest.raises(StorageUnavailableError, match=what) as caught:
             Storage(url).check()
