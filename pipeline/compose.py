@@ -4,6 +4,7 @@ conf/config.yaml calls the resolver `vqvae2.record_composition` when all choices
 `composed_from`, also in `dvc exp run`, which composes conf/ itself and finds the resolver through hydra_plugins/.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
-            config = compose("config", overrides=list(overrides))
+            config = compose("config", overrides=[expand_home(override) for override in overrides])
             return _to_mapping(config)
     except (HydraException, OmegaConfBaseException) as error:
         preset = {key_of(override): override.partition("=")[2] for override in overrides}.get(PRESETS)
@@ -104,6 +105,14 @@ def _to_mapping(config: DictConfig) -> dict[str, Any]:
     data = OmegaConf.to_container(config, resolve=True)
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def expand_home(override: str) -> str:
+    """Replace a leading ~ of a value by the home folder: a shell does so only at the start of a word."""
+    key, sign, value = override.partition("=")
+    quote = value[:1] if value[:1] in "'\"" else ""
+    path = value.removeprefix(quote)
+    return f"{key}{sign}{quote}{os.path.expanduser(path)}" if sign and path.startswith("~") else override  # noqa: PTH111
 
 
 def _is_utf8(override: str) -> bool:

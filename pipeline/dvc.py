@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dvc_yaml, params, result_versions
-from pipeline.ownership import BUSY, RETRY_LATER
+from pipeline.ownership import BUSY, RETRY_LATER, UNKNOWN_OWNER
 from pipeline.process import die_with_parent, handle_signals
 from pipeline.text import first_few, format_row
 from stages.errors import UserError
@@ -26,14 +26,16 @@ from stages.formats.flatten import flatten
 STOP_TIMEOUT_S = 30.0  # between SIGINT, SIGTERM and SIGKILL to a stage; a stage itself stops within 18 s
 MAX_REASONS = 3  # of a stage, in one line
 NEVER_RUN = "it has not run yet"
-COMMAND = [sys.executable, "-m", "dvc"]
+COMMAND = [sys.executable, "-P", "-m", "dvc"]  # -P: no module of the current folder is imported
+LOCK_FILE = Path(".dvc/tmp/lock")
 
 # Fixes of DVC's fatal errors, by a part of their text.
 FIXES = {
     "dvc.lock' ": f"Restore the file: git checkout {dvc_yaml.LOCK}. Or delete it: results are restored from cache.",
-    "not a git repository": "Run: git init",
-    "not inside of a DVC repository": "Run: dvc init",
+    "not a git repository": "Run: git init. Or, to work without Git: dvc config --local core.no_scm true",
+    "not inside of a DVC repository": "Run: dvc init. Or, to work without Git: dvc init --no-scm",
 }
+REPOSITORY_ERRORS = tuple(FIXES)[1:]
 # States of a path in `dvc status`, reworded: DVC says "deleted" of a path that may never have existed.
 PATH_STATES = {"deleted": "does not exist", "not in cache": "is not in the cache"}
 MISSING_STATES = tuple(PATH_STATES.values())
@@ -115,6 +117,11 @@ def with_dependencies(stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[st
         if dependencies <= names:
             return names
         names |= dependencies
+
+
+def require_status() -> None:
+    """Raise UserError if DVC cannot compute its status, as before a run."""
+    _status()
 
 
 def missing_from_cache(names: Sequence[str]) -> list[str]:
@@ -263,13 +270,24 @@ def parse_status(result: subprocess.CompletedProcess[str]) -> dict[str, list[Any
     """
     if holders := re.findall(r"\(PID (\d+)\)", result.stderr):
         raise UserError(f"{BUSY}: PID {', '.join(dict.fromkeys(holders))}.", where=Path.cwd(), fix=RETRY_LATER, code=3)
+    if "Unable to acquire lock" in result.stderr:
+        raise UserError(f"{BUSY}: {_lock_owner()}.", where=LOCK_FILE.absolute(), fix=RETRY_LATER, code=3)
     if result.returncode:
         raise UserError(
             f"DVC cannot compute its status: {_error_message(result.stderr)}",
             where=Path.cwd(),
             fix=next((fix for text, fix in FIXES.items() if text in result.stderr), "Fix what the message names."),
+            code=3 if any(text in result.stderr for text in REPOSITORY_ERRORS) else 1,
         )
     return dict(json.loads(result.stdout or "{}"))
+
+
+def _lock_owner() -> str:
+    """Return the PID that DVC has written into its lock."""
+    with suppress(OSError):
+        if pid := LOCK_FILE.read_text(encoding="utf-8", errors="replace").strip():
+            return f"PID {pid}"
+    return UNKNOWN_OWNER
 
 
 def _error_message(text: str) -> str:

@@ -8,10 +8,12 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -22,13 +24,15 @@ from ruamel.yaml.nodes import Node
 
 from pipeline.text import capitalize, format_value, shorten, shorten_middle
 from stages.config import ComposedFrom, Params
-from stages.errors import UserError
+from stages.errors import UserError, install_command
 from stages.formats import artifact
 from stages.formats.config_schema import adapter
 
 FILE = Path("params.yaml")
 MAX_BYTES = 1_000_000  # far more than any params.yaml, dvc.yaml or dvc.lock has
 MAX_ERRORS = 5  # in one message
+# DVC takes a path that begins with one of its schemes for a URL, also without slashes.
+URL = re.compile(r"([a-z][\w+.-]*)://|(https?|s3|gs|azure|ssh|hdfs|webhdfs|webdavs?|oss|gdrive|remote):", re.IGNORECASE)
 SAME_SECTION_SIMILARITY = 0.6  # difflib's ratio for a suggestion from the section of the unknown key
 OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error counts
 
@@ -256,6 +260,7 @@ def _keys(kind: Any, prefix: str) -> Iterator[str]:
 def _conflicts(params: Params) -> Iterator[Problem]:
     """Yield settings that are valid alone and contradict another section."""
     levels, priors = params.vqvae.levels, params.priors
+    yield from _not_local("dataset.source", params.dataset.source)
     try:
         params.vqvae.grids(params.dataset.image_size)
     except ValueError as error:
@@ -277,6 +282,20 @@ def _conflicts(params: Params) -> Iterator[Problem]:
     yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
         yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
+
+
+def _not_local(key: str, path: str) -> Iterator[Problem]:
+    """Describe a path that DVC would not read on this machine: a URL, or ~, which only a shell replaces."""
+    if match := URL.match(path):
+        local = f"data/{PurePosixPath(urlsplit(path).path).name or 'images'}"
+        fix = f"Download it and track it: dvc import-url {path} {local}. Then set {key} to {local}."
+        if match[1] == "s3":
+            fix += f" S3 needs: {install_command('s3')}"
+        yield Problem(key, f"{key} must be a path on this machine, got the URL {path}.", fix)
+    elif re.match("~[^/]*(/|$)", path):
+        expanded = os.path.expanduser(path)  # noqa: PTH111  # Path raises an error for an unknown user
+        fix = f"Set {key} to {expanded}." if expanded != path else f"For a folder of this name: ./{path}"
+        yield Problem(key, f"{key} must be a path without ~, got {path}.", fix)
 
 
 def top_k_problem(key: str, top_k: int, entries: int) -> Problem:

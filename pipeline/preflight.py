@@ -1,13 +1,19 @@
-"""Checks before a run: missing images, GPUs and classes are refused before anything starts."""
+"""Checks before a run: what can be known in a second is refused before anything starts.
 
-import ctypes
+`vqvae2 doctor` and every run ask the same questions. `vqvae2 versions --write`, the first stage of a plain `dvc repro`,
+asks those of QUICK_CHECKS.
+"""
+
 import os
 import shlex
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline import composed_from, dvc_yaml, params
+from pipeline import composed_from, dvc_yaml, params, shared_cluster
+from pipeline.checks import folder, inputs, machine, servers
+from pipeline.checks.check import Answer, EnvironmentCheck, Request, SettingsCheck
 from pipeline.text import first_few
 from stages.config import ClusterConfig, DatasetConfig, Params
 from stages.errors import UserError
@@ -20,28 +26,40 @@ CLASSES_SHOWN = 20  # in an error
 
 
 def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool = False) -> None:
-    """Raise UserError if a run cannot succeed on this machine.
+    """Raise UserError if a run cannot succeed on this machine, and print what may prevent it.
 
     `will_run` names stages as DVC does; `where` describes the source of the settings. With `pull`, results may come
     from the DVC remote, so neither images nor GPUs are required.
     """
     fault_injection.requested_faults([stage.cli_name for stage in dvc_yaml.stages(params.read()).values()])
-    if "shard" in will_run and not pull:
-        check_images(settings.dataset)
-    if not pull:
-        check_gpus(settings.cluster, where)
-    if "sample" in will_run and not (pull and "shard" in will_run):
-        check_classes(settings, where, from_source="shard" in will_run)
+    request = Request(settings, where, will_run, pull)
+    answers = [(name, ask(request)) for name, ask in SETTINGS_CHECKS.items()]
+    answers += [(name, ask(request.environment)) for name, ask in (MACHINE_CHECKS | PROJECT_CHECKS).items()]
+    for name, answer in answers:
+        if answer.fix:
+            print(f"note: {name}: {answer.text}. {answer.fix}", file=sys.stderr)
 
 
-def check_images(dataset: DatasetConfig) -> None:
-    """Raise UserError if the source of images does not exist or has no images."""
-    listing.check_source(Path(dataset.source), dataset.labels)
+def check_quickly(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError if no stage can succeed here. Does nothing inside of `vqvae2 run`, which has asked more."""
+    if shared_cluster.FOLDER not in environment:
+        for ask in QUICK_CHECKS:
+            ask(environment)
+
+
+def check_resources(request: Request) -> Answer:
+    """Check the GPUs of this machine and the classes of the samples."""
+    if not request.pull:
+        check_gpus(request.settings.cluster, request.where, request.environment)
+    writes_shards = "shard" in request.stages
+    if "sample" in request.stages and not (request.pull and writes_shards):
+        check_classes(request.settings, request.where, from_source=writes_shards)
+    return Answer(f"{request.where} is valid and fits this machine")
 
 
 def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError if this machine has fewer GPUs than its private cluster would need."""
-    required, available = cluster.gpus_per_worker * cluster.workers, gpu_count()
+    required, available = cluster.gpus_per_worker * cluster.workers, machine.gpu_count()
     if required <= available or environment.get("RAY_ADDRESS"):
         return
     overrides = [override for override in _repeating_overrides() if not override.startswith("cluster")]
@@ -92,11 +110,26 @@ def classes_of(dataset: DatasetConfig) -> Sequence[str]:
     return images.classes
 
 
-def gpu_count() -> int:
-    """Count the CUDA devices through the driver: importing torch takes seconds."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int()
-    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+MACHINE_CHECKS: dict[str, EnvironmentCheck] = {
+    "python": machine.check_python,
+    "packages": machine.check_packages,
+    "torchvision": machine.check_torchvision,
+    "processors": machine.check_processors,
+    "memory": machine.check_memory,
+    "shared memory": machine.check_shared_memory,
+}
+PROJECT_CHECKS: dict[str, EnvironmentCheck] = {
+    "folder": folder.check_folder,
+    "permissions": folder.check_permissions,
+    "disk": folder.check_disk,
+    "ray": servers.check_ray,
+    "mlflow": servers.check_mlflow,
+}
+SETTINGS_CHECKS: dict[str, SettingsCheck] = {
+    "images": inputs.check_images,
+    "resources": check_resources,
+    "late inputs": inputs.check_late_inputs,
+    "sockets": servers.check_loader_sockets,
+    "storage": servers.check_storage,
+}
+QUICK_CHECKS = (folder.check_folder, folder.check_permissions, folder.check_disk, servers.check_ray)

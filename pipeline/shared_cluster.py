@@ -71,7 +71,7 @@ class SharedCluster:
 
     def _start_server(self) -> str:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.shared_cluster"],
+            [sys.executable, "-P", "-m", "pipeline.shared_cluster"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import changes, code_version, dvc_yaml, params, result_versions, shared_cluster
+from pipeline import changes, code_version, dvc_yaml, params, preflight, result_versions, shared_cluster
 from pipeline.commands import same_results
 from pipeline.text import first_few
 from stages.errors import UserError
@@ -25,6 +25,7 @@ def run(*, write: bool, compare: str, new: bool, same_as: str, reason: str) -> i
             code=2,
         )
     if write:
+        preflight.check_quickly()
         data = params.read()
         result_versions.write(data, params.check(data))
         _announce_changes(data)

@@ -1,11 +1,13 @@
 """Tests of the checks before a run."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline import params, preflight
+from pipeline import params, preflight, shared_cluster
+from pipeline.checks import machine
 from pipeline.commands import config
 from stages.errors import UserError
 from stages.formats import artifact
@@ -62,9 +64,7 @@ def test_missing_gpus_are_refused_unless_results_may_be_pulled(settings):
     cluster = replace(settings.cluster, workers=2, gpus_per_worker=500)  # more than any machine has
     settings = replace(settings, cluster=cluster)
     preflight.check(settings, ["vqvae"], "params.yaml", pull=True)
-    with pytest.raises(
-        UserError, match=rf"requires 1000 GPUs, and this machine has {preflight.gpu_count()}\."
-    ) as caught:
+    with pytest.raises(UserError, match=rf"requires 1000 GPUs, and this machine has {machine.gpu_count()}\.") as caught:
         preflight.check(settings, ["vqvae"], "params.yaml")
     assert caught.value.where == "params.yaml: cluster.gpus_per_worker"
     assert """-S experiment=smoke -S 'dataset.name='"'"'a b'"'"'' -S cluster=local, or set""" in caught.value.fix
@@ -74,3 +74,34 @@ def test_gpus_of_a_named_cluster_are_not_checked(settings):
     """The machine of the command may have no GPU if RAY_ADDRESS names a cluster."""
     cluster = replace(settings.cluster, gpus_per_worker=500)
     preflight.check_gpus(cluster, "params.yaml", {"RAY_ADDRESS": "127.0.0.1:6379"})
+
+
+def unused_address():
+    """Return an address of this machine at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_dead_cluster_is_refused_before_dvc_starts(project):
+    """DVC deletes the outputs of a stage before it runs; the check is bounded in time and prints one error."""
+    done = project.command("run", "-S", "experiment=smoke", RAY_ADDRESS=unused_address())
+    assert done.returncode == 3 and done.stderr.count("error:") == 1 and "does not answer" in done.stderr
+    assert not (project.folder / "runs" / "pipeline").exists()
+
+
+def test_first_stage_of_plain_dvc_asks_the_quick_checks(project):
+    """`vqvae2 run` has asked all of them when it starts that stage."""
+    address = unused_address()
+    done = project.command("versions", "--write", RAY_ADDRESS=address)
+    assert done.returncode == 3 and f"RAY_ADDRESS={address}" in done.stderr
+    done = project.command("versions", "--write", RAY_ADDRESS=address, **{shared_cluster.FOLDER: "folder"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_warnings_are_printed_and_do_not_stop_a_run(settings, monkeypatch, capsys):
+    """A server of MLflow may answer again while the run goes on."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@{unused_address()}")
+    preflight.check(settings, ["vqvae"], "params.yaml")
+    message = capsys.readouterr().err
+    assert "note: mlflow: " in message and "MLflow does not answer" in message and "sync-metrics" in message
+    assert "hunter2" not in message

@@ -58,6 +58,11 @@ def _images(*names, table=""):
     return write
 
 
+def _tracked_images(project):
+    (project.folder / "photos.dvc").write_text("outs:\n- md5: d41d8cd98f00b204e9800998ecf8427e\n  path: photos\n")
+    project.edit(lambda data: data["dataset"].update(source="photos"))
+
+
 def _incomplete_shards(project):
     (project.folder / "artifacts" / "shards").mkdir(parents=True)
 
@@ -169,7 +174,8 @@ CASES = {
     "run_without_project": (_remove("dvc.yaml"), RUN, 2),
     "ui_without_project": (_remove("dvc.yaml"), ["ui"], 2),
     "sample_without_project": (_remove("dvc.yaml"), ["sample", "drawn"], 2),
-    "dvc_not_initialized": (_no_dvc, ["status"], 1),
+    "dvc_not_initialized": (_no_dvc, ["status"], 3),
+    "dvc_without_git": (_write(".dvc/config", b""), ["run", "--dry-run"], 3),
     "dvc_yaml_invalid": (_write("dvc.yaml", b"stages: 3\n"), ["status"], 2),
     "dvc_yaml_not_yaml": (_write("dvc.yaml", b"stages: [\n"), ["status"], 2),
     "dvc_lock_invalid": (_write("dvc.lock", b'schema: "2.0"\nstages: []\n'), RUN, 1),
@@ -177,6 +183,12 @@ CASES = {
     # Images, models and outputs
     "source_missing": (_set("dataset", source="photos"), RUN, 2),
     "source_missing_dry_run": (_set("dataset", source="photos"), [*RUN, "--dry-run"], 2),
+    "source_tracked_by_dvc": (_tracked_images, RUN, 2),
+    "source_on_the_web": (_nothing, ["run", "-S", "dataset.source=https://host/images.zip"], 2),
+    "source_in_s3": (_nothing, ["run", "-S", "dataset.source=s3://bucket/images"], 2),
+    "source_in_home_folder": (_set("dataset", source="~vqvae2-nobody/images"), RUN, 2),
+    "feature_network_missing": (_nothing, ["run", "-S", "evaluate.feature_weights=inception.pt"], 2),
+    "codes_without_quantizer": (_nothing, ["run", "-S", "vqvae.quantizer.mode=none"], 2),
     "source_is_not_an_archive": (_text_file, RUN, 2),
     "folder_without_images": (_no_images, RUN, 2),
     "empty_folder": (_empty_folder, RUN, 2),
@@ -209,9 +221,33 @@ def test_wrong_use_is_reported_with_a_fix(name, project):
     check(name, project, command, status)
 
 
+ENVIRONMENT_CASES = {
+    # name: (environment variables, the exit status of a dry run)
+    "ray_dashboard": ({"RAY_ADDRESS": "http://10.0.0.5:8265"}, 2),
+    "ray_address_without_port": ({"RAY_ADDRESS": "10.0.0.5"}, 2),
+    "ray_address_ipv6": ({"RAY_ADDRESS": "fd00::5:6379"}, 2),
+    "ray_cluster_dead": ({"RAY_ADDRESS": "127.0.0.1:9"}, 3),
+    "ray_tmpdir_too_long": ({"RAY_TMPDIR": "/tmp/" + "x" * 100}, 2),
+    "tracking_uri_unknown": ({"MLFLOW_TRACKING_URI": "ftp://host"}, 2),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT_CASES)
+def test_wrong_environment_is_refused_before_a_run(name, project):
+    """A run would find out in its first stage, after DVC has deleted the outputs."""
+    environment, status = ENVIRONMENT_CASES[name]
+    check(name, project, ["run", "--dry-run", "--stage", "shard"], status, **environment)
+
+
 def test_every_snapshot_has_a_test():
     """Renamed cases leave no file behind."""
-    others = {"already_running", "unsupported_tracking_uri", "corrupt_images", "one_image", "one_class"}
+    others = ENVIRONMENT_CASES.keys() | {
+        "already_running",
+        "unsupported_tracking_uri",
+        "corrupt_images",
+        "one_image",
+        "one_class",
+    }
     assert {path.stem for path in SNAPSHOTS.glob("*.txt")} == CASES.keys() | others
 
 

@@ -1,0 +1,50 @@
+"""Checks of what the stages read: the images, the network of the metrics, and codes that later stages need."""
+
+from pathlib import Path
+
+from pipeline.checks.check import Answer, Request
+from stages.errors import UserError
+from stages.images import listing
+
+
+def check_images(request: Request) -> Answer:
+    """Check that the source of images exists and has images, if shards are to be written."""
+    dataset = request.settings.dataset
+    if "shard" in request.stages and not request.pull:
+        source = Path(dataset.source)
+        if not source.exists() and (pointer := dvc_file_of(source)):
+            raise UserError(
+                "The source of images is tracked by DVC, and not in this folder.",
+                where=source,
+                fix=f"Run: dvc pull {pointer}. Or add --pull to the run.",
+                code=2,
+            )
+        listing.check_source(source, dataset.labels)
+    return Answer(dataset.source)
+
+
+def dvc_file_of(path: Path) -> Path | None:
+    """Return the file that `dvc add` has written for a path or one of its parents; None if there is none."""
+    candidates = (parent.with_name(f"{parent.name}.dvc") for parent in (path, *path.parents) if parent.name)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def check_late_inputs(request: Request) -> Answer:
+    """Check what only the last stages read: a run may reach them after days."""
+    settings, stages = request.settings, request.stages
+    weights = settings.evaluate.feature_weights
+    if "evaluate" in stages and weights and not Path(weights).is_file():
+        raise UserError(
+            "The file of the feature network does not exist.",
+            where=f"evaluate.feature_weights: {weights}",
+            fix="Correct the path, or leave evaluate.feature_weights empty for the installed network.",
+            code=2,
+        )
+    if "codes" in stages and settings.vqvae.quantizer.mode == "none":
+        raise UserError(
+            "A VQ-VAE that does not quantize has no codes.",
+            where=f"{request.where}: vqvae.quantizer.mode",
+            fix="Set it to ema or loss, or run only the VQ-VAE: --stage vqvae",
+            code=2,
+        )
+    return Answer(weights or "the installed feature network")

@@ -1,0 +1,61 @@
+"""Tests of the checks of what the stages read."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import params
+from pipeline.checks import inputs
+from pipeline.checks.check import Request
+from stages.errors import UserError
+
+STAGES = ("shard", "vqvae", "codes", "sample", "evaluate")
+
+
+@pytest.fixture
+def settings(current_project):
+    """The settings of a project that is the current folder."""
+    return params.load()
+
+
+def request(settings, stages=STAGES, **options):
+    return Request(settings, "params.yaml", stages, **options)
+
+
+def with_source(settings, source):
+    return replace(settings, dataset=replace(settings.dataset, source=source))
+
+
+@pytest.mark.parametrize("source", ["photos/mine", "photos/mine/train", "photos/mine/train/"])
+def test_images_that_dvc_tracks_are_pulled(settings, source):
+    """The fix is the command that fetches them, also if the source is a folder inside of what DVC tracks."""
+    Path("photos").mkdir()
+    Path("photos/mine.dvc").write_text("outs: []\n")
+    with pytest.raises(UserError, match="is tracked by DVC, and not in this folder") as caught:
+        inputs.check_images(request(with_source(settings, source)))
+    assert caught.value.fix == "Run: dvc pull photos/mine.dvc. Or add --pull to the run."
+    inputs.check_images(request(with_source(settings, source), pull=True))
+
+
+def test_missing_images_without_a_dvc_file_are_refused(settings):
+    """No command can fetch them."""
+    with pytest.raises(UserError, match="does not exist") as caught:
+        inputs.check_images(request(with_source(settings, "photos")))
+    assert "dvc" not in caught.value.fix
+    inputs.check_images(request(with_source(settings, "photos"), stages=("vqvae",)))  # the shards exist already
+
+
+def test_inputs_of_the_last_stages_are_checked_before_the_first(settings):
+    """A run would reach them after the training. Each is checked only if its stage is to run."""
+    inputs.check_late_inputs(request(settings))
+    weights = replace(settings, evaluate=replace(settings.evaluate, feature_weights="inception.pt"))
+    with pytest.raises(UserError, match="feature network does not exist") as caught:
+        inputs.check_late_inputs(request(weights))
+    assert caught.value.where == "evaluate.feature_weights: inception.pt" and caught.value.code == 2
+    inputs.check_late_inputs(request(weights, stages=("vqvae",)))
+    quantizer = replace(settings.vqvae.quantizer, mode="none")
+    continuous = replace(settings, vqvae=replace(settings.vqvae, quantizer=quantizer))
+    with pytest.raises(UserError, match="does not quantize has no codes"):
+        inputs.check_late_inputs(request(continuous))
+    inputs.check_late_inputs(request(continuous, stages=("shard", "vqvae")))

@@ -1,0 +1,69 @@
+"""Tests of the checks of what a run connects to."""
+
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+
+from pipeline import params
+from pipeline.checks import servers
+from pipeline.checks.check import Request
+from stages.errors import UserError
+
+
+@pytest.fixture
+def settings(current_project):
+    """The settings of a project that is the current folder."""
+    return params.load()
+
+
+def test_cluster_without_a_token_is_a_warning(monkeypatch):
+    """Anyone who reaches its port can run code there."""
+    monkeypatch.setattr("stages.runtime.ray_address.check_address", lambda address, **_: address)
+    answer = servers.check_ray({"RAY_ADDRESS": "host:6379"})
+    assert "no token is set" in answer.text and "RAY_AUTH_MODE=token" in answer.fix
+    assert not servers.check_ray({"RAY_ADDRESS": "host:6379", "RAY_AUTH_TOKEN": "secret"}).fix
+    assert not servers.check_ray({}).fix
+
+
+def test_mlflow_server_that_does_not_answer_is_a_warning():
+    """Runs continue without it. The password of the address is not shown."""
+    answer = servers.check_mlflow({"MLFLOW_TRACKING_URI": "http://me:hunter2@127.0.0.1:9"})
+    assert "127.0.0.1:9: MLflow does not answer: Connection refused" in answer.text and "sync-metrics" in answer.fix
+    assert "hunter2" not in answer.text
+
+
+def test_storage_that_does_not_work_is_refused_in_time(settings, tmp_path):
+    """One that exists passes; one that is silent is given up after a timeout."""
+
+    def request(url):
+        return Request(replace(settings, cluster=replace(settings.cluster, storage=url)), "params.yaml", ())
+
+    assert servers.check_storage(request("")).text.startswith("none")
+    (tmp_path / "store").mkdir()
+    servers.check_storage(request(f"file://{tmp_path}/store"))
+    with pytest.raises(UserError, match="The storage cannot be opened"):
+        servers.check_storage(request("nosuch://bucket"))
+
+
+def test_slow_call_is_given_up():
+    """The error is that of the timeout; an error of the call itself passes."""
+    error, start = UserError("No answer.", where="", fix=""), time.monotonic()
+    with pytest.raises(UserError, match=r"No answer\."):
+        servers.bounded(lambda: time.sleep(30), 0.1, error)
+    assert time.monotonic() - start < 5
+    with pytest.raises(ZeroDivisionError):
+        servers.bounded(lambda: 1 / 0, 5, error)
+
+
+def test_long_temporary_folder_is_refused_for_loader_processes(settings):
+    """Their sockets are in it. Without such processes it does not matter."""
+    environment = {"TMPDIR": "/" + "x" * 90}
+    servers.check_loader_sockets(Request(settings, "params.yaml", (), environment=environment))
+    parallel = replace(settings, cluster=replace(settings.cluster, loader_workers=2))
+    with pytest.raises(UserError, match="TMPDIR must have at most 75 bytes") as caught:
+        servers.check_loader_sockets(Request(parallel, "params.yaml", (), environment=environment))
+    assert "cluster.loader_workers to 0" in caught.value.fix
+    with pytest.raises(OSError, match="too long"), socket.socket(socket.AF_UNIX) as server:
+        server.bind("/tmp/" + "x" * 103)
