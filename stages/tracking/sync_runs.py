@@ -8,11 +8,13 @@ from stages.errors import UserError
 from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, redact_secrets, try_lock
 from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
 from stages.tracking.mlflow_sync import MlflowUploader
+from stages.tracking.store_check import StoreUnavailableError, check_store
 
 UploaderFactory = Callable[..., MlflowUploader]
 
 TIMED_OUT = "the upload takes too long"
 SYNC_HINT = "To send the rest: vqvae2 sync-metrics"
+START_SERVER = "Start the server or correct MLFLOW_TRACKING_URI, then run: vqvae2 sync-metrics"
 MAX_ERROR_LENGTH = 160  # characters of an error of MLflow that fit into a message
 
 
@@ -31,16 +33,22 @@ def sync_runs(runs: Path = Path("runs"), *, uploader: UploaderFactory = MlflowUp
     """Upload what MLflow does not have of all runs in the folder `runs`. Repeating it changes nothing.
 
     A run whose process died gets the status KILLED. A run that was deleted in MLflow stays deleted. Raises UserError if
-    MLflow does not answer.
+    MLflow does not answer, or refuses access.
     """
     configure_mlflow()
     try:
+        check_store()
         connect()
+    except StoreUnavailableError as error:
+        error.fix = START_SERVER
+        raise
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
-            f"MLflow does not answer: {describe_error(error)}",
+            f"MLflow cannot be used: {describe_error(error)}",
             where=redact_secrets(store_uri()),
-            fix="Start the server or correct MLFLOW_TRACKING_URI, then run: vqvae2 sync-metrics",
+            fix=START_SERVER,
             code=3,
         ) from error
     result = SyncResult()
@@ -74,6 +82,17 @@ def upload_journals(
             result.error = describe_error(error)
         result.sent_points += upload.sent_points
         result.missing_points += upload.missing_points()
+
+
+def describe_failure(error: Exception) -> str:
+    """Describe in a sentence why MLflow has not accepted an upload: what it refuses, or that it does not answer."""
+    try:
+        check_store()
+    except StoreUnavailableError:
+        pass
+    except UserError as refusal:
+        return f"{refusal.what} {refusal.fix}"
+    return f"MLflow at {redact_secrets(store_uri())} does not answer ({describe_error(error)})."
 
 
 def describe_error(error: Exception | None) -> str:

@@ -5,10 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from stages.runtime.context import Reporter
-from stages.tracking.journal import Journal, redact_secrets
-from stages.tracking.mlflow_store import store_uri
+from stages.tracking.journal import Journal
 from stages.tracking.mlflow_sync import MlflowUploader
-from stages.tracking.sync_runs import SYNC_HINT, describe_error
+from stages.tracking.sync_runs import SYNC_HINT, describe_error, describe_failure
 from stages.tracking.system_metrics import SystemMetrics
 
 
@@ -94,6 +93,6 @@ class UploadThread(threading.Thread):
             if not self._warned:
                 self._warned = True
                 self._screen.message(
-                    f"MLflow at {redact_secrets(store_uri())} does not answer ({describe_error(error)}). "
-                    "The run continues; its metrics are saved and will be sent when MLflow answers."
+                    f"{describe_failure(error)} The run continues; its metrics are saved and will be sent when MLflow "
+                    "accepts them."
                 )

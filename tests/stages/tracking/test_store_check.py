@@ -13,6 +13,7 @@ import pytest
 from stages.errors import UserError
 from stages.tracking.mlflow_store import database_uri
 from stages.tracking.store_check import StoreUnavailableError, check_store, judge_response
+from stages.tracking.sync_runs import describe_failure, sync_runs
 
 WHERE = "http://***@mlflow.example:5000"
 FOUND = {"experiment": {"experiment_id": "7", "name": "vqvae2", "lifecycle_stage": "active"}}
@@ -133,3 +134,26 @@ def test_damaged_database_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_text("not a database, and longer than the header of one: " + "x" * 200)
     with chdir(tmp_path), pytest.raises(UserError, match=r"mlflow\.db cannot be read: file is not a database"):
         check_store({})
+
+
+def test_failed_upload_is_described_by_its_cause(monkeypatch):
+    """A refusal and a server that is away have different fixes."""
+    with server(401, "") as (address, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+        assert describe_failure(ValueError("x")).startswith(
+            "The MLflow server rejects the user name, password or token."
+        )
+    assert describe_failure(ValueError("x")) == f"MLflow at http://{address} does not answer (x)."
+
+
+def test_upload_after_a_run_reports_what_the_server_refuses(monkeypatch, tmp_path):
+    """`vqvae2 sync-metrics` advises to start the server only if it does not answer."""
+    with chdir(tmp_path):
+        with server(403, "Invalid Host header") as (address, _):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+            with pytest.raises(UserError, match="does not accept requests to this host name") as caught:
+                sync_runs(tmp_path)
+            assert "--allowed-hosts" in caught.value.fix
+        with pytest.raises(UserError, match="MLflow does not answer") as caught:
+            sync_runs(tmp_path)
+        assert "Start the server" in caught.value.fix and "sync-metrics" in caught.value.fix
