@@ -20,16 +20,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from stages.errors import UserError
+
 FOLDER = "VQVAE2_RUN"  # environment variable: the private folder; unset outside of `vqvae2 run`
+START_MESSAGE_AFTER_S, START_TIMEOUT_S = 20.0, 240.0  # for the cluster; Ray itself takes 4 s on an idle machine
 SHUTDOWN_TIMEOUT_S = 10.0  # for the cluster, before it is killed
-MAX_TEMPDIR_LENGTH = 80  # a socket's path has at most 108 characters on Linux
+MAX_TEMPDIR_LENGTH = 80  # in bytes; a socket's path has at most 107 on Linux
 
 
 class SharedCluster:
     """The run's side: a thread that answers requests of stages until it is closed."""
 
     def __init__(self) -> None:
-        short = len(tempfile.gettempdir()) < MAX_TEMPDIR_LENGTH
+        short = len(os.fsencode(tempfile.gettempdir())) < MAX_TEMPDIR_LENGTH
         self.folder = Path(tempfile.mkdtemp(prefix="vqvae2-", dir=None if short else "/tmp"))  # mode 0700
         self._server: subprocess.Popen[str] | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -95,22 +98,42 @@ def serve_cluster(source: IO[str], sink: IO[str]) -> None:
         source.read()
 
 
-def cluster_environment() -> dict[str, str]:
-    """Request the environment variables of the run's cluster, as a stage.
+def cluster_environment(
+    *, message_after_s: float = START_MESSAGE_AFTER_S, timeout_s: float = START_TIMEOUT_S
+) -> dict[str, str]:
+    """Request the environment variables of the run's cluster, as a stage. Print a message if it starts slowly.
 
-    Returns an empty dictionary outside of a run, and if RAY_ADDRESS names a cluster.
+    Returns an empty dictionary outside of a run, if RAY_ADDRESS names a cluster, and if the run's cluster failed to
+    start: the stage then starts one itself and reports why. Raises UserError if it does not start in time.
     """
     folder = os.environ.get(FOLDER)
     if not folder or os.environ.get("RAY_ADDRESS"):
         return {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(Path(folder, "cluster")))
-        answer = b""
-        while chunk := connection.recv(65_536):
+        connection.settimeout(message_after_s)
+        try:
+            first = connection.recv(65_536)
+        except TimeoutError:
+            print(f"waiting for the Ray cluster to start, for at most {timeout_s:g} s", file=sys.stderr)
+            first = _receive(connection, timeout_s - message_after_s)
+        answer = first
+        while first and (chunk := _receive(connection, timeout_s)):
             answer += chunk
-    return dict(
-        json.loads(answer or "{}")
-    )  # empty: the server failed; the stage starts a cluster itself and reports why
+    return dict(json.loads(answer or "{}"))
+
+
+def _receive(connection: socket.socket, timeout_s: float) -> bytes:
+    connection.settimeout(timeout_s)
+    try:
+        return connection.recv(65_536)
+    except TimeoutError:
+        raise UserError(
+            "The Ray cluster of this run has not started in time.",
+            where="/tmp/ray/session_latest/logs",
+            fix="Close other programs, then run the same command again.",
+            code=3,
+        ) from None
 
 
 def record_exit_status(status: int) -> int:
