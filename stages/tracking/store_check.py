@@ -136,7 +136,7 @@ def judge_response(status: int, text: str, name: str, where: str) -> None:
     experiment = answer.get("experiment")
     if isinstance(experiment, dict) and status == 200:
         require_active(experiment.get("lifecycle_stage"), name, experiment.get("experiment_id"), where)
-    elif answer.get("error_code") != "RESOURCE_DOES_NOT_EXIST":  # a run creates the experiment then
+    elif str(answer.get("error_code")).lower() != "resource_does_not_exist":  # a run creates the experiment then
         raise UserError(
             f"The program at this address is not an MLflow server: it answers with HTTP status {status}.",
             where=where,

@@ -52,7 +52,7 @@ def test_read_only_project_is_refused_at_once(project):
             "error: Read-only file system.\n  in: runs\n  fix: Choose another path: this one is mounted read-only.\n"
         )
     done = subprocess.run([*program, "doctor"], cwd=project.folder, capture_output=True, text=True)
-    assert done.returncode == 3 and "this folder is not writable" in done.stdout
+    assert done.returncode == 3 and "This folder is not writable" in done.stdout
 
 
 SLOW = "import time\ntime.sleep(60)\n"
