@@ -337,16 +337,21 @@ def export(
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000) -> None:
-    """Start the web interface of MLflow for this project.
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000,
+    browser: Annotated[
+        bool, typer.Option(help="Open the page of the runs in a browser, if there is a display.")
+    ] = True,
+) -> None:
+    """Show the runs of this project in MLflow: start its web interface, and print the pages of the runs.
 
-    Example:  vqvae2 ui --port 5001
+    Example:  vqvae2 ui --port 5001 --no-browser
     """
 
     def action() -> int:
         from pipeline.commands import ui
 
-        return ui.serve(port)
+        return ui.serve(port, browser=browser)
 
     run_and_exit(action)
 

@@ -71,6 +71,11 @@ def key_condition(key: str) -> str:
     return f"tags.`{KEY}` = '{key}'"
 
 
+def stage_condition(stage: str) -> str:
+    """Return the search condition of the runs of a stage."""
+    return f"tags.{STAGE} = '{stage}'"
+
+
 def producer_condition(fingerprint: str) -> str:
     """Return the search condition of the finished run that computed a result. A fingerprint includes the stage."""
     return f"tags.{FINGERPRINT} = '{fingerprint}' and tags.{CACHED} = 'no' and attributes.status = 'FINISHED'"

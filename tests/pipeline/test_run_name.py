@@ -22,7 +22,7 @@ STEPS = Change("train_vqvae.steps", 900, 5000)
         ([TEMPERATURE, STEPS], "emoji32", "", "emoji32 · temperature 0.8, steps 5000"),
         ([STEPS, TEMPERATURE, Change("seed", 0, 1)], "", "", "emoji · steps 5000, temperature 0.8 +1"),
         ([TEMPERATURE], "emoji32", "balmy-gaff", "emoji32 · balmy-gaff · temperature 0.8"),
-        ([TEMPERATURE, STEPS], "emoji32", "a-name-of-an-author", "emoji32 · a-name-of-an-author · 2 changes"),
+        ([TEMPERATURE, STEPS], "emoji32", "name-of-an-author", "emoji32 · name-of-an-author · 2 changes"),
         ([Change("experiment", "emoji32", "smoke"), STEPS], "smoke", "", "emoji · smoke"),
     ],
 )

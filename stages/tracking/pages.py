@@ -1,0 +1,54 @@
+"""Pages of MLflow's web interface that show the runs of this project."""
+
+import json
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from stages.errors import UserError
+from stages.tracking import tags
+from stages.tracking.journal import redact_secrets
+from stages.tracking.mlflow_store import configure_mlflow, experiment_name
+from stages.tracking.mlflow_sync import PIPELINE_STAGE
+from stages.tracking.sync_runs import describe_error
+
+MAX_COMPARED_RUNS = 3
+# MLflow opens on an overview of language model applications otherwise.
+VIEW = "workflowType=machine_learning"
+
+
+def run_pages(server: str) -> dict[str, str]:
+    """Return what the pages at a server show, and their addresses: the runs, and the last runs compared.
+
+    Without runs, there is only the start page. Raises UserError if the server does not answer.
+    """
+    configure_mlflow()
+    from mlflow import MlflowClient
+
+    client, address = MlflowClient(server), _without_credentials(server)
+    try:
+        experiment = client.get_experiment_by_name(experiment_name())
+        if experiment is None:
+            return {"no runs yet": address}
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            tags.stage_condition(PIPELINE_STAGE),
+            max_results=MAX_COMPARED_RUNS,
+            order_by=["start_time DESC"],
+        )
+    except Exception as error:
+        raise UserError(
+            f"MLflow does not answer: {describe_error(error)}",
+            where=redact_secrets(server),
+            fix="Start the server or correct MLFLOW_TRACKING_URI.",
+            code=3,
+        ) from error
+    pages = {"runs": f"{address}/#/experiments/{experiment.experiment_id}/runs?{VIEW}"}
+    if len(runs) > 1:
+        ids = quote(json.dumps([run.info.run_id for run in runs], separators=(",", ":")))
+        experiments = quote(json.dumps([experiment.experiment_id]))
+        pages[f"last {len(runs)} runs"] = f"{address}/#/compare-runs?runs={ids}&experiments={experiments}&{VIEW}"
+    return pages
+
+
+def _without_credentials(server: str) -> str:
+    parts = urlsplit(server)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
