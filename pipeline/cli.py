@@ -339,9 +339,7 @@ def export(
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000,
-    browser: Annotated[
-        bool, typer.Option(help="Open the page of the runs in a browser, if there is a display.")
-    ] = True,
+    browser: Annotated[bool, typer.Option(help="Open the runs in a browser, if there is a display.")] = True,
 ) -> None:
     """Show the runs of this project in MLflow: start its web interface, and print the pages of the runs.
 

@@ -1,42 +1,55 @@
 """Names and tags of pipeline runs in MLflow: the data set, the preset, and what differs from the run before."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline import changes
 from pipeline.params import look_up
 from pipeline.text import format_value
+from stages.formats.flatten import flatten
 from stages.tracking import tags
 
-MAX_LENGTH = 40  # characters of a name; a list of runs shows little more
+MAX_LENGTH = 40  # characters of a name; a list of runs shows about 18 of them, and all under the mouse
 SEPARATOR = " · "
 EXPERIMENT_VARIABLE = "DVC_EXP_NAME"  # environment variable that `dvc exp run` sets for stages
 
 
-def run_name(dataset: str, differences: Sequence[changes.Change], *, preset: str = "", experiment: str = "") -> str:
-    """Name a run, such as "emoji32 · sample.temperature 0.8".
+def run_name(
+    dataset: str,
+    differences: Sequence[changes.Change],
+    *,
+    preset: str = "",
+    experiment: str = "",
+    keys: Collection[str] = (),
+) -> str:
+    """Name a run, such as "temperature 0.8 · emoji32": first what differs, because a list of runs cuts names.
 
-    `differences` are those from the run before, the most important one first. `experiment` is the name of DVC's
-    experiment. As many changes are listed as fit; another data set or preset stands for all changes.
+    `differences` are those from the run before, the most important one first; as many are listed as fit. Another data
+    set or preset stands for all of them. `experiment` is the name of DVC's experiment, `keys` are all keys of settings.
     """
-    head = [preset] if preset.startswith(dataset) else [dataset, preset]
-    head = [part for part in (*head, experiment) if part]
+    subject = [preset] if preset.startswith(dataset) else [dataset, preset]
     if any(change.key in ("dataset", "dataset.name", "experiment") for change in differences):
         differences = []
-    for count in range(len(differences), 0, -1):
-        more = f" +{len(differences) - count}" if count < len(differences) else ""
-        for with_section in (True, False):
-            listed = ", ".join(_format(change, with_section=with_section) for change in differences[:count])
-            name = SEPARATOR.join([*head, listed + more])
-            if len(name) <= MAX_LENGTH:
-                return name
-    name = SEPARATOR.join([*head, f"{len(differences)} changes"] if len(differences) > 1 else head)
-    return name if len(name) <= MAX_LENGTH else name[: MAX_LENGTH - 1] + "…"
+    listed = [_format(change, keys) for change in differences]
+    texts = [", ".join(listed[:count]) + _more(len(listed) - count) for count in range(len(listed), 0, -1)]
+    texts.append(f"{len(listed)} changes" if len(listed) > 1 else "")
+    for text in texts:
+        name = SEPARATOR.join(part for part in (experiment, text, *subject) if part)
+        if len(name) <= MAX_LENGTH:
+            return name
+    return name[: MAX_LENGTH - 1] + "…"
 
 
-def _format(change: changes.Change, *, with_section: bool) -> str:
-    key = change.key if with_section else change.key.rpartition(".")[2]
+def _more(count: int) -> str:
+    return f" +{count}" if count else ""
+
+
+def _format(change: changes.Change, keys: Collection[str]) -> str:
+    """Format a change with the shortest end of its key that no other setting has, such as "temperature 0.8"."""
+    steps = change.key.split(".")
+    ends = [".".join(steps[start:]) for start in range(len(steps) - 1, 0, -1)]
+    key = next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) <= 1), change.key)
     return f"no {key}" if change.after is None else f"{key} {format_value(change.after)}".replace('"', "")
 
 
@@ -48,7 +61,7 @@ def run_tags(data: Mapping[str, Any], command: str) -> dict[str, str]:
     experiment = os.environ.get(EXPERIMENT_VARIABLE, "")
     lines = ["Changes against the run before:", "", *(f"- `{change}`" for change in differences)]
     return tags.pipeline_tags(
-        run_name(dataset, differences, preset=preset, experiment=experiment),
+        run_name(dataset, differences, preset=preset, experiment=experiment, keys=flatten(data)),
         command,
         dataset=dataset,
         preset=preset,

@@ -10,12 +10,14 @@ import urllib.request
 import webbrowser
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from pipeline.process import die_with_parent, handle_signals
 from stages.errors import UserError
 
 HOST = "127.0.0.1"
 POLL_INTERVAL_S = 0.2
+LOG = Path("runs/mlflow_server.log")  # messages of the server
 
 
 def serve(port: int, *, browser: bool = True) -> int:
@@ -57,9 +59,9 @@ def serve(port: int, *, browser: bool = True) -> int:
         status = process.wait()
     if not stopped:
         raise UserError(
-            f"MLflow's server ended with status {status}; see its messages above.",
-            where=uri.rpartition("@")[2],
-            fix="Correct what they name, then run: vqvae2 ui",
+            f"MLflow's server ended with status {status}: {_last_line(LOG)}",
+            where=LOG,
+            fix="Correct what its messages name, then run: vqvae2 ui",
             code=3,
         )
     return 0
@@ -81,13 +83,22 @@ def _require_port(port: int) -> None:
 
 def _start_server(uri: str, port: int) -> subprocess.Popen[bytes]:
     arguments = ["--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", uri]
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "mlflow", "server", *arguments, "--uvicorn-opts", "--log-level warning"],
-        # Job execution would start a dozen processes that stay idle.
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        process_group=0,  # the handler of Ctrl-C ends the server and its workers together
-        preexec_fn=lambda: die_with_parent(signal.SIGTERM),
-    )
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "mlflow", "server", *arguments],
+            # Job execution would start a dozen processes that stay idle.
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            process_group=0,  # a terminal sends Ctrl-C to our group only; we end the server and its workers together
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+        )
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _is_ready(process: subprocess.Popen[bytes], address: str) -> bool:

@@ -43,11 +43,6 @@ def experiment_name(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
 
 
-def experiment_name() -> str:
-    """Return the name of the experiment that has this project's runs."""
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vqvae2"
-
-
 def configure_mlflow() -> None:
     """Import MLflow without telemetry and console output, and with short timeouts.
 

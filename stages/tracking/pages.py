@@ -16,7 +16,7 @@ VIEW = "workflowType=machine_learning"
 
 
 def run_pages(server: str) -> dict[str, str]:
-    """Return what the pages at a server show, and their addresses: the runs, and the last runs compared.
+    """Return what the pages at a server show, and their addresses: runs, charts with pictures, last runs compared.
 
     Without runs, there is only the start page. Raises UserError if the server does not answer.
     """
@@ -41,7 +41,8 @@ def run_pages(server: str) -> dict[str, str]:
             fix="Start the server or correct MLFLOW_TRACKING_URI.",
             code=3,
         ) from error
-    pages = {"runs": f"{address}/#/experiments/{experiment.experiment_id}/runs?{VIEW}"}
+    runs_page = f"{address}/#/experiments/{experiment.experiment_id}/runs?{VIEW}"
+    pages = {"runs": runs_page, "charts": f"{runs_page}&compareRunsMode=CHART"}
     if len(runs) > 1:
         ids = quote(json.dumps([run.info.run_id for run in runs], separators=(",", ":")))
         experiments = quote(json.dumps([experiment.experiment_id]))

@@ -15,20 +15,24 @@ STEPS = Change("train_vqvae.steps", 900, 5000)
         ([], "", "", "emoji"),
         ([], "emoji32", "", "emoji32"),
         ([], "smoke", "", "emoji · smoke"),
-        ([TEMPERATURE], "emoji32", "", "emoji32 · sample.temperature 0.8"),
-        ([Change("augment.flip", True, False)], "emoji32", "", "emoji32 · augment.flip false"),
-        ([Change("sample.classes", None, ["flags"])], "emoji32", "", "emoji32 · sample.classes [flags]"),
-        ([Change("vqvae.levels.middle", 4, None)], "emoji32", "", "emoji32 · no vqvae.levels.middle"),
-        ([TEMPERATURE, STEPS], "emoji32", "", "emoji32 · temperature 0.8, steps 5000"),
-        ([STEPS, TEMPERATURE, Change("seed", 0, 1)], "", "", "emoji · steps 5000, temperature 0.8 +1"),
-        ([TEMPERATURE], "emoji32", "balmy-gaff", "emoji32 · balmy-gaff · temperature 0.8"),
-        ([TEMPERATURE, STEPS], "emoji32", "name-of-an-author", "emoji32 · name-of-an-author · 2 changes"),
+        ([TEMPERATURE], "emoji32", "", "temperature 0.8 · emoji32"),
+        ([STEPS], "emoji32", "", "train_vqvae.steps 5000 · emoji32"),
+        ([Change("priors.top.train.steps", 1, 2)], "emoji32", "", "top.train.steps 2 · emoji32"),
+        ([Change("seed", 0, 1)], "emoji32", "", "seed 1 · emoji32"),
+        ([Change("augment.flip", True, False)], "emoji32", "", "flip false · emoji32"),
+        ([Change("sample.classes", None, ["flags"])], "emoji32", "", "classes [flags] · emoji32"),
+        ([Change("vqvae.levels.middle.dim", 4, None)], "emoji32", "", "no dim · emoji32"),
+        ([TEMPERATURE, Change("seed", 0, 1)], "emoji32", "", "temperature 0.8, seed 1 · emoji32"),
+        ([TEMPERATURE, STEPS, Change("seed", 0, 1)], "emoji32", "", "temperature 0.8 +2 · emoji32"),
+        ([TEMPERATURE], "emoji32", "balmy-gaff", "balmy-gaff · temperature 0.8 · emoji32"),
+        ([TEMPERATURE, STEPS], "emoji32", "name-of-an-author", "name-of-an-author · 2 changes · emoji32"),
         ([Change("experiment", "emoji32", "smoke"), STEPS], "smoke", "", "emoji · smoke"),
     ],
 )
 def test_name_says_what_differs_from_the_run_before(changes, preset, experiment, expected):
-    """It starts with the data set, or a preset with the name of the data set."""
-    name = run_name("emoji", changes, preset=preset, experiment=experiment)
+    """It has the data set, or a preset with the name of the data set."""
+    keys = ("sample.temperature", "train_vqvae.steps", "priors.top.train.steps", "priors.bottom.train.steps", "seed")
+    name = run_name("emoji", changes, preset=preset, experiment=experiment, keys=keys)
     assert name == expected and len(name) <= MAX_LENGTH
 
 
@@ -43,7 +47,7 @@ def test_tags_describe_a_run(current_project, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "balmy-gaff")
     tags = run_tags({"dataset": {"name": "emoji"}}, "dvc exp run")
     assert tags == {
-        "mlflow.runName": "emoji · balmy-gaff",
+        "mlflow.runName": "balmy-gaff · emoji",
         "command": "dvc exp run",
         "dataset": "emoji",
         "dvc.experiment": "balmy-gaff",
