@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipeline import changes
+from pipeline.composed_from import choices_of, settings_of
 from pipeline.params import look_up
 from pipeline.text import format_value
-from stages.formats.flatten import flatten
+from stages.config import Params
 from stages.tracking import tags
 
 MAX_LENGTH = 40  # characters of a name; a list of runs shows about 18 of them, and all under the mouse
@@ -57,14 +59,19 @@ def run_tags(data: Mapping[str, Any], command: str) -> dict[str, str]:
     """Return the tags of a pipeline run that `command` starts. `data` is the content of params.yaml."""
     differences = changes.since_last_run(data) or changes.of_recorded_run()
     dataset = str(look_up(data, "dataset.name"))
-    preset = str(look_up(data, f"{changes.CHOICES}experiment") or "")
+    preset = str(choices_of(data).get("experiment", ""))
     experiment = os.environ.get(EXPERIMENT_VARIABLE, "")
     lines = ["Changes against the run before:", "", *(f"- `{change}`" for change in differences)]
     return tags.pipeline_tags(
-        run_name(dataset, differences, preset=preset, experiment=experiment, keys=flatten(data)),
+        run_name(dataset, differences, preset=preset, experiment=experiment, keys=settings_of(data)),
         command,
         dataset=dataset,
         preset=preset,
         experiment=experiment,
         note="\n".join(lines) if differences else "",
     )
+
+
+def run_params(settings: Params) -> dict[str, Any]:
+    """Return the parameters of a pipeline run: all settings by full key."""
+    return settings_of(asdict(settings))

@@ -16,7 +16,7 @@ from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.ownership import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
-from pipeline.run_name import EXPERIMENT_VARIABLE, run_tags
+from pipeline.run_name import EXPERIMENT_VARIABLE, run_params, run_tags
 from pipeline.sections import sections_of
 from pipeline.text import first_few
 from stages.config import Params
@@ -165,7 +165,7 @@ def _pipeline_run(settings: Params, data: Mapping[str, Any]) -> tracker.Pipeline
     command = "dvc exp run" if EXPERIMENT_VARIABLE in os.environ else "dvc repro"
     if "DVC_STAGE" not in os.environ:
         command = " ".join(["vqvae2", *sys.argv[1:]])
-    return tracker.PipelineRun(flatten(settings), run_tags(data, command))
+    return tracker.PipelineRun(run_params(settings), run_tags(data, command))
 
 
 def track_cached(

@@ -25,12 +25,11 @@ from pipeline.composed_from import describe_source
 from pipeline.drift import warn_drift, warn_reverted_overrides
 from pipeline.fingerprint import identify
 from pipeline.process import STOP_SIGNALS, handle_signals
-from pipeline.run_name import run_tags
+from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
-from stages.formats.flatten import flatten
 from stages.tracking import tracker
 
 REPORT = Path("artifacts/report/report.html")
@@ -222,7 +221,7 @@ def require_cached(
 def _tracked(settings: Params) -> Iterator[dict[str, str]]:
     """Record this run as the parent of its stages' runs; yield the environment variables that name it."""
     command = " ".join(["vqvae2", *sys.argv[1:]])
-    with tracker.track_pipeline(flatten(settings), run_tags(params.read(), command)) as key:
+    with tracker.track_pipeline(run_params(settings), run_tags(params.read(), command)) as key:
         yield {tracker.PARENT_RUN_VARIABLE: key}
 
 
