@@ -138,6 +138,7 @@ def _call(
         params=flatten(sections_of(stage, settings)),
         inputs=inputs,
         metrics=_metrics_file(stage),
+        headline=_headline_files(stage, data),
         outputs=_outputs(stage),
         pictures=_pictures(stage),
         parent=os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data),
@@ -149,6 +150,13 @@ def _call(
 
 def _metrics_file(stage: dvc_yaml.Stage) -> Path | None:
     return Path(stage.metrics[0]) if stage.metrics else None
+
+
+def _headline_files(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> list[Path]:
+    """Return the metrics files of a stage and of the stages before it, which may not run."""
+    stages = dvc_yaml.stages(data)
+    names = dvc.with_dependencies(stages, [stage.name])
+    return [Path(path) for name, other in stages.items() if name in names for path in other.metrics]
 
 
 def _outputs(stage: dvc_yaml.Stage) -> list[Path]:
@@ -180,6 +188,7 @@ def track_cached(
         inputs=inputs,
         metrics=_metrics_file(stage),
         curves=curves.read(Path(stage.outs[0], curves.FILE)),
+        headline=_headline_files(stage, params.read()),
         outputs=_outputs(stage),
         pictures=_pictures(stage),
     )

@@ -3,33 +3,40 @@
 The run of a stage in MLflow has all its metrics; the run of the pipeline has these only.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from stages.formats.flatten import flatten_numbers
 
 # Name of a file in metrics/ and full key of a number in it -> name of the headline metric. A group is a level.
-LEVEL = r"([^.]+)"
-NETWORK = r"[^.]+?"  # feature network
 HEADLINE = {
-    r"vqvae\.validation\.psnr": "psnr",
-    rf"vqvae\.validation\.perplexity_{LEVEL}": r"perplexity_\1",
-    rf"prior_{LEVEL}\.validation\.nll_nats_per_code": r"nll_\1",
-    r"evaluate\.reconstruction\.validation\.psnr": "psnr",
-    rf"evaluate\.codebook\.{LEVEL}\.validation\.perplexity": r"perplexity_\1",
-    rf"evaluate\.likelihood\.{LEVEL}\.validation\.nats_per_code": r"nll_\1",
-    rf"evaluate\.compared\.samples\.kid_{NETWORK}": "kid_samples",
-    rf"evaluate\.compared\.reconstructions\.kid_{NETWORK}": "kid_reconstructions",
-    rf"evaluate\.compared\.samples\.precision_{NETWORK}": "precision",
-    rf"evaluate\.compared\.samples\.recall_{NETWORK}": "recall",
+    r"vqvae\.psnr": "psnr",
+    r"vqvae\.perplexity_(\w+)": r"perplexity_\1",
+    r"prior_(\w+)\.nll": r"nll_\1",
+    r"evaluate\.(psnr|kid|fd|precision|recall)": r"\1",
 }
-STANDARD_ERROR = "_se"  # end of the key of a standard error
+
+
+def read_headline(paths: Iterable[Path]) -> dict[str, float]:
+    """Read the headline metrics from files in metrics/, as far as they exist. A later file overrides an earlier one.
+
+    Raises ValueError if a file is not JSON, and OSError if it cannot be read.
+    """
+    values: dict[str, float] = {}
+    for path in paths:
+        if path.is_file():
+            numbers = flatten_numbers(json.loads(path.read_bytes()))
+            values |= headline_metrics({f"{path.stem}.{key}": number for key, number in numbers.items()})
+    return values
 
 
 def headline_metrics(values: Mapping[str, float]) -> dict[str, float]:
-    """Select the headline metrics from numbers by file and full key, such as "evaluate.compared.samples.images"."""
+    """Select the headline metrics from numbers by file and full key, such as "evaluate.kid"."""
     return {
         match.expand(name): value
         for key, value in values.items()
-        if not key.endswith(STANDARD_ERROR)
         for pattern, name in HEADLINE.items()
         if (match := re.fullmatch(pattern, key))
     }

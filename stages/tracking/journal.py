@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 from stages.formats.flatten import flatten_numbers
 from stages.runtime.context import Reporter
-from stages.tracking.headline import headline_metrics
+from stages.tracking.headline import read_headline
 
 JOURNAL_FILE = "journal.jsonl"
 SYSTEM_PREFIX = "system/"  # of the names of system metrics, which are not results
@@ -113,6 +113,7 @@ class Journal(Reporter):
         *,
         error: str = "",
         metrics: Path | None = None,
+        headline: Sequence[Path] = (),
         outputs: Sequence[Path] = (),
         pictures: Mapping[str, Path] | None = None,
         tags: Mapping[str, str] | None = None,
@@ -120,16 +121,17 @@ class Journal(Reporter):
         """Record the end of a run with status FINISHED, FAILED or KILLED; `tags` override tags of the same name.
 
         For a finished run, the numbers in the JSON file `metrics` are reported unless the run has reported them itself,
-        and the headline metrics among them are recorded for the parent run. The files `outputs` and `pictures`, PNG
-        files by name, are copied into the journal's folder, because the next run may replace them before they are
-        uploaded.
+        and the headline metrics in the files `headline` are recorded for the parent run. The files `outputs` and
+        `pictures`, PNG files by name, are copied into the journal's folder, because the next run may replace them
+        before they are uploaded.
         """
-        headline: dict[str, float] = {}
+        headline_values: dict[str, float] = {}
         copied: list[str] = []
         copied_pictures: list[str] = []
         try:
             if status == "FINISHED":
-                headline = self._report_metrics(metrics)
+                self._report_metrics(metrics)
+                headline_values = read_headline(headline)
                 copied = self._copy({path.name: path for path in outputs})
                 copied_pictures = self._copy({f"{name}.png": path for name, path in (pictures or {}).items()})
         except (OSError, ValueError) as write_error:  # the stage has succeeded even if its metrics cannot be recorded
@@ -138,23 +140,22 @@ class Journal(Reporter):
             "end",
             status=status,
             error=redact_secrets(error),
-            headline={name: _to_json(value) for name, value in headline.items()},
+            headline={name: _to_json(value) for name, value in headline_values.items()},
             outputs=copied,
             pictures=copied_pictures,
             tags=dict(tags or {}),
         )
 
-    def _report_metrics(self, path: Path | None) -> dict[str, float]:
-        """Report the numbers in a JSON file that are not reported yet, and return the headline metrics among them."""
+    def _report_metrics(self, path: Path | None) -> None:
+        """Report the numbers in a JSON file that the run has not reported itself."""
         if not path or not path.is_file():
-            return {}
+            return
         values = flatten_numbers(json.loads(path.read_bytes()))
         reported = {
             name.replace("/", ".") for name in read_points(self.path)
         }  # a curve "train/mse" ends in "train.mse"
         if missing := {name: value for name, value in values.items() if name not in reported}:
             self.metrics(missing, 0)
-        return headline_metrics({f"{path.stem}.{name}": value for name, value in values.items()})
 
     def _copy(self, files: Mapping[str, Path]) -> list[str]:
         """Copy files that exist and are not too large to the folder OUTPUTS; return their names there."""

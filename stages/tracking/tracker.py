@@ -54,6 +54,7 @@ def track_stage(
     params: Mapping[str, Any],
     inputs: Mapping[str, str],
     metrics: Path | None = None,
+    headline: Sequence[Path] = (),
     outputs: Sequence[Path] = (),
     pictures: Mapping[str, Path] | None = None,
     parent: str | PipelineRun = UNDESCRIBED_RUN,
@@ -65,8 +66,8 @@ def track_stage(
 
     `inputs` are digests by name, `parent` is the folder of the pipeline run, or describes one without a folder. If the
     block succeeds, the run gets the numbers in the JSON file `metrics` and the files `outputs`. The pipeline run gets
-    the headline metrics among the numbers, the pages among the outputs, and `pictures`, PNG files by name. `screen`
-    shows progress and messages, by default on the terminal.
+    the headline metrics in the JSON files `headline`, the pages among the outputs, and `pictures`, PNG files by name.
+    `screen` shows progress and messages, by default on the terminal.
     """
     parent_folder = Path(parent) if isinstance(parent, str) else None
     pipeline_run = UNDESCRIBED_RUN if isinstance(parent, str) else parent
@@ -89,7 +90,9 @@ def track_stage(
         parent_uploader = uploader(parent_folder) if parent_folder else None
         thread = UploadThread(journal, screen, uploader(folder), parent_uploader, timing)
         thread.start()
-        with _record_end(journal, thread.finish, metrics=metrics, outputs=outputs, pictures=pictures):
+        with _record_end(
+            journal, thread.finish, metrics=metrics, headline=headline, outputs=outputs, pictures=pictures
+        ):
             yield CompositeReporter([journal, screen, ProgressFile(work_dir)])
 
 
@@ -145,6 +148,7 @@ def record_cached_stage(
     inputs: Mapping[str, str],
     metrics: Path | None = None,
     curves: Iterable[tuple[int, str, float]] = (),
+    headline: Sequence[Path] = (),
     outputs: Sequence[Path] = (),
     pictures: Mapping[str, Path] | None = None,
 ) -> None:
@@ -165,7 +169,7 @@ def record_cached_stage(
     for name, path in (pictures or {}).items():
         if path.is_file():
             journal.image(name, path.read_bytes(), last_step)
-    journal.end("FINISHED", metrics=metrics, outputs=outputs, pictures=pictures)
+    journal.end("FINISHED", metrics=metrics, headline=headline, outputs=outputs, pictures=pictures)
     journal.close()
 
 
@@ -178,12 +182,13 @@ def _record_end(
     journal: Journal,
     finish: _Finish,
     *,
-    metrics: Path | None = None,
-    outputs: Sequence[Path] = (),
-    pictures: Mapping[str, Path] | None = None,
     tags: Callable[[], Mapping[str, str]] = dict,
+    **results: Any,
 ) -> Iterator[None]:
-    """Record how the block ended, with the tags that are known only then, and call `finish`."""
+    """Record how the block ended, with the tags that are known only then, and call `finish`.
+
+    `results` are the files of a finished run, as in `Journal.end`.
+    """
     try:
         yield
     except Exception as error:
@@ -194,7 +199,7 @@ def _record_end(
         journal.end("KILLED", tags=tags())
         finish(failed=True)
         raise
-    journal.end("FINISHED", metrics=metrics, outputs=outputs, pictures=pictures, tags=tags())
+    journal.end("FINISHED", tags=tags(), **results)
     finish(failed=False)
 
 

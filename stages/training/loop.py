@@ -100,7 +100,8 @@ def train(
             _require_finite(values, completed_steps, checkpoints.folder)
             rate = config.batch_size * (completed_steps - log_step) / max(time.monotonic() - log_time, 1e-9)
             record(completed_steps, {f"train/{name}": value for name, value in values.items()})
-            reporter.metrics({"images_per_second": rate, "learning_rate": learning_rate(config, step)}, completed_steps)
+            speed = {"train/images_per_second": rate, "train/learning_rate": learning_rate(config, step)}
+            reporter.metrics(speed, completed_steps)
             reporter.progress(completed_steps, config.steps, "step", {**values, "images/s": rate})
             metrics_since_log, log_time, log_step = (
                 MetricAccumulator(objective, dist),

@@ -143,11 +143,11 @@ def test_stages_of_dvc_repro_share_a_pipeline_run():
     Experiments of DVC have a parent each.
     """
     description = PipelineRun({"seed": 0}, {"mlflow.runName": "emoji · seed 0", "dataset": "emoji"})
-    Path("vqvae.json").write_text('{"validation": {"psnr": 20.0, "mse": 0.1}}')
-    Path("prior_top.json").write_text('{"validation": {"nll_nats_per_code": 2.0}}')
-    with track("vqvae", parent=description, metrics=Path("vqvae.json")):
+    Path("vqvae.json").write_text('{"psnr": 20.0, "mse": 0.1}')
+    Path("prior_top.json").write_text('{"nll": 2.0}')
+    with track("vqvae", parent=description, headline=[Path("vqvae.json")]):
         pass
-    with track("prior@top", "e" * 64, parent=description, metrics=Path("prior_top.json")):
+    with track("prior_top", "e" * 64, parent=description, headline=[Path("prior_top.json")]):
         pass
     with track("vqvae", "c" * 64, parent=PipelineRun(tags={"dvc.experiment": "tidy-owl"})):
         pass
@@ -364,10 +364,11 @@ def test_pipeline_run_has_headline_metrics_pictures_and_report():
     for name, shade in (("new", 1), ("newer", 2)):
         Path(f"{name}.png").write_bytes(png(shade))
     Path("report.html").write_text("<p>report</p>")
-    Path("evaluate.json").write_text('{"reconstruction": {"validation": {"psnr": 21.0, "mse": 0.1}}}')
-    Path("vqvae.json").write_text('{"validation": {"psnr": 20.0}}')
+    Path("evaluate.json").write_text('{"psnr": 21.0, "ssim": 0.1}')
+    Path("vqvae.json").write_text('{"psnr": 20.0, "perplexity_top": 50.0}')
     with track_pipeline({}, {}) as parent:
-        with track("vqvae", parent=parent, metrics=Path("vqvae.json"), pictures={"reconstructions": Path("new.png")}):
+        pictures = {"reconstructions": Path("new.png")}
+        with track("vqvae", parent=parent, headline=[Path("vqvae.json")], pictures=pictures):
             pass
         record_cached_stage(
             parent,
@@ -385,6 +386,7 @@ def test_pipeline_run_has_headline_metrics_pictures_and_report():
             params={},
             inputs={},
             metrics=Path("evaluate.json"),
+            headline=[Path("vqvae.json"), Path("evaluate.json")],
             outputs=[Path("report.html"), Path("evaluate.json")],
             pictures={"reconstructions": Path("newer.png"), "samples": Path("absent.png")},
         )
@@ -393,7 +395,7 @@ def test_pipeline_run_has_headline_metrics_pictures_and_report():
     sync_runs()
 
     (pipeline_run,) = [run for run in all_runs() if run.data.tags["stage"] == "pipeline"]
-    assert pipeline_run.data.metrics == {"psnr": 21.0}
+    assert pipeline_run.data.metrics == {"psnr": 21.0, "perplexity_top": 50.0}
     store, run_id = client(), pipeline_run.info.run_id
     assert {file.path for file in store.list_artifacts(run_id)} == {"images", "report.html", "reconstructions.png"}
     images = [file.path for file in store.list_artifacts(run_id, "images") if file.path.endswith(".png")]

@@ -324,7 +324,7 @@ def test_images_per_second_exclude_evaluation(tmp_path: Path, monkeypatch: pytes
 
     class RateRecorder(Reporter):
         def metrics(self, values: Mapping[str, float], step: int) -> None:
-            rates.extend(value for name, value in values.items() if name == "images_per_second")
+            rates.extend(value for name, value in values.items() if name == "train/images_per_second")
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     data = TrainingData(
