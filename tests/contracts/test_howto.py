@@ -1,4 +1,4 @@
-"""The how-tos that add a prior and a dataset, followed step by step in a copy of the project.
+"""The how-tos that add a prior, a dataset and a preset, followed step by step in a copy of the project.
 
 The how-to for a metric is followed in tests/stages/evaluation/test_report.py.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from pipeline import params
 
 ROOT = Path(__file__).parents[2]
 VQVAE2 = ("-c", "from pipeline.cli import main; main()")
@@ -77,6 +79,19 @@ def test_new_dataset_is_one_file(copy: Path):
     call(copy, *VQVAE2, "config", "dataset=pets", "--write")
     findings = {finding["name"]: finding for finding in json.loads(call(copy, *VQVAE2, "doctor", "--json"))}
     assert findings["images"]["state"] == "ok", findings
+
+
+def test_preset_of_the_howto_composes(copy: Path):
+    """The file is shown whole: it composes, and its settings and choices are in params.yaml."""
+    text = (ROOT / "docs/howto.md").read_text(encoding="utf-8").partition("## Write a preset")[2]
+    (copy / "conf/experiment/mine.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    call(copy, *VQVAE2, "config", "experiment=mine", "--write")
+    data = params.read(copy / "params.yaml")
+    assert data["dataset"] == {**data["dataset"], "source": "data/plants", "labels": "folders", "image_size": 64}
+    assert data["augment"] == {"flip": True, "max_shift": 0} and data["train_vqvae"]["steps"] == 5000
+    assert data["composed_from"]["choices"] == {
+        **data["composed_from"]["choices"], "experiment": "mine", "dataset": "folder"
+    }  # fmt: skip
 
 
 def replace(file: Path, old: str, new: str) -> None:

@@ -1,10 +1,11 @@
 """Tests of the comparison of a run's settings with those of the run before."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from pipeline import changes
+from pipeline import changes, params
 
 BEFORE = {
     "seed": 0,
@@ -87,3 +88,30 @@ def test_copy_of_the_project_reads_the_record_and_does_not_write_it(folder, monk
     assert changes.since_last_run(AFTER) == changes.compare(BEFORE, AFTER)
     changes.record_run(AFTER)
     assert list(copy.iterdir()) == [] and changes.since_last_run(BEFORE) == []
+
+
+def test_run_prints_its_changes_before_anything_runs(current_project):
+    """A dry run prints them too and does not count as a run; without changes or an earlier run nothing is printed."""
+    assert "Changes against" not in current_project.command("run", "--dry-run").stdout
+    changes.record_run(params.read())
+    assert "Changes against" not in current_project.command("run", "--dry-run").stdout
+    for _ in range(2):
+        done = current_project.command("run", "--dry-run", "-S", "experiment=smoke")
+        lines = done.stdout.splitlines()
+        assert lines[:3] == [
+            "Changes against the last run:",
+            "  dataset.image_size 32 -> 16",
+            '  experiment "emoji32" -> "smoke"',
+        ]
+        assert re.fullmatch(r"  and \d+ more settings", lines[9]) and "would run" in lines[10]
+
+
+def test_first_stage_of_plain_dvc_prints_and_records_the_changes(current_project):
+    """`vqvae2 run` has done both before it starts DVC, and `vqvae2 versions --write` by itself is not a run."""
+    changes.record_run(params.read())
+    current_project.edit(lambda data: data.update(seed=3))
+    for by_hand in ({}, {"DVC_STAGE": "result_versions", "VQVAE2_RUN": "/tmp/run"}):
+        assert current_project.command("versions", "--write", **by_hand).stdout == ""
+    by_dvc = current_project.command("versions", "--write", DVC_STAGE="result_versions").stdout
+    assert by_dvc == "Changes against the last run:\n  seed 0 -> 3\n"
+    assert [change.key for change in changes.of_recorded_run()] == ["seed"]
