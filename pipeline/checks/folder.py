@@ -30,6 +30,13 @@ def check_folder(environment: Mapping[str, str]) -> Answer:
             fix="Rename the folder.",
             code=2,
         ) from None
+    if set("{}") & set(str(folder)):
+        raise UserError(
+            "The path of the project must have neither { nor }, which DVC takes for a template.",
+            where=folder,
+            fix="Rename the folder.",
+            code=2,
+        )
     require_own_packages(folder)
     return Answer(str(folder))
 

@@ -77,9 +77,11 @@ def connect() -> tuple["MlflowClient", str]:
 
 
 def _create_tables(path: Path) -> None:
-    from mlflow import MlflowClient
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    MlflowClient(database_uri(path)).search_experiments(max_results=1)
+    # With the quoted location of artifacts: MLflow writes it into the text of an SQL statement, and by default it is a
+    # path, whose quotes and colons would end the statement.
+    SqlAlchemyStore(database_uri(path), (path.parent / "mlruns").as_uri())
 
 
 def create_database(path: Path, create_tables: Callable[[Path], None] = _create_tables) -> None:

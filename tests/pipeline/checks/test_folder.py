@@ -50,6 +50,16 @@ def test_package_of_another_project_is_refused(current_project, tmp_path):
     assert caught.value.code == 2 and "Rename it" in caught.value.fix
 
 
+def test_folder_with_braces_is_refused(tmp_path):
+    """DVC fails there while it stores the result of a stage."""
+    path = tmp_path / "{a}"
+    path.mkdir()
+    (path / "dvc.yaml").touch()
+    with chdir(path), pytest.raises(UserError, match=r"must have neither \{ nor \}") as caught:
+        folder.check_folder(os.environ)
+    assert caught.value.where == str(path) and caught.value.code == 2
+
+
 def test_folder_whose_name_is_not_utf8_is_refused(tmp_path):
     """The name cannot be recorded in params.yaml, journals and MLflow. The error itself can be printed."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
