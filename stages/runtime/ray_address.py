@@ -3,11 +3,17 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from stages.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
+TOKEN_TIMEOUT_S = 15.0  # to start a process and ask once
+REJECTED = "UNAUTHENTICATED"
 DEFAULT_PORT = 6379
 CLIENT_SCHEME = "ray://"  # Ray Client, which needs no node of the cluster on this machine
 # Start of an HTTP/2 connection. A gRPC server, such as the head of a cluster, answers it with a frame of type SETTINGS.
@@ -23,11 +29,13 @@ def check_address(
     timeout_s: float = CONNECT_TIMEOUT_S,
     is_node: Callable[[], bool] | None = None,
     find_latest: Callable[[], str] | None = None,
+    ask_with_token: Callable[[str, int, str], str] | None = None,
 ) -> str:
     """Check that a Ray cluster answers at an address; return the address that Ray can use, with "auto" replaced.
 
     `is_node` returns whether this machine is a node of a cluster, `find_latest` the address that "auto" stands for, ""
-    for none. Raises UserError if the address is malformed, or if no cluster answers there.
+    for none, `ask_with_token` the status with which the cluster answers a token. Raises UserError if the address is
+    malformed, if no cluster answers there, or if it rejects the token.
     """
     where = f"RAY_ADDRESS={address}"
     if address == "auto":
@@ -41,7 +49,8 @@ def check_address(
             )
         where = f"{where}, which stands for {address}"
     host, port = _parse(address, where)
-    _probe(host, port, where, timeout_s, encrypted=environment.get("RAY_USE_TLS", "0") not in ("", "0"))
+    encrypted = environment.get("RAY_USE_TLS", "0") not in ("", "0")
+    _probe(host, port, where, timeout_s, encrypted=encrypted)
     if not address.startswith(CLIENT_SCHEME) and not (is_node or _is_node)():
         raise UserError(
             "This machine is not a node of the Ray cluster.",
@@ -49,7 +58,32 @@ def check_address(
             fix=f"Run the command on a node of the cluster, join it: ray start --address={address}, or {UNSET}.",
             code=3,
         )
+    if not encrypted and (ask_with_token or _ask_with_token)(host, port, read_token(environment)) == REJECTED:
+        raise UserError(
+            "The Ray cluster rejects the token.",
+            where=where,
+            fix="Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as the cluster was started with.",
+            code=3,
+        )
     return address
+
+
+def read_token(environment: Mapping[str, str]) -> str:
+    """Return the token that Ray would send; "" for none. Raises UserError if its file cannot be read."""
+    if environment.get("RAY_AUTH_MODE", "").lower() != "token":
+        return ""
+    if token := environment.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The token of the Ray cluster cannot be read: {getattr(error, 'strerror', None) or error}.",
+            where=path,
+            fix="Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file with the cluster's token.",
+            code=3,
+        ) from None
 
 
 def _parse(address: str, where: str) -> tuple[str, int]:
@@ -105,6 +139,17 @@ def _probe(host: str, port: int, where: str, timeout_s: float, *, encrypted: boo
             fix=f"Set RAY_ADDRESS to the address that ray start has printed, or {UNSET}.",
             code=2,
         )
+
+
+def _ask_with_token(host: str, port: int, token: str) -> str:
+    """Return the status with which the head answers a call, as named by gRPC; "" if it is unknown."""
+    program = [sys.executable, "-P", str(Path(__file__).with_name("ray_token.py"))]
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(
+            [*program, target], input=token, capture_output=True, text=True, timeout=TOKEN_TIMEOUT_S, check=False
+        ).stdout.strip()
+    return ""
 
 
 def _dashboard_error(where: str, host: str) -> UserError:

@@ -4,12 +4,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
 from stages.errors import UserError
-from stages.runtime.ray_address import check_address
+from stages.runtime.ray_address import check_address, read_token
 
 SETTINGS_FRAME = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # the first answer of every gRPC server
 
@@ -38,7 +39,13 @@ def server(answer: bytes, host: str = "127.0.0.1") -> Iterator[int]:
 
 def check(address: str, **options) -> str:
     """Check an address on a machine that is a node."""
-    defaults = {"environment": {}, "timeout_s": 0.5, "is_node": lambda: True, "find_latest": lambda: ""}
+    defaults = {
+        "environment": {},
+        "timeout_s": 0.5,
+        "is_node": lambda: True,
+        "find_latest": lambda: "",
+        "ask_with_token": lambda host, port, token: "OK",
+    }
     return check_address(address, **defaults | options)
 
 
@@ -133,3 +140,52 @@ def test_encrypted_cluster_is_not_asked():
     """With TLS, the connection alone shows that something listens."""
     with server(b"\x15\x03") as port:
         check(f"127.0.0.1:{port}", environment={"RAY_USE_TLS": "1"})
+
+
+def test_rejected_token_is_reported(tmp_path):
+    """Ray itself would repeat the call for half a minute. The token is the one that Ray would send."""
+    asked = []
+
+    def reject(host, port, token):
+        asked.append(token)
+        return "UNAUTHENTICATED"
+
+    (tmp_path / "token").write_text("from a file\n")
+    for environment in (
+        {},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "from a variable"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+    ):
+        with server(SETTINGS_FRAME) as port, pytest.raises(UserError, match="rejects the token") as caught:
+            check(f"127.0.0.1:{port}", environment=environment, ask_with_token=reject)
+        assert "RAY_AUTH_MODE=token" in caught.value.fix
+    assert asked == ["", "from a variable", "from a file"]
+    with pytest.raises(UserError, match="cannot be read: No such file") as caught:
+        read_token({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
+    assert caught.value.where == str(tmp_path / "none")
+
+
+def test_cluster_is_asked_with_the_token():
+    """A server of gRPC sees it as Ray sends it, and its refusal is the status of the call."""
+    import grpc
+
+    def answer(request, context):
+        if ("authorization", "Bearer secret") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+        return b""
+
+    handlers = {"GetClusterId": grpc.unary_unary_rpc_method_handler(answer)}
+    grpc_server = grpc.server(ThreadPoolExecutor(1))
+    grpc_server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", handlers),)
+    )
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    try:
+        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
+        address = f"127.0.0.1:{port}"
+        assert check(address, environment=environment, ask_with_token=None, timeout_s=5) == address
+        with pytest.raises(UserError, match="rejects the token"):
+            check(address, environment={}, ask_with_token=None, timeout_s=5)
+    finally:
+        grpc_server.stop(None)
