@@ -289,7 +289,7 @@ def _not_local(key: str, path: str) -> Iterator[Problem]:
     if match := URL.match(path):
         local = f"data/{PurePosixPath(urlsplit(path).path).name or 'images'}"
         fix = f"Download it and track it: dvc import-url {path} {local}. Then set {key} to {local}."
-        if match[1] == "s3":
+        if (match[1] or match[2]).lower() == "s3":
             fix += f" S3 needs: {install_command('s3')}"
         yield Problem(key, f"{key} must be a path on this machine, got the URL {path}.", fix)
     elif re.match("~[^/]*(/|$)", path):
