@@ -15,15 +15,16 @@ MAX_COMPARED_RUNS = 3
 VIEW = "workflowType=machine_learning"
 
 
-def run_pages(server: str) -> dict[str, str]:
+def run_pages(server: str, store: str = "") -> dict[str, str]:
     """Return what the pages at a server show, and their addresses: runs, charts with pictures, last runs compared.
 
-    Without runs, there is only the start page. Raises UserError if the server does not answer.
+    `store` is the store of the runs, by default the server. Without runs, there is only the start page. Raises
+    UserError if the store does not answer.
     """
     configure_mlflow()
     from mlflow import MlflowClient
 
-    client, address = MlflowClient(server), _without_credentials(server)
+    client, address = MlflowClient(store or server), _without_credentials(server)
     try:
         experiment = client.get_experiment_by_name(experiment_name())
         if experiment is None:

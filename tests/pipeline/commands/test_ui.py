@@ -1,0 +1,67 @@
+"""Tests of `vqvae2 ui`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from pipeline.commands.ui import open_browser
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_terminal", "opened"),
+    [({"DISPLAY": ":0"}, True, ["page"]), ({"WAYLAND_DISPLAY": "w"}, True, ["page"]), ({"DISPLAY": ":0"}, False, [])],
+)
+def test_browser_opens_for_a_person_with_a_display(environment, is_terminal, opened):
+    """A script or a pipe opens none."""
+    pages: list[str] = []
+    open_browser("page", environment=environment, is_terminal=is_terminal, open_page=pages.append)
+    assert pages == opened
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac always has a display")
+def test_no_browser_without_a_display():
+    """On a remote machine a text browser would take over the terminal."""
+    pages: list[str] = []
+    open_browser("page", environment={}, is_terminal=True, open_page=pages.append)
+    assert pages == []
+
+
+@pytest.mark.slow
+def test_ui_prints_pages_and_ends_with_its_server(project):
+    """The first page is printed when the server answers; a signal ends the command and the server with status 0."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from pipeline.cli import main; main()", "ui", "--port", str(port)],
+        cwd=project.folder,
+        env={**os.environ, **project.environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert "Ctrl-C" in process.stdout.readline()
+        assert process.stdout.readline().split() == ["no", "runs", "yet", f"http://127.0.0.1:{port}"]
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert "experiments" in json.load(answer)
+    finally:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.slow
+def test_server_that_fails_is_reported(project):
+    """The error has the reason that MLflow gives, and where all its messages are."""
+    (project.folder / "mlflow.db").write_text("not a database" * 99)
+    done = project.command("ui", "--port", "5987")
+    assert done.returncode == 3 and "MLflow's server ended with status" in done.stderr
+    assert "in: runs/mlflow_server.log" in done.stderr and "Traceback" not in done.stderr
