@@ -11,6 +11,7 @@ from stages.errors import UserError
 
 FILE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
+PLOTS = "plots/"  # folder of the files that DVC draws
 VERSIONS_STAGE = "result_versions"  # the stage of dvc.yaml that writes what the others depend on in place of their code
 
 
@@ -25,7 +26,7 @@ class Stage:
     params: tuple[str, ...]
     outs: tuple[str, ...]
     metrics: tuple[str, ...]
-    plots: tuple[str, ...]
+    plots: tuple[str, ...]  # outputs in plots/; the section `plots` of dvc.yaml defines how DVC draws them
 
     @property
     def cli_name(self) -> str:
@@ -97,6 +98,7 @@ def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[st
         items = (next(iter(item)) if isinstance(item, dict) else item for item in entry.get(field, ()))
         return tuple(_resolve(item, values) for item in items)
 
+    outs = paths("outs")
     return Stage(
         f"{module}@{level}" if level else module,
         module,
@@ -104,7 +106,9 @@ def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[st
         paths("deps"),
         # A mapping lists keys of another file than params.yaml: the result versions.
         tuple(_resolve(key, values) for key in entry.get("params", ()) if isinstance(key, str)),
-        *(paths(field) for field in ("outs", "metrics", "plots")),
+        outs=tuple(path for path in outs if not path.startswith(PLOTS)),
+        metrics=paths("metrics"),
+        plots=tuple(path for path in outs if path.startswith(PLOTS)),
     )
 
 

@@ -3,15 +3,17 @@
 import importlib
 import inspect
 import os
+import shlex
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
+from pipeline import composed_from, dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
 from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.ownership import exclusive_lock
@@ -24,7 +26,7 @@ from stages.errors import UserError
 from stages.formats import curves
 from stages.formats.flatten import flatten
 from stages.runtime.context import StageContext
-from stages.tracking import tracker
+from stages.tracking import provenance, tracker
 
 RUNS = Path("runs")
 SHUTDOWN_TIMEOUT_S = 18.0  # from a signal to the forced end of the process
@@ -131,6 +133,8 @@ def _call(
     """Call the stage's function with paths and settings, and track it."""
     os.environ.update(shared_cluster.cluster_environment())
     function = importlib.import_module(f"stages.{stage.module}").run
+    parent = os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data)
+    start = time.monotonic()
     with tracker.track_stage(
         stage.cli_name,
         fingerprint,
@@ -139,16 +143,31 @@ def _call(
         inputs=inputs,
         metrics=_metrics_file(stage),
         headline=_headline_files(stage, data),
-        outputs=_outputs(stage),
+        outputs=[*_outputs(stage), provenance.report_copy(work)],
         pictures=_pictures(stage),
-        parent=os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data),
+        parent=parent,
     ) as reporter:
         context = StageContext(stage.name, fingerprint, work, settings.cluster, reporter)
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
         _refuse_edits(stage, data)
+        provenance.record_facts(
+            stage.cli_name, Path(stage.outs[0]), work, time.monotonic() - start, inputs.values(), parent, _choices(data)
+        )
+
+
+def _choices(data: Mapping[str, Any]) -> str:
+    """Describe what params.yaml was composed from, such as "experiment=emoji32 seed=1"."""
+    overrides = composed_from.overrides_of(data)
+    preset = composed_from.choices_of(data).get("experiment")
+    if preset and not any(composed_from.key_of(override) == "experiment" for override in overrides):
+        overrides = [f"experiment={preset}", *overrides]
+    return shlex.join(overrides) + (", edited" if overrides and composed_from.is_edited(data) else "")
 
 
 def _metrics_file(stage: dvc_yaml.Stage) -> Path | None:
+    """Return the file of all metrics of a stage; DVC shows only a few of those of `evaluate`."""
+    if stage.module == "evaluate":
+        return Path(stage.outs[0], "metrics.json")
     return Path(stage.metrics[0]) if stage.metrics else None
 
 
@@ -160,8 +179,8 @@ def _headline_files(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> list[Path
 
 
 def _outputs(stage: dvc_yaml.Stage) -> list[Path]:
-    """Return the files that a run in MLflow has as artifacts. Not all exist."""
-    return [Path(path) for path in (*stage.metrics, *stage.plots, f"{stage.outs[0]}/report.html")]
+    """Return the files that a run in MLflow has as artifacts, without the report. Not all exist."""
+    return [Path(path) for path in (*stage.metrics, *stage.plots)]
 
 
 def _pictures(stage: dvc_yaml.Stage) -> dict[str, Path]:
@@ -180,6 +199,7 @@ def track_cached(
     parent: str, stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], fingerprint: str
 ) -> None:
     """Add a stage that did not compute its result to the tracked run `parent`, so that every run has all stages."""
+    report = provenance.report_copy(RUNS / stage.cli_name / fingerprint[:16])
     tracker.record_cached_stage(
         parent,
         stage.cli_name,
@@ -189,7 +209,7 @@ def track_cached(
         metrics=_metrics_file(stage),
         curves=curves.read(Path(stage.outs[0], curves.FILE)),
         headline=_headline_files(stage, params.read()),
-        outputs=_outputs(stage),
+        outputs=[*_outputs(stage), report if report.is_file() else Path(stage.outs[0], report.name)],
         pictures=_pictures(stage),
     )
 

@@ -3,12 +3,10 @@
 reads   shards   image shards                       formats/shards.py
         vqvae    trained VQ-VAE                     formats/model_file.py
 writes  out      one row of codes per image         formats/codes.py
-        metrics  rows, bytes and bits per code      formats/curves.py
 
 Axes: B images, H x W pixels, 3 RGB channels.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from models.priors import Grid
 from models.vqvae import VQVAE
 from stages.config import AugmentConfig, CodesConfig
 from stages.errors import UserError
-from stages.formats import artifact, curves, model_file
+from stages.formats import artifact, model_file
 from stages.formats.codes import KIND, write_codes_file
 from stages.formats.shards import ImageSet, ShardRef, Shards, open_shards, read_shard
 from stages.images.augment import augment as augment_image
@@ -33,7 +31,6 @@ def run(
     shards: Path,
     vqvae: Path,
     out: Path,
-    metrics: Path,
     *,
     codes: CodesConfig,
     augment: AugmentConfig,
@@ -68,7 +65,6 @@ def run(
     with artifact.commit_folder(out, KIND, meta) as folder:
         for result in results:
             artifact.link_or_copy(work / result["file"], folder / result["file"])
-    curves.write_metrics(metrics, _sizes(results, levels))
 
 
 class Encode:
@@ -107,7 +103,7 @@ class Encode:
                 {"levels": {name: level._asdict() for name, level in self.levels.items()}, "vqvae": self.vqvae_digest},
             )
             artifact.write_checksum(path)
-        return {"file": path.name, "rows": count * copies, "bytes": path.stat().st_size}
+        return {"file": path.name}
 
     @torch.inference_mode()
     def _encode(self, images: ImageSet, copy: int) -> dict[str, np.ndarray]:
@@ -145,16 +141,3 @@ def _parts(images: Shards, codes: CodesConfig) -> list[dict[str, Any]]:
         copies = codes.copies if shard.split == "train" else 1
         parts.append({"shard": shard._asdict(), "copies": copies, "weight": len(read_shard(shard)) * copies})
     return parts
-
-
-def _sizes(results: list[dict[str, Any]], levels: dict[str, Grid]) -> dict[str, float]:
-    """Compute the metrics: size of the files, beside the entropy of uniformly used codebooks."""
-    rows, size = sum(result["rows"] for result in results), sum(result["bytes"] for result in results)
-    codes_per_row = sum(level.height * level.width for level in levels.values())
-    bits = [level.height * level.width * math.log2(level.entries) for level in levels.values()]
-    return {
-        "rows": rows,
-        "bytes": size,
-        "bits_per_code": 8 * size / (rows * codes_per_row),
-        "bits_per_code_limit": sum(bits) / codes_per_row,  # mean of log2(entries) over codes
-    }

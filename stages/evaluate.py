@@ -5,8 +5,8 @@ reads   shards   image shards                          formats/shards.py
         codes    one row of codes per image            formats/codes.py
         priors   folder of trained priors, by level    formats/model_file.py
         samples  images sampled from the priors        formats/samples.py
-writes  out      report.html, and its images beside it
-        metrics  all metrics, as JSON
+writes  out      report.html; beside it, its images and all metrics
+        metrics  the numbers to compare between runs, as JSON
         plots    rate-distortion, likelihood and codebook usage, as CSV
 
 The networks run over the first `max_images` of each split; the shards mix classes, so these are a fair selection.
@@ -15,6 +15,7 @@ metrics depend on N. Two baselines show the decoder's contribution alone: images
 and from codes shuffled between images.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +25,15 @@ from stages.config import EvaluateConfig
 from stages.errors import UserError
 from stages.evaluation import summary
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
+from stages.evaluation.plots import write_plots
 from stages.evaluation.report import write_report
 from stages.evaluation.results import EvaluationResults
 from stages.evaluation.worker import EvaluationWorker
 from stages.formats import artifact, curves
-from stages.formats.flatten import flatten_numbers
 from stages.mapping.parts import Part, map_parts
 from stages.runtime.context import StageContext
+from stages.runtime.threads import one_thread
+from stages.tracking.provenance import PROVENANCE_SCRIPT
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference
@@ -64,17 +67,28 @@ def run(
     )
     results = EvaluationResults(inputs, plan, parts, part_results)
 
-    values = results.metrics()
-    notes = summary.notes(values, plan.num_compared, evaluate)
+    with one_thread():  # what this process computes is the same on any number of processors
+        _write(results, out.absolute(), metrics, plots, context)
+
+
+def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, context: StageContext) -> None:
+    """Compute the metrics; write the report, the headline metrics and the plots."""
+    plan = results.plan
+    values = curves.round_numbers(results.metrics())
+    headline = summary.headline(values, results.feature_network)
+    notes = summary.notes(values, plan.num_compared, plan.config)
     for note in notes:
         context.reporter.message(note)
-    context.reporter.metrics(flatten_numbers(values), 0)
-    meta: dict[str, Any] = {"inputs": results.digests(), "settings": asdict(evaluate), "seed": seed}
+    context.reporter.metrics(headline, 0)
+    meta: dict[str, Any] = {"inputs": results.digests(), "settings": asdict(plan.config), "seed": plan.seed}
     with artifact.commit_folder(out, "report", meta) as folder:
-        for name, png in write_report(folder, results.report_data(values, notes, context.fingerprint)).items():
-            context.reporter.image(name, png, 0)
-    curves.write_metrics(metrics, values)
-    summary.write_plots(plots, values, results.entry_counts)
+        provenance = os.path.relpath(context.work_dir / PROVENANCE_SCRIPT, out)
+        sheets = write_report(folder, results.report_data(values, notes, context.fingerprint, provenance))
+        curves.write_metrics(folder / "metrics.json", values)
+    for name, png in sheets.items():
+        context.reporter.image(name, png, 0)
+    curves.write_metrics(metrics, headline)
+    write_plots(plots, values, results.entry_counts)
 
 
 def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> EvaluationPlan:
@@ -116,6 +130,8 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
     for image_set in plan.query_sets:
         yield from _ranges("nearest", image_set, sizes["train"])
     yield from _ranges("examples", plan.reference, plan.num_examples)
+    for level, grid in inputs.codes.levels.items():
+        yield from _ranges("codebook", level, grid.entries)
 
 
 def _ranges(measure: str, image_set: str, size: int, **extra: str) -> Iterator[Part]:

@@ -2,8 +2,8 @@
 
 reads   codes    codes of every image               formats/codes.py
 writes  out      the trained prior                  formats/model_file.py
-        metrics  its last metrics                   formats/curves.py
-        plots    its curves                         formats/curves.py
+        metrics  its NLL                            formats/curves.py
+        plots    its curves, as CSV                 formats/curves.py
 
 B images per rank and step, H x W codes, K codebook entries.
 """
@@ -69,8 +69,11 @@ def run(
         "codes": dataset.artifact.digest,
     }
     model_file.write(out, "prior", network.state_dict(), meta, history=history, images={})
-    curves.write_metrics(metrics, curves.last(history))
-    curves.write_plot(plots, history)
+    last = curves.last(history)
+    nll_by_split = {split: last[split]["nll_nats_per_code"] for split in ("validation", "seen") if split in last}
+    # Without validation images, the NLL of training images is all there is.
+    curves.write_metrics(metrics, {"nll": next(iter(nll_by_split.values())), "nll_train": nll_by_split["seen"]})
+    curves.write_curves_plot(plots, history, {"nll_nats_per_code": "nll"}, series=level)
 
 
 def train_worker(

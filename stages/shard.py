@@ -2,7 +2,7 @@
 
 reads   source   a folder, zip or tar of images    images/sources.py, listing.py, decode.py
 writes  out      image shards and their index      formats/shards.py
-        metrics  counts, for DVC
+        metrics  number of images                   formats/curves.py
 
 Each part is one shard, written by one worker. The listing alone decides names, keys and order, so the same source and
 settings give the same bytes on any number of workers. A rerun skips finished shards.
@@ -21,7 +21,7 @@ from PIL import ImageColor
 
 from stages.config import DatasetConfig
 from stages.errors import UserError
-from stages.formats import artifact
+from stages.formats import artifact, curves
 from stages.formats.shards import INDEX, KIND, REJECTED, EncodedImage, IndexRow, write_index, write_shard
 from stages.images.decode import RejectedImage, decode, encode
 from stages.images.listing import SPLITS, ListedImage, Listing, list_images
@@ -31,7 +31,6 @@ from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
 
 _KEY_DIGITS = 9
-_COUNTS_IN_METRICS = ("rejected", "skipped", "duplicates", "leaked")
 _SHOWN_REJECTED = 20  # files in the error about too many rejected images
 
 Rejections = list[tuple[str, str]]  # name, reason
@@ -65,10 +64,7 @@ def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, conte
         write_index(folder / INDEX, filter(None, rows))
         _write_rejected(folder / REJECTED, [*listing.skipped, *rejected])
 
-    numbers = {"images": counts["images"], "classes": len(listing.classes)}
-    numbers |= {name: counts[name] for name in _COUNTS_IN_METRICS}
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    curves.write_metrics(metrics, {"images": sum(counts["images"].values())})
 
 
 class WriteShard:

@@ -2,14 +2,15 @@
 
 reads   shards   image shards                       formats/shards.py
 writes  out      the trained VQ-VAE                 formats/model_file.py
-        metrics  its last metrics                   formats/curves.py
-        plots    its curves                         formats/curves.py
+        metrics  PSNR and perplexity                formats/curves.py
+        plots    curves, as a folder of CSV files   formats/curves.py
 
 B images per rank and step, H x W pixels, K codebook entries.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from stages.images.contact_sheet import contact_sheet
 from stages.images.tensors import to_float, to_uint8
 from stages.metrics import distortion
 from stages.runtime.context import StageContext
+from stages.runtime.threads import one_thread
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.image_batches import image_data
@@ -82,10 +84,22 @@ def run(
         # How image files were converted to the images that this model was trained on.
         "images": {name: settings[name] for name in ("resize_mode", "background", "max_pixels")},
     }
-    previews = draw_reconstructions(network.eval(), preview_images(images))
+    with one_thread():
+        previews = draw_reconstructions(network.eval(), preview_images(images))
     model_file.write(out, "vqvae", network.state_dict(), meta, history=history, images=previews)
-    curves.write_metrics(metrics, curves.last(history))
-    curves.write_plot(plots, history)
+    write_metrics_and_plots(metrics, plots, history, list(vqvae.levels))
+
+
+def write_metrics_and_plots(metrics: Path, plots: Path, history: list[dict[str, Any]], levels: list[str]) -> None:
+    """Write the last PSNR and perplexities of the validation images (else of the training images), and all curves."""
+    values = curves.last(history)
+    values_of_split = values.get("validation", values["train"])
+    perplexities = {level: f"perplexity_{level}" for level in levels}
+    curves.write_metrics(metrics, {name: values_of_split[name] for name in ("psnr", *perplexities.values())})
+    training_columns = {"mse": "mse", "psnr": "psnr", "commitment": "commitment"}
+    curves.write_curves_plot(plots / "training.csv", history, training_columns)
+    rows = [row for level, name in perplexities.items() for row in curves.curve_points(history, [name], level)]
+    curves.write_plot(plots / "perplexity.csv", ["step", "series", "perplexity"], rows)
 
 
 def train_worker(

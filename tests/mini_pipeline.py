@@ -71,7 +71,7 @@ class MiniPipeline:
 
     def files(self, stage: str) -> tuple[Path, Path]:
         """Return the paths of a stage's metrics and plots."""
-        return self.folder / f"metrics/{stage}.json", self.folder / f"plots/{stage}.csv"
+        return self.folder / f"metrics/{stage}.json", self.folder / f"plots/{stage}"
 
     def shard(self) -> None:
         """Write 12 training and 4 validation images of the classes dark and light, and shard them."""
@@ -95,7 +95,7 @@ class MiniPipeline:
 
     def codes(self, copies: int = 2, out: str = "codes", fingerprint: str = "f") -> None:
         codes.run(
-            self.path("shards"), self.path("vqvae"), self.path(out), self.files("codes")[0],
+            self.path("shards"), self.path("vqvae"), self.path(out),
             codes=CodesConfig(copies=copies, batch_size=3), augment=AUGMENT, seed=0,
             context=self.run("codes", fingerprint),
         )  # fmt: skip

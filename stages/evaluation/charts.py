@@ -7,9 +7,13 @@ import numpy as np
 
 from stages.evaluation import summary, svg
 from stages.evaluation.report_data import Curve, ReportData
-from stages.evaluation.tables import RATE_LABELS, SPACE_LABELS
+from stages.evaluation.tables import RATE_LABELS, SPACE_LABELS, SPLIT_LABELS
+from stages.formats.curves import curve_points
 
 Chart = tuple[str, str]  # title and SVG
+SAME_AS_ANOTHER = {"mse", "nll_bits_per_code"}  # metrics in other units than PSNR and nats, with the same curve
+LINE_LABELS = {**SPLIT_LABELS, "seen": "training, not augmented"}
+CURVE_LABELS = {"psnr": "PSNR, dB", "nll_nats_per_code": "NLL, nats per code", "commitment": "commitment loss"}
 
 
 def charts(data: ReportData) -> dict[str, list[Chart]]:
@@ -28,9 +32,9 @@ def _usage_charts(data: ReportData) -> list[Chart]:
         order = np.argsort(-by_split["train"], kind="stable")  # most used entry first
         usage = {
             # Relative to uniform usage, 1 / K.
-            split: (range(1, len(counts) + 1), counts[order] / counts.sum() * len(counts))
-            for split, counts in by_split.items()
-            if counts.any()
+            label: (range(1, len(by_split[split]) + 1), by_split[split][order] / by_split[split].mean())
+            for split, label in SPLIT_LABELS.items()
+            if split in by_split and by_split[split].any()
         }
         title = f"Codebook usage of level {level}"
         svg_text = svg.line_chart(
@@ -47,7 +51,7 @@ def _rate_distortion_chart(data: ReportData) -> Chart:
             x, y = lines.setdefault(RATE_LABELS[kind], ([], []))
             x.append(bits_per_pixel)
             y.append(psnr)
-    title = "Rate-distortion, from the first level to all levels"
+    title = "Rate-distortion, from the first level to all levels; other levels are their mean entry"
     return title, svg.line_chart("rate", title, lines, x_label="bits per pixel", y_label="PSNR, dB", markers=True)
 
 
@@ -64,7 +68,9 @@ def _training_charts(data: ReportData) -> list[Chart]:
     charts = []
     for index, (model, curve) in enumerate(data.curves.items()):
         for metric, lines in _lines_by_metric(curve).items():
-            label = metric.replace("_", " ")
+            if metric in SAME_AS_ANOTHER:
+                continue
+            label = CURVE_LABELS.get(metric, metric.replace("_", " "))
             title = f"{model}: {label}"
             svg_text = svg.line_chart(f"curve-{index}-{metric}", title, lines, x_label="step", y_label=label)
             charts.append((title, svg_text))
@@ -72,11 +78,14 @@ def _training_charts(data: ReportData) -> list[Chart]:
 
 
 def _lines_by_metric(curve: Curve) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """Group points named "split/metric": metric -> split -> steps and values."""
+    """Group points named "split/metric": metric -> split -> steps and values, thinned to MAX_POINTS."""
+    metrics = dict.fromkeys(name.partition("/")[2] for _, name, _ in curve)
+    rows = [{"step": step, "name": name, "value": value} for step, name, value in curve]
     lines: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for step, name, value in curve:
-        split, _, metric = name.rpartition("/")
-        steps, values = lines.setdefault(metric, {}).setdefault(split, ([], []))
-        steps.append(step)
-        values.append(value)
+    for metric in metrics:
+        points = curve_points(rows, [metric])
+        for split, label in LINE_LABELS.items():
+            of_split = [(step, value) for step, name, value in points if name == split]
+            if of_split:
+                lines.setdefault(metric, {})[label] = ([step for step, _ in of_split], [value for _, value in of_split])
     return lines

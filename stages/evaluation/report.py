@@ -1,40 +1,34 @@
-"""Report page: images first, then metrics, then the artifacts and settings they come from.
+"""Report page: key metrics and images first, then tables and charts, then the artifacts and settings they come from.
 
-The page is one self-contained HTML file: images and charts are embedded, and nothing is requested.
+The page is one HTML file that requests nothing from the network: images and charts are embedded. It loads one local
+script if that exists, the facts of the run that computed it (stages/tracking/provenance.py).
 
 Axes: N images, H rows, W columns, k nearest images.
 """
 
 import base64
+import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
-from PIL import Image
 
 from stages.evaluation.charts import charts
+from stages.evaluation.pictures import COLUMNS, Picture, codebook_picture, picture, picture_list
 from stages.evaluation.report_data import NearestImages, ReportData
-from stages.evaluation.tables import cards, tables
+from stages.evaluation.tables import SPLIT_LABELS, cards, tables
 from stages.images.contact_sheet import BACKGROUND, contact_sheet
 
-MAX_EMBEDDED_SIDE = 96  # pixels; larger images are reduced on the page and kept at full size in the PNG files
-COLUMNS = 8  # of a contact sheet
 FILL_LABELS = {"zeros": "zeros", "mean": "their mean entry"}
-
-
-class Picture(NamedTuple):
-    """An embedded image."""
-
-    caption: str
-    base64_png: str
-    alt_text: str
+SAMPLES_SHOWN = 64  # without classes
+SAMPLES_SHOWN_PER_CLASS, CLASSES_SHOWN = 8, 16
+SCRIPT = "report.js"
 
 
 def write_report(folder: Path, data: ReportData) -> dict[str, bytes]:
     """Write report.html and its contact sheets at full size; return the contact sheets as PNG, by name."""
-    samples = np.concatenate([_pad_row(images) for images in data.samples.values()])
+    samples = np.concatenate([_pad_row(images) for images in _first_samples(data).values()])
     reconstructions = np.concatenate([data.originals, *data.reconstructions.values()])
     nearest = np.concatenate([np.stack([row.sample, *row.by_pixels, *row.by_features]) for row in data.nearest])
     sheets = {
@@ -48,58 +42,76 @@ def write_report(folder: Path, data: ReportData) -> dict[str, bytes]:
     return sheets
 
 
+def render(data: ReportData) -> str:
+    """Render the page as HTML."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (folder / SCRIPT).read_text(encoding="utf-8")
+    shown = _first_samples(data)
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        cards=cards(data),
+        reference=SPLIT_LABELS[data.metrics["reference"]],
+        samples=[picture(name, images, f"samples {name}".strip()) for name, images in shown.items()],
+        shows_all=all(len(images) == count for images, count in data.samples.values()),
+        all_samples=_all_samples(data) if sum(map(len, shown.values())) < data.metrics["num_images"]["samples"] else [],
+        reconstructions=_reconstruction_pictures(data),
+        nearest=[_nearest_pictures(number, row) for number, row in enumerate(data.nearest, 1)],
+        nearest_count=len(data.nearest[0].by_pixels) if data.nearest else 0,
+        codebooks=[
+            codebook_picture(level, images, int((data.entry_counts[level]["train"] > 0).sum()))
+            for level, images in data.codebooks.items()
+        ],
+        tables=tables(data),
+        charts=charts(data),
+        settings=json.dumps(data.settings, indent=2, ensure_ascii=False),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _first_samples(data: ReportData) -> dict[str, np.ndarray]:
+    """Select the samples that are shown at once: class -> images."""
+    per_class = SAMPLES_SHOWN_PER_CLASS if len(data.samples) > 1 else SAMPLES_SHOWN
+    return {name: samples.images[:per_class] for name, samples in list(data.samples.items())[:CLASSES_SHOWN]}
+
+
+def _all_samples(data: ReportData) -> list[Picture]:
+    pictures = []
+    for name, (images, count) in data.samples.items():
+        shown = f"the first {len(images)} of {count:,}" if len(images) < count else str(count)
+        caption = f"{name}: {shown}" if name else f"{shown} samples"
+        pictures.append(picture_list(caption, images, f"all shown samples {name}".strip()))
+    return pictures
+
+
 def _pad_row(images: np.ndarray) -> np.ndarray:
     """Fill the last row of a class with blank images, so that the next class begins a row."""
     missing = -len(images) % COLUMNS
     return np.concatenate([images, np.full((missing, *images.shape[1:]), BACKGROUND, np.uint8)])
 
 
-def render(data: ReportData) -> str:
-    """Render the page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        cards=cards(data),
-        samples=[_picture(name, images, f"samples {name}".strip()) for name, images in data.samples.items()],
-        reconstructions=_reconstruction_pictures(data),
-        nearest=[_nearest_pictures(number, row) for number, row in enumerate(data.nearest, 1)],
-        nearest_count=len(data.nearest[0].by_pixels) if data.nearest else 0,
-        tables=tables(data),
-        charts=charts(data),
-        settings=json.dumps(data.settings, indent=2, ensure_ascii=False),
-    )
-
-
 def _reconstruction_pictures(data: ReportData) -> list[Picture]:
-    pictures = [_picture("originals", data.originals, f"original {data.metrics['reference']} images")]
+    pictures = [picture("originals", data.originals, f"original {data.metrics['reference']} images")]
     for name, images in data.reconstructions.items():
         prefix, fill = name.split("/")
         levels = prefix.split("+")
         all_levels = len(levels) == len(data.levels)
         caption = f"{', '.join(levels)}: " + ("all levels" if all_levels else f"other levels are {FILL_LABELS[fill]}")
-        pictures.append(_picture(caption, images, f"the same images decoded from {caption}"))
+        pictures.append(picture(caption, images, f"the same images decoded from {caption}"))
     return pictures
 
 
 def _nearest_pictures(number: int, row: NearestImages) -> list[Picture]:
     alt_text = f"training images nearest to sample {number} by"
     return [
-        _picture("", row.sample[None], f"sample {number}", columns=1),
-        _picture("", row.by_pixels, f"{alt_text} pixels", columns=len(row.by_pixels)),
-        _picture("", row.by_features, f"{alt_text} features", columns=len(row.by_features)),
+        picture("", row.sample[None], f"sample {number}", columns=1),
+        picture("", row.by_pixels, f"{alt_text} pixels", columns=len(row.by_pixels)),
+        picture("", row.by_features, f"{alt_text} features", columns=len(row.by_features)),
     ]
-
-
-def _picture(caption: str, images: np.ndarray, alt_text: str, columns: int = COLUMNS) -> Picture:
-    """Embed images (N, H, W, 3) as one contact sheet, reduced to MAX_EMBEDDED_SIDE."""
-    factor = -(-max(images.shape[1:3]) // MAX_EMBEDDED_SIDE)  # rounded up
-    if factor > 1:
-        images = np.stack([np.asarray(Image.fromarray(image).reduce(factor)) for image in images])
-    png = contact_sheet(images, min(columns, len(images)))
-    return Picture(caption, base64.b64encode(png).decode(), alt_text)

@@ -22,21 +22,31 @@ class NearestImages(NamedTuple):
     by_features: np.ndarray  # (k, H, W, 3)
 
 
+class SamplesOfClass(NamedTuple):
+    """The first samples of a class, and the number of all."""
+
+    images: np.ndarray  # uint8 (N, H, W, 3)
+    total: int
+
+
 @dataclass(frozen=True)
 class ReportData:
     """Metrics, images and curves of one evaluation. Images are uint8, (N, H, W, 3)."""
 
-    metrics: Mapping[str, Any]  # as in metrics/evaluate.json
+    metrics: Mapping[str, Any]  # as in metrics.json of the report
     notes: Sequence[str]  # warnings for the reader
     feature_network: str  # name of the network that computed the features
     image_size: int  # pixels
     levels: Mapping[str, Grid]  # coarse to fine
     originals: np.ndarray
     reconstructions: Mapping[str, np.ndarray]  # "top/zeros", "top/mean", ..., "top+bottom/zeros" -> images
-    samples: Mapping[str, np.ndarray]  # class ("" without classes) -> images
+    samples: Mapping[str, SamplesOfClass]  # class ("" without classes) -> its first samples
+    codebooks: Mapping[str, np.ndarray]  # level -> its entries, each decoded alone, by use in the training images
     nearest: Sequence[NearestImages]
     nearest_distances: Mapping[str, Mapping[str, np.ndarray]]  # space -> image set -> (N,), to the nearest train image
     entry_counts: Mapping[str, Mapping[str, np.ndarray]]  # level -> split -> occurrences of each entry, (K,)
     curves: Mapping[str, Curve]  # model -> training curves
+    origin: Mapping[str, str]  # what made the results: label -> text
+    provenance: str  # relative path of a script with the facts of the run that computed the report: see provenance.py
     settings: Mapping[str, Any]
     digests: Mapping[str, str]  # artifact -> SHA-256 of its manifest

@@ -14,7 +14,8 @@ import numpy as np
 
 from stages.evaluation import summary
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
-from stages.evaluation.report_data import NearestImages, ReportData
+from stages.evaluation.origin import describe_origin
+from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
 from stages.evaluation.summary import Metrics
 from stages.formats import artifact, curves
 from stages.mapping.parts import Part, Result
@@ -23,9 +24,7 @@ from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import network_name
 from stages.metrics.rate import LikelihoodSums
 
-SAMPLES_SHOWN = 64  # without classes
-CLASSES_SHOWN = 16
-SAMPLES_SHOWN_PER_CLASS = 8
+MAX_SAMPLES = 512  # on the page, over all classes
 
 
 class EvaluationResults:
@@ -42,7 +41,7 @@ class EvaluationResults:
             self._results.setdefault(key, []).append(result)
 
     def metrics(self) -> Metrics:
-        """Compute all metrics, as metrics/evaluate.json has them."""
+        """Compute all metrics, as metrics.json of the report has them."""
         levels, shards = self.inputs.codes.levels, self.inputs.shards
         reference, num_compared = self.plan.reference, self.plan.num_compared
         likelihood = summary.likelihood(self._likelihood_sums(), levels)
@@ -130,12 +129,13 @@ class EvaluationResults:
             digests[f"prior {level}"] = artifact.read(inputs.priors_folder / level, "prior", f"prior_{level}").digest
         return digests
 
-    def report_data(self, metrics: Metrics, notes: list[str], fingerprint: str) -> ReportData:
-        """Collect the contents of the report page."""
+    def report_data(self, metrics: Metrics, notes: list[str], fingerprint: str, provenance: str) -> ReportData:
+        """Collect the contents of the report page. `provenance` is the relative path of a script: see ReportData."""
         inputs = self.inputs
         examples = self._results["examples", self.plan.reference][0]
         folders = {"VQ-VAE": inputs.vqvae_folder}
-        folders |= {f"prior of level {level}": inputs.priors_folder / level for level in inputs.codes.levels}
+        folders |= {f"Prior of level {level}": inputs.priors_folder / level for level in inputs.codes.levels}
+        curves_by_model = {name: curves.read(folder / curves.FILE) for name, folder in folders.items()}
         return ReportData(
             metrics=metrics,
             notes=notes,
@@ -145,23 +145,39 @@ class EvaluationResults:
             originals=examples["images"],
             reconstructions={name: images for name, images in examples.items() if name != "images"},
             samples=self._samples_by_class(),
+            codebooks=self._codebook_images(),
             nearest=self._nearest_images(),
             nearest_distances=self.nearest_distances,
             entry_counts=self.entry_counts,
-            curves={name: curves.read(folder / curves.FILE) for name, folder in folders.items()},
+            curves=curves_by_model,
+            origin=describe_origin(inputs, self.plan, curves_by_model),
+            provenance=provenance,
             settings={"seed": self.plan.seed, "evaluate": asdict(self.plan.config), "models": _network_meta(folders)},
             digests={**self.digests(), "evaluation": fingerprint},
         )
 
-    def _samples_by_class(self) -> dict[str, np.ndarray]:
+    def _samples_by_class(self) -> dict[str, SamplesOfClass]:
+        """Read the first samples of each class, an even share of MAX_SAMPLES."""
         samples = self.inputs.samples
-        if not samples.classes:
-            return {"": samples.images(0, min(samples.count, SAMPLES_SHOWN))}
-        numbers = {name: np.flatnonzero(samples.labels == label) for label, name in enumerate(samples.classes)}
-        with_samples = [name for name in samples.classes if len(numbers[name])]
+        names = list(samples.classes) or [""]
+        labels = samples.labels if samples.classes else np.zeros(samples.count, np.int64)
+        numbers = {name: np.flatnonzero(labels == label) for label, name in enumerate(names)}
+        with_samples = [name for name in names if len(numbers[name])][:MAX_SAMPLES]
+        limit = max(1, MAX_SAMPLES // len(with_samples))
+        if samples.count <= MAX_SAMPLES:
+            limit = MAX_SAMPLES
         return {
-            name: samples.read_images(numbers[name][:SAMPLES_SHOWN_PER_CLASS]) for name in with_samples[:CLASSES_SHOWN]
+            name: SamplesOfClass(samples.read_images(numbers[name][:limit]), len(numbers[name]))
+            for name in with_samples
         }
+
+    def _codebook_images(self) -> dict[str, np.ndarray]:
+        """Return the decoded entries of each level, (K, H, W, 3), the most used in the training images first."""
+        images = {}
+        for level, counts in self.entry_counts.items():
+            decoded = np.concatenate([result["images"] for result in self._results["codebook", level]])
+            images[level] = decoded[np.argsort(-counts["train"], kind="stable")]
+        return images
 
     def _nearest_images(self) -> list[NearestImages]:
         nearest, training_images = self.nearest("samples"), self.inputs.images("train")

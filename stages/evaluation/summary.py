@@ -1,14 +1,13 @@
-"""Metrics of an evaluation, computed from sums, counts and features: one function per section of metrics/evaluate.json.
+"""Metrics of an evaluation, computed from sums, counts and features: one function per section of the report's
+metrics.json.
 
 Each section states its number of images. Keys that end in `_se` are standard errors.
 
 Axes: N images, D features, K codebook entries.
 """
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -129,6 +128,16 @@ def comparisons(
     return metrics
 
 
+def headline(metrics: Metrics, network: str) -> Metrics:
+    """Select the numbers that people compare between runs: of the samples, and of the reconstructions.
+
+    All are of the validation images, or of the training images where there are few validation images.
+    """
+    samples, reconstructions = metrics["compared"]["samples"], metrics["reconstruction"][metrics["reference"]]
+    compared = {name: samples[f"{name}_{network}"] for name in COMPARISONS if f"{name}_{network}" in samples}
+    return compared | {name: reconstructions[name] for name in ("psnr", "ssim") if name in reconstructions}
+
+
 def kid_ratios(compared: Metrics, network: str) -> Metrics:
     """Divide the KID of the samples by that of each baseline. A good prior gives a ratio far below 1."""
     kids = {name: values.get(f"kid_{network}") for name, values in compared.items()}
@@ -175,31 +184,6 @@ def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[s
     return warnings
 
 
-def write_plots(folder: Path, metrics: Metrics, counts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write the CSV files that DVC plots: rate-distortion, likelihood, and the codebook usage of each level."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "rate_distortion.csv", RATE_DISTORTION_COLUMNS, rate_distortion(metrics))
-    _write_csv(
-        folder / "nll.csv",
-        ["level", "split", "nats_per_code", "bits_per_code"],
-        [
-            [level, split, by_split[split]["nats_per_code"], by_split[split]["bits_per_code"]]
-            for level, by_split in metrics["likelihood"].items()
-            for split in ("train", "validation")
-            if split in by_split
-        ],
-    )
-    for level, by_split in counts.items():
-        order = np.argsort(-by_split["train"], kind="stable")  # most used entry first
-        shares = {split: split_counts[order] / max(1, split_counts.sum()) for split, split_counts in by_split.items()}
-        columns = zip(*(share.tolist() for share in shares.values()), strict=True)
-        _write_csv(
-            folder / f"usage_{level}.csv",
-            ["rank", *shares],
-            [[rank, *row] for rank, row in enumerate(columns, 1)],
-        )
-
-
 def rate_distortion(metrics: Metrics) -> list[list[Any]]:
     """Return one row of RATE_DISTORTION_COLUMNS per prefix of levels and kind of rate ("fixed", "prior").
 
@@ -215,8 +199,3 @@ def rate_distortion(metrics: Metrics) -> list[list[Any]]:
                 bits = sum(metrics["rate"][level][kind]["bits_per_pixel"] for level in levels[:count])
                 rows.append([name, kind, bits, values["mse"], values.get("psnr", "")])
     return rows
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])

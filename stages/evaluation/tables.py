@@ -9,7 +9,8 @@ from models.priors import Grid
 from stages.evaluation.report_data import ReportData
 from stages.metrics.comparisons import COMPARISONS
 
-SPLITS = ("train", "validation")
+SPLITS = ("validation", "train")
+SPLIT_LABELS = {"validation": "validation", "train": "training"}
 MISSING = "–"  # cell of a metric that was not computed
 SET_LABELS = {
     "samples": "samples",
@@ -41,30 +42,35 @@ class Table(NamedTuple):
 
 
 def cards(data: ReportData) -> list[Card]:
-    """Select the key metrics."""
+    """Select the key metrics: of the validation images, or of the training images where there are few of those."""
     metrics, split = data.metrics, data.metrics["reference"]
+    images = f"{SPLIT_LABELS[split]} images"
     cards = []
-    samples, kid = metrics["compared"]["samples"], f"kid_{data.feature_network}"
-    if kid in samples:
-        ratio = metrics["compared"].get("kid_samples_to_random_codes")
-        remark = f"lower is better; {ratio:.0%} of the KID of random codes" if ratio else "lower is better"
-        error = f"± {samples[f'{kid}_se']:.4f}" if f"{kid}_se" in samples else ""
-        cards.append(Card("KID of samples", f"{samples[kid]:.4f}", error, remark))
     reconstruction = metrics["reconstruction"][split]
     if "psnr" in reconstruction:
-        remark = f"{split} PSNR, higher is better"
+        remark = f"PSNR of {images}; higher is better"
         cards.append(Card("Reconstruction", f"{reconstruction['psnr']:.2f}", "dB", remark))
-    for level, usage in metrics["codebook"].items():
-        perplexity = f"{usage['train']['perplexity']:.0f}"
-        cards.append(Card(f"Perplexity, {level}", perplexity, f"of {usage['entries']}", "train, higher is better"))
     for level, likelihood in metrics["likelihood"].items():
         if split in likelihood:
-            remark = f"{split} NLL, lower is better; uniform {likelihood['uniform_nats_per_code']:.2f}"
+            remark = f"NLL of {images}; lower is better; a uniform prior has {likelihood['uniform_nats_per_code']:.2f}"
             cards.append(Card(f"Prior, {level}", f"{likelihood[split]['nats_per_code']:.3f}", "nats/code", remark))
+    for level, usage in metrics["codebook"].items():
+        if split in usage:
+            perplexity = f"{usage[split]['perplexity']:.0f}"
+            cards.append(
+                Card(f"Perplexity, {level}", perplexity, f"of {usage['entries']}", f"entries in use by {images}")
+            )
     total = metrics["rate"]["total"]
     rate = total.get("prior", total["fixed"])
-    remark = f"{rate['compression']:.0f}x smaller, {'under the priors' if 'prior' in total else 'without priors'}"
+    remark = f"{'NLL of the codes' if 'prior' in total else 'codes of fixed length'} of {images}; 24 uncompressed"
     cards.append(Card("Rate", f"{rate['bits_per_pixel']:.3f}", "bits/pixel", remark))
+    samples, kid = metrics["compared"]["samples"], f"kid_{data.feature_network}"
+    if kid in samples:
+        random_codes = metrics["compared"]["random_codes"].get(kid)
+        remark = f"compared with {images}; lower is better"
+        remark += f"; random codes have {random_codes:.4f}" if random_codes is not None else ""
+        error = f"± {samples[f'{kid}_se']:.4f}" if f"{kid}_se" in samples else ""
+        cards.append(Card("KID of samples", f"{samples[kid]:.4f}", error, remark))
     return cards
 
 
@@ -95,7 +101,7 @@ def _comparison_table(data: ReportData) -> Table:
                 cells.append(f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}")
         rows.append([label, str(values["images"]), *cells])
     caption = (
-        f"Compared with N {data.metrics['reference']} images unless stated otherwise, by features of "
+        f"Compared with N {SPLIT_LABELS[data.metrics['reference']]} images unless stated otherwise, by features of "
         f"{data.feature_network}. ± is one standard error."
     )
     return Table(caption, 1, ["images", "N", *headings], rows)
@@ -111,7 +117,7 @@ def _reconstruction_table(data: ReportData) -> Table:
             values = by_prefix.get(name.replace("/", "_filled_with_"), by_prefix)
             fill_cell = MISSING if values is by_prefix else fill
             cells = [f"{values['mse']:.5f}", _format(values, "psnr", 2), _format(values, "ssim", 3)]
-            rows.append([split, prefix.replace("+", ", "), fill_cell, *cells])
+            rows.append([SPLIT_LABELS[split], prefix.replace("+", ", "), fill_cell, *cells])
     caption = "Pixels in [-1, 1]. MSE: lower is better. PSNR and SSIM: higher is better."
     return Table(caption, 3, ["images", "decoded levels", "other levels", "MSE", "PSNR, dB", "SSIM"], rows)
 
@@ -123,7 +129,7 @@ def _memorization_table(data: ReportData) -> Table:
         for name, distances in by_set.items()
     ]
     caption = (
-        "Median distance to the nearest training image. Samples closer than validation images indicate memorization."
+        "Median distance to the nearest training image. Samples much closer than validation images can be memorized."
     )
     return Table(caption, 2, ["space", "images", "median", "exact copies"], rows)
 
@@ -132,7 +138,7 @@ def _codebook_table(data: ReportData) -> Table:
     rows = [
         [
             level,
-            split,
+            SPLIT_LABELS[split],
             _grid(data.levels[level]),
             str(data.levels[level].entries),
             _format(values, "perplexity", 1),
@@ -140,7 +146,7 @@ def _codebook_table(data: ReportData) -> Table:
         ]
         for level, split, values in _by_split(data.metrics["codebook"])
     ]
-    caption = "Perplexity: the effective number of entries in use. Higher is better, up to the number of entries."
+    caption = "Perplexity: the effective number of entries in use, at most the number of entries. Over all images."
     return Table(caption, 3, ["level", "images", "grid", "entries", "perplexity", "used"], rows)
 
 
@@ -149,7 +155,7 @@ def _likelihood_table(data: ReportData) -> Table:
     rows = [
         [
             level,
-            split,
+            SPLIT_LABELS[split],
             str(values["images"]),
             _format(values, "nats_per_code", 4),
             _format(values, "nats_per_code_se", 4),
@@ -158,7 +164,9 @@ def _likelihood_table(data: ReportData) -> Table:
         ]
         for level, split, values in _by_split(likelihood)
     ]
-    caption = "Negative log-likelihood (NLL) per code; lower is better. Validation above train indicates overfitting."
+    caption = (
+        "Negative log-likelihood (NLL) per code; lower is better. Validation above training is a generalization gap."
+    )
     return Table(caption, 2, ["level", "images", "N", "nats", "± s.e.", "bits", "uniform, nats"], rows)
 
 
@@ -174,7 +182,10 @@ def _rate_table(data: ReportData) -> Table:
         for level in (*data.levels, "total")
         for kind, values in data.metrics["rate"][level].items()
     ]
-    caption = "Compression is relative to 24 bits per pixel. In files: the level's Parquet column, with its overhead."
+    caption = (
+        "Compression is relative to 24 bits per pixel. Under the prior: the NLL, which no file attains here. "
+        "In files: the level's Parquet column, with its overhead."
+    )
     return Table(caption, 2, ["codes", "rate", "bits/pixel", "bits/dimension", "compression"], rows)
 
 

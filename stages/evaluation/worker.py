@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.priors import nll
+from models.quantizer import Quantizer
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
 from stages.formats import artifact
 from stages.formats.codes import CodeSet
@@ -24,6 +25,8 @@ from stages.metrics import distortion, neighbours, rate
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import FeatureNetwork
 from stages.runtime.device import best_device
+
+CODEBOOK_GRID = 4  # side in codes of the coarsest level of the grid that shows an entry alone
 
 
 class EvaluationWorker:
@@ -66,6 +69,8 @@ class EvaluationWorker:
                 return self.nearest(image_set, start, stop)
             case "examples":
                 return self.examples(image_set, start, stop)
+            case "codebook":
+                return self.codebook(image_set, start, stop)
         raise ValueError(f"measure must be that of a part of `evaluate`, got {part['measure']!r}")
 
     def distortion(self, split: str, start: int, stop: int) -> dict[str, Any]:
@@ -121,6 +126,32 @@ class EvaluationWorker:
             "images": self.images(split, start, stop),
             **{name: np.concatenate(batches) for name, batches in decoded.items()},
         }
+
+    def codebook(self, level: str, start: int, stop: int) -> dict[str, Any]:
+        """Decode entries [start, stop) of a level, each alone on a small grid: uint8 (N, H, W, 3).
+
+        Coarser levels hold the entry nearest to their mean entry, finer levels the mean entry. The image is the centre
+        of the decoded grid, as far from its borders as it is large.
+        """
+        levels = self.inputs.codes.levels
+        batches = []
+        for first, last in self._batches(start, stop):
+            codes = {}
+            for name, grid in levels.items():
+                side = CODEBOOK_GRID * grid.height // next(iter(levels.values())).height
+                entries = torch.arange(first, last) if name == level else self._mean_entry(name).expand(last - first)
+                codes[name] = entries[:, None, None].expand(-1, side, side).to(self.device)
+                if name == level:
+                    break
+            decoded = to_uint8(self.vqvae().decode(codes, fill="mean").cpu().numpy())
+            border = decoded.shape[1] // 4
+            batches.append(decoded[:, border:-border, border:-border])
+        return {"images": np.concatenate(batches)}
+
+    def _mean_entry(self, level: str) -> Tensor:
+        """Return the index of the entry nearest to the mean entry of a level: a tensor of one value."""
+        quantizer: Quantizer = self.inputs.vqvae.levels[f"level_{level}"].quantizer  # type: ignore[assignment]
+        return (quantizer.codebook - quantizer.mean()).square().sum(1).argmin()[None].cpu()
 
     def images(self, image_set: str, start: int, stop: int) -> np.ndarray:
         """Read or decode images [start, stop) of an image set: uint8 (N, H, W, 3)."""

@@ -1,8 +1,8 @@
 """Metrics that compare two sets of images by their features.
 
 To add one, write its function in a file of this package and add a line to `COMPARISONS`. `evaluate` applies each one to
-the samples, the reconstructions and both baselines, writes its values to metrics/evaluate.json and shows them in the
-report.
+the samples, the reconstructions and both baselines, and shows the values in the report. metrics/evaluate.json has those
+of the samples.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ COMPARISONS: dict[str, Comparison] = {
         lambda config: 2,
         lambda reference, images, config, seed: distance.kid(reference, images, seed=seed),
     ),
-    "fd": Comparison(
+    "frechet": Comparison(
         "Fréchet distance",
         "lower",
         lambda config: 2,

@@ -10,8 +10,9 @@ Axes: N reference images, M compared images, D features, S subset selections.
 
 import numpy as np
 
+from stages.metrics.chunks import map_chunks
+
 SUBSETS = 100  # random halves for a standard error; its own relative error is about 1 / sqrt(2 x 100) = 7%
-CHUNK_ROWS = 1024  # rows of the kernel matrix in memory at once
 
 
 def kid(reference: np.ndarray, images: np.ndarray, *, seed: int) -> tuple[float, float]:
@@ -88,10 +89,12 @@ def _mean_kernel(
     `exclude_diagonal` leaves out the pairs of an image with itself; then `left` and `right` are the same set.
     """
     left, right = left.astype(np.float64), right.astype(np.float64)
-    totals = np.zeros(len(left_selected))
-    for start in range(0, len(left), CHUNK_ROWS):
-        kernel = (left[start : start + CHUNK_ROWS] @ right.T / left.shape[1] + 1) ** 3
-        totals += ((left_selected[:, start : start + CHUNK_ROWS] @ kernel) * right_selected).sum(axis=1)
+
+    def total(rows: slice) -> np.ndarray:
+        kernel = (left[rows] @ right.T / left.shape[1] + 1) ** 3
+        return ((left_selected[:, rows] @ kernel) * right_selected).sum(axis=1)  # (S,)
+
+    totals = sum(map_chunks(total, len(left)), np.zeros(len(left_selected)))
     pairs = left_selected.sum(axis=1) * right_selected.sum(axis=1)
     if exclude_diagonal:
         totals -= left_selected @ (np.square(left).sum(axis=1) / left.shape[1] + 1) ** 3

@@ -8,11 +8,11 @@ Source: Kynkäänniemi et al. 2019, equations 1 and 2.
 Axes: N reference images, M compared images, D features, R rows of one chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-CHUNK_ROWS = 1024  # R: rows of the distance matrix in memory at once
+from stages.metrics.chunks import map_chunks
 
 
 def precision(reference: np.ndarray, images: np.ndarray, k: int) -> float:
@@ -24,8 +24,8 @@ def precision(reference: np.ndarray, images: np.ndarray, k: int) -> float:
     if smaller <= k:
         raise ValueError(f"k must be below the number of images of each set, {smaller}, got {k}; use more images")
     radii = _squared_radii(reference, k)
-    is_inside = [(distances <= radii).any(axis=1) for distances in _squared_distances(images, reference)]
-    return float(np.concatenate(is_inside).mean())
+    is_inside = _map_distances(lambda distances: np.asarray((distances <= radii).any(axis=1)), images, reference)
+    return float(is_inside.mean())
 
 
 def recall(reference: np.ndarray, images: np.ndarray, k: int) -> float:
@@ -39,16 +39,17 @@ def recall(reference: np.ndarray, images: np.ndarray, k: int) -> float:
 def _squared_radii(features: np.ndarray, k: int) -> np.ndarray:
     """Return the squared distance of each vector to its k-th nearest neighbour: (N, D) -> (N,)."""
     # In sorted order the 0th distance is that of the vector to itself, so index k is the k-th neighbour.
-    return np.concatenate(
-        [np.partition(distances, k, axis=1)[:, k] for distances in _squared_distances(features, features)]
-    )
+    return _map_distances(lambda distances: np.partition(distances, k, axis=1)[:, k], features, features)
 
 
-def _squared_distances(left: np.ndarray, right: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the matrix of squared distances in chunks of rows: (M, D), (N, D) -> (R, N) at a time."""
+def _map_distances(function: Callable[[np.ndarray], np.ndarray], left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Reduce each chunk of rows of the matrix of squared distances: (M, D), (N, D), (R, N) -> (R,) gives (M,)."""
     left, right = left.astype(np.float64), right.astype(np.float64)
     squared_norms = np.square(right).sum(axis=1)
-    for start in range(0, len(left), CHUNK_ROWS):
-        rows = left[start : start + CHUNK_ROWS]
+
+    def reduce(rows: slice) -> np.ndarray:
         # |l - r|^2 = |l|^2 - 2 l.r + |r|^2; rounding can make it slightly negative.
-        yield np.maximum(0, np.square(rows).sum(axis=1)[:, None] - 2 * rows @ right.T + squared_norms)
+        norms = np.square(left[rows]).sum(axis=1)[:, None]
+        return function(np.maximum(0, norms - 2 * left[rows] @ right.T + squared_norms))
+
+    return np.concatenate(list(map_chunks(reduce, len(left))))

@@ -20,7 +20,7 @@ def test_vqvae_without_codes_is_refused(project, tmp_path: Path):
     model_file.write(tmp_path / "vqvae", "vqvae", VQVAE(config).state_dict(), meta, history=[], images={})
     with pytest.raises(UserError, match=r"does not quantize, so it has no codes\.") as caught:
         codes.run(
-            project.path("shards"), tmp_path / "vqvae", tmp_path / "codes", tmp_path / "codes.json",
+            project.path("shards"), tmp_path / "vqvae", tmp_path / "codes",
             codes=CodesConfig(), augment=project.augment, seed=0, context=project.run("codes", "none"),
         )  # fmt: skip
     assert caught.value.where == "params.yaml: vqvae.quantizer.mode" and "ema or loss" in caught.value.fix

@@ -99,7 +99,6 @@ def make_inputs(root: Path, images: dict[str, int], *, classes: tuple[str, ...] 
         root / "shards",
         root / "vqvae",
         root / "codes",
-        metrics,
         codes=CodesConfig(),
         augment=AugmentConfig(),
         seed=0,
@@ -130,7 +129,7 @@ def make_inputs(root: Path, images: dict[str, int], *, classes: tuple[str, ...] 
 
 
 def run_evaluate(root: Path, name: str = "evaluate") -> SimpleNamespace:
-    """Run evaluate; return its metrics, output folder, messages and images."""
+    """Run evaluate; return all its metrics, output folder, messages and images."""
     screen, out = Screen(), root / name
     network = root / "thumbnail.pt"
     torch.jit.script(Thumbnail()).save(str(network))
@@ -145,7 +144,7 @@ def run_evaluate(root: Path, name: str = "evaluate") -> SimpleNamespace:
         seed=0,
         context=StageContext("evaluate", "f" * 64, work, ClusterConfig(), screen),
     )
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "report" / "metrics.json").read_text())
     return SimpleNamespace(metrics=metrics, out=out, messages=screen.messages, images=screen.images)
 
 
@@ -193,7 +192,7 @@ def test_max_images_limits_each_split(evaluated):
 
 def test_each_image_set_has_all_measures(evaluated):
     """Samples, reconstructions and baselines have KID, Fréchet distance, precision and recall, named by the network."""
-    names = {f"{metric}_thumbnail" for metric in ("kid", "fd", "precision", "recall")}
+    names = {f"{metric}_thumbnail" for metric in ("kid", "frechet", "precision", "recall")}
     for name in COMPARED_SETS:
         assert names <= set(evaluated.metrics["compared"][name])
     assert set(evaluated.metrics["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}
@@ -216,20 +215,35 @@ def test_codebook_usage_covers_all_images(root, evaluated):
 
 
 def test_plots_are_csv_files_with_headers(evaluated):
-    """The plots are rate-distortion, likelihood, and the usage of each level."""
+    """The plots are rate-distortion, likelihood and codebook usage, with named lines or bars."""
     headers = {path.name: next(csv.reader(path.open())) for path in (evaluated.out / "plots").iterdir()}
     assert headers == {
-        "rate_distortion.csv": ["levels", "rate", "bits_per_pixel", "mse", "psnr"],
-        "nll.csv": ["level", "split", "nats_per_code", "bits_per_code"],
-        "usage_top.csv": ["rank", "train", "validation"],
-        "usage_bottom.csv": ["rank", "train", "validation"],
+        "rate_distortion.csv": ["series", "levels", "bits_per_pixel", "mse", "psnr"],
+        "nll.csv": ["level", "series", "nll"],
+        "codebook_usage.csv": ["rank", "series", "usage"],
     }
 
 
+def test_headline_metrics_are_few_and_plain(evaluated):
+    """metrics.json has the numbers that people compare: plain names, validation images, 6 significant digits."""
+    headline = json.loads((evaluated.out / "metrics.json").read_text())
+    assert list(headline) == ["kid", "frechet", "precision", "recall", "psnr", "ssim"]
+    assert headline["psnr"] == evaluated.metrics["reconstruction"]["validation"]["psnr"]
+    assert headline["kid"] == evaluated.metrics["compared"]["samples"]["kid_thumbnail"]
+    assert all(value == float(f"{value:.6g}") for value in headline.values())
+
+
+def test_report_shows_each_entry_of_the_codebooks(root, evaluated):
+    """A part decodes each entry of a level alone: another image for each."""
+    with np.load(evaluated.out / "work" / "parts" / "codebook-bottom-0-32.npz") as result:
+        images = result["images"]
+    assert images.shape == (32, 16, 16, 3) and len(np.unique(images.reshape(32, -1), axis=0)) == 32
+
+
 def test_report_is_an_artifact_with_its_contact_sheets(evaluated):
-    """The page and three contact sheets are one artifact, and the reporter gets the contact sheets."""
+    """The page, three contact sheets and all metrics are one artifact, and the reporter gets the contact sheets."""
     report = artifact.read(evaluated.out / "report", "report", "evaluate")
-    assert set(report.files) == {"report.html", "samples.png", "reconstructions.png", "nearest.png"}
+    assert set(report.files) == {"report.html", "samples.png", "reconstructions.png", "nearest.png", "metrics.json"}
     assert evaluated.images == ["samples", "reconstructions", "nearest"]
 
 
@@ -237,7 +251,7 @@ def test_second_run_gives_the_same_bytes(root, evaluated):
     """All outputs are a function of the inputs, the settings and the seed."""
     again = run_evaluate(root, "again")
     assert again.metrics == evaluated.metrics
-    for name in ("report/report.html", "plots/usage_top.csv", "report/manifest.json"):
+    for name in ("report/report.html", "metrics.json", "plots/codebook_usage.csv", "report/manifest.json"):
         assert (again.out / name).read_bytes() == (evaluated.out / name).read_bytes()
 
 

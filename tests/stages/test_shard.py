@@ -78,9 +78,8 @@ def test_every_image_is_written_once_with_its_class(tmp_path):
     assert [ref.shard for ref in shards.shard_refs()] == [
         *("train-00000.tar", "train-00001.tar", "train-00002.tar", "validation-00000.tar")
     ]
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["images"] == {"train": 16, "validation": 4, "test": 0} and metrics["classes"] == 2
-    assert shards.artifact.meta["images"] == metrics["images"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"images": 20}
+    assert shards.artifact.meta["images"] == {"train": 16, "validation": 4, "test": 0}
     assert sum(shards.artifact.meta["per_class"]["train"].values()) == 16
 
 
@@ -152,8 +151,8 @@ def test_rejected_images_are_listed_and_the_others_written(tmp_path):
     assert rejected.keys() == {"cat/empty.png", r"cat/text\n.jpg", "dog/eps.eps", "loose.png"}
     assert rejected["cat/empty.png"] == "the file is empty" and "EPS is not supported" in rejected["dog/eps.eps"]
     assert "3 images are rejected; rejected.csv lists the reasons." in screen.messages
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert sum(metrics["images"].values()) == 20 and (metrics["rejected"], metrics["skipped"]) == (3, 1)
+    meta = json.loads((tmp_path / "out" / "manifest.json").read_text())["meta"]
+    assert sum(meta["images"].values()) == 20 and (meta["rejected"], meta["skipped"]) == (3, 1)
 
 
 def test_too_many_rejected_images_fail_the_stage(tmp_path):
@@ -178,8 +177,8 @@ def test_duplicates_and_leaks_are_counted(tmp_path):
         "val/b/4.png": png(1),
     }
     screen = run_shard(make(tmp_path / "images", files), tmp_path)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["duplicates"], metrics["leaked"]) == (2, 1)
+    meta = json.loads((tmp_path / "out" / "manifest.json").read_text())["meta"]
+    assert (meta["duplicates"], meta["leaked"]) == (2, 1)
     assert "LEAK: 1 validation images equal a training image, pixel for pixel." in screen.messages
     assert open_shards(tmp_path / "out").artifact.meta["leaked"] == 1
 

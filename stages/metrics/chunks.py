@@ -1,0 +1,20 @@
+"""Parallel computation over the rows of a matrix, whose result does not depend on the number of threads."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+CHUNK_ROWS = 256  # fixed, because the order of sums decides the last digits
+
+
+def map_chunks(function: Callable[[slice], Result], rows: int) -> Iterator[Result]:
+    """Call `function` with each chunk of 0 to `rows`, on all processors; yield the results in order.
+
+    NumPy releases the interpreter lock in matrix products. Limit it to one thread of its own
+    (`stages.runtime.threads`).
+    """
+    chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        yield from executor.map(function, chunks)

@@ -1,0 +1,129 @@
+"""Facts of the run that computed a result: command, commit, date, duration and machine.
+
+They differ between runs of equal settings, so they are no part of an artifact. Each stage records them in its work
+folder, and `evaluate` those of the stages before it in a script that the report page loads. The copy of the report for
+MLflow holds them itself.
+
+    runs/STAGE/FINGERPRINT/provenance.json   facts of one stage
+    runs/evaluate/FINGERPRINT/provenance.js  facts of all stages of the report
+    runs/evaluate/FINGERPRINT/report.html    the report with these facts
+"""
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.formats import artifact
+from stages.tracking import tags
+from stages.tracking.journal import JOURNAL_FILE, read_records
+from stages.tracking.tracker import PipelineRun
+
+PROVENANCE_SCRIPT = "provenance.js"
+_FACTS = "provenance.json"
+_REPORT = "report.html"
+
+
+def record_facts(
+    stage: str, out: Path, work: Path, seconds: float, inputs: Iterable[str], parent: str | PipelineRun, choices: str
+) -> None:
+    """Record the facts of a stage that has written the artifact `out` in `seconds`, its last attempt.
+
+    `inputs` are the digests of its inputs, `parent` is the folder of the pipeline run, or describes one without a
+    folder. `choices` are the preset and the overrides of its settings.
+    """
+    facts = {
+        "stage": stage,
+        "artifact": artifact.sha256(out / artifact.MANIFEST),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() - seconds)),
+        "seconds": round(seconds),
+        "machine": _machine(),
+        "commit": _commit(),
+        "command": _command(parent),
+        "run": parent.key() if isinstance(parent, PipelineRun) else Path(parent).name,
+        "choices": choices,
+    }
+    _write(work / _FACTS, json.dumps(facts, indent=1, ensure_ascii=False))
+    if (out / _REPORT).is_file():
+        provenance = _table(facts, _facts_of(work.parents[1], set(inputs)))
+        text = json.dumps(provenance, ensure_ascii=False).replace("<", "\\u003c")
+        _write(work / PROVENANCE_SCRIPT, f"window.provenance = {text};\n")
+        page = (out / _REPORT).read_text(encoding="utf-8")
+        data = f'<script type="application/json" id="provenance">{text}</script>'
+        _write(work / _REPORT, re.sub(r'<script src="[^"]*"></script>', lambda match: data, page, count=1))
+
+
+def report_copy(work: Path) -> Path:
+    """Return the path of the report that holds the facts of its run."""
+    return work / _REPORT
+
+
+def _facts_of(runs: Path, digests: set[str]) -> list[dict[str, Any]]:
+    """Read the facts of the runs that wrote these artifacts, as far as they were computed in this folder."""
+    all_facts = []
+    for path in sorted(runs.glob(f"*/*/{_FACTS}")):
+        try:
+            facts = json.loads(path.read_bytes())
+            if facts["artifact"] in digests:
+                all_facts.append(facts)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or of another version
+    return sorted(all_facts, key=lambda facts: str(facts.get("started")))
+
+
+def _table(facts: Mapping[str, Any], earlier: list[dict[str, Any]]) -> dict[str, str]:
+    """Format the facts of a report: label -> text. Empty facts are left out."""
+    stages = [*earlier, facts]
+    durations = [f"{stage['stage']} {_duration(stage['seconds'])} ({stage['started']})" for stage in stages]
+    machines = dict.fromkeys(stage["machine"] for stage in stages)
+    table = {
+        "Preset and overrides": facts["choices"],
+        "Command": facts["command"],
+        "Commit": facts["commit"],
+        "Date": facts["started"],
+        "Duration": f"{_duration(sum(stage['seconds'] for stage in stages))}: {', '.join(durations)}",
+        "Machine": "; ".join(machines),
+        "MLflow run": f"tags.`{tags.KEY}` = '{facts['run']}'" if facts["run"] else "",
+    }
+    return {label: text for label, text in table.items() if text}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _machine() -> str:
+    parts = [platform.node(), f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} processors"]
+    import torch
+
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join(filter(None, parts))
+
+
+def _commit() -> str:
+    values = tags.code_tags()
+    changed = ", with uncommitted changes" if values.get(tags.GIT_DIRTY) == "yes" else ""
+    return f"{values[tags.GIT_COMMIT]}{changed}" if tags.GIT_COMMIT in values else ""
+
+
+def _command(parent: str | PipelineRun) -> str:
+    """Return the command that started a pipeline run; "" if it is unknown."""
+    if isinstance(parent, PipelineRun):
+        return parent.tags.get(tags.COMMAND, "")
+    path = Path(parent, JOURNAL_FILE)
+    for record, _ in read_records(path) if path.is_file() else ():
+        if record["kind"] == "begin":
+            return str(record["tags"].get(tags.COMMAND, ""))
+    return ""
+
+
+def _write(path: Path, text: str) -> None:
+    with artifact.atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
