@@ -35,7 +35,7 @@ class Activity:
             fields = self.progress.fields()
             texts = [" ".join([fields[0], f"({fields[1]})"])]
             if self.owner:
-                texts += fields[2:4] if self.progress.rate else []
+                texts += fields[2:4] if self.progress.is_moving else []
             if self.owner and self.progress_age_s > STALE_PROGRESS_S:
                 texts.append(f"no progress for {format_duration(self.progress_age_s)}")
         elif self.owner:

@@ -1,4 +1,7 @@
-"""DVC, called as a program: why stages are out of date, and bringing them up to date. The only module that runs DVC."""
+"""DVC, called as a program: why stages are out of date, and bringing them up to date.
+
+Only this module and dvc_remote.py run DVC.
+"""
 
 import json
 import math
@@ -92,7 +95,7 @@ def out_of_date_reasons(
     settings = params.read()
     reasons: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        earlier = [stages[other] for other in reasons if _depends_on(stage, stages[other])]
+        earlier = [stages[other] for other in reasons if stage.depends_on(stages[other])]
         own_reasons = list(_own_reasons(status.get(name, []), name, lock, settings, earlier))
         if earlier and name in lock:
             *names, last = (other.cli_name for other in earlier)
@@ -112,7 +115,7 @@ def with_dependencies(stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[st
     names = set(targets)
     while True:
         dependencies = {
-            name for name, stage in stages.items() if any(_depends_on(stages[other], stage) for other in names)
+            name for name, stage in stages.items() if any(stages[other].depends_on(stage) for other in names)
         }
         if dependencies <= names:
             return names
@@ -274,7 +277,7 @@ def parse_status(result: subprocess.CompletedProcess[str]) -> dict[str, list[Any
         raise UserError(f"{BUSY}: {_lock_owner()}.", where=LOCK_FILE.absolute(), fix=RETRY_LATER, code=3)
     if result.returncode:
         raise UserError(
-            f"DVC cannot compute its status: {_error_message(result.stderr)}",
+            f"DVC cannot compute its status: {error_message(result.stderr)}",
             where=Path.cwd(),
             fix=next((fix for text, fix in FIXES.items() if text in result.stderr), "Fix what the message names."),
             code=3 if any(text in result.stderr for text in REPOSITORY_ERRORS) else 1,
@@ -290,7 +293,7 @@ def _lock_owner() -> str:
     return UNKNOWN_OWNER
 
 
-def _error_message(text: str) -> str:
+def error_message(text: str) -> str:
     """Extract the last error from DVC's output. Lines quoted from a file are indented."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(" ")]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
@@ -319,7 +322,7 @@ def _own_reasons(
                 elif isinstance(state, dict):
                     yield from _changed_settings(state, lock[name].get("params", {}).get(path, {}), settings)
                 elif kind == "changed outs" or not (
-                    state == "deleted" and any(_writes(stage, path) for stage in earlier)
+                    state == "deleted" and any(stage.writes(path) for stage in earlier)
                 ):
                     yield f"{path} {PATH_STATES.get(state, f'was {state}')}"
 
@@ -341,11 +344,3 @@ def _change_size(old: Any, new: Any) -> float:
     """Return the size of a setting's change: the ratio of positive numbers; infinity for anything else."""
     are_numbers = all(isinstance(value, int | float) and value > 0 for value in (old, new))
     return abs(math.log(new / old)) if are_numbers else math.inf
-
-
-def _depends_on(stage: dvc_yaml.Stage, other: dvc_yaml.Stage) -> bool:
-    return any(_writes(other, dep) for dep in stage.deps)
-
-
-def _writes(stage: dvc_yaml.Stage, path: str) -> bool:
-    return any(out == path or out.startswith(f"{path}/") for out in stage.outs)

@@ -27,6 +27,7 @@ class Stage:
     outs: tuple[str, ...]
     metrics: tuple[str, ...]
     plots: tuple[str, ...]  # outputs in plots/; the section `plots` of dvc.yaml defines how DVC draws them
+    command: str = ""
 
     @property
     def cli_name(self) -> str:
@@ -37,6 +38,19 @@ class Stage:
     def artifacts(self) -> tuple[str, ...]:
         """Dependencies that other stages write."""
         return tuple(path for path in self.deps if path.startswith("artifacts/"))
+
+    @property
+    def all_outs(self) -> tuple[str, ...]:
+        """Outputs, metrics and plots."""
+        return (*self.outs, *self.metrics, *self.plots)
+
+    def writes(self, path: str) -> bool:
+        """Return whether a path is an output or holds one."""
+        return any(out == path or out.startswith(f"{path}/") for out in self.outs)
+
+    def depends_on(self, other: "Stage") -> bool:
+        """Return whether this stage reads an output of another one."""
+        return any(other.writes(dep) for dep in self.deps)
 
 
 def cli_name(name: str) -> str:
@@ -109,6 +123,7 @@ def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[st
         outs=tuple(path for path in outs if not path.startswith(PLOTS)),
         metrics=paths("metrics"),
         plots=tuple(path for path in outs if path.startswith(PLOTS)),
+        command=_resolve(entry.get("cmd", ""), values),
     )
 
 

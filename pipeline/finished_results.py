@@ -24,7 +24,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, UserError)  # of a missi
 
 def record(stage: dvc_yaml.Stage, work: Path) -> None:
     """Record a finished result in the stage's work folder."""
-    meta = {"manifest_md5": _md5(Path(stage.outs[0], artifact.MANIFEST))}
+    meta = {"manifest_md5": md5_of(Path(stage.outs[0], artifact.MANIFEST))}
     with artifact.commit_folder(work / RESULT, RESULT, meta) as folder:
         for path in map(Path, (*stage.metrics, *stage.plots)):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,26 @@ def record(stage: dvc_yaml.Stage, work: Path) -> None:
 def exists(work: Path) -> bool:
     """Return whether a work folder has a finished result."""
     return (work / RESULT / artifact.MANIFEST).is_file()
+
+
+def restorable_md5(stage: dvc_yaml.Stage, work: Path, cache: Path) -> str:
+    """Return the MD5 of the listing of the artifact that `restore` would restore, "" for none. Verifies no contents."""
+    _record_cache_listing(stage, work.parent, cache)
+    try:
+        artifact.read(work / RESULT, RESULT)
+        md5 = (work / CACHE_MD5).read_text(encoding="utf-8")
+    except UNREADABLE:
+        return ""
+    return md5 if is_cached(cache, md5) else ""
+
+
+def is_cached(cache: Path, md5: str) -> bool:
+    """Return whether DVC's cache has a file, or all files of a folder."""
+    try:
+        files = read_listing(cache, md5).values() if md5.endswith(".dir") else [md5]
+    except UNREADABLE:
+        return False
+    return all(cache_path(cache, file_md5).is_file() for file_md5 in files)
 
 
 def restore(stage: dvc_yaml.Stage, work: Path, cache: Path) -> bool:
@@ -79,7 +99,7 @@ def _record_cache_listing(stage: dvc_yaml.Stage, folder: Path, cache: Path) -> N
     """
     md5 = _recorded_md5(stage)
     try:
-        manifest_md5 = _read_listing(cache, md5)[artifact.MANIFEST]
+        manifest_md5 = read_listing(cache, md5)[artifact.MANIFEST]
     except UNREADABLE:  # nothing is cached
         return
     for result_folder in folder.glob(f"*/{RESULT}"):
@@ -103,10 +123,10 @@ def _copy_from_cache(out: Path, manifest_md5: str, md5: str, cache: Path) -> Non
     temporary = out.with_name(f".{out.name}.restoring")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for name, file_md5 in _read_listing(cache, md5).items():
+        for name, file_md5 in read_listing(cache, md5).items():
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_cache_path(cache, file_md5), target)
+            shutil.copyfile(cache_path(cache, file_md5), target)
         if not _is_intact(temporary, manifest_md5):
             raise ValueError(f"{md5} in {cache} is damaged")
         shutil.rmtree(out, ignore_errors=True)
@@ -118,7 +138,7 @@ def _copy_from_cache(out: Path, manifest_md5: str, md5: str, cache: Path) -> Non
 def _is_intact(folder: Path, manifest_md5: str) -> bool:
     manifest = folder / artifact.MANIFEST
     try:
-        if _md5(manifest) != manifest_md5:
+        if md5_of(manifest) != manifest_md5:
             return False
         artifact.read(folder, json.loads(manifest.read_bytes())["kind"]).verify()
     except UNREADABLE:
@@ -126,18 +146,20 @@ def _is_intact(folder: Path, manifest_md5: str) -> bool:
     return True
 
 
-def _read_listing(cache: Path, md5: str) -> dict[str, str]:
+def read_listing(cache: Path, md5: str) -> dict[str, str]:
     """Read a folder listing of DVC's cache: relative path -> MD5. Raises one of UNREADABLE if it is not valid."""
-    listing = {entry["relpath"]: entry["md5"] for entry in json.loads(_cache_path(cache, md5).read_bytes())}
+    listing = {entry["relpath"]: entry["md5"] for entry in json.loads(cache_path(cache, md5).read_bytes())}
     if outside := [name for name in listing if name.startswith("/") or ".." in name.split("/")]:
         raise ValueError(f"{outside[0]} leads out of the folder")
     return listing
 
 
-def _cache_path(cache: Path, md5: str) -> Path:
+def cache_path(cache: Path, md5: str) -> Path:
+    """Return the path of contents in DVC's cache."""
     return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
-def _md5(path: Path) -> str:
+def md5_of(path: Path) -> str:
+    """Return the MD5 of a file, by which DVC identifies its contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -20,6 +20,7 @@ from pipeline import (
     shared_cluster,
     stage_runner,
 )
+from pipeline.commands import dry_run as dry_run_plan
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
 from pipeline.drift import warn_drift, warn_reverted_overrides
@@ -60,16 +61,20 @@ def run(
             targets = [dvc_yaml.find(name, stages).name for name in names]
             result_versions.write(params.read(), settings)
             reasons = dvc.out_of_date_reasons(stages, targets, only=only)
+            forced: set[str] = set()
             if force:
-                forced = targets if only else dvc.with_dependencies(stages, targets or list(stages))
+                forced = set(targets) if only else dvc.with_dependencies(stages, targets or list(stages))
                 reasons |= {name: [*reasons.get(name, []), "forced"] for name in stages if name in forced}
             for name, texts in reasons.items():
                 if not all(text.endswith(dvc.MISSING_STATES) for text in texts):  # DVC restores what is only missing
                     _require_not_pinned(stages[name], settings, dvc.with_dependencies(stages, [name]) & reasons.keys())
             if reasons and (description := changes.describe(changes.since_last_run(params.read()))):
                 print(description)
-            if dry_run or not reasons:
-                _print_plan(reasons, stages)
+            if not reasons:
+                print("Everything is up to date.")
+            elif dry_run:
+                actions = dry_run_plan.predict(settings, stages, reasons, forced, pull=pull)
+                print(dry_run_plan.format_plan(stages, reasons, actions))
             if reasons:
                 where = describe_source(overrides) if overrides else str(params.FILE)
                 preflight.check(settings, reasons, where, pull=pull)
@@ -248,12 +253,3 @@ def _remove_obsolete_priors(settings: Params) -> None:
     for folder in Path("artifacts/priors").glob("*"):
         if folder.is_dir() and folder.name not in settings.priors:
             shutil.rmtree(folder)  # DVC restores it from its cache when the level is added again
-
-
-def _print_plan(reasons: Mapping[str, Sequence[str]], stages: Mapping[str, dvc_yaml.Stage]) -> None:
-    if not reasons:
-        print("Everything is up to date.")
-        return
-    for name, texts in reasons.items():
-        print(f"{stages[name].cli_name:<13} would run: {'; '.join(texts)}")
-    print("Stages that already ran with the same settings and inputs are restored from cache instead.")

@@ -70,20 +70,24 @@ class StatusReader:
 
     def __init__(self, runs: Path = stage_runner.RUNS):
         self.runs = runs
+        self._files_key: Any = None
         self._dvc_key: Any = None
         self._dvc_reasons: dict[str, list[str]] | None = None  # None: DVC is busy
         self._dvc_holder = ""
 
     def read(self) -> Status:
         """Read the status. Raises UserError if params.yaml is invalid or DVC cannot compute its status."""
-        data = params.read()
-        settings = params.check(data)
-        stages = dvc_yaml.stages(data)
+        if (files_key := _modification_times(params.FILE, dvc_yaml.FILE)) != self._files_key:
+            self._data = params.read()
+            self._settings = params.check(self._data)
+            self._stages = dvc_yaml.stages(self._data)
+            self._files_key = files_key
+        settings, stages = self._settings, self._stages
         running = {name: activity.running(self.runs / stage.cli_name) for name, stage in stages.items()}
         holder = ownership.owner(self.runs)
         states = run_state.read(self.runs) if holder else {}
         if not states:
-            self._ask_dvc(data, settings, stages, (holder, *running.values()))
+            self._ask_dvc((holder, *running.values()))
         rows = []
         for name, stage in stages.items():
             stage_activity = running[name]
@@ -92,7 +96,8 @@ class StatusReader:
                 state = run_state.RUNNING
             elif states:
                 state = states.get(stage.cli_name, UNKNOWN)
-                state = UNKNOWN if state == run_state.RUNNING else state  # between two stages
+                reasons = [] if stage.cli_name in states else ["not part of this run"]
+                state = run_state.WAITING if state == run_state.RUNNING else state  # its process is just starting
             elif self._dvc_reasons is None:
                 state, reasons = UNKNOWN, ["DVC is busy"]
             elif name in self._dvc_reasons:
@@ -106,22 +111,25 @@ class StatusReader:
         owners = [stage_activity.owner for stage_activity in running.values() if stage_activity]
         return Status(holder or next(iter(owners), self._dvc_holder), rows)
 
-    def _ask_dvc(self, data: Any, settings: Any, stages: dict[str, dvc_yaml.Stage], owners: tuple[Any, ...]) -> None:
+    def _ask_dvc(self, owners: tuple[Any, ...]) -> None:
         """Ask DVC which stages are out of date. Writes the result versions, which DVC compares."""
-        files = (params.FILE, dvc_yaml.FILE, dvc_yaml.LOCK)
-        key = (*(path.stat().st_mtime_ns if path.exists() else 0 for path in files), *(bool(owner) for owner in owners))
+        key = (*_modification_times(params.FILE, dvc_yaml.FILE, dvc_yaml.LOCK), *(bool(owner) for owner in owners))
         if key == self._dvc_key:
             return
-        result_versions.write(data, settings)
+        result_versions.write(self._data, self._settings)
         self._dvc_holder = ""
         try:
-            self._dvc_reasons = dvc.out_of_date_reasons(stages)
+            self._dvc_reasons = dvc.out_of_date_reasons(self._stages)
             self._dvc_key = key
         except UserError as error:
             if not error.what.startswith(ownership.BUSY):
                 raise
             self._dvc_reasons, self._dvc_key = None, None  # DVC locks outputs while a stage runs
             self._dvc_holder = error.what.removeprefix(f"{ownership.BUSY}: ").rstrip(".")
+
+
+def _modification_times(*paths: Path) -> tuple[int, ...]:
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
 
 def show(*, as_json: bool, watch: bool = False) -> int:

@@ -93,6 +93,11 @@ class ProgressState:
         """Estimated seconds to the end; None if unknown."""
         return max(0.0, self.total - self.done) / self.rate if self.rate > 0 else None
 
+    @property
+    def is_moving(self) -> bool:
+        """Return whether the rate is known and units are left."""
+        return self.rate > 0 and self.done < self.total
+
     def fields(self) -> list[str]:
         """Return the fields of a progress line, most important first."""
         fields = [f"{self.done:,.0f}/{self.total:,.0f} {plural(self.unit)}", f"{100 * self.fraction:.0f}%"]

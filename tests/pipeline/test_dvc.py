@@ -74,6 +74,24 @@ def test_reasons_have_old_and_new_values_and_follow_dependencies(small_project, 
     assert "first         restored from cache" in text and "git add" not in text
 
 
+def test_largest_changes_come_first(small_project):
+    """Text and added settings before numbers, numbers by their ratio; a line names three and counts the others."""
+    lines = {"side": "32", "name": "a", "steps": "100", "rate": "0.1", "depth": "3"}
+
+    def write():
+        Path("params.yaml").write_text(
+            f"settings: {{{', '.join(f'{key}: {value}' for key, value in lines.items())}}}\n"
+        )
+
+    write()
+    repro()
+    lines |= {"side": "33", "name": "b", "steps": "100000", "rate": "0.2"}
+    write()
+    (texts,) = reasons(["first"]).values()
+    assert [text.split()[0].removeprefix("settings.") for text in texts] == ["name", "steps", "rate", "side"]
+    assert dvc.summarize(texts).endswith("settings.rate 0.1 -> 0.2 and 1 more")
+
+
 def test_missing_outputs_are_not_called_deleted(small_project):
     """A fresh checkout has dvc.lock and no artifacts. Inputs that earlier stages write are not listed."""
     repro()
