@@ -6,6 +6,7 @@ typer pipeline run --stage prior_bottom    the same through Typer's program, whi
 
 import difflib
 import importlib.metadata
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,10 +18,31 @@ from typer.core import TyperGroup
 
 from pipeline import process
 
+# Sections of `vqvae2 --help`.
+RUN, LOOK, MODELS, PROJECT = "Run", "Look", "Use models", "Project"
+
+
+def _complete(kind: str) -> Callable[..., list[str]]:
+    """Return a completion callback for words of a kind."""
+
+    def callback(ctx: typer.Context, incomplete: str) -> list[str]:
+        from pipeline import completion
+
+        return completion.complete(kind, incomplete, ctx.params)
+
+    return callback
+
+
+complete_setting = _complete("setting")
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-S", metavar="KEY=VALUE", help="Override a setting, or choose a file of a group in conf/. Repeatable."
+        "--set",
+        "-S",
+        metavar="KEY=VALUE",
+        help="Override a setting, or choose a file of a group in conf/. Repeatable.",
+        autocompletion=complete_setting,
     ),
 ]
 Temperature = Annotated[
@@ -45,6 +67,19 @@ class _Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: name != "run")
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        longest = max((len(name) for name, _ in commands), default=0)
+        for section in (RUN, LOOK, MODELS, PROJECT):
+            rows = [
+                (name, command.get_short_help_str(formatter.width - 6 - longest))
+                for name, command in commands
+                if (getattr(command, "rich_help_panel", None) or PROJECT) == section
+            ]
+            if rows:
+                with formatter.section(section):
+                    formatter.write_dl(rows)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name = args[0]
@@ -109,6 +144,7 @@ def run(
             "-s",
             metavar="STAGE",
             help="Run this stage and its dependencies, such as prior_top. Repeatable.",
+            autocompletion=_complete("stage"),
         ),
     ] = None,
     force: Annotated[
@@ -142,7 +178,7 @@ def run(
     run_and_exit(action)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every two seconds, until Ctrl-C.")] = False,
     as_json: AsJson = False,
@@ -162,7 +198,7 @@ def status(
     run_and_exit(action)
 
 
-@app.command()
+@app.command(rich_help_panel=PROJECT)
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine and this project.
 
@@ -179,13 +215,21 @@ def doctor(as_json: AsJson = False) -> None:
     run_and_exit(action, require_project=False)
 
 
-@app.command("config")
+@app.command("config", rich_help_panel=RUN)
 def compose(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as -S of run.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as -S of run.", autocompletion=complete_setting),
     ] = None,
     option_overrides: Annotated[
-        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Same as KEY=VALUE. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-S",
+            metavar="KEY=VALUE",
+            help="Same as KEY=VALUE. Repeatable.",
+            autocompletion=complete_setting,
+        ),
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write params.yaml instead of printing it.")] = False,
 ) -> None:
@@ -204,7 +248,7 @@ def compose(
     run_and_exit(action)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def data(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write data.html to this folder.")] = None,
@@ -226,7 +270,7 @@ def data(
     run_and_exit(action)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Estimate the cost of a run before it starts.
 
@@ -243,13 +287,18 @@ def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
     run_and_exit(action)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def sample(
     out: Annotated[Path, typer.Argument(help="Write the images to this folder, and nothing else.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 16,
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", "-c", help="Draw images of this class, or of several in turn. Repeatable."),
+        typer.Option(
+            "--class",
+            "-c",
+            help="Draw images of this class, or of several in turn. Repeatable.",
+            autocompletion=_complete("class"),
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
     model: Model = None,
@@ -288,7 +337,7 @@ def sample(
     run_and_exit(action, require_project=model is None)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files to reconstruct.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the reconstructions to this folder.")] = Path(
@@ -312,7 +361,7 @@ def reconstruct(
     run_and_exit(action, require_project=model is None)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def export(
     what: Annotated[str, typer.Argument(metavar="samples|images", help="Drawn samples, or images of the dataset.")],
     out: Annotated[Path, typer.Argument(help="An .npz file, or a folder for PNG files.")],
@@ -336,7 +385,7 @@ def export(
     run_and_exit(action)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000,
     browser: Annotated[bool, typer.Option(help="Open the runs in a browser, if there is a display.")] = True,
@@ -354,7 +403,7 @@ def ui(
     run_and_exit(action)
 
 
-@app.command("sync-metrics")
+@app.command("sync-metrics", rich_help_panel=PROJECT)
 def sync_metrics() -> None:
     """Upload metrics that the MLflow server has missed.
 
@@ -369,9 +418,9 @@ def sync_metrics() -> None:
     run_and_exit(action)
 
 
-@app.command("stage")
+@app.command("stage", rich_help_panel=RUN)
 def run_stage(
-    name: Annotated[str, typer.Argument(help="Stage, such as vqvae or prior_top.")],
+    name: Annotated[str, typer.Argument(help="Stage, such as vqvae or prior_top.", autocompletion=_complete("stage"))],
     level: Annotated[str, typer.Argument(help="Level, if the name is without one: prior top.")] = "",
 ) -> None:
     """Run one stage on the inputs in artifacts/. dvc.yaml calls this command.
@@ -383,7 +432,7 @@ def run_stage(
     raise typer.Exit(run_stage(name, level))
 
 
-@app.command()
+@app.command(rich_help_panel=PROJECT)
 def versions(
     write: Annotated[
         bool, typer.Option("--write", help="Write the file that DVC watches; dvc.yaml calls this.")
@@ -421,7 +470,12 @@ def versions(
 def main() -> None:
     """Run the console script."""
     process.prepare()
-    program.add_typer(app, name="run", cls=_RunCommand, subcommand_metavar="")  # vqvae2 run --stage X
+    if os.environ.get("_VQVAE2_COMPLETE") == "complete_bash":
+        from pipeline import completion
+
+        completion.join_bash_words(os.environ)
+    # vqvae2 run --stage X
+    program.add_typer(app, name="run", cls=_RunCommand, subcommand_metavar="", rich_help_panel=RUN)
     program.registered_commands += app.registered_commands  # vqvae2 status
     program(prog_name="vqvae2")
 

@@ -65,7 +65,7 @@ def settings_page() -> str:
 def commands_page() -> str:
     """Show the help text of every command."""
     overview = _help()
-    names = re.findall(r"^  ([a-z][\w-]*)  ", overview.partition("Commands:")[2], re.MULTILINE)
+    names = re.findall(r"^  ([a-z][\w-]*)  ", overview.partition("Show this message and exit.")[2], re.MULTILINE)
     pages = [f"## vqvae2 {name}\n\n```\n{_help(name)}```\n" for name in names]
     alias = "`typer pipeline run ...` accepts the same commands and options as `vqvae2 ...`.\n"
     return _page("Commands", alias, f"```\n{overview}```\n", *pages)

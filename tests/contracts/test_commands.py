@@ -56,6 +56,15 @@ def test_version_is_that_of_the_package():
     assert result.stdout == f"vqvae2 {importlib.metadata.version('vqvae2')}\n" and result.returncode == 0
 
 
+def test_help_lists_commands_in_groups():
+    """Every command is in a section, the one that a newcomer needs first."""
+    text = subprocess.run([*VQVAE2, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60).stdout
+    sections = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == ["Options", "Run", "Look", "Use models", "Project"]
+    assert all(f"\n  {name} " in text for name in ["run", *COMMANDS])
+    assert text.index("\n  run ") < min(text.index(f"\n  {name} ") for name in COMMANDS)
+
+
 def test_run_help_lists_commands_only_under_typer():
     """`vqvae2 run --help` lists options only. `typer pipeline run --help` also lists the commands."""
     vqvae2_help, typer_help = (
