@@ -27,11 +27,11 @@ def complete(kind: str, incomplete: str, options: Any = None) -> list[str]:
         candidates = dict.fromkeys(SOURCES[kind](dict(options or {})))  # in order, each once
     except Exception:  # a message would appear in the middle of the command line
         return []
-    kept = os.environ.get(KEPT_VARIABLE, "")
-    word = kept + incomplete
+    kept_part = os.environ.get(KEPT_VARIABLE, "")
+    word = kept_part + incomplete
     sign = word[:1] if kind == "setting" and word[:1] in ("+", "~") else ""
     signed = (f"{sign}{candidate}" for candidate in candidates)
-    return [_quote(candidate.removeprefix(kept)) for candidate in signed if candidate.startswith(word)]
+    return [_quote(candidate.removeprefix(kept_part)) for candidate in signed if candidate.startswith(word)]
 
 
 def stages(options: Any) -> Iterator[str]:
@@ -91,20 +91,20 @@ def join_bash_words(environment: MutableMapping[str, str]) -> None:
     """
     index = int(environment.get("COMP_CWORD", "0"))
     joined: list[str] = []
-    kept = unfinished = ""
+    kept_part = unfinished = ""
     is_open = False  # the next word continues the last one
     for word in [*environment.get("COMP_WORDS", "").split(), ""][: index + 1]:
         is_break = bool(word) and set(word) <= set(WORD_BREAKS)
         if joined and (is_break or is_open):
-            kept, unfinished = joined[-1] + (word if is_break else ""), "" if is_break else word
+            kept_part, unfinished = joined[-1] + (word if is_break else ""), "" if is_break else word
             joined[-1] += word
         else:
-            kept, unfinished = "", word
+            kept_part, unfinished = "", word
             joined.append(word)
         is_open = is_break
     environment["COMP_WORDS"] = " ".join([*joined[:-1], unfinished])
     environment["COMP_CWORD"] = str(len(joined) - 1)
-    environment[KEPT_VARIABLE] = kept
+    environment[KEPT_VARIABLE] = kept_part
 
 
 def _flatten(value: Any, key: str) -> Iterator[str]:

@@ -39,8 +39,8 @@ def exclusive_lock(folder: Path, refusal: str = "Another process runs this stage
                 f"{refusal}: {file.read().strip() or UNKNOWN_OWNER}.", where=folder / LOCK_FILE, fix=RETRY_LATER, code=3
             ) from None
         file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"PID {os.getpid()} on {socket.gethostname()} since {since} ({_command_line()})")
+        start = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"PID {os.getpid()} on {socket.gethostname()} since {start} ({_command_line()})")
         file.flush()
         yield
 

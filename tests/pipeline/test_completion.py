@@ -91,7 +91,7 @@ def test_completion_is_silent_outside_of_a_project(kind, tmp_path: Path, capfd):
 
 def test_bash_words_are_joined_at_breaks():
     """Only the last part of the unfinished word is left, and the kept part is remembered."""
-    for text, index, joined, kept in (
+    for text, index, joined, kept_part in (
         ("vqvae2 run -S experiment = sm", 5, "vqvae2 run -S sm", "experiment="),
         ("vqvae2 run -S experiment =", 4, "vqvae2 run -S ", "experiment="),
         ("vqvae2 run -S prior @ priors.top = p", 7, "vqvae2 run -S p", "prior@priors.top="),
@@ -100,7 +100,7 @@ def test_bash_words_are_joined_at_breaks():
     ):
         request = {"COMP_WORDS": text, "COMP_CWORD": str(index)}
         completion.join_bash_words(request)
-        assert (request["COMP_WORDS"], request[completion.KEPT_VARIABLE]) == (joined, kept), text
+        assert (request["COMP_WORDS"], request[completion.KEPT_VARIABLE]) == (joined, kept_part), text
 
 
 def test_completion_imports_no_slow_library(current_project):
