@@ -52,7 +52,9 @@ def settings(options: Any) -> Iterator[str]:
     for group in sorted(groups, key=lambda group: group != "experiment"):
         for path in sorted(Path("conf", group.partition("@")[0]).glob("*.yaml")):
             yield f"{group}={path.stem}"
-    yield from _flatten(_read_yaml(Path("params.yaml")), "")
+    values = _read_yaml(Path("params.yaml"))
+    values.pop("composed_from", None)  # a record, not a setting
+    yield from _flatten(values, "")
 
 
 def classes(options: Any) -> Iterator[str]:

@@ -48,7 +48,7 @@ def test_settings_are_presets_choices_and_keys(current_project):
     assert candidates("setting", "priors.top.train.lear") == ["priors.top.train.learning_rate=0.002"]
     assert candidates("setting", "+exp")[0] == "+experiment=clothing128"
     assert candidates("setting", "dataset.labels") == ["dataset.labels=folders"]
-    assert candidates("setting", "nothing") == []
+    assert candidates("setting", "nothing") == candidates("setting", "composed_from") == []
 
 
 def test_stages_have_the_names_that_commands_print(current_project):

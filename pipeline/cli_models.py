@@ -1,0 +1,108 @@
+"""Commands that use trained models and their samples."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli_common import MODELS, Model, Temperature, TopK, TopP, complete, run_and_exit
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=MODELS)
+def sample(
+    out: Annotated[Path, typer.Argument(help="Write the images to this folder, and nothing else.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 16,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            "-c",
+            help="Draw images of this class, or of several in turn. Repeatable.",
+            autocompletion=complete("class"),
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
+    model: Model = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the contact sheet to this PNG file. [default: OUT.png]")
+    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+) -> None:
+    """Draw images from the trained priors.
+
+    Replaces an earlier draw in the same folder. Temperature, top-k and top-p default to the section `sample` of
+    params.yaml; with --model, to those of FOLDER/samples if it exists.
+
+    Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
+
+    Example:  vqvae2 sample drawn --model ../other/artifacts
+    """
+
+    def action() -> int:
+        from pipeline.commands import sample
+
+        return sample.run(
+            out,
+            count,
+            classes or (),
+            seed=seed,
+            model=model,
+            sheet=sheet,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    run_and_exit(action, require_project=model is None)
+
+
+@app.command(rich_help_panel=MODELS)
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Image files to reconstruct.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the reconstructions to this folder.")] = Path(
+        "reconstructed"
+    ),
+    model: Model = None,
+) -> None:
+    """Encode and decode your own images.
+
+    Decodes each image from every prefix of levels, coarse to fine, and writes it next to its reconstructions. Replaces
+    earlier reconstructions in the same folder.
+
+    Example:  vqvae2 reconstruct cat.png dog.jpg --out reconstructed
+    """
+
+    def action() -> int:
+        from pipeline.commands import reconstruct
+
+        return reconstruct.run(images, out, *([model] if model else []))
+
+    run_and_exit(action, require_project=model is None)
+
+
+@app.command(rich_help_panel=MODELS)
+def export(
+    what: Annotated[str, typer.Argument(metavar="samples|images", help="Drawn samples, or images of the dataset.")],
+    out: Annotated[Path, typer.Argument(help="An .npz file, or a folder for PNG files.")],
+    split: Annotated[str, typer.Option(help="Split of the images: train, validation or test.")] = "train",
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Number of images, from the first; 0: all.")] = 0,
+) -> None:
+    """Write samples or dataset images for other programs that evaluate them.
+
+    An .npz file has the images as arr_0 (uint8, N x H x W x 3) and their labels as arr_1. A folder has PNG files.
+
+    Example:  vqvae2 export samples samples.npz
+
+    Example:  vqvae2 export images validation --split validation
+    """
+
+    def action() -> int:
+        from pipeline.commands import export
+
+        return export.run(what, out, split=split, count=count)
+
+    run_and_exit(action)
