@@ -188,18 +188,27 @@ def data(
 
 
 @app.command(rich_help_panel=RUN)
-def plan(overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Estimate the cost of a run before it starts.
+def plan(
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a few training steps, for about a minute, to estimate the time.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate the cost of a run before it starts, and recommend a preset.
 
-    Counts the parameters, FLOPs and checkpoint bytes of each network without computing anything.
+    Counts the parameters, FLOPs and checkpoint bytes of each network without computing anything. The preset depends on
+    the size and number of images, and on the GPUs of this machine.
 
-    Example:  vqvae2 plan -S experiment=imagenet256
+    Example:  vqvae2 plan -S dataset=folder -S dataset.source=path/to/images -S dataset.image_size=64
+
+    Example:  vqvae2 plan -S experiment=clothing64 --measure
     """
 
     def action() -> int:
         from pipeline.commands import plan
 
-        return plan.show(overrides or (), as_json=as_json)
+        return plan.show(overrides or (), as_json=as_json, measure=measure)
 
     run_and_exit(action)
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from pipeline import ownership, params, stage_runner
+from pipeline import ownership, params, presets, stage_runner
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.drift import warn_reverted_overrides
 
 
 def run(overrides: Sequence[str], *, write: bool) -> int:
     """Print the composed settings, or write them to params.yaml; return the exit status."""
-    data, _ = compose_settings(overrides)
+    data, settings = compose_settings(overrides)
+    presets.warn_kept(data, settings)
     if not write:
         print(to_yaml(data), end="")
         return 0

@@ -1,25 +1,33 @@
-"""`vqvae2 plan`: parameters, FLOPs and bytes of a run, counted on the meta device without computing anything.
+"""`vqvae2 plan`: parameters, FLOPs and bytes of a run, the preset that fits the images, and the time of each stage.
+
+Costs are counted on the meta device without computing anything; times are measured on request (pipeline/measure.py).
 
 A level has a grid of side x side codes; side**2 codes per image.
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from models import cost
 from models.priors import Grid, build
 from models.vqvae import VQVAE
-from pipeline import params
+from pipeline import params, presets
 from pipeline.compose import compose_settings
-from pipeline.preflight import classes_of
+from pipeline.composed_from import describe_source
+from pipeline.measure import measure as measure_stages
+from pipeline.preflight import check_gpus, gpu_count
 from stages.config import DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
-from stages.tracking.quantities import format_number
+from stages.images.listing import Listing, list_images
+from stages.images.overview import count_splits
+from stages.tracking.quantities import format_duration, format_number
 
 
 @dataclass(frozen=True)
@@ -34,41 +42,77 @@ class Training:
     checkpoint_bytes: int  # float32 weights, their EMA if there is one, and Adam's two moments
 
 
-def show(overrides: Sequence[str], *, as_json: bool) -> int:
-    """Print the cost of composed settings, or of params.yaml without overrides; return the exit status."""
-    settings = compose_settings(overrides)[1] if overrides else params.load()
-    classes = count_classes(settings.dataset)
+def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> int:
+    """Print the cost of composed settings, or of params.yaml without overrides; return the exit status.
+
+    `measure` also runs a few training steps and prints the time of each stage.
+    """
+    data, settings = compose_settings(overrides) if overrides else (params.read(), params.load())
+    if measure:
+        check_gpus(settings.cluster, describe_source(overrides) if overrides else params.FILE)
+    listing = read_listing(settings.dataset)
+    classes = len(listing.classes) if listing is not None else None
+    if settings.dataset.labels == "none":
+        classes = 0
     trainings = list(count(settings, classes or 0))
-    code_bytes = bytes_per_image(settings)
+    images = count_splits(listing) if listing is not None else None
+    advice = None
+    with suppress(UserError):  # conf/ no longer has the preset of params.yaml
+        advice = presets.advise(data, settings, gpus=gpu_count(), num_train_images=images["train"] if images else None)
+    seconds = measure_stages(settings, listing, classes or 0) if measure else None
     if as_json:
-        rows = [asdict(training) for training in trainings]
-        print(json.dumps({"classes": classes, "trainings": rows, "code_bytes_per_image": code_bytes}, indent=1))
+        result = {
+            "classes": classes,
+            "trainings": [asdict(training) for training in trainings],
+            "code_bytes_per_image": bytes_per_image(settings),
+            "images": images,
+            "experiment": advice.fit.experiment if advice else None,
+            "fits": advice.fit.fits if advice else None,
+            "recommended": advice.command if advice else None,
+        }
+        print(json.dumps(result | ({"seconds": seconds} if seconds is not None else {}), indent=1))
         return 0
-    print(f"{'stage':<14}{'parameters':>13}{'GFLOP/image':>13}{'training TFLOP':>16}{'checkpoint MB':>15}")
+    print("\n".join(_cost_lines(settings, trainings, classes)))
+    if advice is not None:
+        print("\n".join(advice.lines()))
+    if seconds is not None:
+        print("\n".join(_time_lines(settings, seconds)))
+    return 0
+
+
+def _cost_lines(settings: Params, trainings: Sequence[Training], classes: int | None) -> Iterator[str]:
+    yield f"{'stage':<14}{'parameters':>13}{'GFLOP/image':>13}{'training TFLOP':>16}{'checkpoint MB':>15}"
     for training in trainings:
-        print(
+        yield (
             f"{training.stage:<14}{training.parameters:>13,}{format_number(training.forward_flops / 1e9, 3):>13}"
             f"{format_number(training.training_flops / 1e12, 3):>16}{training.checkpoint_bytes / 1e6:>15,.1f}"
         )
     if classes is None:
         added = ", ".join(f"{prior.parameters_per_class:,} parameters to {prior.stage}" for prior in trainings[1:])
-        print(f"classes: unknown and not counted, because the images are missing; each class adds {added}")
+        yield f"classes: unknown and not counted, because the images are missing; each class adds {added}"
     else:
-        print(f"classes: {classes}" if classes else "classes: none, because the images have no labels")
-    size = settings.dataset.image_size
-    print(
+        yield f"classes: {classes}" if classes else "classes: none, because the images have no labels"
+    size, code_bytes = settings.dataset.image_size, bytes_per_image(settings)
+    yield (
         f"codes: {code_bytes:,.0f} bytes per image of {size} x {size}, 1/{3 * size * size / code_bytes:.0f} of the "
         "bytes of its pixels"
     )
-    return 0
 
 
-def count_classes(dataset: DatasetConfig) -> int | None:
-    """Count the classes by the names in the source; None if the source cannot be read."""
-    if dataset.labels == "none":
-        return 0
+def _time_lines(settings: Params, seconds: Mapping[str, float]) -> Iterator[str]:
+    cluster = settings.cluster
+    processors = f"{cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else f"{cluster.cpus_per_worker:g} CPU"
+    yield f"time, measured on this machine for {cluster.workers} x {processors}:"
+    for stage, time in seconds.items():
+        yield f"{stage:<14}{format_duration(time):>13}"
+    yield f"{'together':<14}{format_duration(sum(seconds.values())):>13}"
+    yield "Not included: evaluate, and the start of each stage, about 10 seconds."
+
+
+def read_listing(dataset: DatasetConfig) -> Listing | None:
+    """List the images by the names in the source; None if the source cannot be read."""
     try:
-        return len(classes_of(dataset))
+        return list_images(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
     except UserError:
         return None
 

@@ -16,6 +16,7 @@ from pipeline import (
     ownership,
     params,
     preflight,
+    presets,
     result_versions,
     shared_cluster,
     stage_runner,
@@ -117,6 +118,7 @@ def _apply_settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]
         return
     data, settings = compose_settings(overrides)
     warn_reverted_overrides(overrides, data)
+    presets.warn_kept(data, settings)
     before = params.FILE.read_bytes() if params.FILE.is_file() else None
     time_ns = params.FILE.stat().st_mtime_ns if before is not None else 0
     succeeded = False

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[Params]:
-    """The settings of params.yaml, in a folder without images."""
+    """The settings of params.yaml, in a folder without images and without conf/."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     with chdir(tmp_path):
         yield params.load()
@@ -66,7 +66,7 @@ def test_missing_images_give_the_cost_per_class(settings, capsys):
     assert printed_plan(capsys)["classes"] is None
     _, top, bottom = plan.count(settings, 0)
     plan.show((), as_json=False)
-    assert capsys.readouterr().out.splitlines()[-2] == (
+    assert capsys.readouterr().out.splitlines()[4] == (
         "classes: unknown and not counted, because the images are missing; each class adds "
         f"{top.parameters_per_class:,} parameters to prior_top, "
         f"{bottom.parameters_per_class:,} parameters to prior_bottom"
@@ -79,4 +79,32 @@ def test_unlabeled_images_have_no_classes(settings, capsys):
     Path("params.yaml").write_text(text.replace("labels: folders", "labels: none"), encoding="utf-8")
     assert printed_plan(capsys)["classes"] == 0
     plan.show((), as_json=False)
-    assert capsys.readouterr().out.splitlines()[-2] == "classes: none, because the images have no labels"
+    assert capsys.readouterr().out.splitlines()[4] == "classes: none, because the images have no labels"
+
+
+def test_plan_recommends_a_preset_for_the_images(settings, capsys):
+    """The number of training images decides how often each is seen, and whether they are few."""
+    Path("conf").symlink_to(ROOT / "conf")
+    write_images(settings, "cats", "dogs", "owls")
+    overrides = ["dataset=folder", "dataset.source=data/fluent-emoji-64", "dataset.image_size=64"]
+    assert plan.show(overrides, as_json=False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[6].startswith(
+        "preset: networks, steps and sampling without an override are those of experiment=emoji32"
+    )
+    assert "training: 2 images, which the VQ-VAE sees 32,000 times in 2,000 steps of 32" in lines
+    assert any(line.startswith("2 training images are few") for line in lines)
+    assert lines[-1] == "recommended: vqvae2 run -S experiment=photos64 -S dataset.source=data/fluent-emoji-64"
+
+
+def test_measured_times_are_printed_per_stage(settings, capsys):
+    """Without images, the stages that process each of them are left out; classes are not needed."""
+    Path("conf").symlink_to(ROOT / "conf")
+    overrides = ["experiment=smoke", "dataset.source=missing"]
+    assert plan.show(overrides, as_json=True, measure=True) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    assert set(seconds) == {"vqvae", "prior_top", "prior_bottom", "sample"} and all(seconds.values())
+    plan.show(overrides, as_json=False, measure=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "time, measured on this machine for 1 x 1 CPU:" in lines
+    assert sum(line.startswith(("vqvae ", "together ")) for line in lines) == 3
