@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pipeline.checks.machine import gpu_count
 from pipeline.compose import compose_params
 from pipeline.composed_from import CONF, choices_of, format_override, key_of, overrides_of
 from pipeline.group_files import default_choice
-from pipeline.preflight import gpu_count
 from stages.config import Params
 from stages.tracking.quantities import format_number
 
