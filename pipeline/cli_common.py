@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from pipeline import process
 
 # Sections of `vqvae2 --help`.
-RUN, LOOK, MODELS, PROJECT = "Run", "Look", "Use models", "Project"
+RUN, LOOK, MODELS, PROJECT = "Run", "Inspect", "Use models", "Project"
 
 
 def complete(kind: str) -> Callable[..., list[str]]:

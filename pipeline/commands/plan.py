@@ -19,10 +19,11 @@ from models import cost
 from models.priors import Grid, build
 from models.vqvae import VQVAE
 from pipeline import params, presets
+from pipeline.checks.machine import gpu_count
 from pipeline.compose import compose_settings
 from pipeline.composed_from import describe_source
 from pipeline.measure import measure as measure_stages
-from pipeline.preflight import check_gpus, gpu_count
+from pipeline.preflight import check_gpus
 from stages.config import DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
 from stages.images.listing import Listing, list_images
