@@ -60,7 +60,7 @@ def test_help_lists_commands_in_groups():
     """Every command is in a section, the one that a newcomer needs first."""
     text = subprocess.run([*VQVAE2, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60).stdout
     sections = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert sections == ["Options", "Run", "Look", "Use models", "Project"]
+    assert sections == ["Options", "Run", "Inspect", "Use models", "Project"]
     assert all(f"\n  {name} " in text for name in ["run", *COMMANDS])
     assert text.index("\n  run ") < min(text.index(f"\n  {name} ") for name in COMMANDS)
 
