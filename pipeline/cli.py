@@ -217,6 +217,38 @@ app.registered_commands += cli_models.app.registered_commands
 
 
 @app.command(rich_help_panel=LOOK)
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="Run, DVC experiment, Git revision, or folder with a report.", autocompletion=complete("run")
+        ),
+    ],
+    b: Annotated[str, typer.Argument(help="The same, or workspace.", autocompletion=complete("run"))] = "workspace",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write the page to this file. [default: in runs/compare]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the settings, numbers and pictures of two runs.
+
+    Prints the comparison, and writes a page with pictures side by side.
+
+    Example:  vqvae2 compare HEAD
+
+    Example:  vqvae2 compare lumpy-bird ../other/artifacts/report --out compare.html
+    """
+
+    def action() -> int:
+        from pipeline.commands import compare
+
+        return compare.run(a, b, out=out, as_json=as_json)
+
+    run_and_exit(action)
+
+
+@app.command(rich_help_panel=LOOK)
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 5000,
     browser: Annotated[bool, typer.Option(help="Open the runs in a browser, if there is a display.")] = True,

@@ -65,8 +65,6 @@ def read(path: Path = FILE) -> dict[str, Any]:
     Raises UserError if the file is missing, too large, not UTF-8 or not a YAML mapping, or if it has duplicate keys or
     aliases.
     """
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _NoAliases
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(
@@ -75,13 +73,21 @@ def read(path: Path = FILE) -> dict[str, Any]:
                 fix=f"Check that this is the right file, or {_restore(path)}",
                 code=2,
             )
-        data = yaml.load(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(
             f"{path.name} does not exist.", where=path.absolute(), fix=capitalize(_restore(path)), code=2
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path.name} is not UTF-8 text.", where=path, fix="Save it as UTF-8.", code=2) from None
+
+
+def parse(text: str, path: Path = FILE) -> dict[str, Any]:
+    """Parse the text of a YAML mapping. `path` is the location shown in errors. Raises UserError as `read`."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _NoAliases
+    try:
+        data = yaml.load(text)
     except (YAMLError, ValueError, RecursionError) as error:  # ValueError: !!int x; RecursionError: 2,000 brackets
         mark = getattr(error, "problem_mark", None)
         problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]

@@ -4,11 +4,14 @@ import fcntl
 import getpass
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from stages.tracking.tags import KEY, PARENT_RUN
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,6 +77,25 @@ def connect() -> tuple["MlflowClient", str]:
         if experiment := client.get_experiment_by_name(name):
             return client, experiment.experiment_id
         return client, client.create_experiment(name, (project_folder() / "mlruns").as_uri() if is_local else None)
+
+
+def find_run_key(run_id: str) -> str:
+    """Return our key of the pipeline run that a run of MLflow is, or is a part of; "" if there is none.
+
+    The store is not created, and not asked about a text that cannot be an id.
+    """
+    is_missing = not os.environ.get("MLFLOW_TRACKING_URI") and not (project_folder() / DATABASE).is_file()
+    if is_missing or not re.fullmatch("[0-9a-f]{32}", run_id):
+        return ""
+    configure_mlflow()
+    try:
+        client, _ = connect()
+        tags = client.get_run(run_id).data.tags
+        if parent := tags.get(PARENT_RUN):
+            tags = client.get_run(parent).data.tags
+    except Exception:  # deleted, of another store, or the server does not answer
+        return ""
+    return str(tags.get(KEY, ""))
 
 
 def _create_tables(path: Path) -> None:

@@ -1,0 +1,210 @@
+"""Settings, numbers and pictures of a run, an experiment, a Git revision, a report folder or the workspace.
+
+A name is looked up as a folder, a pipeline run, a DVC experiment, a Git revision and the id of a run in MLflow, in this
+order. Everything is read from this machine: pictures of a revision come from DVC's cache.
+"""
+
+import ast
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import dvc, dvc_yaml, finished_results, params
+from pipeline.completion import runs as list_runs
+from pipeline.text import first_few
+from stages.errors import UserError
+from stages.formats.flatten import flatten, flatten_numbers
+from stages.tracking.journal import JOURNAL_FILE, Record, read_records
+from stages.tracking.mlflow_store import find_run_key
+from stages.tracking.tags import DVC_EXPERIMENT, RUN_NAME
+
+WORKSPACE = "workspace"
+PICTURES = ("samples", "reconstructions")  # of the report
+REPORT = Path("artifacts/report")
+METRICS = Path("metrics")
+PIPELINE_RUNS = Path("runs/pipeline")
+
+
+@dataclass
+class ComparedRun:
+    """One side of a comparison."""
+
+    name: str
+    description: str
+    settings: dict[str, Any]  # full key -> value
+    numbers: dict[str, float]  # such as "evaluate.psnr"
+    pictures: dict[str, bytes] = field(default_factory=dict)  # name -> PNG
+    notes: list[str] = field(default_factory=list)  # on what is missing
+
+
+def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) -> ComparedRun:
+    """Read the run that a name stands for. Raises UserError if there is none, or if it has no settings."""
+    if name == WORKSPACE:
+        return _of_project(Path(), WORKSPACE)
+    folder = Path(name)
+    if (folder / "report.html").is_file():
+        return _of_report(folder)
+    if (folder / dvc_yaml.FILE).is_file():
+        return _of_project(folder, name)
+    if (key := _find_key(name)) and (run := _of_key(name, key)):
+        return run
+    if commit := _find_experiment(name):
+        return _of_revision(name, "DVC experiment", commit, cache_folder)
+    if commit := _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip():
+        return _of_revision(name, "Git revision", commit, cache_folder)
+    if (key := find_run_key(name)) and (run := _of_key(name, key)):
+        return run
+    names = list(list_runs({}))
+    options = f"Use one of: {first_few(names, 8)}, or {WORKSPACE}" if names else "Use the folder of a report"
+    raise UserError(
+        f"{name} is not a run, a DVC experiment, a Git revision or a folder with a report.",
+        where=Path.cwd(),
+        fix=f"{options}.",
+        code=2,
+    )
+
+
+def _of_project(folder: Path, name: str) -> ComparedRun:
+    """Read the files of a project as they are now."""
+    files = {path.stem: path.read_bytes() for path in sorted((folder / METRICS).glob("*.json"))}
+    run = ComparedRun(name, "the present files", _settings(params.read(folder / params.FILE)), _numbers(files))
+    _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "run: vqvae2 run")
+    return run
+
+
+def _of_report(folder: Path) -> ComparedRun:
+    """Read the folder of a report, and the settings and numbers of the project that it lies in."""
+    project = folder.resolve().parents[1]
+    if folder.resolve() == (project / REPORT) and (project / params.FILE).is_file():
+        run = _of_project(project, str(folder))
+        run.description = f"report of {project}"
+    else:
+        run = ComparedRun(str(folder), "report", {}, {}, notes=[f"{folder} lies in no project: it has no settings."])
+        with suppress(OSError, ValueError):
+            run.numbers = _numbers({"evaluate": (folder / "metrics.json").read_bytes()})
+    _add_pictures(run, lambda picture: _read(folder / picture), "run: vqvae2 run")
+    return run
+
+
+def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], Path | None]) -> ComparedRun:
+    """Read the files of a Git commit; pictures are in DVC's cache under the MD5 of its dvc.lock."""
+    if not (text := _git("show", f"{commit}:./{params.FILE}")):
+        raise UserError(
+            f"{name} has no {params.FILE}.", where=f"commit {commit[:7]}", fix="Use a later revision.", code=2
+        )
+    paths = _git("ls-tree", "--name-only", commit, f"./{METRICS}/").split()
+    files = {Path(path).stem: _git("show", f"{commit}:./{path}").encode() for path in paths if path.endswith(".json")}
+    date = _git("show", "-s", "--format=%cs", commit).strip()
+    run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(params.parse(text)), _numbers(files))
+    lock = params.parse(_git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}")
+    outs = lock.get("stages", {}).get("evaluate", {}).get("outs", [])
+    md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
+    listing: Mapping[str, str] = {}
+    cache = cache_folder()
+    with suppress(*finished_results.UNREADABLE):
+        listing = finished_results.read_listing(cache, md5) if cache else {}
+
+    def read(picture: str) -> bytes:
+        return _read(finished_results.cache_path(cache, listing[picture])) if cache and picture in listing else b""
+
+    _add_pictures(run, read, "they are not in DVC's cache; to download them: dvc fetch --all-commits evaluate")
+    return run
+
+
+def _find_key(name: str) -> str:
+    """Return the key of the newest pipeline run with this key, name or DVC experiment; "" if there is none."""
+    for path in sorted(PIPELINE_RUNS.glob(f"*/{JOURNAL_FILE}"), reverse=True):
+        begin = _first_record(path)
+        tags = begin.get("tags", {})
+        if name in (path.parent.name, tags.get(RUN_NAME), tags.get(DVC_EXPERIMENT)) and name:
+            return path.parent.name
+    return ""
+
+
+def _of_key(name: str, key: str) -> ComparedRun | None:
+    """Read a pipeline run and its stages from their journals; None if this machine has none of them.
+
+    `dvc repro` starts no process that would write a journal of the whole run.
+    """
+    journal = PIPELINE_RUNS / key / JOURNAL_FILE
+    begin = _first_record(journal) if journal.is_file() else {}
+    values: dict[str, str] = {}
+    numbers: dict[str, float] = {}
+    images: dict[str, bytes] = {}
+    for path in (*journal.parent.glob(f"cached/*/{JOURNAL_FILE}"), *Path("runs").glob(f"*/*/tracked/*/{JOURNAL_FILE}")):
+        stage_begin = _first_record(path)
+        if stage_begin.get("parent") != key:
+            continue
+        stage = dvc_yaml.cli_name(stage_begin["stage"])
+        values |= stage_begin["params"]
+        for record, _ in read_records(path):
+            if record["kind"] == "end" and record["status"] == "FINISHED":
+                numbers |= {f"{stage}.{metric}": float(value) for metric, value in record["final"].items()}
+            elif record["kind"] == "image" and stage == "evaluate":
+                images[f"{record['name']}.png"] = _read(path.parent / record["file"])
+    values |= begin.get("params", {})
+    if not values:
+        return None
+    settings = {setting: _literal(value) for setting, value in values.items()}
+    run = ComparedRun(name, f"pipeline run {key}", _settings(settings), numbers)
+    _add_pictures(run, lambda picture: images.get(picture, b""), "its evaluate stage did not run in it")
+    return run
+
+
+def _find_experiment(name: str) -> str:
+    """Return the commit of a DVC experiment; "" if there is none."""
+    refs = _git("for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps")
+    for line in refs.splitlines():
+        commit, ref = line.split()
+        if ref.count("/") == 4 and ref.rpartition("/")[2] == name:  # refs/exps/ab/cdef.../NAME
+            return commit
+    return ""
+
+
+def _add_pictures(run: ComparedRun, read: Callable[[str], bytes], reason: str) -> None:
+    for name in PICTURES:
+        if png := read(f"{name}.png"):
+            run.pictures[name] = png
+    if missing := [name for name in PICTURES if name not in run.pictures]:
+        run.notes.append(f"Pictures missing of {run.name} ({', '.join(missing)}): {reason}.")
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flatten(data).items() if not key.startswith("composed_from.")}
+
+
+def _numbers(files: Mapping[str, bytes]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for stem, text in files.items():
+        with suppress(ValueError):  # damaged, or with merge markers
+            numbers |= {f"{stem}.{key}": value for key, value in flatten_numbers(json.loads(text)).items()}
+    return numbers
+
+
+def _literal(text: str) -> Any:
+    """Parse a setting of a journal, which is the text of a Python value."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _first_record(path: Path) -> Record:
+    return next(read_records(path), ({}, 0))[0]
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _git(*arguments: str) -> str:
+    """Return the output of a Git command; "" if it fails."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,71 @@
+"""Comparison of two runs: settings that differ, and numbers next to each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline import changes
+from pipeline.changes import Change
+from pipeline.compared_runs import ComparedRun
+from stages.tracking.headline import headline_metrics
+from stages.tracking.quantities import format_number
+
+MAX_NUMBERS = 40  # of a run; of more, the headline metrics are compared
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of both runs; None where a run does not have it."""
+
+    name: str
+    a: float | None
+    b: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """B minus A; None unless both have it."""
+        return None if self.a is None or self.b is None else self.b - self.a
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Return the texts of A, B, their difference, and the difference relative to A."""
+        a, b = ("-" if value is None else format_number(value) for value in (self.a, self.b))
+        if self.difference is None:
+            return a, b, "", ""
+        sign = "+" if self.difference > 0 else ""
+        relative = f"{sign}{100 * self.difference / abs(self.a):.1f}%" if self.a and self.difference else ""
+        return a, b, f"{sign}{format_number(self.difference, 3)}" if self.difference else "equal", relative
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs, and how they differ."""
+
+    a: ComparedRun
+    b: ComparedRun
+    settings: list[Change]
+    numbers: list[Number]
+
+    @property
+    def shared(self) -> list[Number]:
+        """Numbers of both runs."""
+        return [number for number in self.numbers if number.difference is not None]
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on what is missing."""
+        return [*self.a.notes, *self.b.notes]
+
+
+def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
+    """Compare two runs. Settings are compared only if both are known."""
+    known = a.settings and b.settings
+    numbers_a: Mapping[str, float] = a.numbers
+    numbers_b: Mapping[str, float] = b.numbers
+    if max(len(numbers_a), len(numbers_b)) > MAX_NUMBERS:
+        numbers_a, numbers_b = _headline(numbers_a), _headline(numbers_b)
+    numbers = [Number(name, numbers_a.get(name), numbers_b.get(name)) for name in {**numbers_a, **numbers_b}]
+    shared_first = sorted(numbers, key=lambda number: number.difference is None)
+    return Comparison(a, b, changes.compare(a.settings, b.settings) if known else [], shared_first)
+
+
+def _headline(numbers: Mapping[str, float]) -> Mapping[str, float]:
+    return headline_metrics(numbers) or numbers

@@ -1,0 +1,201 @@
+"""Tests of `vqvae2 compare`: every kind of run that a name may stand for, the text and the page."""
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from pipeline import compare_page, compared_runs
+from pipeline.commands import compare as command
+from pipeline.compared_runs import WORKSPACE, ComparedRun
+from pipeline.comparison import compare
+from stages.errors import UserError
+from stages.tracking.journal import Journal
+from tests.chromium import document, needs_chromium, requested_hosts
+
+GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+KEY = "20260101-000000-abcdef"
+
+
+def png(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_run(steps: int, psnr: float, color: str) -> None:
+    """Write the settings, numbers and report of a finished run into the current folder."""
+    Path("params.yaml").write_text(f"priors:\n  top:\n    train:\n      steps: {steps}\nseed: 0\n")
+    Path("dvc.yaml").write_text("stages: {}\n")
+    Path("metrics").mkdir(exist_ok=True)
+    Path("metrics/evaluate.json").write_text(json.dumps({"psnr": psnr, "kid": 0.1}))
+    Path("artifacts/report").mkdir(parents=True, exist_ok=True)
+    Path("artifacts/report/report.html").write_text("<html>")
+    for name in compared_runs.PICTURES:
+        Path(f"artifacts/report/{name}.png").write_bytes(png(color))
+
+
+def store(data: bytes, suffix: str = "") -> str:
+    """Store contents as DVC's cache does, and return their MD5."""
+    md5 = hashlib.md5(data).hexdigest() + suffix
+    path = Path("cache/files/md5", md5[:2], md5[2:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return md5
+
+
+def commit(message: str) -> None:
+    """Commit the current run, with its report in DVC's cache."""
+    report = Path("artifacts/report")
+    listing = [{"relpath": path.name, "md5": store(path.read_bytes())} for path in report.iterdir()]
+    outs = [{"path": report.as_posix(), "md5": store(json.dumps(listing).encode(), ".dir")}]
+    YAML(typ="safe", pure=True).dump({"stages": {"evaluate": {"outs": outs}}}, Path("dvc.lock"))
+    subprocess.run([*GIT, "add", "params.yaml", "dvc.yaml", "dvc.lock", "metrics"], check=True)
+    subprocess.run([*GIT, "commit", "-q", "-m", message], check=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path):
+    """A project with a committed run of 8 steps, and one of 12 steps in its files."""
+    with chdir(tmp_path):
+        subprocess.run([*GIT, "init", "-q", "-b", "trunk"], check=True)
+        write_run(8, 20.0, "red")
+        commit("first")
+        write_run(12, 21.5, "blue")
+        yield tmp_path
+
+
+def find(name: str) -> ComparedRun:
+    return compared_runs.find(name, lambda: Path("cache"))
+
+
+def test_revision_is_compared_with_the_workspace(project):
+    """The settings that differ, and the numbers with their difference; pictures of a revision are in DVC's cache."""
+    comparison = compare(find("trunk"), find(WORKSPACE))
+    assert [str(change) for change in comparison.settings] == ["priors.top.train.steps 8 -> 12"]
+    cells = {number.name: number.cells() for number in comparison.numbers}
+    assert cells == {
+        "evaluate.psnr": ("20", "21.5", "+1.5", "+7.5%"),
+        "evaluate.kid": ("0.1", "0.1", "equal", ""),
+    }
+    assert comparison.a.pictures["samples"] == png("red") and comparison.b.pictures["samples"] == png("blue")
+    assert comparison.notes == []
+
+
+def test_pictures_that_are_not_in_the_cache_are_named(project):
+    """The note has the command that downloads them."""
+    shutil.rmtree("cache")
+    (note,) = find("trunk").notes
+    assert "Pictures missing of trunk (samples, reconstructions)" in note and "dvc fetch" in note
+
+
+def test_experiment_of_dvc_is_found_by_its_name(project):
+    """DVC keeps an experiment as a Git reference."""
+    commit("lumpy-bird")
+    subprocess.run([*GIT, "update-ref", "refs/exps/ab/cdef0123/lumpy-bird", "HEAD"], check=True)
+    subprocess.run([*GIT, "reset", "-q", "--hard", "HEAD~1"], check=True)
+    run = find("lumpy-bird")
+    assert run.settings["priors.top.train.steps"] == 12 and run.description.startswith("DVC experiment ")
+    assert run.pictures["reconstructions"] == png("blue")
+
+
+def test_report_folder_has_the_settings_of_its_project(project, tmp_path_factory):
+    """A copied report has pictures only."""
+    report = find("artifacts/report")
+    assert (report.settings["seed"], report.numbers["evaluate.psnr"]) == (0, 21.5)
+    copy = tmp_path_factory.mktemp("copies") / "somewhere" / "report"
+    shutil.copytree("artifacts/report", copy)
+    run = find(str(copy))
+    assert run.pictures["samples"] == png("blue") and "no settings" in run.notes[0]
+    assert compare(run, report).settings == []
+
+
+def write_journals(parent: str) -> None:
+    """Write the journals of a pipeline run and its last stage."""
+    journal = Journal(Path("runs/pipeline") / parent)
+    params = {"priors.top.train.steps": "100", "sample.classes": "('a', 'b')", "dataset.name": "emoji"}
+    tags = {"mlflow.runName": "emoji, more steps"}
+    journal.begin(parent, "pipeline", "fingerprint", params, tags, inputs={}, parent="")
+    journal.end("FINISHED")
+    stage = Journal(Path("runs/evaluate/0123/tracked/other"))
+    stage.begin("other", "evaluate", "fingerprint", {"seed": "0"}, {}, inputs={}, parent=parent)
+    stage.image("samples", png("green"), 0)
+    Path("final.json").write_text('{"psnr": 25.0}')
+    stage.end("FINISHED", metrics=Path("final.json"))
+
+
+@pytest.mark.parametrize("name", [KEY, "emoji, more steps"])
+def test_tracked_run_is_read_from_its_journals(project, name):
+    """By its key or its name in MLflow. Settings in a journal are texts of Python values."""
+    write_journals(KEY)
+    run = find(name)
+    assert run.settings == {
+        "priors.top.train.steps": 100,
+        "sample.classes": ["a", "b"],
+        "dataset.name": "emoji",
+        "seed": 0,
+    }
+    assert run.numbers == {"evaluate.psnr": 25.0} and run.pictures == {"samples": png("green")}
+
+
+def test_unknown_name_is_refused_with_names_that_exist(project):
+    """A run, an experiment, or a revision."""
+    write_journals(KEY)
+    with pytest.raises(UserError, match="nothing is not a run") as caught:
+        find("nothing")
+    assert "trunk" in caught.value.fix and KEY in caught.value.fix and caught.value.code == 2
+
+
+def test_many_numbers_are_reduced_to_the_headline():
+    """A revision from before the headline files has hundreds of numbers."""
+    many = {f"evaluate.other.number_{number}": 1.0 for number in range(100)}
+    run = ComparedRun("a", "", {}, {**many, "evaluate.reconstruction.validation.psnr": 20.0})
+    assert [number.name for number in compare(run, run).numbers] == ["psnr"]
+
+
+def test_text_json_and_page_have_the_same_facts(project, capsys, monkeypatch):
+    """The path of the page is printed last."""
+    monkeypatch.setattr(command, "find", find)
+    assert command.run("trunk", WORKSPACE, out=None, as_json=False) == 0
+    text = capsys.readouterr().out
+    assert "  priors.top.train.steps 8 -> 12\n" in text and "evaluate.psnr    20  21.5   +1.5  +7.5%" in text
+    assert text.splitlines()[-1] == "runs/compare/trunk-workspace.html"
+    command.run("trunk", WORKSPACE, out=Path("pages/page.html"), as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["settings"] == [{"key": "priors.top.train.steps", "a": 8, "b": 12}]
+    assert facts["numbers"][0] == {"name": "evaluate.psnr", "a": 20.0, "b": 21.5, "difference": 1.5}
+    page = Path("pages/page.html").read_text()
+    assert all(
+        word in page for word in ("priors.top.train.steps", "+7.5%", "data:image/png;base64,", "Reconstructions")
+    )
+    with pytest.raises(UserError, match="--out must be an .html file"):
+        command.run("trunk", WORKSPACE, out=Path("page.png"), as_json=False)
+
+
+def test_page_escapes_names():
+    """A name may be any text of a branch or a run."""
+    run = ComparedRun("<script>a</script>", "", {}, {})
+    assert "<script>" not in compare_page.render(compare(run, run))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_page_requests_nothing_and_fits_a_phone(project, tmp_path_factory):
+    """The page opens offline, and does not scroll sideways at 390 pixels."""
+    folder = tmp_path_factory.mktemp("chromium")
+    page = folder / "page.html"
+    comparison = compare(find("trunk"), find(WORKSPACE))
+    page.write_text(compare_page.render(comparison))
+    blank = folder / "blank.html"
+    blank.write_text("<html>")
+    assert requested_hosts(folder, page) <= requested_hosts(folder, blank)
+    script = "<script>document.title = document.documentElement.scrollWidth - innerWidth</script></body>"
+    page.write_text(page.read_text().replace("default-src 'none';", "").replace("</body>", script))
+    assert "<title>0</title>" in document(folder, page, "--window-size=390,800")
