@@ -37,8 +37,8 @@ class DatasetConfig:
     name: str  # name of the dataset, recorded in the manifest of the shards
     source: str  # path of a folder, a zip or a tar of images
     image_size: int  # side of the square images, in pixels, 1 or more
-    # class of each image: "folders" (from folder names), "none", or the path of a CSV inside the source with the
-    # columns path, label and optionally split
+    # class of each image: "folders" (from folder names), "none", or the path of a CSV inside the source with a
+    # column of image paths, one of classes and optionally one of splits
     labels: str = "folders"
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"  # conversion of an image that is not square
     background: str = "#ffffff"  # colour under transparent pixels and around padded images: a name or #rrggbb

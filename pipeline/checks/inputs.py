@@ -12,15 +12,20 @@ def check_images(request: Request) -> Answer:
     dataset = request.settings.dataset
     if "shard" in request.stages and not request.pull:
         source = Path(dataset.source)
-        if not source.exists() and (pointer := dvc_file_of(source)):
-            raise UserError(
-                "The source of images is tracked by DVC, and not in this folder.",
-                where=source,
-                fix=f"Run: dvc pull {pointer}. Or add --pull to the run.",
-                code=2,
-            )
+        require_pulled(source)
         listing.check_source(source, dataset.labels)
     return Answer(dataset.source)
+
+
+def require_pulled(source: Path) -> None:
+    """Raise UserError if DVC tracks the source of images and has not fetched it."""
+    if not source.exists() and (pointer := dvc_file_of(source)):
+        raise UserError(
+            "The source of images is tracked by DVC, and not in this folder.",
+            where=source,
+            fix=f"Run: dvc pull {pointer}. Or add --pull to the run.",
+            code=2,
+        )
 
 
 def dvc_file_of(path: Path) -> Path | None:

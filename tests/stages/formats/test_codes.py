@@ -1,9 +1,13 @@
 """Tests of files of codes: round trip, and damaged or foreign files."""
 
+import re
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,3 +113,19 @@ def test_a_missing_split_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"There are no codes of split 'test'\.") as caught:
         make(tmp_path / "codes").split("test")
     assert caught.value.where == str(tmp_path / "codes") and "--stage codes" in caught.value.fix
+
+
+def test_documented_code_reads_codes_without_this_project(tmp_path: Path):
+    """The code in docs/formats.md gives grids, keys and labels, as `Dataset.from_dict` and pandas take them."""
+    page = (Path(__file__).parents[3] / "docs" / "formats.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "columns = {}" in block]
+    make(tmp_path / "artifacts" / "codes")
+    shutil.copy(tmp_path / "artifacts/codes" / FILE, tmp_path / "artifacts/codes/train-00001.parquet")
+    scope: dict = {}
+    with chdir(tmp_path):
+        exec(code, scope)
+    columns = scope["columns"]
+    assert columns["bottom"].shape == (10, 4, 4) and columns["bottom"].dtype == np.uint16
+    np.testing.assert_array_equal(columns["top"], np.concatenate([CODES["top"]] * 2))
+    frame = pandas.DataFrame({name: list(values) for name, values in columns.items()})
+    assert frame["key"][9] == "000000004" and frame["top"][9].shape == (2, 2)
