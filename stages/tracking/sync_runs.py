@@ -86,13 +86,14 @@ def upload_journals(
 
 def describe_failure(error: Exception) -> str:
     """Describe in a sentence why MLflow has not accepted an upload: what it refuses, or that it does not answer."""
+    problem = "refuses the upload"
     try:
         check_store()
     except StoreUnavailableError:
-        pass
+        problem = "does not answer"
     except UserError as refusal:
         return f"{refusal.what} {refusal.fix}"
-    return f"MLflow at {redact_secrets(store_uri())} does not answer ({describe_error(error)})."
+    return f"MLflow at {redact_secrets(store_uri())} {problem} ({describe_error(error)})."
 
 
 def describe_error(error: Exception | None) -> str:

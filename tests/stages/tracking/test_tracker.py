@@ -244,6 +244,26 @@ def test_sync_skips_active_run():
         assert (result.active_runs, result.completed_runs) == (1, 0)
 
 
+def test_run_deleted_while_it_goes_on_is_reported():
+    """MLflow answers and refuses further metrics of that run: no server has to be started."""
+    screen = Screen()
+    with track(screen=screen) as reporter:
+        reporter.metrics({"loss": 1.0}, 1)
+        wait_until(lambda: stage_runs() and "loss" in stage_runs()[0].data.metrics)
+        client().delete_run(stage_runs()[0].info.run_id)
+        reporter.metrics({"loss": 0.5}, 2)
+        wait_until(lambda: screen.messages)
+    assert "refuses the upload" in screen.messages[0] and "active" in screen.messages[0]
+
+
+def wait_until(condition, timeout_s=60):
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_run_deleted_in_mlflow_stays_deleted():
     """`sync_runs` does not create it again."""
     with track() as reporter:
