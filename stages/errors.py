@@ -24,9 +24,9 @@ _OS_ERROR_FIXES = {
 }
 
 
-def install_command(extra: str) -> str:
-    """Return the command that installs an extra of this project, which is on no package index, in its folder."""
-    return f"pip install -c constraints.txt -e '.[{extra}]'"
+def install_command(extra: str = "") -> str:
+    """Return the command that installs this project, with an extra, in its folder: it is on no package index."""
+    return "pip install -c constraints.txt -e " + (f"'.[{extra}]'" if extra else ".")
 
 
 class UserError(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.checks.check import Answer
-from stages.errors import UserError
+from stages.errors import UserError, install_command
 
 GIB = 2**30
 MIN_MEMORY_BYTES = 2 * GIB  # Ray alone takes about half a GiB
@@ -45,7 +45,7 @@ def judge_packages(versions: Mapping[str, str | None]) -> Answer:
         raise UserError(
             f"Packages are missing: {', '.join(missing)}.",
             where=sys.executable,
-            fix="pip install -c constraints.txt -e .",
+            fix=f"Run: {install_command()}",
             code=3,
         )
     return Answer(", ".join(f"{name} {version}" for name, version in versions.items()))
