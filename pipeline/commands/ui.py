@@ -24,13 +24,14 @@ def serve(port: int, *, browser: bool = True) -> int:
     """Run MLflow's server on the project's store until a signal, and show the pages of the runs.
 
     If MLFLOW_TRACKING_URI is a server, show its pages and return. `browser` opens a browser if there is a display.
-    Raises UserError if MLFLOW_TRACKING_URI is not supported, if the port cannot be used, or if the server fails.
+    Raises UserError if the store cannot be used, if the port cannot be used, or if the server fails.
     """
     from stages.tracking.mlflow_store import configure_mlflow, store_uri
-    from stages.tracking.store_check import check_scheme
+    from stages.tracking.store_check import StoreUnavailableError, check_store
 
     uri = store_uri()
-    check_scheme(uri)
+    with suppress(StoreUnavailableError):  # the request for the pages explains it
+        check_store()
     if uri.startswith("databricks"):
         raise UserError(
             "MLFLOW_TRACKING_URI is a Databricks workspace, which has its own web interface.",
