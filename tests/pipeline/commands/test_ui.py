@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.request
+from contextlib import closing
 
 import pytest
 
@@ -61,7 +63,11 @@ def test_ui_prints_pages_and_ends_with_its_server(project):
 @pytest.mark.slow
 def test_server_that_fails_is_reported(project):
     """The error has the reason that MLflow gives, and where all its messages are."""
-    (project.folder / "mlflow.db").write_text("not a database" * 99)
+    with closing(sqlite3.connect(project.folder / "mlflow.db")) as database:
+        database.execute("create table experiments (name, lifecycle_stage, experiment_id)")
+        database.execute("create table alembic_version (version_num)")
+        database.execute("insert into alembic_version values ('of another release')")
+        database.commit()
     done = project.command("ui", "--port", "5987")
     assert done.returncode == 3 and "MLflow's server ended with status" in done.stderr
     assert "in: runs/mlflow_server.log" in done.stderr and "Traceback" not in done.stderr
