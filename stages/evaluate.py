@@ -79,7 +79,6 @@ def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, co
     notes = summary.notes(values, plan.num_compared, plan.config)
     for note in notes:
         context.reporter.message(note)
-    context.reporter.metrics(headline, 0)
     meta: dict[str, Any] = {"inputs": results.digests(), "settings": asdict(plan.config), "seed": plan.seed}
     with artifact.commit_folder(out, "report", meta) as folder:
         provenance = os.path.relpath(context.work_dir / PROVENANCE_SCRIPT, out)

@@ -15,7 +15,7 @@ HEADLINE = {
     r"vqvae\.psnr": "psnr",
     r"vqvae\.perplexity_(\w+)": r"perplexity_\1",
     r"prior_(\w+)\.nll": r"nll_\1",
-    r"evaluate\.(psnr|kid|fd|precision|recall)": r"\1",
+    r"evaluate\.(psnr|kid|frechet|precision|recall)": r"\1",
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 from stages.evaluation.report import write_report
 from stages.formats import artifact
 from stages.tracking import provenance
+from stages.tracking.tracker import PipelineRun
 from tests.chromium import console_messages, document, needs_chromium, requested_hosts
 from tests.stages.evaluation.test_report import PROVENANCE, report_data
 
@@ -22,7 +23,7 @@ def page(tmp_path_factory) -> Path:
     work.mkdir(parents=True)
     with artifact.commit_folder(out, "report", {}) as folder:
         write_report(folder, report_data())
-    provenance.record_facts("evaluate", out, work, 65, [], None, "experiment=tiny </script>")
+    provenance.record_facts("evaluate", out, work, 65, [], PipelineRun(), "experiment=tiny </script>")
     return out / "report.html"
 
 

@@ -16,6 +16,7 @@ def test_few_metrics_describe_a_pipeline_run():
         "prior_top.nll_train": 1.7,
         "prior_bottom.nll": 2.4,
         "evaluate.kid": 0.1,
+        "evaluate.frechet": 180.0,
         "evaluate.precision": 0.5,
         "evaluate.recall": 0.4,
         "evaluate.ssim": 0.9,
@@ -28,6 +29,7 @@ def test_few_metrics_describe_a_pipeline_run():
         "nll_top": 2.0,
         "nll_bottom": 2.4,
         "kid": 0.1,
+        "frechet": 180.0,
         "precision": 0.5,
         "recall": 0.4,
     }

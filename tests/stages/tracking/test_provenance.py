@@ -1,0 +1,68 @@
+"""Facts of runs: they lie outside the artifacts, and the report shows those of the stages before it."""
+
+import json
+from pathlib import Path
+
+from stages.formats import artifact
+from stages.tracking import provenance
+from stages.tracking.journal import Journal
+from stages.tracking.tracker import PipelineRun
+
+PAGE = '<p>Report.</p><script src="../../runs/evaluate/0123/provenance.js"></script><script>show()</script>'
+
+
+def record(root: Path, stage: str, seconds: float, *, inputs: tuple[str, ...] = (), parent: object = None) -> str:
+    """Write an artifact and record the facts of its stage; return its digest."""
+    out, work = root / "artifacts" / stage, root / "runs" / stage / "0123"
+    work.mkdir(parents=True)
+    with artifact.commit_folder(out, stage, {}) as folder:
+        name = "report.html" if stage == "evaluate" else "model.txt"
+        (folder / name).write_text(PAGE if stage == "evaluate" else stage)
+    run = PipelineRun(tags={"command": "dvc repro"}) if parent is None else parent
+    provenance.record_facts(stage, out, work, seconds, inputs, run, "experiment=tiny")
+    return artifact.sha256(out / artifact.MANIFEST)
+
+
+def shown_facts(root: Path) -> dict[str, str]:
+    text = (root / "runs/evaluate/0123" / provenance.PROVENANCE_SCRIPT).read_text()
+    return json.loads(text.removeprefix("window.provenance = ").removesuffix(";\n"))
+
+
+def test_report_has_the_facts_of_the_stages_that_it_used(tmp_path: Path):
+    """Durations are those of the runs that wrote its inputs; runs of other results are left out."""
+    digest = record(tmp_path, "vqvae", 3700)
+    record(tmp_path, "codes", 5)
+    record(tmp_path, "evaluate", 61, inputs=(digest,))
+    facts = shown_facts(tmp_path)
+    assert facts["Duration"].startswith("1 h 2 min: vqvae 1 h 1 min (") and "evaluate 1 min 1 s" in facts["Duration"]
+    assert "codes" not in facts["Duration"]
+    assert facts["Command"] == "dvc repro" and facts["Preset and overrides"] == "experiment=tiny"
+    assert "processors" in facts["Machine"] and facts["Date"].endswith("UTC")
+
+
+def test_command_is_that_of_the_pipeline_run(tmp_path: Path):
+    """The journal of the pipeline run has the command and the key by which MLflow finds it."""
+    journal = Journal(tmp_path / "pipeline" / "20260101-key")
+    journal.begin("20260101-key", "pipeline", "f", {}, {"command": "vqvae2 run -S seed=1"}, inputs={}, parent="")
+    journal.close()
+    record(tmp_path, "evaluate", 1, parent=str(journal.folder))
+    facts = shown_facts(tmp_path)
+    assert facts["Command"] == "vqvae2 run -S seed=1"
+    assert facts["MLflow run"] == "tags.`vqvae2.key` = '20260101-key'"
+
+
+def test_artifact_has_no_facts_and_the_copy_has_them(tmp_path: Path):
+    """The tracked page stays as the stage wrote it; the copy holds the facts in place of the reference."""
+    record(tmp_path, "evaluate", 1)
+    assert (tmp_path / "artifacts/evaluate/report.html").read_text() == PAGE
+    copy = provenance.report_copy(tmp_path / "runs/evaluate/0123").read_text()
+    assert "src=" not in copy and copy.endswith("<script>show()</script>")
+    assert '<script type="application/json" id="provenance">{' in copy
+
+
+def test_damaged_facts_are_ignored(tmp_path: Path):
+    """A report is written although the facts of another stage cannot be read."""
+    digest = record(tmp_path, "vqvae", 1)
+    (tmp_path / "runs/vqvae/0123/provenance.json").write_text("{")
+    record(tmp_path, "evaluate", 2, inputs=(digest,))
+    assert shown_facts(tmp_path)["Duration"].startswith("2 s: evaluate")
