@@ -175,7 +175,7 @@ def test_text_json_and_page_have_the_same_facts(project, capsys, monkeypatch):
     assert all(
         word in page for word in ("priors.top.train.steps", "+7.5%", "data:image/png;base64,", "Reconstructions")
     )
-    with pytest.raises(UserError, match="--out must be an .html file"):
+    with pytest.raises(UserError, match=r"--out must be an \.html file"):
         command.run("trunk", WORKSPACE, out=Path("page.png"), as_json=False)
 
 
