@@ -18,7 +18,7 @@ from pipeline.completion import runs as list_runs
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.flatten import flatten, flatten_numbers
-from stages.tracking.journal import JOURNAL_FILE, Record, read_records
+from stages.tracking.journal import JOURNAL_FILE, OUTPUTS, Record, read_points, read_records
 from stages.tracking.mlflow_store import find_run_key
 from stages.tracking.tags import DVC_EXPERIMENT, RUN_NAME
 
@@ -128,31 +128,46 @@ def _find_key(name: str) -> str:
 def _of_key(name: str, key: str) -> ComparedRun | None:
     """Read a pipeline run and its stages from their journals; None if this machine has none of them.
 
-    `dvc repro` starts no process that would write a journal of the whole run.
+    A run that `dvc repro` has started has no journal of its own.
     """
     journal = PIPELINE_RUNS / key / JOURNAL_FILE
-    begin = _first_record(journal) if journal.is_file() else {}
-    values: dict[str, str] = {}
+    settings: dict[str, str] = {}
     numbers: dict[str, float] = {}
     images: dict[str, bytes] = {}
     for path in (*journal.parent.glob(f"cached/*/{JOURNAL_FILE}"), *Path("runs").glob(f"*/*/tracked/*/{JOURNAL_FILE}")):
-        stage_begin = _first_record(path)
-        if stage_begin.get("parent") != key:
+        begin = _first_record(path)
+        if begin.get("parent") != key:
             continue
-        stage = dvc_yaml.cli_name(stage_begin["stage"])
-        values |= stage_begin["params"]
-        for record, _ in read_records(path):
-            if record["kind"] == "end" and record["status"] == "FINISHED":
-                numbers |= {f"{stage}.{metric}": float(value) for metric, value in record["final"].items()}
-            elif record["kind"] == "image" and stage == "evaluate":
-                images[f"{record['name']}.png"] = _read(path.parent / record["file"])
-    values |= begin.get("params", {})
-    if not values:
+        stage = dvc_yaml.cli_name(begin["stage"])
+        settings |= {**begin["params"], **begin.get("parent_params", {})}
+        numbers |= {f"{stage}.{metric}": value for metric, value in _journal_numbers(path, stage).items()}
+        if stage == "evaluate":
+            images |= _journal_images(path)
+    if journal.is_file():
+        settings |= _first_record(journal).get("params", {})
+    if not settings:
         return None
-    settings = {setting: _literal(value) for setting, value in values.items()}
-    run = ComparedRun(name, f"pipeline run {key}", _settings(settings), numbers)
+    values = {setting: _literal(value) for setting, value in settings.items()}
+    run = ComparedRun(name, f"pipeline run {key}", _settings(values), numbers)
     _add_pictures(run, lambda picture: images.get(picture, b""), "its evaluate stage did not run in it")
     return run
+
+
+def _journal_numbers(path: Path, stage: str) -> dict[str, float]:
+    """Return the numbers of a stage: the JSON file that it has written, or those reported for a cached result."""
+    with suppress(OSError, ValueError):
+        return flatten_numbers(json.loads((path.parent / OUTPUTS / f"{stage}.json").read_bytes()))
+    # Names of curves have a "/", such as "train/mse".
+    return {name: curve[max(curve)] for name, curve in read_points(path).items() if "/" not in name}
+
+
+def _journal_images(path: Path) -> dict[str, bytes]:
+    """Return the newest image of each name in a journal, by the name of its file in a report."""
+    return {
+        f"{record['name']}.png": _read(path.parent / record["file"])
+        for record, _ in read_records(path)
+        if record["kind"] == "image"
+    }
 
 
 def _find_experiment(name: str) -> str:

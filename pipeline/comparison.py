@@ -1,15 +1,11 @@
 """Comparison of two runs: settings that differ, and numbers next to each other."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline import changes
 from pipeline.changes import Change
 from pipeline.compared_runs import ComparedRun
-from stages.tracking.headline import headline_metrics
 from stages.tracking.quantities import format_number
-
-MAX_NUMBERS = 40  # of a run; of more, the headline metrics are compared
 
 
 @dataclass(frozen=True)
@@ -56,16 +52,8 @@ class Comparison:
 
 
 def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
-    """Compare two runs. Settings are compared only if both are known."""
+    """Compare two runs, shared numbers first. Settings are compared only if both are known."""
+    numbers = [Number(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
+    numbers.sort(key=lambda number: number.difference is None)
     known = a.settings and b.settings
-    numbers_a: Mapping[str, float] = a.numbers
-    numbers_b: Mapping[str, float] = b.numbers
-    if max(len(numbers_a), len(numbers_b)) > MAX_NUMBERS:
-        numbers_a, numbers_b = _headline(numbers_a), _headline(numbers_b)
-    numbers = [Number(name, numbers_a.get(name), numbers_b.get(name)) for name in {**numbers_a, **numbers_b}]
-    shared_first = sorted(numbers, key=lambda number: number.difference is None)
-    return Comparison(a, b, changes.compare(a.settings, b.settings) if known else [], shared_first)
-
-
-def _headline(numbers: Mapping[str, float]) -> Mapping[str, float]:
-    return headline_metrics(numbers) or numbers
+    return Comparison(a, b, changes.compare(a.settings, b.settings) if known else [], numbers)

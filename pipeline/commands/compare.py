@@ -14,7 +14,7 @@ from stages.errors import UserError
 from stages.formats.artifact import atomic_write
 
 FOLDER = Path("runs/compare")
-MAX_SETTINGS = 20  # in the text; the page has all
+MAX_SETTINGS, MAX_NUMBERS = 20, 40  # in the text; the page has all
 
 
 def run(name_a: str, name_b: str, *, out: Path | None, as_json: bool) -> int:
@@ -60,10 +60,10 @@ def _text(comparison: Comparison, page: Path) -> str:
         if omitted := len(comparison.settings) - len(shown):
             lines.append(f"  and {omitted} more, on the page")
         lines.append("")
-    if shared := comparison.shared:
+    if shared := comparison.shared[:MAX_NUMBERS]:
         lines += [*_columns([("Numbers", "A", "B", "B - A", ""), *((item.name, *item.cells()) for item in shared)]), ""]
     if omitted := len(comparison.numbers) - len(shared):
-        lines.append(f"{omitted} numbers are of one run only: see the page")
+        lines.append(f"{omitted} more numbers are on the page.")
     lines += [wrap(f"note: {note}") for note in comparison.notes]
     return "\n".join([*lines, str(page)])
 
