@@ -55,5 +55,5 @@ def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
     """Compare two runs, shared numbers first. Settings are compared only if both are known."""
     numbers = [Number(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
     numbers.sort(key=lambda number: number.difference is None)
-    known = a.settings and b.settings
-    return Comparison(a, b, changes.compare(a.settings, b.settings) if known else [], numbers)
+    have_settings = a.settings and b.settings
+    return Comparison(a, b, changes.compare(a.settings, b.settings) if have_settings else [], numbers)
