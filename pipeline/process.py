@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.errors import UserError
+from stages.errors import UserError, install_command
 from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
 
 DEFAULTS = {
@@ -70,8 +70,14 @@ def _use_code_of_current_folder() -> None:
     # this, the original's code would run under the copy's settings and be recorded as the copy's.
     folder, installed = Path.cwd(), Path(__file__).parents[1]
     if is_copy_of_project(folder) and not installed.samefile(folder):
-        if "VQVAE2_CODE" in os.environ:  # already restarted once
-            return
+        if os.environ.get("VQVAE2_CODE") == str(folder):  # restarted once, and Python still imports other code
+            reason = f"its path contains {os.pathsep!r}" if os.pathsep in str(folder) else "PYTHONPATH has no effect"
+            print(
+                f"error: The code of this copy of the project cannot be run: {reason}.\n  in: {folder}\n"
+                f"  fix: Rename the folder, or install it: {install_command()}",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         os.execve(
             sys.executable,

@@ -36,6 +36,23 @@ def test_copy_of_the_project_runs_its_own_code(tmp_path):
     assert done.stdout == "the code of the copy\n", done.stderr
 
 
+def test_copy_whose_code_cannot_be_imported_is_refused(tmp_path):
+    """PYTHONPATH separates folders by colons. Running other code than that of the copy would record wrong results."""
+    copy = tmp_path / "a:b"
+    copy.mkdir()
+    write_code(copy, "the code of the copy", '[project]\nname = "vqvae2"\n')
+    done = run_console_script(copy, "status")
+    assert done.returncode == 2 and done.stderr.startswith("error: The code of this copy of the project cannot be run")
+    assert done.stdout == "" and "its path contains ':'" in done.stderr and "Rename the folder" in done.stderr
+
+
+def test_copy_in_a_copy_runs_its_own_code(tmp_path):
+    """A command that runs another copy's code has restarted itself there, and its child restarts itself again."""
+    write_code(tmp_path, "the code of the copy", '[project]\nname = "vqvae2"\n')
+    done = run_console_script(tmp_path, "status", VQVAE2_CODE="/elsewhere")
+    assert done.stdout == "the code of the copy\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "pyproject",
     ['[project]\nname = "other"\n', "[tool.ruff]\n", "project = 3\n", "not TOML", '[project]\nname = ["vqvae2"]\n'],
