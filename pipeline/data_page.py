@@ -26,7 +26,7 @@ MAX_SIDE = 96  # pixels of an image on the page
 def write(
     folder: Path, source: Source, dataset: DatasetConfig, listing: Listing, facts: Sequence[tuple[str, str]]
 ) -> Path:
-    """Write the page to a folder, which is created; return its path."""
+    """Write the page to a folder; return its path."""
     classes = overview.count_classes(listing)
     names = list(classes)[:MAX_CLASSES] or [overview.UNLABELED]
     sheets = overview.examples(
@@ -56,7 +56,6 @@ def write(
         ],
         classes_without_images=max(0, len(classes) - MAX_CLASSES),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     path.write_text(page, encoding="utf-8")
     return path

@@ -29,6 +29,8 @@ def show(overrides: Sequence[str], *, out: Path | None, sample: int, as_json: bo
     path = Path(dataset.source)
     require_pulled(path)
     listing = list_images(path, dataset.labels, validation_fraction=dataset.validation_fraction)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     source = open_source(path)
     images = overview.sample_images(listing.images, sample)
     with ConsoleReporter("data") as reporter:

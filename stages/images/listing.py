@@ -111,7 +111,10 @@ def _list(source: Source, members: list[Member], path: Path, labels: str, valida
     image_files = [member for member in readable if is_image(member.name)]
     if not image_files:
         raise _no_images(path, skipped)
-    messages, doubts = [*source.messages, *_other_files(readable)], []
+    tables = [] if labels in ("folders", "none") else _find_tables(readable, path, labels)
+    messages, doubts = list(source.messages), []
+    if others := [member for member in readable if not is_image(member.name) and member not in tables]:
+        messages.append(_count_suffixes(others))
     if labels in ("folders", "none"):
         layout = read_folders(image_files, labels == "folders", path)
         candidates = layout.candidates
@@ -121,7 +124,7 @@ def _list(source: Source, members: list[Member], path: Path, labels: str, valida
         if labels == "folders":
             doubts += _unused_tables(source, readable)
     else:
-        candidates = _from_tables(source, image_files, readable, path, labels, messages)
+        candidates = _from_tables(source, tables, image_files, path, messages)
     messages += _skipped_files(skipped)
     classes = sorted({candidate.label for candidate in candidates if candidate.label is not None})
     if len(classes) == 1:
@@ -153,13 +156,11 @@ def _no_images(path: Path, skipped: list[tuple[str, str]]) -> UserError:
     return UserError(f"The source has no images.{reason}", where=path, fix=_EXPECTED_LAYOUT, code=2)
 
 
-def _other_files(readable: list[Member]) -> list[str]:
+def _count_suffixes(others: list[Member]) -> str:
     """Count the files that are not images, by suffix."""
-    suffixes = Counter(
-        PurePosixPath(member.name).suffix.lower() or "no suffix" for member in readable if not is_image(member.name)
-    )
+    suffixes = Counter(PurePosixPath(member.name).suffix.lower() or "no suffix" for member in others)
     counts = ", ".join(f"{printable(suffix)} {count}" for suffix, count in suffixes.most_common(_SHOWN_SUFFIXES))
-    return [f"{suffixes.total()} files that are not images are ignored: {counts}."] if suffixes else []
+    return f"{suffixes.total()} files that are not images are ignored: {counts}."
 
 
 def _skipped_files(skipped: list[tuple[str, str]]) -> list[str]:
@@ -181,14 +182,12 @@ def _unused_tables(source: Source, readable: list[Member]) -> list[str]:
             and table.has_columns(_read(source, member, member.name))
         ):
             name = printable(member.name)
-            doubts.append(f"{name} lists classes and is not used, because dataset.labels is folders, not {name}.")
+            doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
     return doubts
 
 
-def _from_tables(
-    source: Source, image_files: list[Member], readable: list[Member], path: Path, labels: str, messages: list[str]
-) -> list[Candidate]:
-    """Read splits and classes from a CSV, or from one CSV of this name in each split folder."""
+def _find_tables(readable: list[Member], path: Path, labels: str) -> list[Member]:
+    """Return the CSV of labels, or one CSV of this name in each split folder. Raises UserError if there is none."""
     name = _table_name(path, labels)
     tables = [member for member in readable if member.name == name]
     if not tables and "/" not in name:
@@ -196,6 +195,13 @@ def _from_tables(
     if not tables:
         suggested = [member.name for member in readable if member.name.lower().endswith(_TABLE_SUFFIXES)]
         raise _no_table(path, labels, suggested)
+    return tables
+
+
+def _from_tables(
+    source: Source, tables: list[Member], image_files: list[Member], path: Path, messages: list[str]
+) -> list[Candidate]:
+    """Read splits and classes from CSV files."""
     index = table.ImageIndex(image_files, path)
     matched: dict[Member, table.Row] = {}
     table_messages: list[str] = []
@@ -230,13 +236,13 @@ def _table_name(path: Path, labels: str) -> str:
 
 def _no_table(path: Path, labels: str, tables: Iterable[str]) -> UserError:
     names = ", ".join(printable(name) for name in islice(tables, _SHOWN_TABLES))
-    hint = (
-        f"Use one of the source: {names}." if names else "Move the CSV into the source, where DVC tracks its changes."
-    )
+    fix = f"Set dataset.labels to a CSV of the source: {names}"
+    if not names:
+        fix = f"Move the CSV into the source, where DVC tracks its changes. {table.EXPECTED_COLUMNS}."
     return UserError(
         f"dataset.labels must be folders, none, or a CSV inside the source, got {labels!r}.",
         where=path,
-        fix=hint if names else f"{hint} {table.EXPECTED_COLUMNS}.",
+        fix=fix,
         code=2,
     )
 

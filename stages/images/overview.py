@@ -20,6 +20,7 @@ from stages.images.sources import Member, Source, UnreadableFile, printable
 UNLABELED = ""  # the class of images without labels, in counts and examples
 _HEADER_BYTES = 1 << 16  # of a file that are read first; the whole file is read if its header is longer
 _MAX_HASHED_BYTES = 1 << 31  # of files that are read wholly to find copies, because another file has the same size
+_PROGRESS_INTERVAL = 50  # files between reports of progress
 _SHOWN_CLASSES = 10  # in a line of text
 _SHOWN_REJECTED = 20  # files of a scan, by name
 
@@ -101,7 +102,8 @@ def scan(
                 result.copies += digest in split_by_digest
                 result.leaked += split_by_digest.setdefault(digest, image.split) != image.split
         result.checked += 1
-        progress(result.checked, len(images))
+        if result.checked % _PROGRESS_INTERVAL == 0 or result.checked == len(images):
+            progress(result.checked, len(images))
     return result
 
 

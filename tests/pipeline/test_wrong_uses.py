@@ -197,6 +197,7 @@ CASES = {
     "labels_name_no_image": (_images("1.png", table="file_name,label\n1.png,cat\n2.png,dog\n"), RUN, 4),
     "split_folders_beside_others": (_images("train/a/1.png", "val/a/2.png", "more/a/3.png"), RUN, 4),
     "no_training_images": (_images("dev/a/1.png", "test/a/2.png"), RUN, 4),
+    "data_output_is_a_file": (_write("overview", b"a file"), ["data", "--out", "overview"], 3),
     "class_not_utf8": (_images("M\udcfcller/1.png", "other/2.png"), ["data"], 4),
     "inputs_missing": (_nothing, ["stage", "vqvae"], 4),
     "inputs_incomplete": (_incomplete_shards, ["stage", "vqvae"], 4),

@@ -46,6 +46,7 @@ def test_a_csv_defines_labels_and_splits(tmp_path, ending, bom):
             "3.png": ("test", "a/b"),
         }
         assert "1 images that the labels do not list are ignored." in listing.messages
+        assert not any("files that are not images" in message for message in listing.messages)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
@@ -112,7 +113,7 @@ def test_a_table_that_is_not_used_is_mentioned(tmp_path):
     (path / "metadata.csv").write_text("file_name,label\n1.png,cat\n")
     (path / "sizes.csv").write_text("file_name,width\n1.png,30\n")
     assert listed(path, "folders").doubts == (
-        "metadata.csv lists classes and is not used, because dataset.labels is folders, not metadata.csv.",
+        "metadata.csv lists classes and is not used. To use it: -S dataset.labels=metadata.csv",
     )
 
 
@@ -153,4 +154,4 @@ def test_an_invalid_row_is_rejected_with_its_line_number(tmp_path, table, line, 
 def test_a_missing_table_is_rejected_with_those_of_the_source(tmp_path):
     """The names of the source's tables are suggested."""
     (make(tmp_path, "1.png") / "metadata.csv").write_text("file_name,label\n1.png,cat\n")
-    assert refusal(tmp_path).fix == "Use one of the source: metadata.csv."
+    assert refusal(tmp_path).fix == "Set dataset.labels to a CSV of the source: metadata.csv"
