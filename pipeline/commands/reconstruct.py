@@ -3,7 +3,6 @@
 B images, H x W pixels, 3 color channels.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import numpy as np
 import torch
 
 from pipeline.image_commands import MODEL, replace_folder, require_model, require_replaceable, safe_name
-from stages.config import DatasetConfig
 from stages.errors import UserError
 from stages.formats import model_file
 from stages.images.contact_sheet import contact_sheet
-from stages.images.decode import RejectedImage, decode
-from stages.images.sources import MAX_FILE_BYTES
 from stages.images.tensors import to_float, to_uint8
+from stages.inference.images import image_settings, read_file
 from stages.metrics import distortion
 
 KIND = "reconstructions"
@@ -47,9 +44,9 @@ def reconstruct(images: Sequence[Path], out: Path, model: Path = MODEL) -> list[
             fix="Train a VQ-VAE with vqvae.quantizer.mode ema or loss.",
             code=2,
         )
-    config = dataclasses.replace(DatasetConfig("reconstruct", ".", vqvae.meta["image_size"]), **vqvae.meta["images"])
+    settings = image_settings(vqvae.meta)
     levels = list(network.config.levels)
-    decoded_images = [_read(path, config) for path in images]  # all of them before anything is written
+    decoded_images = [read_file(path, settings) for path in images]  # all of them before anything is written
     lines = []
     with replace_folder(out, KIND, {"vqvae": vqvae.digest}) as folder:
         for number, (path, image) in enumerate(zip(images, decoded_images, strict=True)):
@@ -65,17 +62,3 @@ def reconstruct(images: Sequence[Path], out: Path, model: Path = MODEL) -> list[
             texts = (f"{'+'.join(levels[:count])} {psnr:.1f} dB" for count, psnr in enumerate(psnrs, 1))
             lines.append(f"{path}: {', '.join(texts)}")
     return lines
-
-
-def _read(path: Path, config: DatasetConfig) -> np.ndarray:
-    """Read an image file as (H, W, 3) bytes. Raises UserError if it cannot be read."""
-    fix = "Choose another file: docs/data.md lists the supported formats."
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RejectedImage(f"longer than {MAX_FILE_BYTES >> 20} MiB")
-        return np.array(decode(path.read_bytes(), config).pixels)
-    except OSError as error:
-        reason, fix = error.strerror or str(error), "Choose an image file that can be read."
-    except RejectedImage as error:
-        reason = str(error)
-    raise UserError(f"{path.name} is not a valid image: {reason}.", where=path, fix=fix, code=4)

@@ -19,10 +19,10 @@ from pipeline.image_commands import (
 from stages.config import SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact
-from stages.formats.samples import open_samples
 from stages.images.contact_sheet import contact_sheet, encode_png
+from stages.inference.folder import sampling_rule
+from stages.inference.trained_models import TrainedModels, choose_labels
 from stages.runtime.device import best_device
-from stages.sample import TrainedModels, choose_labels
 
 KIND = "drawn samples"
 MAX_SHEET_IMAGES = 256  # more would be too small to see, and a large draw too long to hold in memory
@@ -41,21 +41,12 @@ def run(
     top_p: float | None,
 ) -> int:
     """Draw images with the options of the command line and print the paths; return the exit status."""
-    settings = model_settings(model) if model else params.load().sample
+    settings = sampling_rule(model) if model else params.load().sample
     config = choose_config(settings, count, classes, temperature=temperature, top_k=top_k, top_p=top_p)
     sheet = sheet or default_sheet(out)
     draw(out, config, seed=seed, sheet=sheet, model=model or MODEL)
     print(f"{out}\n{sheet}")
     return 0
-
-
-def model_settings(model: Path) -> SampleConfig:
-    """Return the sampling rule of the samples in a model folder; the defaults if it has none."""
-    try:
-        meta = open_samples(model / "samples").artifact.meta
-        return SampleConfig(temperature=meta["temperature"], top_k=meta["top_k"], top_p=meta["top_p"])
-    except (UserError, OSError):
-        return SampleConfig()
 
 
 def default_sheet(out: Path) -> Path:

@@ -95,6 +95,19 @@ def _open(data: bytes, config: DatasetConfig) -> Iterator[Image.Image]:
         raise RejectedImage(f"cannot be decoded: {error or type(error).__name__}") from None
 
 
+def convert(image: Image.Image, config: DatasetConfig) -> np.ndarray:
+    """Convert an open image to pixels as `decode` does. Raises RejectedImage if it cannot be converted faithfully."""
+    conversions: list[str] = []
+    try:
+        _check_size(image, config)
+        rgb = _to_rgb(_upright(image, conversions), config.background, conversions)
+        return np.asarray(_fit(rgb, config, conversions))
+    except RejectedImage:
+        raise
+    except Exception as error:  # the file behind it may be damaged, and is read on first use
+        raise RejectedImage(f"cannot be decoded: {error or type(error).__name__}") from None
+
+
 def encode(pixels: np.ndarray, config: DatasetConfig) -> bytes:
     """Encode uint8 RGB pixels, (H, W, 3), in the image format of the shards."""
     buffer = io.BytesIO()

@@ -42,7 +42,8 @@ LIBRARIES = {
 
 
 def _source_files() -> Iterator[Path]:
-    """Yield the Python files of the three packages, relative to the root."""
+    """Yield the Python API and the Python files of the three packages, relative to the root."""
+    yield Path("vqvae2.py")
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield path.relative_to(ROOT)

@@ -23,7 +23,7 @@ from stages.formats.codes import open_codes
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
 from stages.images.tensors import to_float
-from stages.sample import TrainedModels, choose_labels
+from stages.inference.trained_models import TrainedModels, choose_labels
 from stages.training.distributed import DistributedContext
 from stages.training.image_batches import PlainImages, load_batches
 from stages.training.loop import TrainingStopped

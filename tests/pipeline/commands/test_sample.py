@@ -12,6 +12,7 @@ from pipeline.commands import sample
 from stages.config import SampleConfig
 from stages.errors import UserError
 from stages.formats.samples import open_samples
+from stages.inference.folder import sampling_rule
 
 
 def draw(out: Path, count: int = 5, *, seed: int = 0, top_k: int = 0, **options) -> None:
@@ -92,8 +93,8 @@ def test_samples_of_another_model_folder(artifacts, tmp_path: Path):
         with pytest.raises(UserError, match=r"must hold vqvae/ and priors/[\s\S]*PROJECT/artifacts"):
             draw(Path("other"), model=tmp_path)
     meta = open_samples(artifacts.path("samples")).artifact.meta
-    assert sample.model_settings(model).temperature == meta["temperature"]
-    assert sample.model_settings(tmp_path) == SampleConfig()
+    assert sampling_rule(model).temperature == meta["temperature"]
+    assert sampling_rule(tmp_path) == SampleConfig()
 
 
 def _pipeline_image(artifacts) -> np.ndarray:
