@@ -3,8 +3,12 @@
 import os
 import signal
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.mini_pipeline import MiniPipeline
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -68,6 +72,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Name the skipped tests that fail a run of continuous integration."""
     for name in config.stash[SKIPPED] if os.environ.get("CI") else ():
         terminalreporter.line(f"SKIPPED IN CI {name}")
+
+
+@pytest.fixture(scope="session")
+def finished_pipeline(tmp_path_factory: pytest.TempPathFactory) -> "MiniPipeline":
+    """The artifacts of a small pipeline, built once per session."""
+    from tests.mini_pipeline import MiniPipeline, without_ray  # imports torch
+
+    with without_ray():
+        return MiniPipeline.build(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(autouse=True)

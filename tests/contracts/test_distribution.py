@@ -1,8 +1,9 @@
-"""Source distribution: the sources, and no file of a user's."""
+"""Source distribution and wheel: the sources, and no file of a user's."""
 
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,20 +25,26 @@ PRIVATE = (
     "notebook.ipynb",
     "runs/shard/0123/part",
 )
-SOURCES = ("pipeline", "stages", "models", "conf", "tests", "benchmarks", "docs")
+SOURCES = ("pipeline", "stages", "models", "hydra_plugins", "conf", "tests", "benchmarks", "docs")
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a source distribution that is built in a used checkout."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a source distribution and a wheel that are built in a used checkout."""
     folder = tmp_path_factory.mktemp("checkout")
     CommandLineProject.of_working_tree(folder)
     for name in PRIVATE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("private")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist"]
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    (archive,) = (folder / "dist").glob("*.tar.gz")
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def names(distributions: Path) -> set[str]:
+    """Names in the source distribution."""
+    (archive,) = distributions.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         return {name.partition("/")[2] for name in tar.getnames()}
 
@@ -54,4 +61,21 @@ def test_every_source_file_is_distributed(names: set[str]):
     root = Path(__file__).parents[2]
     listing = subprocess.check_output(["git", "ls-files", *SOURCES, "data"], cwd=root, text=True)
     assert set(listing.splitlines()) <= names
-    assert {"dvc.yaml", "params.yaml", "constraints.txt", "Makefile", "README.md", "LICENSE", "PKG-INFO"} <= names
+    assert {
+        "vqvae2.py",
+        "dvc.yaml",
+        "params.yaml",
+        "constraints.txt",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "PKG-INFO",
+    } <= names
+
+
+def test_wheel_has_the_packages_and_the_python_api(distributions: Path):
+    """`import vqvae2` works where the wheel is installed."""
+    (archive,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(archive) as wheel:
+        tops = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
+    assert tops == {"pipeline", "stages", "models", "hydra_plugins", "vqvae2.py"}

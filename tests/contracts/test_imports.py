@@ -14,9 +14,10 @@ PACKAGES = ("pipeline", "stages", "models")
 # From top to bottom. A package imports from itself and from the layers below it. A stage file is a package of its own:
 # stages exchange data on disk, through stages/formats.
 LAYERS = (
+    ("vqvae2.py",),
     ("pipeline",),
     ("stages/*.py",),
-    ("stages/evaluation",),
+    ("stages/evaluation", "stages/inference"),
     ("stages/training", "stages/mapping"),
     ("stages/tracking",),
     ("stages/runtime",),

@@ -5,14 +5,7 @@ from contextlib import chdir
 
 import pytest
 
-from tests.mini_pipeline import MiniPipeline, without_ray
-
-
-@pytest.fixture(scope="session")
-def finished_pipeline(tmp_path_factory: pytest.TempPathFactory) -> MiniPipeline:
-    """The artifacts of a small pipeline, built once per session."""
-    with without_ray():
-        return MiniPipeline.build(tmp_path_factory.mktemp("finished"))
+from tests.mini_pipeline import MiniPipeline
 
 
 @pytest.fixture
