@@ -7,6 +7,16 @@ import typer
 
 from pipeline.cli_common import MODELS, Model, Temperature, TopK, TopP, complete, run_and_exit
 
+ClassOfImages = Annotated[
+    str,
+    typer.Option(
+        "--class",
+        "-c",
+        help="Class of the images. [default: the most probable one of each]",
+        autocompletion=complete("class"),
+    ),
+]
+
 app = typer.Typer()
 
 
@@ -80,6 +90,61 @@ def reconstruct(
         from pipeline.commands import reconstruct
 
         return reconstruct.run(images, out, *([model] if model else []))
+
+    run_and_exit(action, require_project=model is None)
+
+
+@app.command(rich_help_panel=MODELS)
+def score(
+    images: Annotated[list[Path], typer.Argument(help="Image files to score.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write a table and heat maps to this folder.")] = Path(
+        "scores"
+    ),
+    class_name: ClassOfImages = "",
+    model: Model = None,
+) -> None:
+    """Score how unlikely your own images are under the trained priors.
+
+    Writes scores.csv, with nats per image and per code of each level, and heat maps: bright where a code is unlikely.
+    Replaces earlier scores in the same folder.
+
+    Example:  vqvae2 score cat.png dog.jpg --out scores
+    """
+
+    def action() -> int:
+        from pipeline.commands import score
+
+        return score.run(images, out, model=model, class_name=class_name)
+
+    run_and_exit(action, require_project=model is None)
+
+
+@app.command(rich_help_panel=MODELS)
+def restore(
+    images: Annotated[list[Path], typer.Argument(help="Image files to restore.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the restored images to this folder.")] = Path(
+        "restored"
+    ),
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Draw codes of more nats than this again. [default: ln of the codebook's entries]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
+    class_name: ClassOfImages = "",
+    model: Model = None,
+) -> None:
+    """Replace the unlikely parts of your own images.
+
+    Draws unlikely codes again from the trained priors, coarse to fine, and writes each image next to its reconstruction
+    and the restored image. Replaces earlier images of this command in the same folder.
+
+    Example:  vqvae2 restore scratched.png --threshold 5 --out restored
+    """
+
+    def action() -> int:
+        from pipeline.commands import restore
+
+        return restore.run(images, out, threshold=threshold, seed=seed, model=model, class_name=class_name)
 
     run_and_exit(action, require_project=model is None)
 

@@ -1,10 +1,10 @@
-"""Model folders and output folders of `vqvae2 sample` and `vqvae2 reconstruct`.
+"""Model folders, output folders and classes of the commands that read or draw images.
 
 A model folder holds `vqvae/` and `priors/`, as the folder `artifacts` of a project does. An output folder holds the
 images of one call and a manifest; a later call replaces it only if it holds nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,16 @@ def _foreign_files(out: Path, kind: str) -> list[str]:
     except (UserError, OSError):
         return sorted(names)
     return sorted(names - handle.files.keys() - {artifact.MANIFEST})
+
+
+def repeat_class(name: str, classes: Sequence[str], count: int) -> list[str] | None:
+    """Return the labels of `count` images of one class; None without a name. Raises UserError for an unknown class."""
+    if not name:
+        return None
+    if name not in classes:
+        fix = f"Use any of: {', '.join(classes)}" if classes else "Leave --class out: this model has no classes."
+        raise UserError(f"{name!r} is not a valid class of this model.", where="--class", fix=fix, code=2)
+    return [name] * count
 
 
 def safe_name(name: str) -> str:
