@@ -94,7 +94,9 @@ def test_file_of_another_origin_counts_as_edited(current_project):
         "a,b",
         "x=[1]",
         "ä#:",
-        "~/p",
+        "\\",
+        "a\\b",
+        'end\\"',
     ],
 )
 def test_formatted_override_has_the_same_value(current_project, value):

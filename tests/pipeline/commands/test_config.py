@@ -11,7 +11,7 @@ def test_write_puts_the_printed_settings_into_params_yaml(project):
     printed = project.command("config", *overrides).stdout
     assert project.command("config", *overrides, "--write").stdout == ""
     assert (project.folder / "params.yaml").read_text() == printed
-    rows = json.loads(project.command("status", "--json").stdout)
+    rows = json.loads(project.command("status", "--json").stdout)["stages"]
     assert [row["stage"] for row in rows if row["stage"].startswith("prior")] == [
         "prior_top", "prior_bottom", "prior_middle",
     ]  # fmt: skip
