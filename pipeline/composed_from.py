@@ -63,8 +63,19 @@ def key_of(override: str) -> str:
 
 def format_override(key: str, value: Any) -> str:
     """Format an override that Hydra reads as this value."""
-    is_plain = isinstance(value, str) and PLAIN_TEXT.fullmatch(value) and value.lower() not in RESERVED_WORDS
-    return f"{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}"
+    return f"{key}={_format_value(value)}"
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_format_value, value))}]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if PLAIN_TEXT.fullmatch(value) and value.lower() not in RESERVED_WORDS:
+        return value
+    # Hydra reads a backslash as such, except before a quote and at the end.
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def describe_source(overrides: Sequence[str], conf: Path = CONF) -> str:
