@@ -39,6 +39,7 @@ IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per wor
 MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference
 MAX_QUERY_BYTES = 2**28  # images whose nearest training images are searched: each worker holds all of them in memory
 RECONSTRUCTIONS_SHOWN = 8
+PLOTTED_SHEETS = ("samples", "reconstructions")  # contact sheets that `dvc plots show` shows
 
 
 def run(
@@ -88,6 +89,8 @@ def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, co
         context.reporter.image(name, png, 0)
     curves.write_metrics(metrics, headline)
     write_plots(plots, values, results.entry_counts)
+    for name in PLOTTED_SHEETS:
+        plots.with_name(f"{name}.png").write_bytes(sheets[name])
 
 
 def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> EvaluationPlan:

@@ -34,7 +34,8 @@ def test_paths_of_a_stage_are_those_in_dvc_yaml(name: str):
     function = importlib.import_module(f"stages.{stage.module}").run
     arguments = stage_runner.positionals(function, stage, SETTINGS)
     paths = {str(Path(path).relative_to(Path.cwd())) for path in arguments if isinstance(path, Path)}
-    expected = {*stage.artifacts, *stage.outs, *stage.metrics, *stage.plots}
+    # Pictures for `dvc plots` lie beside the folder or file of plots that the function gets.
+    expected = {*stage.artifacts, *stage.outs, *stage.metrics, *stage.plots[:1]}
     assert paths == (expected | {SETTINGS.dataset.source} if name == "shard" else expected)
 
 

@@ -28,7 +28,7 @@ PLOTS = {
     "Rate-distortion": ("bits_per_pixel", "psnr"),
     "Codebook usage": ("rank", "usage"),
 }
-IMAGES = {"artifacts/report/samples.png", "artifacts/report/reconstructions.png"}
+IMAGES = {"plots/samples.png", "plots/reconstructions.png"}
 
 
 def history(names: list[str]) -> list[dict]:
