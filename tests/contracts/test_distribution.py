@@ -53,7 +53,11 @@ def test_no_private_file_is_distributed(names: set[str]):
     """Images in DVC's cache, results, databases, secrets and what else lies in the folder."""
     assert names.isdisjoint(PRIVATE)
     tops = {name.partition("/")[0] for name in names if "/" in name}
-    assert tops == {*SOURCES, "data"}
+    assert tops == {*SOURCES, "data", ".dvc"}
+    assert {name for name in names if name.startswith(".dvc/")} == {
+        ".dvc/config",
+        *(f".dvc/plots/{name}" for name in ("bars.json", "curves.json", "page.html")),
+    }
 
 
 def test_every_source_file_is_distributed(names: set[str]):

@@ -236,3 +236,12 @@ def test_page_of_large_images_is_below_five_megabytes(tmp_path):
     sheets = write_report(tmp_path, report_data(side=256))
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     assert set(sheets) == {path.stem for path in tmp_path.glob("*.png")} == {"samples", "reconstructions", "nearest"}
+
+
+def test_page_of_many_samples_is_bounded():
+    """The page of 50,000 samples of 256 noisy pixels shows some hundreds of them, reduced."""
+    data = report_data(side=256)
+    metrics = {**data.metrics, "num_images": {**data.metrics["num_images"], "samples": 50_000}}
+    noise = np.random.default_rng(0).integers(0, 256, (32, 256, 256, 3), dtype=np.uint8)
+    samples = {f"class {number}": SamplesOfClass(noise, 3125) for number in range(16)}
+    assert len(render(replace(data, metrics=metrics, samples=samples))) < 8_000_000
