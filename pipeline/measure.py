@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from models.priors import Grid, Prior, build
@@ -36,7 +38,7 @@ from stages.training.state import TrainableModel
 from stages.vqvae import VQVAEObjective
 
 BUDGET_S = 60.0  # for all measurements
-MAX_CALLS = 8  # of which the fastest counts; the first is a warm-up
+MIN_CALLS, MAX_CALLS = 3, 8  # of which the fastest counts
 DECODED_IMAGES = 32
 DRAWN_ROWS = 2  # rows of codes of a sample
 
@@ -56,84 +58,90 @@ class StageTimer:
         self.settings, self.classes, self.device = settings, classes, device
         self.workers = settings.cluster.workers
         self.dist = DistributedContext(device=device)
-        self.networks = 1 + len(settings.priors)
-        self.limit_s = budget_s / (2 * self.networks)  # each network trains, and encodes or draws
+        # The VQ-VAE trains, evaluates and encodes; a prior trains, evaluates and draws twice.
+        self.limit_s = budget_s / (3 + 4 * len(settings.priors))
 
     def vqvae(self, images: Workload) -> dict[str, float]:
         """Measure training and encoding; return the seconds of the stages vqvae and codes."""
         settings, size = self.settings, self.settings.dataset.image_size
-        objective = VQVAEObjective(
-            VQVAE(settings.vqvae), torch.empty(0).numpy(), settings.train_vqvae.batch_size, settings.seed
-        )
-        batch = torch.randint(0, 256, (self._share(settings.train_vqvae), size, size, 3), dtype=torch.uint8)
-        training_s = self._training(objective, batch, settings.train_vqvae, (images.other,))
-        rows = images.train * settings.codes.copies + images.other
-        images_per_call = max(1, min(settings.codes.batch_size, rows))
-        batch = to_float(batch[:1].expand(images_per_call, -1, -1, -1), self.device)
+        config, codes = settings.train_vqvae, settings.codes
+        objective = VQVAEObjective(VQVAE(settings.vqvae), np.empty(0), config.batch_size, settings.seed)
+        batch = torch.randint(0, 256, (max(self._share(config), codes.batch_size), size, size, 3), dtype=torch.uint8)
+        training_s = self._training(objective, lambda count: batch[:count], config, (images.other,))
+        rows = images.train * codes.copies + images.other
 
-        def encode() -> None:
+        def encode(count: int) -> None:
             with torch.inference_mode():
-                objective.network.eval().encode(batch)
+                objective.network.eval().encode(to_float(batch[:count], self.device))
 
-        return {"vqvae": training_s, "codes": self._repeat(encode) * rows / images_per_call / self.workers}
+        codes_s = self._seconds(encode, codes.batch_size) / codes.batch_size * rows / self.workers
+        return {"vqvae": training_s, "codes": codes_s}
 
     def prior(self, level: str, images: Workload) -> dict[str, float]:
         """Measure training and drawing codes; return the seconds of the prior and its part of the stage sample."""
         config = self.settings.priors[level].train
         network = self._build_prior(level)
-        codes = self._random_codes(self._share(config), upto=level)
-        labels = torch.zeros(self._share(config), dtype=torch.int64) if self.classes else None
-        objective = PriorObjective(network, level)
-        copies = {name: grid.to(torch.uint16) for name, grid in codes.items()}
-        training_s = self._training(
-            objective, CodeBatch(copies, labels), config, (min(images.train, config.evaluate_images), images.other)
-        )
+        codes = {name: grids.to(torch.uint16) for name, grids in self._random_codes(self._share(config), level).items()}
+        labels = torch.zeros(self._share(config), dtype=torch.int64)
+
+        def batch(count: int) -> CodeBatch:
+            grids = {name: grids[:count] for name, grids in codes.items()}
+            return CodeBatch(grids, labels[:count] if self.classes else None)
+
+        training_s = self._training(PriorObjective(network, level), batch, config, (images.train, images.other))
         return {f"prior_{level}": training_s, "sample": self._sampling(network, level)}
 
-    def _training(self, objective: Objective, batch: Any, config: TrainConfig, evaluated: tuple[int, ...]) -> float:
-        """Return the seconds of a training with its evaluations on so many images per split."""
+    def _training(
+        self, objective: Objective, batch: Callable[[int], Any], config: TrainConfig, evaluated: tuple[int, ...]
+    ) -> float:
+        """Return the seconds of a training with its evaluations. `batch` returns a batch of any number of images.
+
+        `evaluated` are the images of the splits.
+        """
         objective.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = TrainableModel(objective.network, config)
 
-        def train() -> None:
+        def train(count: int) -> None:
             with autocast(config, self.device):
-                result = objective.train()(batch, 0, self.dist)
+                result = objective.train()(batch(count), 0, self.dist)
             result.loss.backward()
             model.apply_gradients(learning_rate(config, 0), config.max_grad_norm)
             objective.absorb(result.sums)
             model.update_ema()
 
-        def evaluate() -> None:
+        def evaluate(count: int) -> None:
             with torch.inference_mode():
-                objective.measure(objective.network.eval(), batch, self.dist)
+                objective.measure(objective.network.eval(), batch(count), self.dist)
 
-        evaluations = math.ceil(config.steps / config.evaluate_every)
-        calls = sum(math.ceil(min(count, config.evaluate_images) / config.batch_size) for count in evaluated)
-        return config.steps * self._repeat(train) + evaluations * calls * self._repeat(evaluate)
+        share = self._share(config)
+        images = sum(min(count, config.evaluate_images) for count in evaluated) / self.workers
+        evaluation_s = self._seconds(evaluate, share) / share * images
+        return config.steps * self._seconds(train, share) + config.steps / config.evaluate_every * evaluation_s
 
     def _sampling(self, network: Prior, level: str) -> float:
-        """Return the seconds to draw the codes of all samples: the last rows of one batch are measured."""
+        """Return the seconds to draw the codes of all samples. Only the last rows of a batch are drawn."""
         config = self.settings.sample
-        batch = min(config.batch_size, config.count)
-        codes = {name: grid.to(self.device) for name, grid in self._random_codes(batch, upto=level).items()}
-        prefix = codes.pop(level)
-        labels = torch.zeros(batch, dtype=torch.int64, device=self.device) if self.classes else None
-        sampler = Sampler(network.float(), batch_size=batch, method=config.method)
-        rows = min(DRAWN_ROWS, network.height)
+        batch_size = min(config.batch_size, config.count)
+        codes = {name: grids.to(self.device) for name, grids in self._random_codes(batch_size, level).items()}
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device) if self.classes else None
+        sampler = Sampler(network.float(), batch_size=batch_size, method=config.method)
 
-        def draw(rows: int = rows) -> None:
+        def draw(rows: int, count: int) -> None:
+            coarser = {name: grids[:count] for name, grids in codes.items() if name != level}
             sampler.draw(
                 seed=0,
-                sample_ids=torch.arange(batch),
-                coarser=codes,
-                labels=labels,
-                prefix=prefix,
+                sample_ids=torch.arange(count),
+                coarser=coarser,
+                labels=None if labels is None else labels[:count],
+                prefix=codes[level][:count],
                 prefix_rows=network.height - rows,
             )
 
-        row_s = max(0.0, self._repeat(draw) - self._repeat(lambda: draw(1))) if rows > 1 else self._repeat(draw)
+        rows = min(DRAWN_ROWS, network.height)  # without the rows before them, which are computed at once
+        rows_s = self._seconds(partial(draw, rows), batch_size) - self._seconds(partial(draw, 0), batch_size)
         parts = math.ceil(config.count / config.images_per_part)
-        return row_s * network.height * math.ceil(config.count / batch) / min(self.workers, parts)
+        batches = math.ceil(config.count / batch_size)
+        return max(0.0, rows_s) / rows * network.height * batches / min(self.workers, parts)
 
     def _build_prior(self, level: str) -> Prior:
         vqvae, size = self.settings.vqvae, self.settings.dataset.image_size
@@ -149,30 +157,34 @@ class StageTimer:
             classes=self.classes,
         ).to(self.device)
 
-    def _random_codes(self, count: int, upto: str) -> dict[str, torch.Tensor]:
-        """Return random codes, (count, H, W), of a level and the coarser ones."""
+    def _random_codes(self, count: int, last: str) -> dict[str, torch.Tensor]:
+        """Return random codes, (count, H, W), of the levels up to the last."""
         codes = {}
         for name, side in self.settings.vqvae.grids(self.settings.dataset.image_size).items():
             codes[name] = torch.randint(0, self.settings.vqvae.levels[name].entries, (count, side, side))
-            if name == upto:
+            if name == last:
                 break
         return codes
 
     def _share(self, config: TrainConfig) -> int:
         return config.batch_size // self.workers
 
-    def _repeat(self, call: Callable[[], object]) -> float:
-        """Return the fastest time of a call, in seconds."""
-        deadline, times = time.monotonic() + self.limit_s / 2, []
-        for number in range(MAX_CALLS):
-            start = time.monotonic()
-            call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            times.append(time.monotonic() - start)
-            if number >= 1 and time.monotonic() > deadline:
-                break
-        return min(times[1:])
+    def _seconds(self, call: Callable[[int], object], count: int) -> float:
+        """Return the seconds of a call with `count` images: extrapolated from fewer if it would exceed the limit."""
+        call(1)  # a warm-up
+        image_s = self._time(call, 1)
+        measured = max(1, min(count, int(self.limit_s / (MIN_CALLS * image_s))))
+        deadline, times = time.monotonic() + self.limit_s / 2, [image_s] if measured == 1 else []
+        while measured > 1 and len(times) < MAX_CALLS and (len(times) < MIN_CALLS - 1 or time.monotonic() < deadline):
+            times.append(self._time(call, measured))
+        return min(times) * count / measured
+
+    def _time(self, call: Callable[[int], object], count: int) -> float:
+        start = time.monotonic()
+        call(count)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic() - start
 
 
 def measure(settings: Params, listing: Listing | None, classes: int, *, budget_s: float = BUDGET_S) -> dict[str, float]:

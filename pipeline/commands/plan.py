@@ -7,6 +7,7 @@ A level has a grid of side x side codes; side**2 codes per image.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -108,6 +109,10 @@ def _time_lines(settings: Params, seconds: Mapping[str, float]) -> Iterator[str]
         yield f"{stage:<14}{format_duration(time):>13}"
     yield f"{'together':<14}{format_duration(sum(seconds.values())):>13}"
     yield "Not included: evaluate, and the start of each stage, about 10 seconds."
+    load, num_processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load > num_processors + 1:
+        busy = f"load {load:.0f} on {num_processors} processors"
+        yield f"Other programs use this machine ({busy}), so these times are too long."
 
 
 def read_listing(dataset: DatasetConfig) -> Listing | None:

@@ -83,6 +83,16 @@ def test_every_image_is_written_once_with_its_class(tmp_path):
     assert sum(shards.artifact.meta["per_class"]["train"].values()) == 16
 
 
+def test_splits_classes_and_doubts_are_stated_first(tmp_path):
+    """A user sees how the folders were understood before the images are converted."""
+    files = {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "train/test/3.png": png(3), "dev/cat/4.png": png(4)}
+    screen = run_shard(make(tmp_path / "images", files), tmp_path)
+    assert screen.messages[:2] == ["Images: train 3, validation 1.", "Classes (3): cat 2, dog 1, test 1."]
+    assert screen.messages[2].startswith(
+        "DOUBT: The folder test is used as a class, although it is named like the test"
+    )
+
+
 def test_the_source_file_of_each_image_is_recorded(tmp_path):
     """KEY.json has name and class, also for a name that is not UTF-8; a key is never a name."""
     names = {"a/x.v1.png": png(0), "a/x.v2.png": png(1), "a/\udcff\n.png": png(2)}
