@@ -80,12 +80,17 @@ def check_source(path: Path, labels: str) -> None:
             break
     else:
         raise _no_images(path, problems)
+    if labels in ("folders", "none") or isinstance(source, TarSource):
+        return
     name = _table_name(path, labels)
-    if labels not in ("folders", "none") and path.is_dir():
-        if name.startswith(("/", "../")):
-            raise _no_table(path, labels, ())
-        if (path / name).is_file():  # else one per split folder
-            table.read_table((path / name).read_bytes(), path / name)
+    if name.startswith(("/", "../")):
+        raise _no_table(path, labels, ())
+    if path.is_dir():
+        data = (path / name).read_bytes() if (path / name).is_file() else b""
+    else:
+        data = next((_read(source, member, name) for member in source.members() if member.name == name), b"")
+    if data:  # else one per split folder
+        table.read_table(data, path / name)
 
 
 def _check_utf8(members: Iterable[Member], path: Path) -> None:

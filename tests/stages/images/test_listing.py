@@ -1,5 +1,6 @@
 """Tests of listing: splits and classes from folder names or a CSV."""
 
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -186,8 +187,10 @@ def test_the_quick_check_reports_what_listing_would(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "CHECKED_FILES", 2)
     check_source(path, "labels.csv")
     (path / "labels.csv").write_text("path,width\n1.png,a\n")
-    with pytest.raises(UserError, match="one of classes, got the columns path, width"):
-        check_source(path, "labels.csv")
+    archive = Path(shutil.make_archive(str(tmp_path) + "-images", "zip", path))
+    for source in (path, archive):
+        with pytest.raises(UserError, match="one of classes, got the columns path, width"):
+            check_source(source, "labels.csv")
 
 
 def test_listing_imports_no_heavy_library():
