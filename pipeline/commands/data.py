@@ -16,7 +16,7 @@ from stages.images.sources import open_source, printable
 from stages.tracking.console import ConsoleReporter
 
 CLASSES_SHOWN = 30  # lines of the table; --json has all
-REJECTED_SHOWN = 5  # files by name
+FILES_SHOWN = 5  # by name, of those that are rejected or copies
 TITLE_WIDTH = 12  # columns
 
 
@@ -73,6 +73,7 @@ def to_json(dataset: DatasetConfig, listing: Listing, scan: Scan) -> dict[str, A
         "modes": dict(scan.modes.most_common()),
         "copies": scan.copies if scan.copies_checked else None,
         "copies_across_splits": scan.leaked if scan.copies_checked else None,
+        "first_copies": [{"name": printable(name), "equals": printable(first)} for name, first in scan.first_copies],
         "checked": scan.checked,
         "rejected": scan.num_rejected,
         "first_rejected": [{"name": printable(name), "reason": reason} for name, reason in scan.rejected],
@@ -116,12 +117,16 @@ def facts(dataset: DatasetConfig, listing: Listing, scan: Scan) -> list[tuple[st
     if scan.copies_checked:
         leaked = f", {scan.leaked} of them a file of another split" if scan.leaked else ""
         rows.append(("copies", f"{scan.copies} files equal another file{leaked}"))
+        rows += [
+            ("copies", f"  {printable(name)} equals {printable(first)}")
+            for name, first in scan.first_copies[:FILES_SHOWN]
+        ]
     else:
         rows.append(("copies", "not checked; the stage shard counts images with equal pixels"))
     rows += [("note", message) for message in listing.messages]
     if scan.num_rejected:
         rows.append(("rejected", f"{scan.num_rejected} images cannot be used, such as:"))
-        rows += [("rejected", f"  {printable(name)}: {reason}") for name, reason in scan.rejected[:REJECTED_SHOWN]]
+        rows += [("rejected", f"  {printable(name)}: {reason}") for name, reason in scan.rejected[:FILES_SHOWN]]
     rows += [("DOUBT", doubt) for doubt in doubts(listing, scan)]
     return rows
 

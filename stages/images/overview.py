@@ -22,7 +22,7 @@ _HEADER_BYTES = 1 << 16  # of a file that are read first; the whole file is read
 _MAX_HASHED_BYTES = 1 << 31  # of files that are read wholly to find copies, because another file has the same size
 _PROGRESS_INTERVAL = 50  # files between reports of progress
 _SHOWN_CLASSES = 10  # in a line of text
-_SHOWN_REJECTED = 20  # files of a scan, by name
+_SHOWN_FILES = 20  # of a scan, by name
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Scan:
     num_rejected: int = 0
     copies: int = 0  # files with the bytes of an earlier one
     leaked: int = 0  # of these, files that are in another split than the earlier one
+    first_copies: list[tuple[str, str]] = field(default_factory=list)  # the first ones: name, name of the earlier file
     copies_checked: bool = True  # False: there are too many files of equal sizes, or only a sample is read
 
 
@@ -85,7 +86,7 @@ def scan(
     files_by_size = Counter(image.member.size for image in images)
     hashed_bytes = sum(size * count for size, count in files_by_size.items() if count > 1)
     result.copies_checked = find_copies and hashed_bytes <= _MAX_HASHED_BYTES
-    split_by_digest: dict[bytes, str] = {}  # of the first file with these bytes
+    first_by_digest: dict[bytes, ListedImage] = {}
     for image in sorted(images, key=lambda image: image.member.location):
         compare = result.copies_checked and files_by_size[image.member.size] > 1
         try:
@@ -93,14 +94,18 @@ def scan(
             header = _header(source, image.member, data, dataset)
         except (UnreadableFile, RejectedImage) as error:
             result.num_rejected += 1
-            if len(result.rejected) < _SHOWN_REJECTED:
+            if len(result.rejected) < _SHOWN_FILES:
                 result.rejected.append((image.member.name, printable(str(error))))
         else:
             _add(result, header, dataset)
             if compare:
                 digest = hashlib.sha256(data).digest()
-                result.copies += digest in split_by_digest
-                result.leaked += split_by_digest.setdefault(digest, image.split) != image.split
+                first = first_by_digest.setdefault(digest, image)
+                if first is not image:
+                    result.copies += 1
+                    result.leaked += first.split != image.split
+                    if len(result.first_copies) < _SHOWN_FILES:
+                        result.first_copies.append((image.member.name, first.member.name))
         result.checked += 1
         if result.checked % _PROGRESS_INTERVAL == 0 or result.checked == len(images):
             progress(result.checked, len(images))

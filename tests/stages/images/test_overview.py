@@ -68,6 +68,7 @@ def test_headers_give_sizes_formats_and_modes(source):
     assert scan.formats == {"PNG": 3, "JPEG": 1, "GIF": 1} and scan.modes["L"] == 1
     assert (scan.smaller, scan.not_square) == (1, 3)
     assert scan.rejected[0][0] == "train/dog/4.png" and "not a readable image" in scan.rejected[0][1]
+    assert scan.first_copies == [("val/cat/5.png", "train/cat/1.png")]
     assert progress[-1] == (6, 6)
 
 
