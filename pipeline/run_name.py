@@ -12,7 +12,7 @@ from pipeline.text import format_value
 from stages.config import Params
 from stages.tracking import tags
 
-MAX_LENGTH = 40  # characters of a name; a list of runs shows about 18 of them, and all under the mouse
+MAX_LENGTH = 45  # characters of a name, the width of its column; charts show about 18 of them
 SEPARATOR = " · "
 EXPERIMENT_VARIABLE = "DVC_EXP_NAME"  # environment variable that `dvc exp run` sets for stages
 

@@ -1,10 +1,11 @@
 """Pages of MLflow's web interface that show the runs of this project."""
 
 import json
+from contextlib import suppress
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from stages.errors import UserError
-from stages.tracking import tags
+from stages.tracking import saved_view, tags
 from stages.tracking.journal import redact_secrets
 from stages.tracking.mlflow_store import configure_mlflow, experiment_name
 from stages.tracking.mlflow_sync import PIPELINE_STAGE
@@ -16,13 +17,13 @@ VIEW = "workflowType=machine_learning"
 
 
 def run_pages(server: str, store: str = "") -> dict[str, str]:
-    """Return what the pages at a server show, and their addresses: runs, charts with pictures, last runs compared.
+    """Return what the pages at a server show, and their addresses; save the view of the runs that they show.
 
     `store` is the store of the runs, by default the server. Without runs, there is only the start page. Raises
     UserError if the store does not answer.
     """
     configure_mlflow()
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, MlflowException
 
     client, address = MlflowClient(store or server), _without_credentials(server)
     try:
@@ -42,8 +43,13 @@ def run_pages(server: str, store: str = "") -> dict[str, str]:
             fix="Start the server or correct MLFLOW_TRACKING_URI.",
             code=3,
         ) from error
-    runs_page = f"{address}/#/experiments/{experiment.experiment_id}/runs?{VIEW}"
-    pages = {"runs": runs_page, "charts": f"{runs_page}&compareRunsMode=CHART"}
+    view = VIEW
+    with suppress(MlflowException):  # a user of the server may lack the permission; the pages are less clear then
+        metrics = sorted({name for run in runs for name in run.data.metrics if "/" not in name})
+        client.set_experiment_tag(experiment.experiment_id, saved_view.TAG, saved_view.format_view(metrics))
+        view = f"{VIEW}&{saved_view.QUERY}"
+    runs_page = f"{address}/#/experiments/{experiment.experiment_id}/runs?{view}"
+    pages = {"runs": runs_page, "pictures": f"{runs_page}&compareRunsMode=CHART"}
     if len(runs) > 1:
         ids = quote(json.dumps([run.info.run_id for run in runs], separators=(",", ":")))
         experiments = quote(json.dumps([experiment.experiment_id]))

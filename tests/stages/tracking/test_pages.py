@@ -24,11 +24,17 @@ def test_pages_show_the_runs_of_the_experiment(client):
 
     experiment = client.create_experiment("vqvae2")
     runs = [client.create_run(experiment, start_time=n + 1, tags={"stage": "pipeline"}).info.run_id for n in range(4)]
+    for name in ("psnr", "kid", "vqvae/mse"):
+        client.log_metric(runs[-1], name, 0.5)
     client.create_run(experiment, start_time=9, tags={"stage": "vqvae"})
     pages = run_pages("http://me:hunter2@host:5000/", store)
 
-    runs_page = f"http://host:5000/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    assert pages["runs"] == runs_page and pages["charts"] == f"{runs_page}&compareRunsMode=CHART"
+    query = "workflowType=machine_learning&viewStateShareKey=vqvae2"
+    runs_page = f"http://host:5000/#/experiments/{experiment}/runs?{query}"
+    assert pages["runs"] == runs_page and pages["pictures"] == f"{runs_page}&compareRunsMode=CHART"
+    view = json.loads(client.get_experiment(experiment).tags["mlflow.sharedViewState.vqvae2"])
+    assert view["selectedColumns"] == ["metrics.`kid`", "metrics.`psnr`"]
+    assert view["compareRunCharts"][0]["imageKeys"] == ["pictures/samples", "pictures/reconstructions"]
     route, _, query = urlsplit(pages["last 3 runs"]).fragment.partition("?")
     values = {name: value for name, (value,) in parse_qs(query).items()}
     assert route == "/compare-runs" and json.loads(values["experiments"]) == [experiment]
