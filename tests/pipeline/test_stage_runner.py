@@ -17,6 +17,7 @@ from stages.config import ClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import StageContext
+from stages.tracking.journal import JOURNAL_FILE, read_records
 from tests.command_line_project import CommandLineProject
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,29 @@ def test_finished_result_is_not_computed_again(toy: ToyStage, capsys):
     run()
     assert toy.calls == 1 and Path("metrics/shard.json").read_text() == "{}"
     assert "shard: restored the finished result" in capsys.readouterr().err
+
+
+def test_stage_that_dvc_started_describes_its_pipeline_run(toy: ToyStage, monkeypatch):
+    """The journal has all settings, and the name with that of DVC's experiment, for MLflow's run of the pipeline."""
+    monkeypatch.setenv("DVC_EXP_NAME", "tidy-owl")
+    monkeypatch.setenv("DVC_STAGE", "shard")
+    monkeypatch.setattr(stage_runner, "die_with_parent", lambda number: None)
+    run()
+    (journal,) = Path("runs/shard").rglob(JOURNAL_FILE)
+    begin, _ = next(read_records(journal))
+    assert (
+        begin["parent_tags"].items()
+        >= {
+            "mlflow.runName": "tidy-owl · emoji32",
+            "command": "dvc exp run",
+            "dataset": "emoji",
+            "preset": "emoji32",
+            "dvc.experiment": "tidy-owl",
+        }.items()
+    )
+    assert begin["parent"].endswith("-tidy-owl")
+    assert begin["parent_params"]["sample.temperature"] == str(params.load().sample.temperature)
+    assert not any(name.startswith("composed_from") for name in begin["parent_params"])
 
 
 def test_forced_run_computes_a_finished_result_again(toy: ToyStage, monkeypatch):

@@ -13,6 +13,7 @@ from contextlib import closing
 import pytest
 
 from pipeline.commands.ui import open_browser
+from pipeline.stage_runner import PICTURES
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,12 @@ def test_no_browser_without_a_display():
     pages: list[str] = []
     open_browser("page", environment={}, is_terminal=True, open_page=pages.append)
     assert pages == []
+
+
+def test_pictures_in_mlflow_are_files_of_the_stages(artifacts):
+    """The samples and the reconstructions of a run are shown before it is evaluated."""
+    for stage, folder in (("vqvae", "vqvae"), ("sample", "samples")):
+        assert all(artifacts.path(folder).joinpath(file).is_file() for file in PICTURES[stage].values())
 
 
 @pytest.mark.slow

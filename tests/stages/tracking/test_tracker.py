@@ -430,6 +430,22 @@ def test_pipeline_run_has_headline_metrics_pictures_and_report():
     }
 
 
+def test_journal_of_an_earlier_release_is_uploaded():
+    """Its records lack later fields, and have final metrics instead of headline metrics."""
+    folder = Path("runs/vqvae/f/tracked/key")
+    folder.mkdir(parents=True)
+    begin = {"key": "key", "stage": "vqvae", "fingerprint": "f", "params": {}, "tags": {}, "inputs": {}}
+    records = [
+        {"kind": "begin", "time": 1.0, **begin, "parent": "repro-1", "cached": False},
+        {"kind": "metrics", "time": 2.0, "step": 1, "values": {"train/mse": 0.5}},
+        {"kind": "end", "time": 3.0, "status": "FINISHED", "error": "", "final": {"mse": 0.5}, "outputs": []},
+    ]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = sync_runs()
+    assert (result.missing_points, result.error) == (0, "")
+    assert [(run.data.metrics, run.info.status) for run in stage_runs()] == [({"train/mse": 0.5}, "FINISHED")]
+
+
 def test_pipeline_run_is_resumed_after_a_failure():
     """The same command continues the pipeline run; a stage that ran before the failure is not shown as cached."""
     with pytest.raises(RuntimeError), track_pipeline({}, {}) as first:
