@@ -227,7 +227,7 @@ def test_wrong_use_is_reported_with_a_fix(name, project):
 
 
 ENVIRONMENT_CASES = {
-    # name: (environment variables, the exit status of a dry run)
+    # name: (environment variables, the exit status of a run)
     "ray_dashboard": ({"RAY_ADDRESS": "http://10.0.0.5:8265"}, 2),
     "ray_address_without_port": ({"RAY_ADDRESS": "10.0.0.5"}, 2),
     "ray_address_ipv6": ({"RAY_ADDRESS": "fd00::5:6379"}, 2),
@@ -241,7 +241,7 @@ ENVIRONMENT_CASES = {
 def test_wrong_environment_is_refused_before_a_run(name, project):
     """A run would find out in its first stage, after DVC has deleted the outputs."""
     environment, status = ENVIRONMENT_CASES[name]
-    check(name, project, ["run", "--dry-run", "--stage", "shard"], status, **environment)
+    check(name, project, RUN, status, **environment)
 
 
 def test_every_snapshot_has_a_test():
