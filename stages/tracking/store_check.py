@@ -45,7 +45,21 @@ def check_store(environment: Mapping[str, str] = os.environ, *, timeout_s: float
 
         _check_database(Path(make_url(uri).database or ""), name)
         return "a database file"
+    if "://" not in uri or scheme == "file":
+        _refuse_folder(uri, environment)
     return redact_secrets(uri)
+
+
+def _refuse_folder(uri: str, environment: Mapping[str, str]) -> None:
+    """Raise UserError for a store of files, which MLflow opens only on demand."""
+    if environment.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+        raise UserError(
+            "MLflow no longer tracks runs in a folder.",
+            where=f"MLFLOW_TRACKING_URI={uri}",
+            fix=f"Use a database, such as sqlite:///{DATABASE}, or {TRACK_LOCALLY}. To keep the folder: "
+            "MLFLOW_ALLOW_FILE_STORE=true",
+            code=2,
+        )
 
 
 def check_scheme(uri: str) -> None:

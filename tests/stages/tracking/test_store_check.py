@@ -108,6 +108,15 @@ def test_malformed_address_is_refused(uri):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("uri", ["./mlruns", "/data/mlruns", "file:///data/mlruns"])
+def test_store_of_files_is_refused(uri):
+    """MLflow raises an error for it, unless a variable allows it."""
+    with pytest.raises(UserError, match="no longer tracks runs in a folder") as caught:
+        check_store({"MLFLOW_TRACKING_URI": uri})
+    assert "sqlite:///" in caught.value.fix and caught.value.code == 2
+    assert check_store({"MLFLOW_TRACKING_URI": uri, "MLFLOW_ALLOW_FILE_STORE": "true"}) == uri
+
+
 def write_experiment(path: Path, stage: str) -> None:
     """Write the part of MLflow's database that names an experiment."""
     with closing(sqlite3.connect(path)) as database, database:
