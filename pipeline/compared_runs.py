@@ -59,7 +59,11 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
     if (key := find_run_key(name)) and (run := _of_key(name, key)):
         return run
     names = list(list_runs({}))
-    options = f"Use one of: {first_few(names, 8)}, or {WORKSPACE}" if names else "Use the folder of a report"
+    options = (
+        f"Use one of: {first_few(names, 8)}, or {WORKSPACE}"
+        if names
+        else "Run the pipeline first, or use the folder of a report"
+    )
     raise UserError(
         f"{name} is not a run, a DVC experiment, a Git revision or a folder with a report.",
         where=Path.cwd(),

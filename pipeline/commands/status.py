@@ -154,7 +154,7 @@ def _watch(read: Callable[[], Status], *, as_json: bool, wait: Callable[[float],
         from rich.live import Live
         from rich.text import Text
 
-        with Live(auto_refresh=False) as live:
+        with Live(Text("Asking DVC for the status."), auto_refresh=False) as live:
             while True:
                 live.update(Text(read().text()), refresh=True)
                 wait(WATCH_INTERVAL_S)

@@ -212,6 +212,8 @@ CASES = {
     "sample_sheet_among_images": (_nothing, ["sample", "drawn", "--sheet", "drawn/sheet.png"], 2),
     "sample_sheet_exists": (_write("drawn.png", b"a picture"), ["sample", "drawn"], 2),
     "model_folder_of_a_project": (_project_beside, ["sample", "drawn", "--model", "other"], 2),
+    "compare_unknown_run": (_nothing, ["compare", "nothing"], 2),
+    "compare_page_is_no_html": (_nothing, ["compare", "nothing", "--out", "page.png"], 2),
     "reconstruct_output_is_a_file": (_write("drawn", b"a file"), ["reconstruct", "cat.png", "--out", "drawn"], 2),
 }
 
