@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 RATE_WINDOW_S = 60.0
+MIN_RATE_SPAN_S = 0.5  # reports of workers arrive in batches: a shorter span measures their transport
 SIGNIFICANT_DIGITS = 4
 MIN_DECIMAL = 1e-6  # smaller numbers are written with an exponent
 
@@ -71,7 +72,7 @@ class RateEstimator:
         if len(self.history) < 2:
             return 0.0
         (start, first), (end, last) = self.history[0], self.history[-1]
-        return (last - first) / (end - start) if end > start else 0.0
+        return (last - first) / (end - start) if end - start >= MIN_RATE_SPAN_S else 0.0
 
 
 @dataclass(frozen=True)
