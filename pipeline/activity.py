@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,5 +100,7 @@ def _read(work: Path, owner: str, now_s: float, started_s: float) -> Activity:
         if path.parent.name.partition("-")[2].isdecimal()  # not step-000000004.damaged
     }
     step = max(manifests, default=None)
+    if progress and step is not None and progress.unit == "step" and step > progress.done:
+        progress = replace(progress, done=step)  # a stopped run saves a step that its progress does not show yet
     age_s = 0.0 if step is None else now_s - manifests[step]
     return Activity(owner, progress, now_s - progress_s, step, age_s)
