@@ -50,7 +50,7 @@ EXCLUDED_FROM_STAGE = {
     "vqvae": {"stages.images.contact_sheet": "the layout of a picture beside the weights; it must not cause a training"}
 }
 # Files that are not Python and decide a result, by the module that reads them.
-RESOURCES = {"stages.evaluation.report": ("report.html.j2", "report.js")}
+RESOURCES = {"stages.evaluation.report": ("report.html.j2", "report.js"), "stages.formats.html_page": ("page.css",)}
 NETWORKS = get_args(get_type_hints(PriorConfig)["name"])  # each is a file in models/priors/
 
 _ANNOTATIONS = frozenset({"annotation", "returns"})  # fields of syntax trees

@@ -5,12 +5,14 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from PIL import Image
 
 from pipeline.compared_runs import PICTURES
 from pipeline.comparison import Comparison
 from pipeline.text import format_value
+from stages.formats import html_page
+
+TEMPLATE = Path(__file__).with_name("compare_page.html.j2")
 
 MAX_WIDTH = 1600  # pixels of an embedded picture; larger ones are reduced
 
@@ -25,20 +27,14 @@ class Cell(NamedTuple):
 
 def render(comparison: Comparison) -> str:
     """Render the page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     runs = (comparison.a, comparison.b)
     pictures = [
         (name, [Cell(run.name, f"{name} of {run.name}", _embed(run.pictures.get(name, b""))) for run in runs])
         for name in PICTURES
         if any(name in run.pictures for run in runs)
     ]
-    return environment.get_template("compare_page.html.j2").render(
+    return html_page.render(
+        TEMPLATE,
         runs=list(zip("AB", runs, strict=True)),
         settings_known=bool(comparison.a.settings and comparison.b.settings),
         settings=[(key, _format(before), _format(after)) for key, before, after in comparison.settings],

@@ -7,14 +7,14 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from stages.config import DatasetConfig
+from stages.formats import html_page
 from stages.images import overview
 from stages.images.contact_sheet import contact_sheet
 from stages.images.listing import Listing
 from stages.images.sources import Source, printable
 
+TEMPLATE = Path(__file__).with_name("data_page.html.j2")
 FILE = "data.html"
 MAX_CLASSES = 60  # with images; the table has all
 IMAGES_PER_CLASS = 16
@@ -37,14 +37,8 @@ def write(
         count=IMAGES_PER_CLASS if classes else IMAGES_WITHOUT_CLASSES,
         side=min(dataset.image_size, MAX_SIDE),
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("data_page.html.j2").render(
+    page = html_page.render(
+        TEMPLATE,
         name=dataset.name,
         splits={split: count for split, count in overview.count_splits(listing).items() if count},
         classes={printable(name): counts for name, counts in classes.items()},

@@ -11,19 +11,20 @@ import hashlib
 import json
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from stages.evaluation.charts import charts
 from stages.evaluation.pictures import COLUMNS, Picture, codebook_picture, picture, picture_list
 from stages.evaluation.report_data import NearestImages, ReportData
 from stages.evaluation.tables import SPLIT_LABELS, cards, tables
+from stages.formats import html_page
 from stages.images.contact_sheet import BACKGROUND, contact_sheet
 
 FILL_LABELS = {"zeros": "zeros", "mean": "their mean entry"}
 SAMPLES_SHOWN = 64  # without classes
 SAMPLES_SHOWN_PER_CLASS, CLASSES_SHOWN = 8, 16
-SCRIPT = "report.js"
+FOLDER = Path(__file__).parent
+TEMPLATE, SCRIPT = "report.html.j2", "report.js"
 
 
 def write_report(folder: Path, data: ReportData) -> dict[str, bytes]:
@@ -44,17 +45,10 @@ def write_report(folder: Path, data: ReportData) -> dict[str, bytes]:
 
 def render(data: ReportData) -> str:
     """Render the page as HTML."""
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (folder / SCRIPT).read_text(encoding="utf-8")
+    script = (FOLDER / SCRIPT).read_text(encoding="utf-8")
     shown = _first_samples(data)
-    return environment.get_template("report.html.j2").render(
+    return html_page.render(
+        FOLDER / TEMPLATE,
         data=data,
         cards=cards(data),
         reference=SPLIT_LABELS[data.metrics["reference"]],

@@ -126,7 +126,6 @@ def test_pages_of_plots_are_ignored_by_git(project):
     assert "dvc_plots" not in status
 
 
-@pytest.mark.slow
 @needs_chromium
 def test_page_is_drawn_without_a_network(page, tmp_path):
     """Chromium draws every plot, without a message on the console and without a request."""

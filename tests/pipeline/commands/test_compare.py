@@ -197,7 +197,6 @@ def test_page_escapes_names():
     assert "<script>" not in compare_page.render(compare(run, run))
 
 
-@pytest.mark.slow
 @needs_chromium
 def test_page_requests_nothing_and_fits_a_phone(project, tmp_path_factory):
     """The page opens offline, and does not scroll sideways at 390 pixels."""

@@ -12,7 +12,7 @@ from stages.tracking.tracker import PipelineRun
 from tests.chromium import console_messages, document, needs_chromium, requested_hosts
 from tests.stages.evaluation.test_report import PROVENANCE, report_data
 
-pytestmark = [pytest.mark.slow, needs_chromium]
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
