@@ -30,10 +30,10 @@ from stages.evaluation.report import write_report
 from stages.evaluation.results import EvaluationResults
 from stages.evaluation.worker import EvaluationWorker
 from stages.formats import artifact, curves
+from stages.formats.html_page import PROVENANCE_SCRIPT
 from stages.mapping.parts import Part, map_parts
+from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
-from stages.runtime.threads import one_thread
-from stages.tracking.provenance import PROVENANCE_SCRIPT
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference

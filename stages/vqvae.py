@@ -26,8 +26,8 @@ from stages.formats.shards import Shards, open_shards
 from stages.images.contact_sheet import contact_sheet
 from stages.images.tensors import to_float, to_uint8
 from stages.metrics import distortion
+from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
-from stages.runtime.threads import one_thread
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.image_batches import image_data

@@ -5,6 +5,8 @@ from typing import Any
 
 import jinja2
 
+PROVENANCE_SCRIPT = "provenance.js"  # facts of a run, in its work folder; the report loads it if it exists
+
 
 def render(template: Path, **values: Any) -> str:
     """Render a template with values, which are escaped. The template includes page.css in its own style."""

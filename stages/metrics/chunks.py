@@ -13,7 +13,7 @@ def map_chunks(function: Callable[[slice], Result], rows: int) -> Iterator[Resul
     """Call `function` with each chunk of 0 to `rows`, on all processors; yield the results in order.
 
     NumPy releases the interpreter lock in matrix products. Limit it to one thread of its own
-    (`stages.runtime.threads`).
+    (`stages.metrics.threads`).
     """
     chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
     with ThreadPoolExecutor(os.cpu_count()) as executor:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.formats import artifact
+from stages.formats.html_page import PROVENANCE_SCRIPT
 from stages.tracking import tags
 from stages.tracking.journal import JOURNAL_FILE, read_records
 from stages.tracking.tracker import PipelineRun
 
-PROVENANCE_SCRIPT = "provenance.js"
 _FACTS = "provenance.json"
 _REPORT = "report.html"
 

@@ -4,6 +4,7 @@ Every collective runs at a point that depends only on the step number or on a va
 A collective behind a condition that one rank alone computes would leave the other ranks waiting for ever.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -40,9 +41,19 @@ def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
-    """Average gradients over ranks."""
-    # Codebooks are buffers that every rank updates from the same all-reduced sums, so DDP need not broadcast them.
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    """Average gradients over ranks.
+
+    On CPUs the order of sums is the same in every step, so that a resumed training is bit-identical. DDP otherwise
+    rearranges its buckets after the first step of a process, which changes the order with three ranks or more.
+    """
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # for what it finds none of
+    with warnings.catch_warnings():
+        # The argument that replaces it came with torch 2.13, and earlier versions are supported.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        # Codebooks are buffers that every rank updates from the same all-reduced sums: DDP need not broadcast them.
+        # `find_unused_parameters` keeps the first buckets.
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=on_cpu)
 
 
 def require_same_start(start: int, dist: DistributedContext) -> None:
@@ -106,7 +117,9 @@ class StopVote:
 
     def cast(self) -> Tensor:
         """Return this rank's vote, to be summed over ranks: (1,), 1 to stop."""
-        return torch.full((1,), float(self.dist.stop_requested()), device=self.dist.device)
+        # A single process reads its vote at once, which on a GPU would wait for the device.
+        device = self.dist.device if self.dist.world_size > 1 else torch.device("cpu")
+        return torch.full((1,), float(self.dist.stop_requested()), device=device)
 
     def count(self, votes: Tensor) -> bool:
         """Take the votes of this step; return whether to stop after it. Every rank calls this once per step."""

@@ -83,15 +83,15 @@ def train(
             result = wrapped(batch, step, dist)
         sums_in_flight = SumsInFlight(result.sums, stop_vote.cast(), dist)
         (result.loss * math.nan if inject_nan else result.loss).backward()
+        if step == start:
+            model.require_gradients()
         model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
         sums, votes = sums_in_flight.wait()
         objective.absorb(sums)
         model.update_ema()  # after `absorb`: the EMA copies the codebooks
         metrics_since_log.add(result.metrics)
-        if step == start:  # the optimizer has all its tensors now
-            model.require_gradients()
-            if dist.rank == 0:
-                checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start))
+        if step == start and dist.rank == 0:  # the optimizer has all its tensors now
+            checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start))
 
         completed_steps, stopping = step + 1, stop_vote.count(votes)
         is_last = completed_steps == config.steps

@@ -100,12 +100,12 @@ class TrainableModel:
         return f"{names[0]}{others} is missing, unexpected or of another shape"
 
     def require_gradients(self) -> None:
-        """Raise UserError if a trainable parameter has had no gradient. Call after the first step.
+        """Raise UserError if a trainable parameter has no gradient. Call before the first optimizer step.
 
-        DDP would fail one step later, with an error that does not name the parameter.
+        Otherwise no checkpoint would be complete, since Adam has no moments of such a parameter.
         """
         for name, weight in self.network.named_parameters():
-            if weight.requires_grad and weight not in self.optimizer.state:
+            if weight.requires_grad and weight.grad is None:
                 raise UserError(
                     f"The loss does not depend on {name}, so it has no gradient.",
                     where=type(self.network).__name__,

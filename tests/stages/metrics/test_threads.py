@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from stages.config import EvaluateConfig
 from stages.evaluation import summary
-from stages.runtime.threads import one_thread
+from stages.metrics.threads import one_thread
 
 torch.set_num_threads(int(sys.argv[1]))
 generator = np.random.default_rng(0)

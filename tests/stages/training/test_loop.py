@@ -201,7 +201,7 @@ def test_a_checkpoint_with_missing_or_wrong_tensors_is_refused(tmp_path: Path):
         assert "Remove it, then run the same command again" in caught.value.fix
 
 
-def test_a_trainable_parameter_without_a_gradient_is_refused_after_the_first_step(tmp_path: Path):
+def test_a_trainable_parameter_without_a_gradient_is_refused_at_the_first_step(tmp_path: Path):
     """Adam has no moments of it, so no checkpoint would be complete. A frozen parameter is accepted."""
     with pytest.raises(UserError, match=r"The loss does not depend on unused\.weight") as caught:
         run(tmp_path / "trainable", objective=lambda: PartlyUnusedObjective(trainable=True))
