@@ -18,7 +18,7 @@ from stages.errors import UserError
 from stages.formats.artifact import atomic_write
 from stages.formats.flatten import flatten
 
-FILE = Path("artifacts/result_versions.yaml")
+FILE = Path("result_versions.yaml")
 
 
 def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:

@@ -25,7 +25,7 @@ from pipeline.commands import dry_run as dry_run_plan
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
 from pipeline.drift import warn_drift, warn_reverted_overrides
-from pipeline.fingerprint import identify
+from pipeline.fingerprint import digest_inputs, identify
 from pipeline.process import STOP_SIGNALS, handle_signals
 from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
@@ -76,6 +76,8 @@ def run(
             elif dry_run:
                 actions = dry_run_plan.predict(settings, stages, reasons, forced, pull=pull)
                 print(dry_run_plan.format_plan(stages, reasons, actions))
+            if only and not pull:
+                _require_inputs([name for name in targets if name in reasons], stages, settings)
             if reasons:
                 where = describe_source(overrides) if overrides else str(params.FILE)
                 preflight.check(settings, reasons, where, pull=pull)
@@ -96,6 +98,13 @@ def _require_not_pinned(stage: dvc_yaml.Stage, settings: Params, reruns: Collect
         if set(reruns) == {stage.name} and finished_results.exists(work):
             return  # the stage restores it: a release has added a setting or changed dvc.yaml
     result_versions.require_not_pinned(stage, settings)
+
+
+def _require_inputs(targets: Sequence[str], stages: Mapping[str, dvc_yaml.Stage], settings: Params) -> None:
+    """Raise UserError if an input of a stage is missing that no other target writes. --only runs no dependencies."""
+    for name in targets:
+        if dvc.with_dependencies(stages, [name]) & set(targets) == {name}:
+            digest_inputs(stages[name], settings)
 
 
 def _stop(number: int, frame: object) -> None:

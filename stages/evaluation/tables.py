@@ -58,7 +58,12 @@ def cards(data: ReportData) -> list[Card]:
         if split in usage:
             perplexity = f"{usage[split]['perplexity']:.0f}"
             cards.append(
-                Card(f"Perplexity, {level}", perplexity, f"of {usage['entries']}", f"entries in use by {images}")
+                Card(
+                    f"Perplexity, {level}",
+                    perplexity,
+                    f"of {usage['entries']}",
+                    f"effective number of entries in {images}",
+                )
             )
     total = metrics["rate"]["total"]
     rate = total.get("prior", total["fixed"])

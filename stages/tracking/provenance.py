@@ -87,7 +87,7 @@ def _table(facts: Mapping[str, Any], earlier: list[dict[str, Any]]) -> dict[str,
         "Date": facts["started"],
         "Duration": f"{_duration(sum(stage['seconds'] for stage in stages))}: {', '.join(durations)}",
         "Machine": "; ".join(machines),
-        "MLflow run": f"tags.`{tags.KEY}` = '{facts['run']}'" if facts["run"] else "",
+        "Search in MLflow": f"tags.`{tags.KEY}` = '{facts['run']}'" if facts["run"] else "",
     }
     return {label: text for label, text in table.items() if text}
 

@@ -17,25 +17,25 @@ DVC_YAML = """
 stages:
   result_versions:
     cmd: >-
-      for name in first second_top second_low third; do echo "$name: 1"; done > artifacts/result_versions.yaml
+      for name in first second_top second_low third; do echo "$name: 1"; done > result_versions.yaml
     always_changed: true
-    outs: [artifacts/result_versions.yaml: {cache: false}]
+    outs: [result_versions.yaml: {cache: false}]
   first:
     cmd: mkdir -p artifacts/first && cat source > artifacts/first/file && echo ${a} >> artifacts/first/file
     deps: [source]
-    params: [a, artifacts/result_versions.yaml: [first]]
+    params: [a, result_versions.yaml: [first]]
     outs: [artifacts/first]
   second:
     foreach: ${levels}
     do:
       cmd: mkdir -p artifacts/second/${key} && head -1 artifacts/first/file > artifacts/second/${key}/file
       deps: [artifacts/first]
-      params: ["levels.${key}", artifacts/result_versions.yaml: ["second_${key}"]]
+      params: ["levels.${key}", result_versions.yaml: ["second_${key}"]]
       outs: ["artifacts/second/${key}"]
   third:
     cmd: mkdir -p artifacts/third && cat artifacts/second/*/file > artifacts/third/file
     deps: [artifacts/second]
-    params: [b, artifacts/result_versions.yaml: [third]]
+    params: [b, result_versions.yaml: [third]]
     outs: [artifacts/third]
 """
 

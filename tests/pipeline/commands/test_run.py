@@ -42,6 +42,14 @@ def test_stage_includes_its_dependencies(project, arguments, stages):
     assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == stages
 
 
+def test_only_a_stage_without_its_inputs_is_refused(project):
+    """Running the same command again would not help; the message names the stage that writes the input."""
+    done = project.command("run", "--only", "--stage", "sample")
+    assert done.returncode == 4
+    assert "sample reads artifacts/vqvae, which does not exist." in done.stderr
+    assert "fix: Run: vqvae2 run --stage vqvae" in done.stderr
+
+
 def test_read_only_project_is_refused_at_once(project):
     """Every command that writes prints one error without a traceback."""
     mounted = mount_prefix('mount --bind . . && mount -o remount,bind,ro . && cd "$PWD"')

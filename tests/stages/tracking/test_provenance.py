@@ -48,7 +48,7 @@ def test_command_is_that_of_the_pipeline_run(tmp_path: Path):
     record(tmp_path, "evaluate", 1, parent=str(journal.folder))
     facts = shown_facts(tmp_path)
     assert facts["Command"] == "vqvae2 run -S seed=1"
-    assert facts["MLflow run"] == "tags.`vqvae2.key` = '20260101-key'"
+    assert facts["Search in MLflow"] == "tags.`vqvae2.key` = '20260101-key'"
 
 
 def test_artifact_has_no_facts_and_the_copy_has_them(tmp_path: Path):
