@@ -5,11 +5,13 @@ The record is runs/last_run.yaml: the contents of params.yaml, and how they diff
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import composed_from, params
 from pipeline.text import format_value, shorten
+from stages.errors import UserError
 from stages.formats.flatten import flatten
 
 RECORD = Path("runs/last_run.yaml")
@@ -107,9 +109,21 @@ def record_run(data: Mapping[str, Any]) -> None:
 
 
 def _read() -> Mapping[str, Any]:
-    """Read the record of the last run. An experiment in a temporary copy of the project uses that of the project."""
+    """Read the record of the last run; {} if there is none, or if it is damaged.
+
+    An experiment in a temporary copy of the project uses the record of the project.
+    """
     path = Path(os.environ.get("DVC_ROOT", "."), RECORD) if _is_copy() else RECORD
-    return params.read(path) if path.is_file() else {}
+    with suppress(OSError, UserError):
+        record = params.read(path)
+        settings, recorded = record.get("settings"), record.get("changes")
+        are_changes = isinstance(recorded, list) and all(
+            isinstance(change, list) and len(change) == len(Change._fields) and isinstance(change[0], str)
+            for change in recorded
+        )
+        if isinstance(settings, Mapping) and are_changes:
+            return record
+    return {}
 
 
 def _is_copy() -> bool:

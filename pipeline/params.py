@@ -21,6 +21,7 @@ from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
+from ruamel.yaml.representer import SafeRepresenter
 
 from pipeline.text import capitalize, format_value, shorten, shorten_middle
 from stages.config import ComposedFrom, Params
@@ -44,6 +45,13 @@ class _NoAliases(Composer):
         if self.parser.check_event(AliasEvent):
             raise ComposerError(problem="aliases are not supported", problem_mark=self.parser.peek_event().start_mark)
         return super().compose_node(parent, index)
+
+
+class _NoAliasRepresenter(SafeRepresenter):
+    """YAML representer that writes a repeated value in full, because `read` rejects aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class Problem(NamedTuple):
@@ -114,8 +122,9 @@ def _restore(path: Path) -> str:
 
 
 def to_yaml(data: Mapping[str, Any]) -> str:
-    """Format a mapping as YAML in block style, its keys in the given order."""
+    """Format a mapping as YAML in block style, its keys in the given order, without aliases."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _NoAliasRepresenter
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()

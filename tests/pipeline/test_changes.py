@@ -78,6 +78,28 @@ def test_repeated_run_keeps_its_changes(folder):
     assert changes.of_recorded_run() == changes.compare(BEFORE, AFTER)
 
 
+def test_changed_list_is_recorded_and_read_back(folder):
+    """The record has the list twice, as a setting and as a change, and is valid without YAML aliases."""
+    changes.record_run({"keep_results": ["a"], "sample": {"classes": []}})
+    after = {"keep_results": ["b", "c"], "sample": {"classes": ["flags"]}}
+    changes.record_run(after)
+    recorded = [(change.key, change.after) for change in changes.of_recorded_run()]
+    assert recorded == [("sample.classes", ["flags"]), ("keep_results", ["b", "c"])]
+    assert changes.since_last_run(after) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: &x [1]\nb: *x\n", "- a", "settings: 1", "settings: {}\nchanges: [[a]]", b"\xff", ""]
+)
+def test_damaged_record_counts_as_none(folder, text):
+    """A run starts, and replaces the record."""
+    changes.RECORD.parent.mkdir()
+    changes.RECORD.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert changes.since_last_run(AFTER) == [] and changes.of_recorded_run() == []
+    changes.record_run(BEFORE)
+    assert changes.since_last_run(AFTER) == changes.compare(BEFORE, AFTER)
+
+
 def test_copy_of_the_project_reads_the_record_and_does_not_write_it(folder, monkeypatch):
     """`dvc exp run --temp` and the queue run in copies without runs/."""
     changes.record_run(BEFORE)
