@@ -48,7 +48,7 @@ def record_composition(*, _root_: DictConfig) -> str:
         except UserError as error:  # Hydra would wrap it, and DVC would ask to report a bug
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.code) from None
-    section["overrides"] = [override.replace("${", r"\${") for override in section["overrides"]]
+    section["overrides"] = [composed_from.escape_interpolations(text) for text in section["overrides"]]
     with open_dict(_root_):
         _root_[composed_from.SECTION] = section
     return KEY_VALUE_SEPARATOR

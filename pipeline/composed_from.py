@@ -6,6 +6,7 @@ command can repeat the composition. A digest of the settings shows whether the f
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from stages.formats.flatten import flatten
 
 CONF = Path("conf")
 SECTION = "composed_from"
-PLAIN_TEXT = re.compile(r"[A-Za-z_./-][\w./-]*")  # a value that Hydra reads as text without quotes
+PLAIN_TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # a value that Hydra reads as text without quotes
 RESERVED_WORDS = ("true", "false", "null", "inf", "nan")
 
 
@@ -66,15 +67,22 @@ def format_override(key: str, value: Any) -> str:
     return f"{key}={_format_value(value)}"
 
 
+def escape_interpolations(text: str) -> str:
+    """Escape ${, which OmegaConf would replace by the value of a setting, and the backslashes before it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
 def _format_value(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{','.join(map(_format_value, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if not isinstance(value, str):
         return json.dumps(value)
     if PLAIN_TEXT.fullmatch(value) and value.lower() not in RESERVED_WORDS:
         return value
     # Hydra reads a backslash as such, except before a quote and at the end.
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', escape_interpolations(value))
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 

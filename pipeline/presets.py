@@ -11,6 +11,7 @@ from pipeline.compose import compose_params
 from pipeline.composed_from import CONF, choices_of, format_override, key_of, overrides_of
 from pipeline.group_files import default_choice
 from stages.config import Params
+from stages.errors import UserError
 from stages.tracking.quantities import format_number
 
 FEW_IMAGES = 1000  # below, the priors repeat training images
@@ -89,7 +90,7 @@ class Advice:
 def fit_of(data: Mapping[str, Any], settings: Params) -> PresetFit:
     """Compare the images of settings with those of their preset. `data` are the contents of params.yaml."""
     experiment = choices_of(data).get("experiment") or default_choice(CONF, "experiment")
-    dataset = compose_params([f"experiment={experiment}"])["dataset"]
+    dataset = compose_params([format_override("experiment", experiment)])["dataset"]
     made_for = Images(dataset["name"], dataset["image_size"])
     return PresetFit(str(experiment), made_for, Images(settings.dataset.name, settings.dataset.image_size))
 
@@ -97,12 +98,23 @@ def fit_of(data: Mapping[str, Any], settings: Params) -> PresetFit:
 def warn_kept(data: Mapping[str, Any], settings: Params, *, gpus: int | None = None) -> None:
     """Print in one line which preset is kept for images of another data set, and which command is recommended.
 
-    `gpus` are those of this machine by default.
+    `gpus` are those of this machine by default. Nothing depends on the line, so it raises no UserError.
     """
     if any(key_of(override).partition(".")[0] == "dataset" for override in overrides_of(data)):
-        advice = advise(data, settings, gpus=gpu_count() if gpus is None else gpus)
-        if not advice.fit.fits:
+        advice = try_advise(data, settings, gpus=gpu_count() if gpus is None else gpus)
+        if advice is not None and not advice.fit.fits:
             print(f"note: {advice.fit}. Recommended: {advice.command}", file=sys.stderr)
+
+
+def try_advise(
+    data: Mapping[str, Any], settings: Params, *, gpus: int, num_train_images: int | None = None
+) -> Advice | None:
+    """Recommend a preset as `advise` does, or print a note why none can be recommended and return None."""
+    try:
+        return advise(data, settings, gpus=gpus, num_train_images=num_train_images)
+    except UserError as error:  # conf/ no longer has a preset, for example
+        print(f"note: no preset can be recommended: {error.what}", file=sys.stderr)
+        return None
 
 
 def advise(data: Mapping[str, Any], settings: Params, *, gpus: int, num_train_images: int | None = None) -> Advice:
@@ -155,7 +167,7 @@ def _dataset_overrides(data: Mapping[str, Any]) -> list[str]:
     """Return the overrides that name the images, without their size."""
     keys = {key_of(override) for override in overrides_of(data)}
     choice = choices_of(data).get("dataset", "folder")
-    chosen = [f"dataset={choice}"] if "dataset" in keys and choice != "folder" else []
+    chosen = [format_override("dataset", choice)] if "dataset" in keys and choice != "folder" else []
     names = [name for name in _DATASET_SETTINGS if f"dataset.{name}" in keys or (name == "source" and not chosen)]
     return chosen + [format_override(f"dataset.{name}", data["dataset"][name]) for name in names]
 

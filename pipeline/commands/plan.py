@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -58,9 +57,8 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
         classes = 0
     trainings = list(count(settings, classes or 0))
     images = count_splits(listing) if listing is not None else None
-    advice = None
-    with suppress(UserError):  # conf/ no longer has the preset of params.yaml
-        advice = presets.advise(data, settings, gpus=gpu_count(), num_train_images=images["train"] if images else None)
+    num_train_images = images["train"] if images is not None else None
+    advice = presets.try_advise(data, settings, gpus=gpu_count(), num_train_images=num_train_images)
     seconds = measure_stages(settings, listing, classes or 0) if measure else None
     if as_json:
         result = {

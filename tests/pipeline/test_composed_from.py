@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from pipeline import composed_from, params
 from pipeline.commands import config
@@ -77,31 +81,48 @@ def test_file_of_another_origin_counts_as_edited(current_project):
     assert composed_from.is_edited(params.read()) and repeating_overrides(params.read()) == ["seed=5"]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "plain",
-        "a/b-c.zip",
-        "a b",
-        "",
-        "true",
-        "null",
-        "NaN",
-        "12",
-        "1e5",
-        "it's",
-        'say "hi"',
-        "a,b",
-        "x=[1]",
-        "ä#:",
-        "\\",
-        "a\\b",
-        'end\\"',
-    ],
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12) | st.text(
+    "ab1.-+/~%#ä \\${}'\",[]()=:|", max_size=8
 )
-def test_formatted_override_has_the_same_value(current_project, value):
-    """Hydra reads back the text, whatever characters it has."""
-    assert compose_params([composed_from.format_override("dataset.name", value)])["dataset"]["name"] == value
+
+
+def read_by_hydra(override: str) -> object:
+    """Return the value that Hydra reads, with interpolations evaluated."""
+    value = OverridesParser.create().parse_override(override).value()
+    return OmegaConf.to_container(OmegaConf.create({"value": value, "seed": 5}), resolve=True)["value"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT | st.lists(TEXT, max_size=3) | st.booleans() | st.none() | st.integers() | st.floats(allow_nan=False))
+@example("/tmp/Köln")
+@example("${seed}")
+@example("a/\\\\${seed}")
+@example("\\${seed}")
+@example("-5")
+@example(".5")
+@example("-inf")
+@example("1e5")
+@example("NULL")
+@example("NaN")
+@example("true")
+@example("-x")
+@example("~")
+@example("it's")
+@example('end\\"')
+@example("end\\")
+@example(-5)
+def test_formatted_override_has_the_same_value(value):
+    """Hydra reads back a text, whatever characters it has, a number or a list, with its type."""
+    parsed = read_by_hydra(composed_from.format_override("key", value))
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("value", ["/tmp/Köln", "a/${seed}", "a b", ""])
+def test_formatted_override_composes_to_the_same_value(current_project, value):
+    """The composed setting and the recorded override are those that were given."""
+    override = composed_from.format_override("dataset.name", value)
+    data = compose_params([override])
+    assert data["dataset"]["name"] == value and composed_from.overrides_of(data) == [override]
 
 
 @pytest.mark.parametrize(

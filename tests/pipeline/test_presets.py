@@ -122,3 +122,17 @@ def test_many_images_need_more_steps():
     assert advice.overrides == ["experiment=photos64", "train_vqvae.steps=9375"]
     assert not advised(["experiment=photos64"], num_train_images=3000).remarks[1:]
     assert "are few" in advised(["experiment=photos64"], num_train_images=300).remarks[-1]
+
+
+def test_images_in_a_folder_of_any_name_are_recommended(capsys):
+    """The recommended command quotes what Hydra cannot read without quotes."""
+    message = warned(["dataset.source='/tmp/Köln (1)'", "dataset.image_size=64"], capsys)
+    assert """'dataset.source="/tmp/Köln (1)"'""" in message
+
+
+def test_preset_that_is_missing_prevents_only_the_recommendation(conf, capsys):
+    """A note says why there is none."""
+    (conf / "experiment" / "photos64.yaml").unlink()
+    assert warned(["dataset=folder", "dataset.source=/tmp/x"], capsys) == (
+        "note: no preset can be recommended: photos64 is not a valid experiment.\n"
+    )
