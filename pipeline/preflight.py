@@ -20,6 +20,7 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.images import listing
 from stages.runtime import fault_injection
+from stages.tracking.journal import redact_secrets
 
 SHARDS = Path("artifacts/shards")
 CLASSES_SHOWN = 20  # in an error
@@ -37,7 +38,7 @@ def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool
     answers += [(name, ask(request.environment)) for name, ask in (MACHINE_CHECKS | PROJECT_CHECKS).items()]
     for name, answer in answers:
         if answer.fix:
-            print(f"note: {name}: {answer.text}. {answer.fix}", file=sys.stderr)
+            print(redact_secrets(f"note: {name}: {answer.text}. {answer.fix}"), file=sys.stderr)
 
 
 def check_quickly(environment: Mapping[str, str] = os.environ) -> None:

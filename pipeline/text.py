@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from stages.tracking.journal import redact_secrets
+
 MAX_CHARACTERS = 60  # of a value in a message
 NAME_WIDTH = 13  # characters of the longest usual stage name, prior_bottom, and one more
 MIN_WIDTH = 40  # characters of a line, in a narrower terminal too
@@ -19,8 +21,8 @@ def first_few(items: Sequence[str], count: int = 3, separator: str = ", ") -> st
 
 
 def format_value(value: Any) -> str:
-    """Format a setting's value as JSON, as in `"many"`, `null` or `[0.1]`."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """Format a setting's value as JSON, as in `"many"`, `null` or `[0.1]`, without the credentials of URLs."""
+    return json.dumps(redact_secrets(value), ensure_ascii=False, default=str)
 
 
 def shorten(text: str, length: int = MAX_CHARACTERS) -> str:

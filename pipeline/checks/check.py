@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from stages.config import Params
 from stages.errors import UserError, from_os_error
+from stages.tracking.journal import redact_secrets
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,18 @@ class CheckResult:
 
 
 def result_of(name: str, check: Callable[[Subject], Answer], subject: Subject) -> CheckResult:
-    """Run a check and return its result; a UserError becomes a result as well."""
+    """Run a check and return its result, without credentials; a UserError becomes a result as well."""
+    state, text, fix = _run(check, subject)
+    return CheckResult(name, state, redact_secrets(text), redact_secrets(fix))
+
+
+def _run(check: Callable[[Subject], Answer], subject: Subject) -> tuple[str, str, str]:
+    """Return the state, the text and the fix of a check."""
     try:
         answer = check(subject)
     except UserError as error:
-        return CheckResult(name, "error", f"{error.what} ({error.where})" if error.where else error.what, error.fix)
+        return "error", f"{error.what} ({error.where})" if error.where else error.what, error.fix
     except OSError as error:
         user_error = from_os_error(error)
-        return CheckResult(name, "error", str(error), user_error.fix if user_error else "Fix what the message names.")
-    return CheckResult(name, "warning" if answer.fix else "ok", answer.text, answer.fix)
+        return "error", str(error), user_error.fix if user_error else "Fix what the message names."
+    return "warning" if answer.fix else "ok", answer.text, answer.fix

@@ -8,6 +8,7 @@ from stages.errors import UserError
 from stages.runtime import ray_address, ray_sessions
 from stages.runtime.storage import Storage
 from stages.tracking import store_check
+from stages.tracking.journal import redact_secrets
 
 STORAGE_TIMEOUT_S = 20.0
 MAX_SOCKET_FOLDER = ray_sessions.MAX_SOCKET_PATH - len("/pymp-12345678/listener-12345678")
@@ -20,10 +21,11 @@ def check_ray(environment: Mapping[str, str]) -> Answer:
         folder = ray_sessions.sessions_parent(environment)
         return Answer(f"no RAY_ADDRESS: each run starts a private cluster, with its sessions in {folder / 'ray'}")
     ray_address.check_address(address, environment=environment)
-    if not (environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")):
+    if not ray_address.read_token(environment):
         return Answer(
-            f"RAY_ADDRESS={address}, but no token is set",
-            "Start the cluster with RAY_AUTH_MODE=token: without it, anyone who reaches its port can run code there.",
+            f"RAY_ADDRESS={address}, but no token is sent",
+            "Start the cluster with RAY_AUTH_MODE=token, and set it here with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH: "
+            "without a token, anyone who reaches its port can run code there.",
         )
     return Answer(f"{address} answers")
 
@@ -64,7 +66,7 @@ def check_storage(request: Request, timeout_s: float = STORAGE_TIMEOUT_S) -> Ans
             code=3,
         ),
     )
-    return Answer(f"{url} can be written to")
+    return Answer(f"{redact_secrets(url)} can be written to")
 
 
 def bounded(call: Callable[[], object], timeout_s: float, timeout_error: UserError) -> None:

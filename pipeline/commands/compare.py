@@ -12,6 +12,7 @@ from pipeline.image_commands import safe_name
 from pipeline.text import wrap
 from stages.errors import UserError
 from stages.formats.artifact import atomic_write
+from stages.tracking.journal import redact_secrets
 
 FOLDER = Path("runs/compare")
 MAX_SETTINGS, MAX_NUMBERS = 20, 40  # in the text; the page has all
@@ -42,7 +43,10 @@ def _facts(comparison: Comparison, page: Path) -> dict[str, object]:
     return {
         "a": run_facts(comparison.a),
         "b": run_facts(comparison.b),
-        "settings": [{"key": key, "a": before, "b": after} for key, before, after in comparison.settings],
+        "settings": [
+            {"key": key, "a": redact_secrets(before), "b": redact_secrets(after)}
+            for key, before, after in comparison.settings
+        ],
         "numbers": [{**dataclasses.asdict(number), "difference": number.difference} for number in comparison.numbers],
         "notes": comparison.notes,
         "page": str(page),

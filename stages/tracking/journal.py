@@ -263,6 +263,8 @@ def redact_secrets(value: Any) -> Any:
     """Mask credentials in URLs, and in mappings also the values of keys such as "password" or "api_key"."""
     if isinstance(value, Mapping):
         return {key: "***" if _SECRET_KEY.search(key) else redact_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_secrets(item) for item in value]
     return _URL_CREDENTIALS.sub("://***@", value) if isinstance(value, str) else value
 
 

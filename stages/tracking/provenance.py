@@ -21,11 +21,14 @@ from typing import Any
 from stages.formats import artifact
 from stages.formats.html_page import PROVENANCE_SCRIPT
 from stages.tracking import tags
-from stages.tracking.journal import JOURNAL_FILE, read_records
+from stages.tracking.journal import JOURNAL_FILE, read_records, redact_secrets
+from stages.tracking.quantities import format_duration
 from stages.tracking.tracker import PipelineRun
 
 _FACTS = "provenance.json"
 _REPORT = "report.html"
+# Facts of the stages before the report that its table shows.
+_REQUIRED = {"artifact": str, "stage": str, "started": str, "seconds": int | float, "machine": str}
 
 
 def record_facts(
@@ -33,20 +36,24 @@ def record_facts(
 ) -> None:
     """Record the facts of a stage that has written the artifact `out` in `seconds`, its last attempt.
 
+    Credentials of URLs are masked.
+
     `inputs` are the digests of its inputs, `parent` is the folder of the pipeline run, or describes one without a
     folder. `choices` are the preset and the overrides of its settings.
     """
-    facts = {
-        "stage": stage,
-        "artifact": artifact.sha256(out / artifact.MANIFEST),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() - seconds)),
-        "seconds": round(seconds),
-        "machine": _machine(),
-        "commit": _commit(),
-        "command": _command(parent),
-        "run": parent.key() if isinstance(parent, PipelineRun) else Path(parent).name,
-        "choices": choices,
-    }
+    facts = redact_secrets(
+        {
+            "stage": stage,
+            "artifact": artifact.sha256(out / artifact.MANIFEST),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() - seconds)),
+            "seconds": round(seconds),
+            "machine": _machine(),
+            "commit": _commit(),
+            "command": _command(parent),
+            "run": parent.key() if isinstance(parent, PipelineRun) else Path(parent).name,
+            "choices": choices,
+        }
+    )
     _write(work / _FACTS, json.dumps(facts, indent=1, ensure_ascii=False))
     if (out / _REPORT).is_file():
         provenance = _table(facts, _facts_of(work.parents[1], set(inputs)))
@@ -63,39 +70,37 @@ def report_copy(work: Path) -> Path:
 
 
 def _facts_of(runs: Path, digests: set[str]) -> list[dict[str, Any]]:
-    """Read the facts of the runs that wrote these artifacts, as far as they were computed in this folder."""
+    """Read the facts of the runs that wrote these artifacts, as far as they were computed in this folder.
+
+    Those that are damaged or of another version are left out.
+    """
     all_facts = []
     for path in sorted(runs.glob(f"*/*/{_FACTS}")):
         try:
             facts = json.loads(path.read_bytes())
-            if facts["artifact"] in digests:
-                all_facts.append(facts)
+            is_valid = all(isinstance(facts[name], value_type) for name, value_type in _REQUIRED.items())
+            if is_valid and facts["artifact"] in digests:
+                all_facts.append(redact_secrets(facts))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, or of another version
-    return sorted(all_facts, key=lambda facts: str(facts.get("started")))
+            continue
+    return sorted(all_facts, key=lambda facts: str(facts["started"]))
 
 
 def _table(facts: Mapping[str, Any], earlier: list[dict[str, Any]]) -> dict[str, str]:
     """Format the facts of a report: label -> text. Empty facts are left out."""
     stages = [*earlier, facts]
-    durations = [f"{stage['stage']} {_duration(stage['seconds'])} ({stage['started']})" for stage in stages]
+    durations = [f"{stage['stage']} {format_duration(stage['seconds'])} ({stage['started']})" for stage in stages]
     machines = dict.fromkeys(stage["machine"] for stage in stages)
     table = {
         "Preset and overrides": facts["choices"],
         "Command": facts["command"],
         "Commit": facts["commit"],
         "Date": facts["started"],
-        "Duration": f"{_duration(sum(stage['seconds'] for stage in stages))}: {', '.join(durations)}",
+        "Duration": f"{format_duration(sum(stage['seconds'] for stage in stages))}: {', '.join(durations)}",
         "Machine": "; ".join(machines),
         "Search in MLflow": f"tags.`{tags.KEY}` = '{facts['run']}'" if facts["run"] else "",
     }
     return {label: text for label, text in table.items() if text}
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _machine() -> str:

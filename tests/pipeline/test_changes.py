@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import changes, params
+from pipeline import changes, params, run_name
 
 BEFORE = {
     "seed": 0,
@@ -65,6 +65,14 @@ def test_description_has_at_most_ten_lines():
     assert lines[:2] == ["Changes against the last run:", '  dataset.source "a" -> "b"']
     assert lines[-1] == "  and 13 more settings"
     assert changes.describe([]) == ""
+
+
+def test_changes_have_no_credentials():
+    """Neither the printed lines nor the name of a run show the password of a URL."""
+    after = {"cluster": {"storage": "s3://AKIA:hunter2@bucket/p"}, "keep_results": ["s3://AKIA:hunter2@bucket/q"]}
+    differences = changes.compare({}, after)
+    text = changes.describe(differences) + run_name.run_name("emoji", differences[::-1])
+    assert "hunter2" not in text and text.count("s3://***@bucket/") >= 2
 
 
 def test_repeated_run_keeps_its_changes(folder):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import params
 from pipeline.checks import servers
-from pipeline.checks.check import Request
+from pipeline.checks.check import Answer, Request, result_of
 from stages.errors import UserError
 
 
@@ -18,12 +18,18 @@ def settings(current_project):
     return params.load()
 
 
-def test_cluster_without_a_token_is_a_warning(monkeypatch):
-    """Anyone who reaches its port can run code there."""
+def test_cluster_without_a_token_is_a_warning(monkeypatch, tmp_path):
+    """Anyone who reaches its port can run code there. A token counts if Ray sends it."""
     monkeypatch.setattr("stages.runtime.ray_address.check_address", lambda address, **_: address)
     answer = servers.check_ray({"RAY_ADDRESS": "host:6379"})
-    assert "no token is set" in answer.text and "RAY_AUTH_MODE=token" in answer.fix
-    assert not servers.check_ray({"RAY_ADDRESS": "host:6379", "RAY_AUTH_TOKEN": "secret"}).fix
+    assert "no token is sent" in answer.text and "RAY_AUTH_MODE=token" in answer.fix
+    assert "no token is sent" in servers.check_ray({"RAY_ADDRESS": "host:6379", "RAY_AUTH_TOKEN": "secret"}).text
+    with_mode = {"RAY_ADDRESS": "host:6379", "RAY_AUTH_MODE": "token"}
+    assert not servers.check_ray({**with_mode, "RAY_AUTH_TOKEN": "secret"}).fix
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret\n")
+    assert not servers.check_ray(with_mode).fix
     assert not servers.check_ray({}).fix
 
 
@@ -45,6 +51,17 @@ def test_storage_that_does_not_work_is_refused_in_time(settings, tmp_path):
     servers.check_storage(request(f"file://{tmp_path}/store"))
     with pytest.raises(UserError, match="The storage cannot be opened"):
         servers.check_storage(request("nosuch://bucket"))
+
+
+def test_result_of_a_check_has_no_credentials():
+    """Neither the text of an answer nor an error shows the password of a URL."""
+
+    def refuse(url: str) -> Answer:
+        raise UserError(f"{url} is wrong.", where=url, fix=f"Change {url}")
+
+    for check in (lambda url: Answer(f"{url} answers", f"Change {url}"), refuse):
+        result = result_of("storage", check, "s3://AKIA:hunter2@bucket")
+        assert "s3://***@bucket" in result.text and "hunter2" not in result.text + result.fix
 
 
 def test_slow_call_is_given_up():

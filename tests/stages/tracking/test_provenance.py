@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from stages.formats import artifact
 from stages.tracking import provenance
 from stages.tracking.journal import Journal
@@ -60,9 +62,27 @@ def test_artifact_has_no_facts_and_the_copy_has_them(tmp_path: Path):
     assert '<script type="application/json" id="provenance">{' in copy
 
 
-def test_damaged_facts_are_ignored(tmp_path: Path):
-    """A report is written although the facts of another stage cannot be read."""
+@pytest.mark.parametrize("change", [None, {"seconds": None}, {"stage": 3}, {"started": ...}, {"machine": ["a"]}])
+def test_damaged_facts_are_ignored(tmp_path: Path, change):
+    """A report is written although the facts of another stage cannot be read, or are those of another version."""
     digest = record(tmp_path, "vqvae", 1)
-    (tmp_path / "runs/vqvae/0123/provenance.json").write_text("{")
+    path = tmp_path / "runs/vqvae/0123/provenance.json"
+    facts = {**json.loads(path.read_text()), **(change or {})}
+    text = json.dumps({name: value for name, value in facts.items() if value is not ...})
+    path.write_text(text if change else text[:9])
     record(tmp_path, "evaluate", 2, inputs=(digest,))
     assert shown_facts(tmp_path)["Duration"].startswith("2 s: evaluate")
+
+
+def test_credentials_are_masked(tmp_path: Path):
+    """The page and its copy, which MLflow gets, have no secret of the command or the overrides."""
+    url = "cluster.storage=s3://AKIA:hunter2@bucket/p"
+    out, work = tmp_path / "artifacts" / "evaluate", tmp_path / "runs" / "evaluate" / "0123"
+    work.mkdir(parents=True)
+    with artifact.commit_folder(out, "evaluate", {}) as folder:
+        (folder / "report.html").write_text(PAGE)
+    run = PipelineRun(tags={"command": f"vqvae2 run -S {url}"})
+    provenance.record_facts("evaluate", out, work, 1, (), run, url)
+    assert shown_facts(tmp_path)["Command"] == "vqvae2 run -S cluster.storage=s3://***@bucket/p"
+    for path in work.iterdir():
+        assert "hunter2" not in path.read_text() and "s3://***@bucket/p" in path.read_text()
