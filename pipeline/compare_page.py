@@ -36,7 +36,7 @@ def render(comparison: Comparison) -> str:
     return html_page.render(
         TEMPLATE,
         runs=list(zip("AB", runs, strict=True)),
-        settings_known=bool(comparison.a.settings and comparison.b.settings),
+        settings_available=bool(comparison.a.settings and comparison.b.settings),
         settings=[(key, _format(before), _format(after)) for key, before, after in comparison.settings],
         shared=comparison.shared,
         others=[number for number in comparison.numbers if number.difference is None],
@@ -52,7 +52,7 @@ def _format(value: object) -> str:
 def _embed(png: bytes) -> str:
     if not png:
         return ""
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         if (factor := -(-image.width // MAX_WIDTH)) > 1:  # rounded up
             buffer = io.BytesIO()
             image.convert("RGB").reduce(factor).save(buffer, "PNG", optimize=True)

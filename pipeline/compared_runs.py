@@ -5,13 +5,15 @@ order. Everything is read from this machine: pictures of a revision come from DV
 """
 
 import ast
+import io
 import json
-import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from pipeline import dvc, dvc_yaml, finished_results, params
 from pipeline.completion import runs as list_runs
@@ -20,7 +22,7 @@ from stages.errors import UserError
 from stages.formats.flatten import flatten, flatten_numbers
 from stages.tracking.journal import JOURNAL_FILE, OUTPUTS, Record, read_points, read_records
 from stages.tracking.mlflow_store import find_run_key
-from stages.tracking.tags import DVC_EXPERIMENT, RUN_NAME
+from stages.tracking.tags import DVC_EXPERIMENT, RUN_NAME, git
 
 WORKSPACE = "workspace"
 PICTURES = ("samples", "reconstructions")  # of the report
@@ -54,7 +56,7 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
         return run
     if commit := _find_experiment(name):
         return _of_revision(name, "DVC experiment", commit, cache_folder)
-    if commit := _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip():
+    if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return _of_revision(name, "Git revision", commit, cache_folder)
     if (key := find_run_key(name)) and (run := _of_key(name, key)):
         return run
@@ -82,7 +84,7 @@ def _of_project(folder: Path, name: str) -> ComparedRun:
 
 def _of_report(folder: Path) -> ComparedRun:
     """Read the folder of a report, and the settings and numbers of the project that it lies in."""
-    project = folder.resolve().parents[1]
+    project = folder.resolve().parent.parent
     if folder.resolve() == (project / REPORT) and (project / params.FILE).is_file():
         run = _of_project(project, str(folder))
         run.description = f"report of {project}"
@@ -96,15 +98,15 @@ def _of_report(folder: Path) -> ComparedRun:
 
 def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], Path | None]) -> ComparedRun:
     """Read the files of a Git commit; pictures are in DVC's cache under the MD5 of its dvc.lock."""
-    if not (text := _git("show", f"{commit}:./{params.FILE}")):
+    if not (text := git("show", f"{commit}:./{params.FILE}")):
         raise UserError(
             f"{name} has no {params.FILE}.", where=f"commit {commit[:7]}", fix="Use a later revision.", code=2
         )
-    paths = _git("ls-tree", "--name-only", commit, f"./{METRICS}/").split()
-    files = {Path(path).stem: _git("show", f"{commit}:./{path}").encode() for path in paths if path.endswith(".json")}
-    date = _git("show", "-s", "--format=%cs", commit).strip()
+    paths = git("ls-tree", "--name-only", commit, f"./{METRICS}/").split()
+    files = {Path(path).stem: git("show", f"{commit}:./{path}").encode() for path in paths if path.endswith(".json")}
+    date = git("show", "-s", "--format=%cs", commit)
     run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(params.parse(text)), _numbers(files))
-    lock = params.parse(_git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}")
+    lock = params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}")
     outs = lock.get("stages", {}).get("evaluate", {}).get("outs", [])
     md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
     listing: Mapping[str, str] = {}
@@ -176,7 +178,7 @@ def _journal_images(path: Path) -> dict[str, bytes]:
 
 def _find_experiment(name: str) -> str:
     """Return the commit of a DVC experiment; "" if there is none."""
-    refs = _git("for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps")
+    refs = git("for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps")
     for line in refs.splitlines():
         commit, ref = line.split()
         if ref.count("/") == 4 and ref.rpartition("/")[2] == name:  # refs/exps/ab/cdef.../NAME
@@ -185,11 +187,27 @@ def _find_experiment(name: str) -> str:
 
 
 def _add_pictures(run: ComparedRun, read: Callable[[str], bytes], reason: str) -> None:
+    damaged = []
     for name in PICTURES:
-        if png := read(f"{name}.png"):
+        png = read(f"{name}.png")
+        if png and not _is_intact(png):
+            damaged.append(name)
+        elif png:
             run.pictures[name] = png
-    if missing := [name for name in PICTURES if name not in run.pictures]:
+    if damaged:
+        run.notes.append(f"Pictures damaged of {run.name}: {', '.join(damaged)}.")
+    if missing := [name for name in PICTURES if name not in run.pictures and name not in damaged]:
         run.notes.append(f"Pictures missing of {run.name} ({', '.join(missing)}): {reason}.")
+
+
+def _is_intact(png: bytes) -> bool:
+    """Return whether an image is a PNG that can be decoded."""
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError: of a broken chunk
+        return False
+    return True
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,11 +237,3 @@ def _first_record(path: Path) -> Record:
 
 def _read(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
-
-
-def _git(*arguments: str) -> str:
-    """Return the output of a Git command; "" if it fails."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

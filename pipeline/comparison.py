@@ -1,5 +1,6 @@
 """Comparison of two runs: settings that differ, and numbers next to each other."""
 
+import math
 from dataclasses import dataclass
 
 from pipeline import changes
@@ -24,7 +25,7 @@ class Number:
     def cells(self) -> tuple[str, str, str, str]:
         """Return the texts of A, B, their difference, and the difference relative to A."""
         a, b = ("-" if value is None else format_number(value) for value in (self.a, self.b))
-        if self.difference is None:
+        if self.difference is None or not math.isfinite(self.difference):
             return a, b, "", ""
         sign = "+" if self.difference > 0 else ""
         relative = f"{sign}{100 * self.difference / abs(self.a):.1f}%" if self.a and self.difference else ""

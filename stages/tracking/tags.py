@@ -84,6 +84,8 @@ def producer_condition(fingerprint: str) -> str:
 def git(*arguments: str) -> str:
     """Return the output of a Git command, "" if it fails."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=5, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from pipeline import compare_page, compared_runs
 from pipeline.commands import compare as command
 from pipeline.compared_runs import WORKSPACE, ComparedRun
-from pipeline.comparison import compare
+from pipeline.comparison import Number, compare
 from stages.errors import UserError
 from stages.tracking.journal import Journal
 from tests.chromium import document, needs_chromium, requested_hosts
@@ -212,3 +212,37 @@ def test_page_requests_nothing_and_fits_a_phone(project, tmp_path_factory):
     outer.write_text(f'<iframe width="390" height="900" src="{page.as_uri()}" onload="{set_title}"></iframe>')
     title = re.search(r"<title>(\d+)</title>", document(folder, outer, "--allow-file-access-from-files"))
     assert title and 300 < int(title[1]) <= 390
+
+
+def test_report_below_the_root_is_a_report_without_a_project(tmp_path, monkeypatch):
+    """A folder that is mounted at the root has one parent only."""
+    (tmp_path / "report.html").write_text("<html>")
+    monkeypatch.setattr(Path, "resolve", lambda self, strict=False: Path("/report"))
+    assert compared_runs.find(str(tmp_path)).description == "report"
+
+
+@pytest.mark.parametrize("data", [png("red")[:60], b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<html>"])
+def test_damaged_picture_is_a_note(project, data):
+    """The page has the other pictures."""
+    Path("artifacts/report/samples.png").write_bytes(data)
+    run = find(WORKSPACE)
+    assert list(run.pictures) == ["reconstructions"]
+    assert run.notes == [f"Pictures damaged of {WORKSPACE}: samples."]
+    assert "data:image/png" in compare_page.render(compare(run, find("trunk")))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_number_that_is_not_finite_has_no_difference(value):
+    """NaN is a value of a metric that could not be computed."""
+    assert Number("psnr", 1.0, value).cells() == ("1", f"{value:g}", "", "")
+    assert Number("psnr", value, value).cells() == (f"{value:g}", f"{value:g}", "", "")
+
+
+def test_credentials_are_masked(capsys, project):
+    """Neither the JSON nor the page shows the password of a URL."""
+    with Path("params.yaml").open("a") as file:
+        file.write("cluster:\n  storage: s3://AKIA:hunter2@bucket/p\n")
+    for as_json in (True, False):
+        command.run("trunk", WORKSPACE, out=Path("page.html"), as_json=as_json)
+        text = capsys.readouterr().out + Path("page.html").read_text()
+        assert "hunter2" not in text and text.count("s3://***@bucket/p") == 2
