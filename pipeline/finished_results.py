@@ -19,7 +19,7 @@ from stages.formats import artifact
 
 RESULT = "result"
 CACHE_MD5 = "dvc-cache-md5"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, UserError)  # of a missing, damaged or foreign file
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, UserError)  # of a missing, damaged or foreign file
 
 
 def record(stage: dvc_yaml.Stage, work: Path) -> None:

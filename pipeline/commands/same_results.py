@@ -7,12 +7,11 @@ results. Everything else in artifacts/, metrics/ and plots/ must be equal.
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import code_version, result_versions
@@ -118,13 +117,15 @@ def _content(path: Path) -> object:
 
 @contextmanager
 def _checkout(revision: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="vqvae2-revision-"))
-    try:
-        _git("worktree", "add", "--quiet", "--detach", str(folder / "tree"), revision)
-        yield folder / "tree"
-    finally:
-        _git("worktree", "remove", "--force", str(folder / "tree"))
-        shutil.rmtree(folder, ignore_errors=True)
+    """Check out a revision into a temporary folder, which is removed after the block."""
+    with tempfile.TemporaryDirectory(prefix="vqvae2-revision-", ignore_cleanup_errors=True) as folder:
+        tree = Path(folder, "tree")
+        _git("worktree", "add", "--quiet", "--detach", str(tree), revision)
+        try:
+            yield tree
+        finally:
+            with suppress(UserError):  # it must not replace an error of the block; Git forgets a missing folder itself
+                _git("worktree", "remove", "--force", str(tree))
 
 
 def _commit_working_tree() -> str:

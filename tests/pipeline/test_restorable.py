@@ -136,3 +136,12 @@ def test_silent_remote_is_not_waited_for(project, monkeypatch):
     monkeypatch.setattr(dvc_remote, "TIMEOUT_S", 0.2)
     with pytest.raises(UserError, match=r"did not answer within 0 s"):
         dvc_remote.missing_everywhere()
+
+
+@pytest.mark.parametrize("text", ["outs: []\n", "outs:\n", "outs: [a]\n", "outs: [{}]\n", "{", "- a\n"])
+def test_damaged_record_of_a_tracked_source_is_unknown_content(tmp_path, text):
+    """A .dvc file without an output decides nothing: the stage would run."""
+    with chdir(tmp_path):
+        Path("source.dvc").write_text(text)
+        predictor = Predictor({}, SimpleNamespace(), Path("cache"), Path("runs"))
+        assert predictor._dependency("source") == ""

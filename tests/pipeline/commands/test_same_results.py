@@ -1,5 +1,8 @@
 """Comparison of the artifacts of two revisions."""
 
+import subprocess
+import tempfile
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.commands.same_results import compare, differences
+from pipeline.commands.same_results import _checkout, compare, differences
 from stages.errors import UserError
 
 WEIGHTS = {"level_top.weight": torch.arange(6.0).view(2, 3), "level_top.bias": torch.ones(2)}
@@ -52,3 +55,23 @@ def test_unknown_revision_is_refused():
     """Before anything runs."""
     with pytest.raises(UserError, match="git rev-parse failed: no such revision"):
         compare("no-such-revision")
+
+
+def test_failed_checkout_leaves_nothing(tmp_path: Path, monkeypatch):
+    """The error is that of Git's checkout, or that of the block, and the temporary folder is removed."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    subprocess.run(["git", "init", "-q", str(tmp_path / "project")], check=True)
+    with chdir(tmp_path / "project"):
+        with (
+            pytest.raises(UserError, match="git worktree failed: fatal: invalid reference: nowhere"),
+            _checkout("nowhere"),
+        ):
+            pass
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+        with pytest.raises(ZeroDivisionError), _checkout("HEAD") as tree:
+            (tree / ".git").unlink()  # so Git cannot remove it
+            raise ZeroDivisionError
+    assert list(temporary.iterdir()) == []
