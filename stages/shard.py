@@ -29,6 +29,7 @@ from stages.images.overview import describe
 from stages.images.sources import Member, UnreadableFile, open_source, printable
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
+from stages.tracking.quantities import format_count
 
 _KEY_DIGITS = 9
 _SHOWN_REJECTED = 20  # files in the error about too many rejected images
@@ -224,13 +225,14 @@ def _check_train_images(train_images: int, rejected: Rejections, source: Path) -
 
 def _warnings(counts: Mapping[str, Any]) -> Iterator[str]:
     for conversion, count in counts["conversions"].items():
-        yield f"{count} images: {conversion}."
+        yield f"{format_count(count, 'image', 'images')}: {conversion}."
     if counts["rejected"]:
-        yield f"{counts['rejected']} images are rejected; {REJECTED} lists the reasons."
+        yield f"{format_count(counts['rejected'], 'image is', 'images are')} rejected; {REJECTED} lists the reasons."
     if counts["leaked"]:
-        yield f"LEAK: {counts['leaked']} validation images equal a training image, pixel for pixel."
+        images = format_count(counts["leaked"], "validation image equals", "validation images equal")
+        yield f"LEAK: {images} a training image, pixel for pixel."
     if counts["duplicates"]:
-        yield f"{counts['duplicates']} images equal another image, pixel for pixel."
+        yield f"{format_count(counts['duplicates'], 'image equals', 'images equal')} another image, pixel for pixel."
 
 
 def _write_rejected(path: Path, unused: Rejections) -> None:

@@ -14,6 +14,7 @@ from stages.images.listing import Listing, list_images
 from stages.images.overview import Scan, quantiles
 from stages.images.sources import open_source, printable
 from stages.tracking.console import ConsoleReporter
+from stages.tracking.quantities import format_count
 
 CLASSES_SHOWN = 30  # lines of the table; --json has all
 FILES_SHOWN = 5  # by name, of those that are rejected or copies
@@ -116,7 +117,9 @@ def facts(dataset: DatasetConfig, listing: Listing, scan: Scan) -> list[tuple[st
     rows.append(("modes", _most_common(scan.modes)))
     if scan.copies_checked:
         leaked = f", {scan.leaked} of them a file of another split" if scan.leaked else ""
-        rows.append(("copies", f"{scan.copies} files equal another file{leaked}"))
+        rows.append(
+            ("copies", format_count(scan.copies, "file equals another file", "files equal another file") + leaked)
+        )
         rows += [
             ("copies", f"  {printable(name)} equals {printable(first)}")
             for name, first in scan.first_copies[:FILES_SHOWN]
@@ -125,7 +128,9 @@ def facts(dataset: DatasetConfig, listing: Listing, scan: Scan) -> list[tuple[st
         rows.append(("copies", "not checked; the stage shard counts images with equal pixels"))
     rows += [("note", message) for message in listing.messages]
     if scan.num_rejected:
-        rows.append(("rejected", f"{scan.num_rejected} images cannot be used, such as:"))
+        rows.append(
+            ("rejected", format_count(scan.num_rejected, "image cannot be used:", "images cannot be used, such as:"))
+        )
         rows += [("rejected", f"  {printable(name)}: {reason}") for name, reason in scan.rejected[:FILES_SHOWN]]
     rows += [("DOUBT", doubt) for doubt in doubts(listing, scan)]
     return rows
@@ -135,7 +140,8 @@ def doubts(listing: Listing, scan: Scan) -> list[str]:
     """Return the doubts about names, and those about contents."""
     texts = list(listing.doubts)
     if scan.leaked:
-        texts.append(f"{scan.leaked} files are copies of a file of another split.")
+        files = format_count(scan.leaked, "file is a copy", "files are copies")
+        texts.append(f"{files} of a file of another split.")
     if scan.num_rejected == scan.checked:
         texts.append("No image can be used.")
     return texts
@@ -152,7 +158,7 @@ def _counts(listing: Listing) -> Iterator[str]:
     for name, counts in rows:
         yield f"{name:<{width}}" + "".join(f"{counts[split]:>12}" for split in splits)
     if omitted := len(classes) - len(rows):
-        yield f"and {omitted} classes more, which --json lists"
+        yield f"and {format_count(omitted, 'class', 'classes')} more, which --json lists"
     yield f"{'all images':<{width}}" + "".join(f"{count:>12}" for count in splits.values())
     yield ""
 

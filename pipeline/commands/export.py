@@ -15,6 +15,7 @@ from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
 from stages.images.contact_sheet import encode_png
 from stages.images.listing import SPLITS
+from stages.tracking.quantities import format_count
 
 KIND = "exported images"
 BATCH = 256  # samples read at a time
@@ -43,7 +44,7 @@ def run(what: str, out: Path, *, split: str, count: int, artifacts: Path = MODEL
     labels = source.labels[:count].astype(np.int64) if source.classes else None
     progress = track(
         (image for image, _ in zip(source.images(), range(count), strict=False)),
-        description=f"Exporting {count} images",
+        description=f"Exporting {format_count(count, 'image', 'images')}",
         total=count,
         console=Console(stderr=True),
         disable=count < BATCH,

@@ -19,6 +19,7 @@ from pipeline.process import handle_signals
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
+from stages.tracking.quantities import format_count
 
 ROOTS = ("artifacts", "metrics", "plots")  # folders that hold results
 COMMAND = ("run", "-S", "experiment=smoke")
@@ -49,8 +50,9 @@ def _stop(number: int, frame: object) -> None:
 def require_equal(revision: str) -> None:
     """Raise UserError if a result of the working tree differs from that of the revision."""
     if different_files := compare(revision):
+        files = format_count(len(different_files), "file differs", "files differ")
         raise UserError(
-            f"{len(different_files)} files differ from those of {revision}: {first_few(different_files, 10)}.",
+            f"{files} from those of {revision}: {first_few(different_files, 10)}.",
             where=", ".join(ROOTS),
             fix="Record new versions: vqvae2 versions --new --reason TEXT",
         )

@@ -1,6 +1,7 @@
 """`vqvae2 sync-metrics`: upload of metrics that MLflow has missed."""
 
 from stages.errors import UserError
+from stages.tracking.quantities import format_count
 from stages.tracking.sync_runs import SyncResult, sync_runs
 
 
@@ -12,8 +13,8 @@ def run() -> int:
 def report(result: SyncResult) -> int:
     """Print a summary of an upload; return the exit status. Raises UserError if a part of the upload failed."""
     print(
-        f"{result.sent_points} points uploaded, {result.missing_points} missing; "
-        f"{result.completed_runs} runs complete, {result.active_runs} still running"
+        f"{format_count(result.sent_points, 'point', 'points')} uploaded, {result.missing_points} missing; "
+        f"{format_count(result.completed_runs, 'run', 'runs')} complete, {result.active_runs} still running"
     )
     if result.error:
         raise UserError(

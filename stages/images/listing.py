@@ -15,6 +15,7 @@ from stages.errors import UserError
 from stages.images import table
 from stages.images.layout import RENAME_TO_UTF8, Candidate, is_utf8, read_folders
 from stages.images.sources import Member, Source, TarSource, UnreadableFile, open_source, printable
+from stages.tracking.quantities import format_count
 
 SPLITS = ("train", "validation", "test")
 _EXPECTED_LAYOUT = "Use class folders of images (cat/1.png), with or without train/ and validation/ above them."
@@ -165,14 +166,18 @@ def _count_suffixes(others: list[Member]) -> str:
     """Count the files that are not images, by suffix."""
     suffixes = Counter(PurePosixPath(member.name).suffix.lower() or "no suffix" for member in others)
     counts = ", ".join(f"{printable(suffix)} {count}" for suffix, count in suffixes.most_common(_SHOWN_SUFFIXES))
-    return f"{suffixes.total()} files that are not images are ignored: {counts}."
+    files = format_count(suffixes.total(), "file that is not an image is", "files that are not images are")
+    return f"{files} ignored: {counts}."
 
 
 def _skipped_files(skipped: list[tuple[str, str]]) -> list[str]:
     reasons = Counter(reason for _, reason in skipped).most_common()
-    messages = [f"{count} images are skipped: {printable(reason)}." for reason, count in reasons[:_SHOWN_REASONS]]
+    messages = [
+        f"{format_count(count, 'image is', 'images are')} skipped: {printable(reason)}."
+        for reason, count in reasons[:_SHOWN_REASONS]
+    ]
     if others := sum(count for _, count in reasons[_SHOWN_REASONS:]):
-        messages.append(f"{others} images are skipped for other reasons.")
+        messages.append(f"{format_count(others, 'image is', 'images are')} skipped for other reasons.")
     return messages
 
 
@@ -218,9 +223,13 @@ def _from_tables(
         table_messages += content.messages
     messages += dict.fromkeys(table_messages)
     if index.short_names_used:
-        messages.append(f"{index.short_names_used} rows of the labels name their image without its folder or suffix.")
+        rows = format_count(index.short_names_used, "row of the labels names its", "rows of the labels name their")
+        messages.append(f"{rows} image without its folder or suffix.")
     if unlisted := len(image_files) - len(matched):
-        messages.append(f"{unlisted} images that the labels do not list are ignored.")
+        images = format_count(
+            unlisted, "image that the labels do not list is", "images that the labels do not list are"
+        )
+        messages.append(f"{images} ignored.")
     return table.to_candidates(matched, messages)
 
 

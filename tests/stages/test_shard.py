@@ -201,7 +201,7 @@ def test_conversions_are_counted(tmp_path):
     assert open_shards(tmp_path / "out").artifact.meta["conversions"] == {
         "transparency: composited on the background": 1
     }
-    assert "1 images: transparency: composited on the background." in screen.messages
+    assert "1 image: transparency: composited on the background." in screen.messages
 
 
 def test_one_image_without_label_is_accepted(tmp_path):

@@ -43,7 +43,7 @@ def test_text_has_splits_classes_sizes_and_doubts(folder, capsys):
     assert re.search(r"^cat +2$", text, re.MULTILINE) and re.search(r"^all images +4$", text, re.MULTILINE)
     assert "width 40 / 40 / 40, height 30 / 30 / 30 pixels (smallest / median / largest)\n" in text
     assert "4 are not square and are cropped; 4 are smaller and are enlarged" in text
-    assert "note        1 files that are not images are ignored: .txt 1.\n" in text
+    assert "note        1 file that is not an image is ignored: .txt 1.\n" in text
     assert "DOUBT       The folder test is used as a class" in text
 
 

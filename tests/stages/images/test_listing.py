@@ -50,7 +50,7 @@ def test_class_folders_are_classes(tmp_path):
         "cat/1.png": ("train", "cat"),
         "cat/persian/2.PNG": ("train", "cat"),
     }
-    assert listing.messages == ("1 files that are not images are ignored: .txt 1.",)
+    assert listing.messages == ("1 file that is not an image is ignored: .txt 1.",)
 
 
 def test_split_folders_are_splits(tmp_path):
@@ -89,7 +89,7 @@ def test_images_outside_class_or_split_folders_are_skipped(tmp_path):
     """They have no class or no split. A message and the list of skipped files name them."""
     listing = listed(make(tmp_path / "a", "cat/1.png", "loose.png"))
     assert listing.skipped == (("loose.png", "outside the class folders"),) and len(listing.images) == 1
-    assert "1 images are skipped: outside the class folders." in listing.messages
+    assert "1 image is skipped: outside the class folders." in listing.messages
     listing = listed(make(tmp_path / "b", "train/1.png", "val/2.png", "loose.png"), labels="none")
     assert listing.skipped == (("loose.png", "outside the split folders"),)
 

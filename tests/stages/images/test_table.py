@@ -45,7 +45,7 @@ def test_a_csv_defines_labels_and_splits(tmp_path, ending, bom):
             "a,b.png": ("validation", "x, y"),
             "3.png": ("test", "a/b"),
         }
-        assert "1 images that the labels do not list are ignored." in listing.messages
+        assert "1 image that the labels do not list is ignored." in listing.messages
         assert not any("files that are not images" in message for message in listing.messages)
 
 
@@ -102,7 +102,7 @@ def test_names_without_folder_or_suffix_identify_an_image(tmp_path):
     (path / "labels.csv").write_text("id,target\n1,cat\n")
     listing = listed(path)
     assert by_name(listing) == {"images/1.png": ("train", "cat")}
-    assert "1 rows of the labels name their image without its folder or suffix." in listing.messages
+    assert "1 row of the labels names its image without its folder or suffix." in listing.messages
     (path / "labels.csv").write_text("id,target\n2,cat\n")
     assert "'2' may be images/2.jpg and other/2.jpg; write its path" in refusal(path).what
 
