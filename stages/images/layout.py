@@ -107,6 +107,7 @@ def read_folders(image_files: list[Member], labelled: bool, path: Path) -> Folde
         named = _skip_image_folder(named, layout)
     elif _has_splits_in_classes(named, tops, path):
         layout.messages.append("The split folders are inside of the class folders.")
+        named = _skip_outside(named, layout)
         _skip([file for file in named if _is_annotation(file[1][1])], "in a folder of annotations", layout)
         named = [file for file in named if not _is_annotation(file[1][1])]
         splits = {member: split_of(names[1]) for member, names in named}
@@ -137,6 +138,9 @@ def _read_classes(
 def _skip_wrappers(named: list[_Named], layout: FolderLayout) -> list[_Named]:
     """Skip folders around the dataset: a folder of images beside annotations, and a single folder of folders."""
     while True:
+        outer = _tops(named)
+        if len(outer) == 1 and not split_of(min(outer)) and _names_splits(_subfolders(named)[min(outer)]):
+            named = _skip_outside(named, layout)
         inner = _skip_image_folder(named, layout)
         tops = {names[0] for _, names in inner}
         if inner is named and (
@@ -175,23 +179,28 @@ def _skip(named: list[_Named], reason: str, layout: FolderLayout) -> None:
     layout.skipped += [(member.name, reason) for member, _ in named]
 
 
+def _skip_outside(named: list[_Named], layout: FolderLayout) -> list[_Named]:
+    """Skip images beside the split folders that are in each top folder, and beside the top folders."""
+    _skip([(member, names) for member, names in named if len(names) < 3], "outside the split folders", layout)
+    return [(member, names) for member, names in named if len(names) > 2]
+
+
 def _has_splits_in_classes(named: list[_Named], tops: set[str], path: Path) -> bool:
-    """Return whether every folder holds only split folders. Raises UserError if only some of them do."""
+    """Return whether every folder holds split folders. Raises UserError if only some do, or if one holds others too."""
     subfolders = _subfolders(named)
-    direct = {names[0] for _, names in named if len(names) == 2}
-    split_tops = [
-        top
-        for top in sorted(tops - direct)
-        if len(splits := {split_of(name) for name in subfolders[top] if not _is_annotation(name)}) > 1
-        and "" not in splits
-    ]
-    if not split_tops:
-        return False
-    if len(split_tops) < len(tops):
-        raise _mixed_folders(
-            path, f" in {printable(split_tops[0])}", sorted(subfolders[split_tops[0]]), tops - {split_tops[0]}
-        )
-    return all(len(names) > 2 for _, names in named)
+    split_tops = sorted(top for top in tops if _names_splits(subfolders[top]))
+    for top in split_tops:
+        splits = {name for name in subfolders[top] if split_of(name)}
+        if others := {name for name in subfolders[top] - splits if not _is_annotation(name)}:
+            raise _mixed_folders(path, f" in {printable(top)}", sorted(splits), others)
+        if others := tops - set(split_tops):
+            raise _mixed_folders(path, f" in {printable(top)}", sorted(splits), others)
+    return bool(split_tops)
+
+
+def _names_splits(folders: Iterable[str]) -> bool:
+    """Return whether folders are named like several splits."""
+    return len({split_of(name) for name in folders} - {""}) > 1
 
 
 def _mixed_folders(path: Path, where: str, split_tops: list[str], others: Collection[str]) -> UserError:

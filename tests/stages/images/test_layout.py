@@ -76,10 +76,32 @@ def test_split_folders_in_class_folders_are_splits():
     assert layout.skipped == [("bottle/ground_truth/broken/2.png", "in a folder of annotations")]
 
 
+@pytest.mark.parametrize("outside", ["preview.png", "cat/cover.png"])
+@pytest.mark.parametrize("folders", [("cat", "dog"), ("animals",), ("images",)])
+def test_images_outside_the_split_folders_of_a_folder_are_skipped(outside, folders):
+    """Test images stay test images, whatever lies beside the split folders or the folders above them."""
+    outside = outside.replace("cat", folders[0])
+    files = [f"{folder}/{split}/{number}.png" for folder in folders for number, split in enumerate(("train", "test"))]
+    layout = read(*files, outside)
+    assert {name: split for name, (split, _) in by_name(layout).items()} == {name: name.split("/")[1] for name in files}
+    assert {label for _, label in by_name(layout).values()} == ({"cat", "dog"} if len(folders) > 1 else {None})
+    assert layout.skipped == [(outside, "outside the split folders")] and not layout.doubts
+
+
+def test_a_dataset_folder_beside_an_image_holds_the_classes():
+    """A preview or a cover does not turn the folder of the dataset into a class."""
+    layout = read("animals/train/cat/1.png", "animals/test/dog/2.png", "animals/cover.png", "preview.png")
+    assert by_name(layout) == {
+        "animals/train/cat/1.png": ("train", "cat"),
+        "animals/test/dog/2.png": ("test", "dog"),
+    }
+
+
 @pytest.mark.parametrize(
     "names",
     [
         ("train/cat/1.png", "val/cat/2.png", "extra/cat/3.png"),
+        ("cat/train/1.png", "cat/val/2.png", "cat/extra/3.png", "dog/train/4.png", "dog/val/5.png"),
         ("pictures_a/train/1.png", "pictures_a/val/2.png", "extra/3.png"),
     ],
 )
