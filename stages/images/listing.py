@@ -7,6 +7,7 @@ them. Images are ordered by a hash of their names, which is independent of the d
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def _list(source: Source, members: list[Member], path: Path, labels: str, valida
         messages += layout.messages
         doubts += layout.doubts
         if labels == "folders":
-            doubts += _unused_tables(source, readable)
+            doubts += unused_tables(source, readable)
     else:
         candidates = _from_tables(source, tables, image_files, path, messages)
     messages += _skipped_files(skipped)
@@ -181,18 +182,17 @@ def _skipped_files(skipped: list[tuple[str, str]]) -> list[str]:
     return messages
 
 
-def _unused_tables(source: Source, readable: list[Member]) -> list[str]:
+def unused_tables(source: Source, readable: list[Member]) -> list[str]:
     """Mention a table that lists classes although classes come from folders. Tables in subfolders are not read."""
     doubts = []
     for member in readable:
         is_table = "/" not in member.name and member.name.lower().endswith(_TABLE_SUFFIXES)
-        if (
-            is_table
-            and member.size <= _MAX_UNUSED_TABLE_BYTES
-            and table.has_columns(_read(source, member, member.name))
-        ):
-            name = printable(member.name)
-            doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
+        if not is_table or member.size > _MAX_UNUSED_TABLE_BYTES:
+            continue
+        with suppress(UnreadableFile):
+            if table.has_columns(source.read(member)):
+                name = printable(member.name)
+                doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
     return doubts
 
 

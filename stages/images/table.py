@@ -63,7 +63,10 @@ def read_table(data: bytes, where: Path) -> Table:
     text, encoding, messages = _decode(data)
     if text[:4].lower() == "sep=":  # written by Excel
         text = "\n" + text.partition("\n")[2]
-    header, delimiter = _header(text)
+    try:
+        header, delimiter = _header(text)
+    except csv.Error as error:
+        raise invalid_row(where, 1, str(error)) from None
     columns = [_find_column(header, names) for names in (PATH_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)]
     path, label, split = columns
     if path is None or label is None:
@@ -85,7 +88,10 @@ def invalid_row(where: Path, line: int, problem: str) -> UserError:
 
 def has_columns(data: bytes) -> bool:
     """Return whether data begins with a header that names paths and classes."""
-    header, _ = _header(_decode(data)[0])
+    try:
+        header, _ = _header(_decode(data)[0])
+    except csv.Error:
+        return False
     return None not in (_find_column(header, PATH_COLUMNS), _find_column(header, LABEL_COLUMNS))
 
 

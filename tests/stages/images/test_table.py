@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
-from stages.images.listing import Listing, list_images
+from stages.images.listing import Listing, check_source, list_images, unused_tables
+from stages.images.sources import FolderSource, Member, UnreadableFile
 
 
 def make(path: Path, *names: str) -> Path:
@@ -115,6 +116,30 @@ def test_a_table_that_is_not_used_is_mentioned(tmp_path):
     assert listed(path, "folders").doubts == (
         "metadata.csv lists classes and is not used. To use it: -S dataset.labels=metadata.csv",
     )
+
+
+def test_an_unused_table_that_cannot_be_read_is_ignored(tmp_path):
+    """A line longer than the csv module allows, NUL bytes, nothing at all, or a file without permission."""
+    path = make(tmp_path, "1.png", "2.png")
+    for number, data in enumerate([b"x" * 200_000, b"path,label\0", b"", b"\0", b"\xff\xfe\0"]):
+        (path / f"{number}.csv").write_bytes(data)
+    (path / "gone.tsv").symlink_to("nowhere.tsv")
+    assert len(listed(path, "folders").images) == 2
+    check_source(path, "folders")
+
+    class Unreadable(FolderSource):
+        def read(self, member):
+            raise UnreadableFile("the file changed after it was listed")
+
+    assert unused_tables(Unreadable(path), [Member("metadata.csv", 0, 10)]) == []
+
+
+def test_a_table_with_an_overlong_line_is_rejected(tmp_path):
+    """In the header and in a row."""
+    path = make(tmp_path, "1.png")
+    for text, line in (("x" * 200_000, 1), (f"path,label\n1.png,{'x' * 200_000}\n", 2)):
+        (path / "labels.csv").write_text(text)
+        assert refusal(path).what == f"Line {line} of the labels is invalid: field larger than field limit (131072)."
 
 
 @pytest.mark.parametrize(
