@@ -113,8 +113,10 @@ def scan(
 
 
 def sample_images(images: Sequence[ListedImage], count: int) -> Sequence[ListedImage]:
-    """Choose about `count` images at equal distances, which keeps the shares of the splits; 0 chooses all."""
-    return images[:: max(1, len(images) // count)][:count] if count else images
+    """Choose `count` images at equal distances, which keeps the shares of the splits; 0 chooses all."""
+    if not count or count >= len(images):
+        return images
+    return [images[index * len(images) // count] for index in range(count)]
 
 
 def examples(

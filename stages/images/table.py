@@ -102,7 +102,7 @@ def match_rows(table: Table, index: "ImageIndex", folder: str, where: Path) -> d
     """
     matched: dict[Member, Row] = {}
     for row in table.rows:
-        members = index.find(row.name, folder, table.encoding)
+        members = index.find(row.name, folder, table.encoding) or index.find(row.name.strip(), folder, table.encoding)
         if not members:
             raise invalid_row(where, row.line, f"the source has no file {printable(row.name)!r}")
         if len(members) > 1:
@@ -220,6 +220,8 @@ def _rows(
                 continue
             if len(fields) != len(header):
                 raise invalid_row(where, line, f"it must have {len(header)} fields, got {len(fields)}")
+            if not fields[path].strip():
+                raise invalid_row(where, line, "the path is empty")
             if not fields[label].strip():
                 raise invalid_row(where, line, "the label is empty")
             value = fields[split] if split is not None else ""

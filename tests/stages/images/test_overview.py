@@ -89,12 +89,14 @@ def test_many_equal_sizes_are_not_compared(source, monkeypatch):
 
 
 def test_a_sample_of_images_keeps_the_shares_of_the_splits(source):
-    """0 chooses all images."""
-    images = listed(source).images * 100
+    """Of any number of images; 0 chooses all."""
+    images = listed(source).images * 100  # two thirds of them train
     images = tuple(sorted(images, key=lambda image: image.split))
-    chosen = overview.sample_images(images, 60)
-    assert len(chosen) == 60 and abs(Counter(image.split for image in chosen)["train"] - 40) <= 1
-    assert overview.sample_images(images, 0) is images and len(overview.sample_images(images, 1000)) == 600
+    for count in (3, 60, 301, 400, 599, 600):
+        chosen = overview.sample_images(images, count)
+        assert len(chosen) == count
+        assert abs(Counter(image.split for image in chosen)["train"] - count * 2 / 3) <= 1
+    assert overview.sample_images(images, 0) is images is overview.sample_images(images, 1000)
 
 
 def test_examples_are_converted_as_for_training(source):

@@ -97,6 +97,15 @@ def test_paths_may_be_written_in_other_ways(tmp_path):
     assert set(by_name(listed(path))) == set(names)
 
 
+def test_spaces_around_paths_are_ignored(tmp_path):
+    """As around labels, unless the file has them."""
+    path = make(tmp_path, "1.png", " 2.png", "2.png", "cat/3.png")
+    (path / "labels.csv").write_text("path , label\n1.png , cat\n 2.png,dog\n 3 , dog\n")
+    assert by_name(listed(path)) == {
+        name: ("train", label) for name, label in (("1.png", "cat"), (" 2.png", "dog"), ("cat/3.png", "dog"))
+    }
+
+
 def test_names_without_folder_or_suffix_identify_an_image(tmp_path):
     """Several images of that name are refused."""
     path = make(tmp_path, "images/1.png", "images/2.jpg", "other/2.jpg")
@@ -162,6 +171,7 @@ def test_a_table_without_the_columns_is_rejected(tmp_path, table, columns):
         ("path,label\n/elsewhere/1.png,b", 2, "no file '/elsewhere/1.png'"),
         ("path,label\n1.png", 2, "2 fields, got 1"),
         ("path,label\n1.png,", 2, "label is empty"),
+        ("path,label\n ,cat", 2, "path is empty"),
         ("path,label,split\n1.png,a,tarin", 2, "got 'tarin'"),
         ('path,label\n1.png,a\n2.png,"b', 3, "unexpected end of data"),
         ("path,label\n", 1, "no image is listed"),
