@@ -93,6 +93,12 @@ def _name_problem(name: str) -> str:
     return "the name leads outside the archive" if name.startswith("/") or ".." in name.split("/") else ""
 
 
+def _normalize(name: str) -> str:
+    """Remove empty parts and "." from the name of a member; names that lead outside the archive stay so."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return "/" * name.startswith("/") + "/".join(parts)
+
+
 class FolderSource:
     """Source of the files under a folder. Follows links to files; refuses links to folders: DVC does not track them."""
 
@@ -175,6 +181,7 @@ class ZipSource:
             file_type = stat.S_IFMT(info.external_attr >> 16)
             if name.endswith("/") or _hidden(name):
                 continue
+            name = _normalize(name)
             if is_legacy:
                 legacy_names.append(name)
             problem = _name_problem(name) or _size_problem(info.file_size)
@@ -267,7 +274,7 @@ class TarSource:
                     if info.size < 0 or info.offset_data <= end:
                         raise tarfile.ReadError(f"the header of {printable(info.name)} points backwards")
                     end = info.offset_data
-                    name = info.name.removeprefix("./")
+                    name = _normalize(info.name)
                     if info.isdir() or _hidden(name):
                         continue
                     problem = _name_problem(name) or _size_problem(info.size)

@@ -85,6 +85,17 @@ def test_a_zip_may_have_any_names(tmp_path):
     assert [source.read(member) for member in source.members()] == [b"first", b"second"]
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_names_in_archives_are_normalized(tmp_path, kind):
+    """As a file system does; names that lead outside are still rejected."""
+    make = {"zip": zip_, "tar": tar}[kind]
+    names = ("./cat/1.png", "cat//2.png", ".//cat/./3.png", "./.hidden/4.png")
+    assert set(contents(make(tmp_path / "a", dict.fromkeys(names, b"x")))) == {f"cat/{n}.png" for n in (1, 2, 3)}
+    outside = ("//x.png", "./../x.png", "cat/..//x.png")
+    rejected = problems(make(tmp_path / "b", dict.fromkeys(outside, b"x")))
+    assert rejected == dict.fromkeys(("/x.png", "../x.png", "cat/../x.png"), "the name leads outside the archive")
+
+
 def test_legacy_names_in_a_zip_are_decoded_as_zipfile_does(tmp_path):
     """Without the UTF-8 flag, bytes that are not UTF-8 are code page 437, with a message. macOS omits the flag."""
     raw = zip_(tmp_path / "a.zip", {"MQQller/1.png": b"x"})
