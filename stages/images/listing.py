@@ -31,6 +31,9 @@ _SHOWN_REASONS = 5  # in the messages about skipped images
 _SHOWN_CLASSES = 10  # in the message about classes without a training image
 _SHOWN_TABLES = 3  # in the error about a missing table
 CHECKED_FILES = 20_000  # that `check_source` lists in a fraction of a second
+_CHECKED_BYTES = (
+    1 << 27
+)  # of a tar, up to which `check_source` looks for an image: it is decompressed in a second or two
 
 
 class ListedImage(NamedTuple):
@@ -61,10 +64,10 @@ def list_images(path: Path, labels: str, *, validation_fraction: float) -> Listi
 
 
 def check_source(path: Path, labels: str) -> None:
-    """Raise UserError if a source is missing, has no images, or has inconsistent folders or labels, in about a second.
+    """Raise UserError if a source is missing, has no images, or has inconsistent folders or labels.
 
     Of a tar, and of a source with more than CHECKED_FILES files, only the first files and the header of the labels are
-    checked.
+    checked, so that the check takes seconds.
     """
     source = open_source(path)
     if not isinstance(source, TarSource):
@@ -75,10 +78,13 @@ def check_source(path: Path, labels: str) -> None:
             _list(source, members, path, labels, validation_fraction=0.0)
             return
     problems = []
-    for member in source.members():
+    for number, member in enumerate(source.members(), start=1):
         if member.problem:
             problems.append((member.name, member.problem))
         elif is_image(member.name):
+            break
+        # The next header of a compressed tar is behind these bytes. In other sources, location is no offset.
+        if number >= CHECKED_FILES or member.location + member.size > _CHECKED_BYTES:
             break
     else:
         raise _no_images(path, problems)
@@ -273,6 +279,9 @@ def _assign_splits(
             f"The source has no training images, only {splits} images.", where=path, fix=_EXPECTED_LAYOUT, code=4
         )
     if validation_fraction and not any(split == "validation" for _, split in assigned):
+        if len(train) == 1:
+            messages.append("The source has a single training image and no validation images: none can be held out.")
+            return assigned
         held_out = min(max(1, round(len(train) * validation_fraction)), len(train) - 1)
         for position in train[:held_out]:
             assigned[position] = assigned[position][0], "validation"

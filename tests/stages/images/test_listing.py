@@ -108,7 +108,8 @@ def test_validation_images_are_held_out_by_a_hash_of_the_name(tmp_path):
     assert len(held_out) == 10 and by_name(listed(tmp_path / "a", validation_fraction=0.1)) == by_name(listing)
     more = listed(make(tmp_path / "a", "cat/new.png"), validation_fraction=0.1)
     assert len(held_out - {name for name, (split, _) in by_name(more).items() if split == "validation"}) <= 1
-    assert by_name(listed(make(tmp_path / "one", "1.png"), validation_fraction=0.5)) == {"1.png": ("train", None)}
+    one = listed(make(tmp_path / "one", "1.png"), validation_fraction=0.5)
+    assert by_name(one) == {"1.png": ("train", None)} and "a single training image" in one.messages[-1]
     two = listed(make(tmp_path / "two", "1.png", "2.png"), validation_fraction=0.01)
     assert sorted(split for split, _ in by_name(two).values()) == ["train", "validation"]
     named = listed(
@@ -191,6 +192,17 @@ def test_the_quick_check_reports_what_listing_would(tmp_path, monkeypatch):
     for source in (path, archive):
         with pytest.raises(UserError, match="one of classes, got the columns path, width"):
             check_source(source, "labels.csv")
+
+
+@pytest.mark.parametrize(("limit", "value"), [("CHECKED_FILES", 2), ("_CHECKED_BYTES", 1000)])
+def test_the_quick_check_of_a_tar_is_bounded(tmp_path, monkeypatch, limit, value):
+    """It reads on for an image up to a number of files and of bytes; without more files, there is no image."""
+    make(tmp_path / "texts", "1.txt", "2.txt", "3.txt")
+    archive = Path(shutil.make_archive(str(tmp_path / "texts"), "gztar", tmp_path / "texts"))
+    with pytest.raises(UserError, match="has no images"):
+        check_source(archive, "folders")
+    monkeypatch.setattr(listing, limit, value)
+    check_source(archive, "folders")
 
 
 def test_listing_imports_no_heavy_library():
