@@ -15,7 +15,7 @@ from PIL import Image
 
 import vqvae2
 from models.config import QuantizerConfig, VQVAEConfig
-from models.priors import nll
+from models.priors import Grid, nll
 from models.vqvae import VQVAE
 from pipeline.commands import sample as sample_command
 from stages.config import SampleConfig
@@ -23,6 +23,7 @@ from stages.formats import model_file
 from stages.formats.codes import open_codes
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
+from stages.inference.inputs import check_rows
 from tests.mini_pipeline import MiniPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -345,6 +346,21 @@ def test_completion_keeps_the_upper_rows_of_the_codes(model, pixels):
     assert all(np.array_equal(half["bottom"][index, :2], codes["bottom"][0, :2]) for index in range(3))
     with pytest.raises(ValueError, match=r"rows must be a fraction from 0 to 1, got 8"):
         model.complete(pixels[0], rows=8)
+
+
+@pytest.mark.parametrize("label", [None, "light"])
+def test_completion_of_several_images_is_refused(model, pixels, label):
+    """One image is completed several times."""
+    with pytest.raises(ValueError, match="only one image can be completed at a time, got 2"):
+        model.complete(list(pixels[:2]), label=label)
+
+
+def test_rows_of_a_completion_are_exact_at_every_level():
+    """15 of 22 rows are 15 and 30, although 15 / 22 * 22 is less than 15 in floats."""
+    for height in range(1, 300):
+        grids = {"top": Grid(8, height, height), "bottom": Grid(8, 2 * height, 2 * height)}
+        for rows in range(height + 1):
+            assert check_rows(rows / height, grids) == {"top": rows, "bottom": 2 * rows}
 
 
 # Table of codes

@@ -1,4 +1,4 @@
-"""Checks of codes, labels and thresholds that a caller passes to a trained model.
+"""Checks of codes, labels, thresholds and rows that a caller passes to a trained model.
 
 Axes: N images, H x W codes of a level.
 """
@@ -91,6 +91,14 @@ def check_thresholds(threshold: Threshold, grids: Mapping[str, Grid]) -> Mapping
     if thresholds.keys() != grids.keys() or any(math.isnan(nats) for nats in thresholds.values()):
         raise ValueError(f"threshold must be a number, or one for each of {', '.join(grids)}, got {threshold}")
     return {level: float(thresholds[level]) for level in grids}
+
+
+def check_rows(fraction: float, grids: Mapping[str, Grid]) -> dict[str, int]:
+    """Return a fraction of the rows of each level, rounded to rows of the coarsest one. Raises ValueError above 1."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"rows must be a fraction from 0 to 1, got {fraction}")
+    coarsest = next(iter(grids.values())).height
+    return {level: round(fraction * coarsest) * grid.height // coarsest for level, grid in grids.items()}
 
 
 def _join(names: Sequence[Any]) -> str:

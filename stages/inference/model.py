@@ -30,6 +30,7 @@ from stages.inference.inputs import (
     check_labels,
     check_names,
     check_prefix,
+    check_rows,
     check_thresholds,
 )
 from stages.inference.likelihood import code_nll, infer_labels
@@ -293,15 +294,16 @@ class Model:
         """Copy the upper rows of the codes of one image `count` times and draw the others.
 
         `rows` is the fraction of the rows that are copied, rounded to rows of the coarsest level. The sampling rule
-        defaults to that of the samples in the model's folder. Raises ValueError for a fraction out of range.
+        defaults to that of the samples in the model's folder. Raises ValueError for a fraction out of range and for the
+        codes of several images.
         """
-        if not 0 <= rows <= 1:
-            raise ValueError(f"rows must be a fraction from 0 to 1, got {rows}")
+        prefix_rows = check_rows(rows, self.levels)
+        num_images = len(next(iter(check_codes(codes, self.levels, self.device).values())))
+        if num_images != 1:
+            raise ValueError(f"only one image can be completed at a time, got {num_images}")
         models = self._with_priors()
         config = dataclasses.replace(self._sample_config(temperature, top_k, top_p), count=count)
         grids, labels = next(self._labelled_batches(codes, None if label is None else [label]))
-        coarsest = next(iter(self.levels.values())).height
-        fraction = round(rows * coarsest) / coarsest
         batches = [
             models.draw_codes(
                 ids,
@@ -309,7 +311,7 @@ class Model:
                 config,
                 seed,
                 prefix={level: grid[:1].expand(len(ids), -1, -1) for level, grid in grids.items()},
-                prefix_rows={level: int(fraction * grid.height) for level, grid in self.levels.items()},
+                prefix_rows=prefix_rows,
             )
             for _, ids in slices(range(count), config.batch_size)
         ]
