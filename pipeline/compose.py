@@ -22,6 +22,7 @@ from pipeline import composed_from, dvc_experiment, group_files, params
 from pipeline.composed_from import CONF, describe_source, key_of
 from stages.config import Params
 from stages.errors import UserError
+from stages.images.layout import is_utf8
 
 NOTICE = "# Composed from conf/. Choose or override settings: vqvae2 run -S experiment=smoke -S seed=1\n"
 PRESETS = "experiment"  # the group whose files set any section
@@ -73,7 +74,7 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
     """
     where = describe_source(overrides, conf)
     for override in overrides:
-        if len(override.splitlines()) > 1 or not _is_utf8(override):  # a command that repeats it is one line of text
+        if len(override.splitlines()) > 1 or not is_utf8(override):  # a command that repeats it is one line of text
             raise UserError(
                 f"{override!r} is not a valid override.", where=f"{conf}/", fix="Write it as one line of text.", code=2
             )
@@ -113,15 +114,6 @@ def expand_home(override: str) -> str:
     quote = value[:1] if value[:1] in "'\"" else ""
     path = value.removeprefix(quote)
     return f"{key}{sign}{quote}{os.path.expanduser(path)}" if sign and path.startswith("~") else override  # noqa: PTH111
-
-
-def _is_utf8(override: str) -> bool:
-    """Return whether an argument is valid UTF-8: a shell may pass any bytes, which Python decodes to surrogates."""
-    try:
-        override.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def to_user_error(error: Exception, overrides: Sequence[str], where: str) -> UserError:

@@ -273,7 +273,7 @@ def _checked_name(folder: str, path: Path) -> str:
 
 
 def is_utf8(name: str) -> bool:
-    """Return whether the bytes of a file name are UTF-8; Python decodes others to surrogates."""
+    """Return whether the bytes of a file name or an argument are UTF-8; Python decodes others to surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
