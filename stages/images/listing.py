@@ -29,6 +29,8 @@ _MAX_UNUSED_TABLE_BYTES = 1 << 24  # of a table that is only looked at, to menti
 _SHOWN_SUFFIXES = 5  # in the message about files that are not images
 _SHOWN_REASONS = 5  # in the messages about skipped images
 _SHOWN_CLASSES = 10  # in the message about classes without a training image
+_MAX_CLASS_NAME_LENGTH = 255  # as of a folder
+_SHOWN_CHARACTERS = 40  # of a long class name
 _SHOWN_TABLES = 3  # in the error about a missing table
 CHECKED_FILES = 20_000  # that `check_source` lists in a fraction of a second
 _CHECKED_BYTES = (
@@ -94,7 +96,9 @@ def check_source(path: Path, labels: str) -> None:
     if name.startswith(("/", "../")):
         raise _no_table(path, labels, ())
     if path.is_dir():
-        data = (path / name).read_bytes() if (path / name).is_file() else b""
+        data = b""
+        with suppress(OSError, ValueError):  # not a file, or a name that no file may have
+            data = (path / name).read_bytes()
     else:
         data = next((_read(source, member, name) for member in source.members() if member.name == name), b"")
     if data:  # else one per split folder
@@ -140,6 +144,7 @@ def _list(source: Source, members: list[Member], path: Path, labels: str, valida
         candidates = _from_tables(source, tables, image_files, path, messages)
     messages += _skipped_files(skipped)
     classes = sorted({candidate.label for candidate in candidates if candidate.label is not None})
+    _check_lengths(classes, path)
     if len(classes) == 1:
         messages.append(f"All images have one class, {printable(classes[0])}.")
     class_index = {name: index for index, name in enumerate(classes)}
@@ -153,6 +158,19 @@ def _list(source: Source, members: list[Member], path: Path, labels: str, valida
         doubts.append(f"Classes without a training image: {names}.")
     images.sort(key=lambda image: SPLITS.index(image.split))  # stable: the hash order within a split stays
     return Listing(tuple(images), tuple(classes), tuple(skipped), tuple(messages), tuple(doubts))
+
+
+def _check_lengths(classes: Iterable[str], path: Path) -> None:
+    """Raise UserError if the name of a class is a text, such as a caption in the column of classes."""
+    for name in classes:
+        if len(name) > _MAX_CLASS_NAME_LENGTH:
+            raise UserError(
+                f"A class name must have at most {_MAX_CLASS_NAME_LENGTH} characters, got {len(name)}: "
+                f"{printable(name[:_SHOWN_CHARACTERS])}...",
+                where=path,
+                fix="Use short names of classes, such as cat, in the labels or the names of folders.",
+                code=4,
+            )
 
 
 def _name_hash(candidate: Candidate) -> tuple[bytes, int]:

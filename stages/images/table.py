@@ -71,13 +71,20 @@ def read_table(data: bytes, where: Path) -> Table:
     path, label, split = columns
     if path is None or label is None:
         raise _invalid_header(header, where)
+    for column in (column for column in columns if column is not None):
+        _check_unique(header, column, where)
     names = [printable(header[column].strip()) for column in columns if column is not None]
     if names != ["path", "label", "split"][: len(names)] or delimiter != ",":
         separator = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}[delimiter]
         messages.append(f"{where.name} is read with the columns {', '.join(names)}, separated by {separator}.")
     rows = list(_rows(text, delimiter, header, (path, label, split), where))
     if not rows:
-        raise invalid_row(where, 1, "no image is listed below the header")
+        raise UserError(
+            "The labels list no images: there is no row below the header.",
+            where=where,
+            fix="Add a row for each image.",
+            code=4,
+        )
     return Table(rows, encoding, messages)
 
 
@@ -193,8 +200,24 @@ def _header(text: str) -> tuple[list[str], str]:
 
 
 def _find_column(header: Sequence[str], names: Sequence[str]) -> int | None:
-    columns = [column.strip().lower().replace(" ", "_").replace("-", "_") for column in header]
+    columns = _column_names(header)
     return next((columns.index(name) for name in names if name in columns), None)
+
+
+def _column_names(header: Sequence[str]) -> list[str]:
+    return [column.strip().lower().replace(" ", "_").replace("-", "_") for column in header]
+
+
+def _check_unique(header: Sequence[str], column: int, where: Path) -> None:
+    """Raise UserError if other columns have the name of this one."""
+    names = _column_names(header)
+    if names.count(names[column]) > 1:
+        raise UserError(
+            f"The labels have {names.count(names[column])} columns named {printable(header[column].strip())}.",
+            where=where,
+            fix="Remove or rename all but one of them.",
+            code=4,
+        )
 
 
 def _invalid_header(header: Sequence[str], where: Path) -> UserError:

@@ -159,7 +159,7 @@ def test_a_csv_outside_the_source_is_rejected(tmp_path):
     """DVC would not track its changes."""
     path = make(tmp_path / "images", "1.png")
     (tmp_path / "labels.csv").write_text("path,label\n1.png,a")
-    for labels in ("labels.csv", "../labels.csv", str(tmp_path / "labels.csv"), "folder"):
+    for labels in ("labels.csv", "../labels.csv", str(tmp_path / "labels.csv"), "folder", "", "/", "a\0b", "x" * 5000):
         assert "into the source" in refusal(path, labels)
         with pytest.raises(UserError, match="inside the source"):
             check_source(path, labels)
@@ -186,7 +186,8 @@ def test_the_quick_check_reports_what_listing_would(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Line 3 of the labels"):
         check_source(path, "labels.csv")
     monkeypatch.setattr(listing, "CHECKED_FILES", 2)
-    check_source(path, "labels.csv")
+    for labels in ("labels.csv", "absent.csv", "", "a\0b", "x" * 5000):  # one table per split folder has any name
+        check_source(path, labels)
     (path / "labels.csv").write_text("path,width\n1.png,a\n")
     archive = Path(shutil.make_archive(str(tmp_path) + "-images", "zip", path))
     for source in (path, archive):

@@ -174,7 +174,6 @@ def test_a_table_without_the_columns_is_rejected(tmp_path, table, columns):
         ("path,label\n ,cat", 2, "path is empty"),
         ("path,label,split\n1.png,a,tarin", 2, "got 'tarin'"),
         ('path,label\n1.png,a\n2.png,"b', 3, "unexpected end of data"),
-        ("path,label\n", 1, "no image is listed"),
         ("sep=;\npath;label\n1.png;a\n3.png;a", 4, "no file '3.png'"),
     ],
 )
@@ -184,6 +183,27 @@ def test_an_invalid_row_is_rejected_with_its_line_number(tmp_path, table, line, 
     assert (
         refusal(tmp_path).what.startswith(f"Line {line} of the labels is invalid") and problem in refusal(tmp_path).what
     )
+
+
+@pytest.mark.parametrize(
+    ("table", "what", "fix"),
+    [
+        ("path,label\n", "The labels list no images: there is no row below the header.", "Add a row for each image."),
+        ("path,Label,label\n1.png,a,b\n", "The labels have 2 columns named Label.", "all but one"),
+        ("file-name,File Name,label\n1.png,1.png,b\n", "The labels have 2 columns named file-name.", "all but one"),
+        (
+            f"path,label\n1.png,{'word ' * 60}\n",
+            "A class name must have at most 255 characters, got 299: word word word word word word word word ...",
+            "short names",
+        ),
+    ],
+)
+def test_an_ambiguous_or_useless_table_is_rejected(tmp_path, table, what, fix):
+    """No rows, two columns of one name, and captions as classes. Unused columns may have any names."""
+    (make(tmp_path, "1.png", "2.png") / "labels.csv").write_text(table)
+    assert refusal(tmp_path).what == what and fix in refusal(tmp_path).fix
+    (tmp_path / "labels.csv").write_text("path,label,x,x,,\n1.png,cat,1,2,,\n")
+    assert by_name(listed(tmp_path)) == {"1.png": ("train", "cat")}
 
 
 def test_a_missing_table_is_rejected_with_those_of_the_source(tmp_path):
