@@ -23,13 +23,13 @@ from stages.config import DatasetConfig
 from stages.errors import UserError
 from stages.formats import artifact, curves
 from stages.formats.shards import INDEX, KIND, REJECTED, EncodedImage, IndexRow, write_index, write_shard
+from stages.images.count import format_count
 from stages.images.decode import RejectedImage, decode, encode
 from stages.images.listing import SPLITS, ListedImage, Listing, list_images
 from stages.images.overview import describe
 from stages.images.sources import Member, UnreadableFile, open_source, printable
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
-from stages.tracking.quantities import format_count
 
 _KEY_DIGITS = 9
 _SHOWN_REJECTED = 20  # files in the error about too many rejected images

@@ -10,11 +10,11 @@ from pipeline.checks.inputs import require_pulled
 from pipeline.compose import compose_settings
 from stages.config import DatasetConfig
 from stages.images import overview
+from stages.images.count import format_count
 from stages.images.listing import Listing, list_images
 from stages.images.overview import Scan, quantiles
 from stages.images.sources import open_source, printable
 from stages.tracking.console import ConsoleReporter
-from stages.tracking.quantities import format_count
 
 CLASSES_SHOWN = 30  # lines of the table; --json has all
 FILES_SHOWN = 5  # by name, of those that are rejected or copies

@@ -14,8 +14,8 @@ from stages.formats.image_files import write_npz
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
 from stages.images.contact_sheet import encode_png
+from stages.images.count import format_count
 from stages.images.listing import SPLITS
-from stages.tracking.quantities import format_count
 
 KIND = "exported images"
 BATCH = 256  # samples read at a time

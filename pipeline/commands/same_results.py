@@ -19,7 +19,7 @@ from pipeline.process import handle_signals
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
-from stages.tracking.quantities import format_count
+from stages.images.count import format_count
 
 ROOTS = ("artifacts", "metrics", "plots")  # folders that hold results
 COMMAND = ("run", "-S", "experiment=smoke")

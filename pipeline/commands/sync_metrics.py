@@ -1,7 +1,7 @@
 """`vqvae2 sync-metrics`: upload of metrics that MLflow has missed."""
 
 from stages.errors import UserError
-from stages.tracking.quantities import format_count
+from stages.images.count import format_count
 from stages.tracking.sync_runs import SyncResult, sync_runs
 
 

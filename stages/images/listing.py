@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from stages.errors import UserError
 from stages.images import table
+from stages.images.count import format_count
 from stages.images.layout import RENAME_TO_UTF8, Candidate, is_utf8, read_folders
 from stages.images.sources import Member, Source, TarSource, UnreadableFile, open_source, printable
-from stages.tracking.quantities import format_count
 
 SPLITS = ("train", "validation", "test")
 _EXPECTED_LAYOUT = "Use class folders of images (cat/1.png), with or without train/ and validation/ above them."

@@ -23,11 +23,6 @@ def format_number(value: float, digits: int = SIGNIFICANT_DIGITS) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def format_count(count: int, one: str, many: str) -> str:
-    """Format a count and the text after it: `1 file is empty`, `2,000 files are empty`."""
-    return f"{count:,} {one if count == 1 else many}"
-
-
 def format_rate(per_second: float, unit: str) -> str:
     """Format a rate of 1 or more as `3.2 steps/s`, and a lower one as `2.5 s per step`."""
     if per_second >= 1:

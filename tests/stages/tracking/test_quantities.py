@@ -7,7 +7,6 @@ import pytest
 from stages.tracking.quantities import (
     ProgressState,
     RateEstimator,
-    format_count,
     format_duration,
     format_number,
     format_rate,
@@ -58,12 +57,6 @@ def test_slow_rates_are_durations(text):
 def test_durations_have_two_units(text):
     """Smaller units do not matter beside the two largest."""
     assert format_duration(DURATIONS[text]) == text
-
-
-def test_counts_agree_with_their_nouns_and_verbs():
-    """Only one is singular."""
-    texts = [format_count(count, "file is", "files are") for count in (0, 1, 2, 2000)]
-    assert texts == ["0 files are", "1 file is", "2 files are", "2,000 files are"]
 
 
 def test_progress_line_has_no_exponent():
