@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import dvc_yaml, ownership
-from pipeline.fingerprint import identify
+from pipeline import dvc_yaml, locks
+from pipeline.fingerprint import work_folder
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
@@ -28,14 +28,13 @@ class Activity:
     checkpoint_step: int | None
     checkpoint_age_s: float
 
-    def texts(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Describe the activity, most important first."""
         texts = []
         if self.progress:
-            fields = self.progress.fields()
-            texts = [" ".join([fields[0], f"({fields[1]})"])]
-            if self.owner:
-                texts += fields[2:4] if self.progress.is_moving else []
+            texts = [f"{self.progress.count} ({self.progress.percentage})"]
+            if self.owner and self.progress.is_moving:
+                texts += [self.progress.time_left, self.progress.formatted_rate]
             if self.owner and self.progress_age_s > STALE_PROGRESS_S:
                 texts.append(f"no progress for {format_duration(self.progress_age_s)}")
         elif self.owner:
@@ -44,7 +43,7 @@ class Activity:
             texts.append(f"checkpoint of step {self.checkpoint_step:,} is {format_duration(self.checkpoint_age_s)} old")
         return texts
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the activity as JSON values."""
         progress = self.progress
         return {
@@ -62,12 +61,12 @@ class Activity:
         }
 
 
-def running(folder: Path, clock: Callable[[], float] = time.time) -> Activity | None:
+def running_activity(folder: Path, clock: Callable[[], float] = time.time) -> Activity | None:
     """Return the activity of the stage with this folder in runs/; None if no process runs it."""
-    owner = ownership.owner(folder)
+    owner = locks.owner(folder)
     if not owner:
         return None
-    started_s = (folder / ownership.LOCK_FILE).stat().st_mtime
+    started_s = (folder / locks.LOCK_FILE).stat().st_mtime
     files = [path for name in (PROGRESS_FILE, f"tracked/*/{JOURNAL_FILE}") for path in folder.glob(f"*/{name}")]
     newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None or newest.stat().st_mtime < started_s:
@@ -75,14 +74,15 @@ def running(folder: Path, clock: Callable[[], float] = time.time) -> Activity | 
     return _read(folder / newest.relative_to(folder).parts[0], owner, clock(), started_s)
 
 
-def interrupted(
+def interrupted_activity(
     folder: Path, stage: dvc_yaml.Stage, settings: Params, clock: Callable[[], float] = time.time
 ) -> Activity | None:
     """Return the activity of an unfinished execution that the next run would resume; None if there is none."""
     try:
-        work = folder / identify(stage, settings)[1][:16]
+        work = work_folder(folder, stage, settings)
     except UserError:  # an input is missing, so the fingerprint is unknown
         return None
+    # Names in tracked/ begin with the start time, so the largest is the newest.
     journal = max(work.glob(f"tracked/*/{JOURNAL_FILE}"), default=None)
     if journal is None or end_status(journal) == "FINISHED":
         return None
@@ -92,7 +92,7 @@ def interrupted(
 
 def _read(work: Path, owner: str, now_s: float, started_s: float) -> Activity:
     progress, progress_s = read_progress(work) or (None, 0.0)
-    if progress_s < started_s:  # of an earlier execution
+    if progress_s < started_s:  # written by an earlier execution
         progress = None
     manifests = {
         int(path.parent.name.partition("-")[2]): path.stat().st_mtime

@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Compare two contents of params.yaml: data set, preset, other choices of groups, settings, cluster last.
+    """Compare two contents of params.yaml: dataset, preset, other choices of groups, settings, cluster last.
 
     Choices are compared only if both contents have them.
     """

@@ -1,12 +1,12 @@
-"""Result version of a stage: an identifier of the source code that decides what the stage computes.
+"""Result version of a stage: an identifier of the source code that determines what the stage computes.
 
 The source of a stage is the set of definitions (functions, classes, constants) in stages/ and models/ that its `run`
 function reaches. Each definition is hashed as a syntax tree without comments, docstrings, annotations, formatting and
 texts of errors, so none of those makes a finished result out of date.
 
-A version is the first hash of a chain of revisions that compute the same. known_versions.json maps later hashes of a
-chain to the first one, as far as the smoke pipeline shows that they compute the same (`vqvae2 versions --same-as`). A
-hash that is not in the table is a version of its own, so branches that are developed apart never share one by accident.
+Equivalent revisions share one version: the hash of the first. known_versions.json maps the hash of a later revision to
+it, if the smoke pipeline gives equal results (`vqvae2 versions --same-as`). A hash that is not in the table is a
+version by itself, so branches that diverge never share a version by accident.
 """
 
 import ast
@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import models
 from models.config import PriorConfig
 
 PACKAGES = ("stages", "models")
-ROOT = Path(models.__file__).parents[1]  # of the packages that this process runs
+ROOT = Path(models.__file__).parents[1]  # folder of the running packages
 TABLE = Path(__file__).with_name("known_versions.json")
-HASH_LENGTH = 16  # hexadecimal digits: 64 bits, for a few hundred hashes
+HASH_LENGTH = 16  # hexadecimal digits; 64 bits: no collision among a few hundred hashes
 
-# Definitions that a stage reaches and that do not decide its bytes, as patterns of dotted names, with the reasons. A
-# pattern covers everything below it. Definitions that excluded ones reach are hashed.
+# Patterns of reachable definitions that cannot change the result -> reason. A pattern covers everything below it. What
+# excluded code references is still hashed.
 EXCLUDED = {
     "stages.errors": "texts of errors",
     "stages.config.*.__post_init__": "validation of settings",
@@ -42,43 +42,47 @@ EXCLUDED = {
     "stages.training.ray_train": "which processes train; one and several workers see the same batches",
     "stages.training.failures": "texts of errors",
     "stages.images.overview": "what is reported, not what is computed",
-    "stages.training.checkpoint": "a resumed training ends in the same bytes",
+    "stages.training.checkpoint": "resuming gives bit-identical results",
     "stages.formats.artifact": "how a folder is committed, not what it holds",
 }
 # The same for single stages.
 EXCLUDED_FROM_STAGE = {
-    "vqvae": {"stages.images.contact_sheet": "the layout of a picture beside the weights; it must not cause a training"}
+    "vqvae": {"stages.images.contact_sheet": "layout of a picture beside the weights; must not trigger retraining"}
 }
-# Files that are not Python and decide a result, by the module that reads them.
+# Files other than Python code that determine a result, by the module that reads them.
 RESOURCES = {"stages.evaluation.report": ("report.html.j2", "report.js"), "stages.formats.html_page": ("page.css",)}
 NETWORKS = get_args(get_type_hints(PriorConfig)["name"])  # each is a file in models/priors/
 
 _ANNOTATIONS = frozenset({"annotation", "returns"})  # fields of syntax trees
 
-# Module and definition. The definition "" is all statements of the module that define nothing.
-Name = tuple[str, str]
+
+class DefinitionId(NamedTuple):
+    """Module and name of a definition; the name "" stands for all statements of the module that define nothing."""
+
+    module: str
+    definition: str
 
 
 @dataclass(frozen=True)
 class StageSource:
-    """Source code that decides the result of one stage."""
+    """Source code that determines the result of one stage."""
 
     hash: str
-    version: str  # the first hash that computes the same
+    version: str  # hash of the first equivalent revision
     is_recorded: bool  # in the table
     definitions: Mapping[str, str]  # dotted name of each function, method, class and constant -> hash
 
 
 def source_of(module: str, network: str = "", root: Path | None = None) -> StageSource:
-    """Hash the code that decides the result of `stages.{module}`.
+    """Hash the code that determines the result of `stages.{module}`.
 
-    `network` names the file in models/priors/ that a prior uses: the other networks do not count. `root` holds the
+    `network` names the file in models/priors/ that a prior uses: the other networks are ignored. `root` holds the
     packages; by default they are those that this process runs, of a checkout or an installed distribution.
     """
     definitions = _definitions(_Sources(root or ROOT), module, network)
     digest = _digest(json.dumps(sorted(definitions.items())))
-    entry = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
-    return StageSource(digest, entry["version"] if entry else digest, entry is not None, definitions)
+    record = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
+    return StageSource(digest, record["version"] if record else digest, record is not None, definitions)
 
 
 def source_of_key(key: str, root: Path | None = None) -> StageSource:
@@ -98,7 +102,7 @@ def read_table() -> dict[str, Any]:
 
 
 def changed_definitions(definitions: Mapping[str, str]) -> list[str]:
-    """Name the definitions that differ from those that the table was written for."""
+    """Return the definitions whose hash differs from the table's."""
     recorded = read_table()["definitions"]
     return sorted(name for name, digest in definitions.items() if recorded.get(name) != digest)
 
@@ -106,20 +110,20 @@ def changed_definitions(definitions: Mapping[str, str]) -> list[str]:
 def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, str]:
     """Hash every definition that `stages.{module}.run` reaches, by dotted name."""
     other_networks = {f"models.priors.{name}" for name in NETWORKS if network and name != network}
-    reached: set[Name] = set()
-    pending: list[Name] = [(f"stages.{module}", "run")]
+    reached: set[DefinitionId] = set()
+    pending = [DefinitionId(f"stages.{module}", "run")]
     while pending:
-        name = pending.pop()
-        if name not in reached and name[0] not in other_networks:
-            reached.add(name)
-            packages = accumulate(
-                name[0].split("."), "{}.{}".format
-            )  # importing a module runs its packages' statements
-            pending += [*sources.references(*name), *((package, "") for package in packages)]
+        current = pending.pop()
+        if current not in reached and current.module not in other_networks:
+            reached.add(current)
+            pending += sources.references(*current)
+            # Importing a module runs the statements of its packages.
+            packages = accumulate(current.module.split("."), "{}.{}".format)
+            pending += [DefinitionId(package, "") for package in packages]
     digests: dict[str, str] = {}
-    for name in sorted(reached):
-        digests |= sources.hash_definition(*name)
-    for module_name in {module_name for module_name, _ in reached} & RESOURCES.keys():
+    for definition_id in sorted(reached):
+        digests |= sources.hash_definition(*definition_id)
+    for module_name in {definition_id.module for definition_id in reached} & RESOURCES.keys():
         for file in RESOURCES[module_name]:
             contents = sources.path(module_name).with_name(file).read_text(encoding="utf-8")
             digests[f"{module_name}: {file}"] = _digest(contents)
@@ -127,7 +131,7 @@ def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, st
 
 
 def is_excluded(name: str, module: str) -> bool:
-    """Return whether a definition does not decide the result of `stages.{module}`."""
+    """Return whether a definition cannot change the result of `stages.{module}`."""
     patterns = (*EXCLUDED, *EXCLUDED_FROM_STAGE.get(module, {}))
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
@@ -138,7 +142,7 @@ class _Module:
 
     definitions: Mapping[str, list[ast.stmt]]
     other_statements: list[ast.stmt]
-    imports: Mapping[str, Name]
+    imports: Mapping[str, DefinitionId]
 
 
 class _Sources:
@@ -152,20 +156,20 @@ class _Sources:
         path = self.root.joinpath(*module.split("."))
         return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
-    def references(self, module: str, definition: str) -> Iterator[Name]:
-        """Yield the definitions in our packages that a definition, or the rest of a module, names."""
+    def references(self, module: str, definition: str) -> Iterator[DefinitionId]:
+        """Yield the definitions in our packages that a definition, or the rest of a module, references."""
         parsed = self._parse(module)
         for statement in parsed.definitions[definition] if definition else parsed.other_statements:
             for node in _walk(statement, is_boundary=definition == "run" and module.startswith("stages.")):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     target = parsed.imports.get(node.value.id)
-                    if target and not target[1]:
-                        yield from self._resolve(target[0], node.attr)
+                    if target and not target.definition:
+                        yield from self._resolve(target.module, node.attr)
                 elif isinstance(node, ast.Name):
                     yield from self._resolve(module, node.id)
 
     def hash_definition(self, module: str, definition: str) -> dict[str, str]:
-        """Hash one definition. Methods have hashes of their own, so that a change can be named."""
+        """Hash one definition. Methods are hashed separately, so that a report can name the changed one."""
         parsed = self._parse(module)
         statements = parsed.definitions[definition] if definition else parsed.other_statements
         name = f"{module}.{definition}" if definition else module
@@ -190,29 +194,30 @@ class _Sources:
                 other_statements.append(statement)
         return _Module(definitions, other_statements, dict(self._imports(tree)))
 
-    def _imports(self, tree: ast.AST) -> Iterator[tuple[str, Name]]:
+    def _imports(self, tree: ast.AST) -> Iterator[tuple[str, DefinitionId]]:
         """Yield local names and their targets, of imports from our packages anywhere in a module."""
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
                 for alias in node.names:
                     submodule = f"{node.module}.{alias.name}"
-                    target = (submodule, "") if self.path(submodule).is_file() else (node.module, alias.name)
+                    is_module = self.path(submodule).is_file()
+                    target = DefinitionId(submodule, "") if is_module else DefinitionId(node.module, alias.name)
                     yield alias.asname or alias.name, target
 
-    def _resolve(self, module: str, name: str) -> Iterator[Name]:
+    def _resolve(self, module: str, name: str) -> Iterator[DefinitionId]:
         """Follow a name through imports to the module that defines it."""
         parsed = self._parse(module)
         if name in parsed.definitions:
-            yield module, name
+            yield DefinitionId(module, name)
         elif target := parsed.imports.get(name):
-            if target[1]:
+            if target.definition:
                 yield from self._resolve(*target)
             else:  # a module: its attributes are followed one by one, where they are used
-                yield target[0], ""
+                yield target
 
 
 class _RemoveErrorTexts(ast.NodeTransformer):
-    """Removes the arguments of errors that end a stage: their texts reach the terminal and no artifact."""
+    """Removes arguments of UserError and of raised ValueError: they reach no artifact."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id == "UserError":
@@ -250,10 +255,10 @@ def _defined_names(statement: ast.stmt) -> Iterator[str]:
 
 
 def _walk(node: ast.AST, *, is_boundary: bool) -> Iterator[ast.AST]:
-    """Walk a syntax tree. Annotations count only where they name the classes of objects from outside the stage.
+    """Walk a syntax tree, including annotations only at boundaries.
 
-    These are the parameters of a stage's function, a boundary, and the fields of classes: settings hold settings.
-    Every other object is made by code that names its class.
+    Boundaries are the parameters of a stage's `run`, and class fields. Elsewhere, the code that creates an object names
+    its class.
     """
     yield node
     for name, field in ast.iter_fields(node):
@@ -276,7 +281,7 @@ def _walk_annotation(annotation: ast.AST) -> Iterator[ast.AST]:
 
 
 def serialize(node: ast.AST) -> str:
-    """Write a syntax tree as text, without what decides no result.
+    """Write a syntax tree as text, without what cannot affect a result.
 
     The text is the same for every Python version: empty fields are left out, and so are fields that later versions
     added.

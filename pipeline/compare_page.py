@@ -38,7 +38,7 @@ def render(comparison: Comparison) -> str:
         runs=list(zip("AB", runs, strict=True)),
         settings_available=bool(comparison.a.settings and comparison.b.settings),
         settings=[(key, _format(before), _format(after)) for key, before, after in comparison.settings],
-        shared=comparison.shared,
+        common_metrics=comparison.common_metrics,
         others=[number for number in comparison.numbers if number.difference is None],
         pictures=pictures,
         notes=comparison.notes,

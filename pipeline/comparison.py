@@ -1,4 +1,4 @@
-"""Comparison of two runs: settings that differ, and numbers next to each other."""
+"""Comparison of two runs: differing settings and paired metrics."""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from stages.tracking.quantities import format_number
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number of both runs; None where a run does not have it."""
+class MetricPair:
+    """Metric of runs A and B; None if a run lacks it."""
 
     name: str
     a: float | None
@@ -34,27 +34,27 @@ class Number:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs, and how they differ."""
+    """Two runs, their differing settings and paired metrics."""
 
     a: ComparedRun
     b: ComparedRun
     settings: list[Change]
-    numbers: list[Number]
+    numbers: list[MetricPair]
 
     @property
-    def shared(self) -> list[Number]:
-        """Numbers of both runs."""
+    def common_metrics(self) -> list[MetricPair]:
+        """Metrics that both runs have."""
         return [number for number in self.numbers if number.difference is not None]
 
     @property
     def notes(self) -> list[str]:
-        """Remarks on what is missing."""
+        """Notes on data missing from either run."""
         return [*self.a.notes, *self.b.notes]
 
 
 def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
-    """Compare two runs, shared numbers first. Settings are compared only if both are known."""
-    numbers = [Number(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
+    """Compare two runs, common metrics first. Settings are compared only if both are known."""
+    numbers = [MetricPair(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
     numbers.sort(key=lambda number: number.difference is None)
-    have_settings = a.settings and b.settings
+    have_settings = bool(a.settings and b.settings)
     return Comparison(a, b, changes.compare(a.settings, b.settings) if have_settings else [], numbers)

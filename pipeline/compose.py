@@ -32,7 +32,7 @@ KEY_VALUE_SEPARATOR = "="  # Hydra's default for the setting that calls the reso
 def record_composition(*, _root_: DictConfig) -> str:
     """Add the section `composed_from` to a composition that Hydra has just finished.
 
-    Ends the process if this is `dvc exp run` and the data set or the preset would change unasked.
+    Ends the process if this is `dvc exp run` and the dataset or the preset would change unasked.
     """
     chosen = reversed(_root_.hydra.runtime.choices.items())  # as in the defaults list of conf/config.yaml
     choices = {group: choice for group, choice in chosen if not group.startswith("hydra/")}

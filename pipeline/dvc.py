@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dvc_yaml, params, result_versions
-from pipeline.ownership import BUSY, RETRY_LATER, UNKNOWN_OWNER
+from pipeline.locks import BUSY, RETRY_LATER, UNKNOWN_OWNER
 from pipeline.process import die_with_parent, handle_signals
 from pipeline.text import first_few, format_row
 from stages.errors import UserError
@@ -318,7 +318,7 @@ def _own_reasons(
         for kind, paths in change.items() if isinstance(change, dict) else ():
             for path, state in paths.items():
                 if path == result_versions.FILE.as_posix():
-                    yield "the code that decides its result changed"
+                    yield "the code that determines its result changed"
                 elif isinstance(state, dict):
                     yield from _changed_settings(state, lock[name].get("params", {}).get(path, {}), settings)
                 elif kind == "changed outs" or not (

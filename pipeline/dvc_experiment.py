@@ -1,4 +1,4 @@
-"""Refusal of a `dvc exp run` that would change the data set or the preset although the command does not ask for it.
+"""Refusal of a `dvc exp run` that would change the dataset or the preset although the command does not ask for it.
 
 `dvc exp run -S` composes conf/ again, so choices that are not repeated return to the defaults. Hydra asks this module
 before DVC writes params.yaml (pipeline/compose.py), so a refusal leaves the project as it was.
@@ -25,7 +25,7 @@ def is_composing() -> bool:
 
 
 def require_asked(composed: Mapping[str, Any], arguments: Sequence[str] = sys.argv[1:]) -> None:
-    """Raise UserError if the composition changes the data set or the preset of params.yaml unasked.
+    """Raise UserError if the composition changes the dataset or the preset of params.yaml unasked.
 
     `composed` is the new contents of params.yaml, `arguments` are those of the dvc command.
     """
@@ -39,7 +39,7 @@ def require_asked(composed: Mapping[str, Any], arguments: Sequence[str] = sys.ar
     repeated = _command(_former_overrides(before, composed, unasked), options)
     named = _command(_named_choices(composed, unasked), options)
     raise UserError(
-        f"dvc exp run composes {CONF}/ and would change the data set or the preset, which this command does not name: "
+        f"dvc exp run composes {CONF}/ and would change the dataset or the preset, which this command does not name: "
         f"{first_few([str(change) for change in unasked])}.",
         where=params.FILE,
         fix=f"To keep them: {repeated}\n       To change them: {named}",
@@ -48,14 +48,14 @@ def require_asked(composed: Mapping[str, Any], arguments: Sequence[str] = sys.ar
 
 
 def unasked_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Return the changes of data set and preset that neither an override nor an edit of conf/ asks for."""
+    """Return the changes of dataset and preset that neither an override nor an edit of conf/ asks for."""
     asked, dropped = _keys(after), _keys(before) - _keys(after)
     data_set_dropped = any(map(_is_data_set, dropped))
     changes = compare(before, after)
     changed = {change.key for change in changes}
     is_new_preset = "experiment" in asked & changed
     is_new_data_set = "dataset" in asked & changed or (
-        # a preset brings its data set, unless it leaves the default in place of one that was chosen
+        # a preset brings its dataset, unless it leaves the default in place of one that was chosen
         is_new_preset and not (data_set_dropped and choices_of(after).get("dataset") == default_choice(CONF, "dataset"))
     )
     is_fallback = data_set_dropped or "experiment" in dropped or is_edited(before)
@@ -80,7 +80,7 @@ def _is_data_set(key: str) -> bool:
 
 
 def _former_overrides(before: Mapping[str, Any], after: Mapping[str, Any], unasked: Sequence[Change]) -> list[str]:
-    """Return the overrides that bring back the former data set and preset: those of params.yaml, then edits of it."""
+    """Return the overrides that bring back the former dataset and preset: those of params.yaml, then edits of it."""
     repeated = {
         key_of(override): override
         for override in overrides_of(before)
@@ -94,7 +94,7 @@ def _former_overrides(before: Mapping[str, Any], after: Mapping[str, Any], unask
 
 
 def _named_choices(after: Mapping[str, Any], unasked: Sequence[Change]) -> list[str]:
-    """Return the overrides that name the new data set and preset."""
+    """Return the overrides that name the new dataset and preset."""
     groups = [group for group in ("experiment", "dataset") if any(_group(change.key) == group for change in unasked)]
     return [format_override(group, choices_of(after).get(group)) for group in groups]
 

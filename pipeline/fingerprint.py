@@ -13,6 +13,7 @@ from pipeline.sections import plain_settings, sections_of
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact
+from stages.runtime.context import work_folder_name
 
 PRODUCERS = {"shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample"}  # artifact -> stage
 
@@ -67,8 +68,16 @@ def identify(stage: dvc_yaml.Stage, settings: Params) -> tuple[dict[str, str], s
     return inputs, fingerprint_of(stage, settings, inputs, result_versions.version_of(stage, settings))
 
 
+def work_folder(folder: Path, stage: dvc_yaml.Stage, settings: Params) -> Path:
+    """Return the work folder of a stage with these settings; `folder` is the stage's folder in runs/.
+
+    Raises UserError if an input is missing or incomplete.
+    """
+    return folder / work_folder_name(identify(stage, settings)[1])
+
+
 def fingerprint_of(stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], version: str) -> str:
-    """Hash what decides a stage's result: its settings, its inputs and its result version."""
+    """Hash what determines a stage's result: its settings, its inputs and its result version."""
     sections = [(key, plain_settings(section)) for key, section in sections_of(stage, settings).items()]
     contents = {"stage": stage.name, "settings": sections, "inputs": dict(inputs), "version": version}
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

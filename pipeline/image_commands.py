@@ -72,11 +72,11 @@ def _foreign_files(out: Path, kind: str) -> list[str]:
         path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or not any(path.iterdir())
     }
     try:
-        handle = artifact.read(out, kind)
-        handle.verify()
+        images_artifact = artifact.read(out, kind)
+        images_artifact.verify()
     except (UserError, OSError):
         return sorted(names)
-    return sorted(names - handle.files.keys() - {artifact.MANIFEST})
+    return sorted(names - images_artifact.files.keys() - {artifact.MANIFEST})
 
 
 def repeat_class(name: str, classes: Sequence[str], count: int) -> list[str] | None:

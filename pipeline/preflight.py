@@ -106,7 +106,7 @@ def check_classes(settings: Params, where: str, *, from_source: bool) -> None:
 
 
 def classes_of(dataset: DatasetConfig) -> Sequence[str]:
-    """List the classes of a data set by the names in its source. Raises UserError if the source cannot be read."""
+    """List the classes of a dataset by the names in its source. Raises UserError if the source cannot be read."""
     images = listing.list_images(Path(dataset.source), dataset.labels, validation_fraction=dataset.validation_fraction)
     return images.classes
 

@@ -20,7 +20,7 @@ _DATASET_SETTINGS = ("source", "labels", "validation_fraction", "resize_mode", "
 
 
 class Preset(NamedTuple):
-    """A preset for photographs of any data set."""
+    """A preset for photographs of any dataset."""
 
     name: str
     image_size: int
@@ -96,7 +96,7 @@ def fit_of(data: Mapping[str, Any], settings: Params) -> PresetFit:
 
 
 def warn_kept(data: Mapping[str, Any], settings: Params, *, gpus: int | None = None) -> None:
-    """Print in one line which preset is kept for images of another data set, and which command is recommended.
+    """Print in one line which preset is kept for images of another dataset, and which command is recommended.
 
     `gpus` are those of this machine by default. Nothing depends on the line, so it raises no UserError.
     """

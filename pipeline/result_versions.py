@@ -1,7 +1,7 @@
 """Result version of every stage, written to the file that DVC watches in place of source files.
 
 The stage `result_versions` of dvc.yaml runs each time and writes this file. The other stages list their own key of it
-among their parameters, so plain `dvc repro` reruns a stage when the source that decides its result has changed.
+among their parameters, so plain `dvc repro` reruns a stage when the source that determines its result has changed.
 `keep_results` in params.yaml pins a stage to the version that dvc.lock records.
 """
 
@@ -22,7 +22,7 @@ FILE = Path("result_versions.yaml")
 
 
 def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
-    """Hash the source that decides a stage's result."""
+    """Hash the source that determines a stage's result."""
     network = settings.priors[stage.level].network.name if stage.level else ""
     return code_version.source_of(stage.module, network)
 

@@ -1,4 +1,4 @@
-"""Names and tags of pipeline runs in MLflow: the data set, the preset, and what differs from the run before."""
+"""Names and tags of pipeline runs in MLflow: the dataset, the preset, and what differs from the run before."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence

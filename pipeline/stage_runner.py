@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import composed_from, dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
 from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
-from pipeline.ownership import exclusive_lock
+from pipeline.locks import exclusive_lock
 from pipeline.process import die_with_parent, not_ignored, require_project
 from pipeline.run_name import EXPERIMENT_VARIABLE, run_params, run_tags
 from pipeline.sections import sections_of
@@ -25,7 +25,7 @@ from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
 from stages.formats.flatten import flatten
-from stages.runtime.context import StageContext
+from stages.runtime.context import StageContext, work_folder_name
 from stages.tracking import provenance, tracker
 
 RUNS = Path("runs")
@@ -84,7 +84,7 @@ def _run(name: str, folder: Path) -> None:
     stage = dvc_yaml.find(name, dvc_yaml.stages(data))
     inputs, version = digest_inputs(stage, settings), result_versions.version_of(stage, settings)
     fingerprint = fingerprint_of(stage, settings, inputs, version)
-    work = folder / fingerprint[:16]
+    work = folder / work_folder_name(fingerprint)
     with exclusive_lock(folder):
         for path in (work, *(Path(path).parent for path in (*stage.outs, *stage.metrics, *stage.plots))):
             path.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def track_cached(
     parent: str, stage: dvc_yaml.Stage, settings: Params, inputs: Mapping[str, str], fingerprint: str
 ) -> None:
     """Add a stage that did not compute its result to the tracked run `parent`, so that every run has all stages."""
-    report = provenance.report_copy(RUNS / stage.cli_name / fingerprint[:16])
+    report = provenance.report_copy(RUNS / stage.cli_name / work_folder_name(fingerprint))
     tracker.record_cached_stage(
         parent,
         stage.cli_name,

@@ -26,23 +26,23 @@ class Grid(NamedTuple):
 class ConditioningStack(nn.Module):
     """Network from the codes of every coarser level to features at the grid of the conditioned level.
 
-    Embedded codes are upsampled to the finest coarser grid, concatenated, and passed through residual blocks. A
+    Embedded codes are upsampled to the finest of the coarser grids, concatenated, and passed through residual blocks. A
     transposed convolution then upsamples to the conditioned grid. Nothing here is causal: all coarser codes are drawn
-    before the first code of this level. Raises ValueError for grids that are not multiples of each other.
+    before the first code of this level. Raises ValueError for incompatible grids.
     """
 
     def __init__(self, coarser: Mapping[str, Grid], height: int, width: int, channels: int, hidden: int, blocks: int):
         super().__init__()
-        *_, (nearest, finest) = coarser.items()
+        *_, (finest_name, finest_grid) = coarser.items()
         for name, grid in coarser.items():
-            _factor(name, grid, finest.height, finest.width)
-        factor = _factor(nearest, finest, height, width)
+            _factor(name, grid, finest_grid.height, finest_grid.width)
+        factor = _factor(finest_name, finest_grid, height, width)
         if factor % 2:
             raise ValueError(
-                f"the grid must be larger than that of {nearest}, {finest.height} x {finest.width}, by an even factor, "
-                f"got {height} x {width}"
+                f"the grid must be larger than that of {finest_name}, {finest_grid.height} x {finest_grid.width}, by "
+                f"an even factor, got {height} x {width}"
             )
-        self.size = finest.height, finest.width
+        self.finest_size = finest_grid.height, finest_grid.width
         # The prefix avoids the names of ModuleDict's own attributes.
         self.embeddings = nn.ModuleDict(
             {f"level_{name}": nn.Embedding(grid.entries, channels) for name, grid in coarser.items()}
@@ -55,7 +55,7 @@ class ConditioningStack(nn.Module):
 
     def forward(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]]) -> Float[Tensor, "B H W C"]:
         maps = [
-            F.interpolate(embedding(coarser[name]).permute(0, 3, 1, 2), self.size)
+            F.interpolate(embedding(coarser[name]).permute(0, 3, 1, 2), self.finest_size)
             for name, embedding in zip(self.levels, self.embeddings.values(), strict=True)
         ]
         x = self.join(torch.cat(maps, 1))
@@ -65,7 +65,7 @@ class ConditioningStack(nn.Module):
 
 
 def _factor(name: str, grid: Grid, height: int, width: int) -> int:
-    """Return how many times a finer grid is as large as `grid`."""
+    """Return the integer upsampling factor from `grid`. Raises ValueError if there is none."""
     if height % grid.height or width % grid.width or height // grid.height != width // grid.width:
         raise ValueError(
             f"the grid must be larger than that of {name}, {grid.height} x {grid.width}, by one integer factor along "

@@ -64,9 +64,12 @@ def _text(comparison: Comparison, page: Path) -> str:
         if omitted := len(comparison.settings) - len(shown):
             lines.append(f"  and {omitted} more, on the page")
         lines.append("")
-    if shared := comparison.shared[:MAX_NUMBERS]:
-        lines += [*_columns([("Numbers", "A", "B", "B - A", ""), *((item.name, *item.cells()) for item in shared)]), ""]
-    if omitted := len(comparison.numbers) - len(shared):
+    if common_metrics := comparison.common_metrics[:MAX_NUMBERS]:
+        lines += [
+            *_columns([("Numbers", "A", "B", "B - A", ""), *((item.name, *item.cells()) for item in common_metrics)]),
+            "",
+        ]
+    if omitted := len(comparison.numbers) - len(common_metrics):
         lines.append(f"{omitted} more numbers are on the page.")
     lines += [wrap(f"note: {note}") for note in comparison.notes]
     return "\n".join([*lines, str(page)])

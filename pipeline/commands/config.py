@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipeline import ownership, params, presets, stage_runner
+from pipeline import locks, params, presets, stage_runner
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.drift import warn_reverted_overrides
 
@@ -14,7 +14,7 @@ def run(overrides: Sequence[str], *, write: bool) -> int:
     if not write:
         print(to_yaml(data), end="")
         return 0
-    with ownership.exclusive_project(stage_runner.RUNS):
+    with locks.exclusive_project(stage_runner.RUNS):
         warn_reverted_overrides(overrides, data)
         params.write(to_yaml(data).encode())
     return 0

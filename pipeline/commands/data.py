@@ -100,7 +100,7 @@ def facts(dataset: DatasetConfig, listing: Listing, scan: Scan) -> list[tuple[st
     labels = {"folders": "classes from folders", "none": "no classes"}.get(
         dataset.labels, f"classes from {dataset.labels}"
     )
-    rows = [("data set", f"{dataset.name}: {dataset.source}, {labels}")]
+    rows = [("dataset", f"{dataset.name}: {dataset.source}, {labels}")]
     checked = f" in {scan.checked} of {len(listing.images)} images" if scan.checked < len(listing.images) else ""
     if scan.widths:
         width, height = (" / ".join(map(str, quantiles(counts))) for counts in (scan.widths, scan.heights))

@@ -1,4 +1,4 @@
-"""`vqvae2 run --dry-run`: the stages that would run, be restored or be pulled, and the time that each took last."""
+"""`vqvae2 run --dry-run`: the stages that would run, be restored or be pulled, and the duration of their last runs."""
 
 import sys
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pipeline import dvc, dvc_remote, dvc_yaml, params, stage_runner
-from pipeline.restorable import PULL, RESTORE, RUN, UNCHANGED, Predictor, Remote
+from pipeline.restore_prediction import PULL, RESTORE, RUN, UNCHANGED, Predictor, Remote
 from pipeline.text import format_row, wrap
 from stages.config import Params
 from stages.errors import UserError
@@ -22,7 +22,10 @@ def predict(
     *,
     pull: bool,
 ) -> dict[str, str]:
-    """Predict what happens to each stage that is out of date. Prints a note if the remote cannot be asked."""
+    """Predict the action of each out-of-date stage.
+
+    If the remote cannot be queried, prints a note and assumes an empty one.
+    """
     cache = dvc.cache_folder()
     if cache is None:
         return dict.fromkeys(reasons, RUN)
@@ -33,7 +36,7 @@ def predict(
             predictor = Predictor(data, settings, cache, stage_runner.RUNS, remote, dvc_remote.fetch_run_cache)
             return predictor.predict(stages, reasons, forced)
         except UserError as error:
-            print(f"note: {error.what} This plan is that of an empty remote. {error.fix}", file=sys.stderr)
+            print(f"note: {error.what} The prediction assumes an empty remote. {error.fix}", file=sys.stderr)
     return Predictor(data, settings, cache, stage_runner.RUNS).predict(stages, reasons, forced)
 
 
@@ -43,16 +46,16 @@ def format_plan(
     actions: Mapping[str, str],
     runs: Path = stage_runner.RUNS,
 ) -> str:
-    """Format one line per stage and a summary. Stages are named as in DVC."""
+    """Format one line per stage and a summary. Keys are DVC's stage names."""
     lines, total_s = [], 0.0
-    for name, texts in reasons.items():
+    for name, stage_reasons in reasons.items():
         action = actions[name]
         duration_s = last_duration_s(runs / stages[name].cli_name) if action == RUN else None
         if duration_s is not None:
-            action += f" (last took {format_duration(duration_s)})"
+            action += f" (last run took {format_duration(duration_s)})"
             total_s += duration_s
-        lines.append(format_row(stages[name].cli_name, f"{action}: {dvc.summarize(texts)}"))
+        lines.append(format_row(stages[name].cli_name, f"{action}: {dvc.summarize(stage_reasons)}"))
     counts = Counter(actions.values())
     summary = "; ".join(f"{counts[action]} {action}" for action in (RUN, PULL, RESTORE, UNCHANGED) if counts[action])
-    duration = f" Those that would run last took {format_duration(total_s)} together." if total_s else ""
+    duration = f" Their last runs took {format_duration(total_s)} in total." if total_s else ""
     return "\n".join([*lines, wrap(f"Stages: {summary}.{duration}")])

@@ -37,7 +37,7 @@ class Training:
 
     stage: str
     parameters: int
-    parameters_per_class: int  # additional parameters for each class of a labeled data set
+    parameters_per_class: int  # additional parameters for each class of a labeled dataset
     forward_flops: int  # floating-point operations of a forward pass, per image
     training_flops: int  # of the whole training; a backward pass costs two forward passes
     checkpoint_bytes: int  # float32 weights, their EMA if there is one, and Adam's two moments

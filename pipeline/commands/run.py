@@ -13,7 +13,7 @@ from pipeline import (
     dvc,
     dvc_yaml,
     finished_results,
-    ownership,
+    locks,
     params,
     preflight,
     presets,
@@ -25,7 +25,7 @@ from pipeline.commands import dry_run as dry_run_plan
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
 from pipeline.drift import warn_drift, warn_reverted_overrides
-from pipeline.fingerprint import digest_inputs, identify
+from pipeline.fingerprint import digest_inputs, identify, work_folder
 from pipeline.process import STOP_SIGNALS, handle_signals
 from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
@@ -55,7 +55,7 @@ def run(
         raise UserError(
             "--only requires a stage.", where="--only", fix="Add a stage, such as --stage evaluate.", code=2
         )
-    lock = ownership.exclusive_project(stage_runner.RUNS) if overrides or not dry_run else nullcontext()
+    lock = locks.exclusive_project(stage_runner.RUNS) if overrides or not dry_run else nullcontext()
     with handle_signals(_stop), lock:
         with _apply_settings(overrides, keep=not dry_run) as settings:
             stages = dvc_yaml.stages(params.read())
@@ -94,7 +94,7 @@ def _require_not_pinned(stage: dvc_yaml.Stage, settings: Params, reruns: Collect
     `reruns` names the stages among it and its dependencies that will run.
     """
     with suppress(UserError):  # a missing input
-        work = stage_runner.RUNS / stage.cli_name / identify(stage, settings)[1][:16]
+        work = work_folder(stage_runner.RUNS / stage.cli_name, stage, settings)
         if set(reruns) == {stage.name} and finished_results.exists(work):
             return  # the stage restores it: a release has added a setting or changed dvc.yaml
     result_versions.require_not_pinned(stage, settings)
@@ -254,7 +254,7 @@ def clean_up(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_ya
     """Delete the parts of finished stages and their markers of a forced restart, after DVC has recorded the results."""
     for stage in (stages[name] for name in outcome.ran if name in stages):
         with suppress(UserError):  # an input has been deleted meanwhile
-            work = stage_runner.RUNS / stage.cli_name / identify(stage, settings)[1][:16]
+            work = work_folder(stage_runner.RUNS / stage.cli_name, stage, settings)
             shutil.rmtree(work / "parts", ignore_errors=True)
             (work / stage_runner.RESTARTED_MARKER).unlink(missing_ok=True)
 

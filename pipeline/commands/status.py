@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import activity, dvc, dvc_yaml, ownership, params, result_versions, run_state, stage_runner
+from pipeline import activity, dvc, dvc_yaml, locks, params, result_versions, run_state, stage_runner
 from pipeline.activity import Activity
 from pipeline.drift import warn_drift
 from pipeline.text import format_row, wrap
@@ -28,15 +28,15 @@ class Row:
     reasons: list[str]
     activity: Activity | None
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""
         idle = {"owner": None, "progress": None, "checkpoint": None}
-        facts = self.activity.facts() if self.activity else idle
+        facts = self.activity.to_json() if self.activity else idle
         return {"stage": self.stage, "state": self.state, "reasons": self.reasons, **facts}
 
     def text(self) -> str:
         """Format the row as a line."""
-        progress = ", ".join(self.activity.texts()) if self.activity else ""
+        progress = ", ".join(self.activity.describe()) if self.activity else ""
         if self.state == OUT_OF_DATE and progress:
             progress = f"interrupted at {progress}"
         details = "; ".join(filter(None, (progress, dvc.summarize(self.reasons))))
@@ -50,9 +50,9 @@ class Status:
     holder: str  # the command, or DVC, that uses the project; "" if none does
     rows: list[Row]
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the status as JSON values."""
-        return {"in_use_by": self.holder or None, "stages": [row.facts() for row in self.rows]}
+        return {"in_use_by": self.holder or None, "stages": [row.to_json() for row in self.rows]}
 
     def text(self) -> str:
         """Format the status as lines."""
@@ -83,8 +83,8 @@ class StatusReader:
             self._stages = dvc_yaml.stages(self._data)
             self._files_key = files_key
         settings, stages = self._settings, self._stages
-        running = {name: activity.running(self.runs / stage.cli_name) for name, stage in stages.items()}
-        holder = ownership.owner(self.runs)
+        running = {name: activity.running_activity(self.runs / stage.cli_name) for name, stage in stages.items()}
+        holder = locks.owner(self.runs)
         states = run_state.read(self.runs) if holder else {}
         if not states:
             self._ask_dvc((holder, *running.values()))
@@ -102,7 +102,7 @@ class StatusReader:
                 state, reasons = UNKNOWN, ["DVC is busy"]
             elif name in self._dvc_reasons:
                 state, reasons = OUT_OF_DATE, self._dvc_reasons[name]
-                stage_activity = activity.interrupted(self.runs / stage.cli_name, stage, settings)
+                stage_activity = activity.interrupted_activity(self.runs / stage.cli_name, stage, settings)
             else:
                 state = run_state.UP_TO_DATE
             if pinned := result_versions.describe_pinned(stage, settings):
@@ -122,10 +122,10 @@ class StatusReader:
             self._dvc_reasons = dvc.out_of_date_reasons(self._stages)
             self._dvc_key = key
         except UserError as error:
-            if not error.what.startswith(ownership.BUSY):
+            if not error.what.startswith(locks.BUSY):
                 raise
             self._dvc_reasons, self._dvc_key = None, None  # DVC locks outputs while a stage runs
-            self._dvc_holder = error.what.removeprefix(f"{ownership.BUSY}: ").rstrip(".")
+            self._dvc_holder = error.what.removeprefix(f"{locks.BUSY}: ").rstrip(".")
 
 
 def _modification_times(*paths: Path) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ def show(*, as_json: bool, watch: bool = False) -> int:
             _watch(reader.read, as_json=as_json)
         return 0
     status = reader.read()
-    print(json.dumps(status.facts(), indent=1, ensure_ascii=False) if as_json else status.text())
+    print(json.dumps(status.to_json(), indent=1, ensure_ascii=False) if as_json else status.text())
     return 0
 
 
@@ -163,5 +163,5 @@ def _watch(read: Callable[[], Status], *, as_json: bool, wait: Callable[[float],
         status = read()
         if status.key() != previous:
             previous = status.key()
-            print(json.dumps(status.facts(), ensure_ascii=False) if as_json else f"{status.text()}\n", flush=True)
+            print(json.dumps(status.to_json(), ensure_ascii=False) if as_json else f"{status.text()}\n", flush=True)
         wait(WATCH_INTERVAL_S)

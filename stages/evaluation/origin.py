@@ -21,8 +21,8 @@ def describe_origin(inputs: EvaluationInputs, plan: EvaluationPlan, curves: Mapp
     ]
     origin = {"Dataset": _dataset(inputs), "VQ-VAE": ", ".join([steps[0], *levels])}
     for level, prior_steps in zip(inputs.codes.levels, steps[1:], strict=True):
-        handle = artifact.read(inputs.priors_folder / level, "prior", f"prior_{level}")
-        origin[f"Prior of level {level}"] = f"{handle.meta['network']['name']}, {prior_steps}"
+        prior_artifact = artifact.read(inputs.priors_folder / level, "prior", f"prior_{level}")
+        origin[f"Prior of level {level}"] = f"{prior_artifact.meta['network']['name']}, {prior_steps}"
     features = network_name(plan.config.feature_weights)
     return origin | {
         "Sampling": _sampling(inputs.samples.artifact.meta),

@@ -124,10 +124,10 @@ def concatenate(sets: Sequence[CodeSet]) -> CodeSet:
 
 def open_codes(folder: Path) -> Codes:
     """Open a folder of codes. Raises UserError if it is missing or incomplete."""
-    handle = artifact.read(folder, KIND, "codes")
-    meta = handle.meta
+    codes_artifact = artifact.read(folder, KIND, "codes")
+    meta = codes_artifact.meta
     levels = {name: Grid(**grid) for name, grid in meta["levels"].items()}
-    return Codes(handle, levels, tuple(meta["classes"]), meta["vqvae"])
+    return Codes(codes_artifact, levels, tuple(meta["classes"]), meta["vqvae"])
 
 
 def write_codes_file(

@@ -2,7 +2,7 @@
 
     model.safetensors   the weights; no pickle
     curves.csv          step,name,value: metrics during training
-    *.png               images of the trained network, such as reconstructions
+    *.png               previews from the trained network, such as reconstructions
     manifest.json       meta: the network's settings, the grids, the classes, and the digests of its training data
 
 The digest of the folder (see artifact.py) identifies the model: codes store the digest of their VQ-VAE.
@@ -50,31 +50,31 @@ def write(
 
 def load_vqvae(folder: Path) -> tuple[VQVAE, Artifact]:
     """Load a trained VQ-VAE in evaluation mode. Raises UserError if the folder is missing, damaged or incompatible."""
-    handle = artifact.read(folder, "vqvae", "vqvae")
-    config = _network_config(VQVAEConfig, handle.meta["network"], folder)
-    return _load_weights(VQVAE(config), handle), handle
+    model_artifact = artifact.read(folder, "vqvae", "vqvae")
+    config = _network_config(VQVAEConfig, model_artifact.meta["network"], folder)
+    return _load_weights(VQVAE(config), model_artifact), model_artifact
 
 
 def load_prior(folder: Path, level: str) -> tuple[Prior, Artifact]:
     """Load a trained prior in evaluation mode. Raises UserError if the folder is missing, damaged or incompatible."""
-    handle = artifact.read(folder, "prior", f"prior_{level}")
-    meta = handle.meta
+    model_artifact = artifact.read(folder, "prior", f"prior_{level}")
+    meta = model_artifact.meta
     config = _network_config(PriorConfig, meta["network"], folder)
     coarser = {name: Grid(**grid) for name, grid in meta["coarser"].items()}
     prior = build(
         config, entries=meta["entries"], grid=tuple(meta["grid"]), coarser=coarser, classes=len(meta["classes"])
     )
-    return _load_weights(prior, handle), handle
+    return _load_weights(prior, model_artifact), model_artifact
 
 
 def network_meta(config: VQVAEConfig | PriorConfig) -> dict[str, Any]:
-    """Convert a network's settings to JSON for a manifest. The order of levels is preserved."""
+    """Convert a network's settings to JSON-compatible values for a manifest. The order of levels is preserved."""
     return json.loads(json.dumps(asdict(config)))
 
 
-def _network_config(kind: type, settings: Any, folder: Path) -> Any:
+def _network_config(config_class: type, settings: Any, folder: Path) -> Any:
     try:
-        return adapter(kind).validate_json(json.dumps(settings), strict=True)
+        return adapter(config_class).validate_json(json.dumps(settings), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(
@@ -85,14 +85,14 @@ def _network_config(kind: type, settings: Any, folder: Path) -> Any:
         ) from error
 
 
-def _load_weights(network: Network, handle: Artifact) -> Network:
-    handle.verify(WEIGHTS)
+def _load_weights(network: Network, model_artifact: Artifact) -> Network:
+    model_artifact.verify(WEIGHTS)
     try:
-        network.load_state_dict(load_file(handle.path(WEIGHTS)))
+        network.load_state_dict(load_file(model_artifact.path(WEIGHTS)))
     except (RuntimeError, SafetensorError) as error:
         raise UserError(
             "The weights do not match the network of this version.",
-            where=handle.path(WEIGHTS),
+            where=model_artifact.path(WEIGHTS),
             fix="Train the model again with this version.",
             code=5,
         ) from error

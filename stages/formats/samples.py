@@ -101,7 +101,7 @@ def read_image(member: TarMember) -> np.ndarray:
 
 def open_samples(folder: Path) -> Samples:
     """Open a folder of samples. Raises UserError if it is missing or incomplete."""
-    handle = artifact.read(folder, KIND, "sample")
-    meta = handle.meta
+    samples_artifact = artifact.read(folder, KIND, "sample")
+    meta = samples_artifact.meta
     levels = {name: Grid(**grid) for name, grid in meta["levels"].items()}
-    return Samples(handle, meta["count"], tuple(meta["classes"]), meta["image_size"], levels, meta["vqvae"])
+    return Samples(samples_artifact, meta["count"], tuple(meta["classes"]), meta["image_size"], levels, meta["vqvae"])

@@ -231,23 +231,23 @@ def open_shards(folder: Path) -> Shards:
 
     Raises UserError if a file is missing, of another length or not in the manifest, or if the index is damaged.
     """
-    handle = artifact.read(folder, KIND, _STAGE)
+    shards_artifact = artifact.read(folder, KIND, _STAGE)
     for path in sorted(folder.glob("*.tar")):
-        if path.name not in handle.files:
+        if path.name not in shards_artifact.files:
             raise UserError(
                 f"{path.name} is not listed in the manifest of these shards.",
                 where=folder,
                 fix=f"Remove {path}",
                 code=4,
             )
-    handle.verify(INDEX)
+    shards_artifact.verify(INDEX)
     index = _read_index(folder)
     # The index may come from someone else: check per shard that no image is outside its tar, before any allocation.
     ranges = index.group_by("shard").aggregate(
         [("offset", "min"), ("length", "min"), ("offset", "max"), ("length", "max")]
     )
     for row in ranges.to_pylist():
-        size = handle.files.get(row["shard"], {"bytes": 0})["bytes"]
+        size = shards_artifact.files.get(row["shard"], {"bytes": 0})["bytes"]
         if min(row["offset_min"], row["length_min"]) < 0 or max(row["offset_max"], row["length_max"]) > size:
             raise UserError(
                 f"{INDEX} lists images outside {printable(row['shard'])}, which has {size} bytes.",
@@ -255,7 +255,7 @@ def open_shards(folder: Path) -> Shards:
                 fix=f"Delete {folder} and run: vqvae2 run --stage {_STAGE}",
                 code=4,
             )
-    return Shards(handle, index)
+    return Shards(shards_artifact, index)
 
 
 def read_shard(ref: ShardRef) -> ImageSet:

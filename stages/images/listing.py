@@ -1,7 +1,7 @@
 """Listing of a source: its images with their splits and classes, read from names without decoding anything.
 
-Splits and classes come from folder names (layout.py) or from a CSV inside the source (table.py), so that DVC tracks
-them. Images are ordered by a hash of their names, which is independent of the disk and mixes the classes.
+Splits and classes come from folder names (layout.py) or from a CSV inside the source (labels_table.py), so that DVC
+tracks them. Images are ordered by a hash of their names, which is independent of the disk and mixes the classes.
 """
 
 import hashlib
@@ -13,8 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from stages.errors import UserError
+<<<<<<< HEAD
 from stages.images import table
 from stages.images.count import format_count
+=======
+from stages.images import labels_table
+>>>>>>> 7fd9e7a (names: apply the wording of a fresh reader)
 from stages.images.layout import RENAME_TO_UTF8, Candidate, is_utf8, read_folders
 from stages.images.sources import Member, Source, TarSource, UnreadableFile, open_source, printable
 
@@ -102,7 +106,7 @@ def check_source(path: Path, labels: str) -> None:
     else:
         data = next((_read(source, member, name) for member in source.members() if member.name == name), b"")
     if data:  # else one per split folder
-        table.read_table(data, path / name)
+        labels_table.read_table(data, path / name)
 
 
 def _check_utf8(members: Iterable[Member], path: Path) -> None:
@@ -211,12 +215,22 @@ def unused_tables(source: Source, readable: list[Member]) -> list[str]:
     doubts = []
     for member in readable:
         is_table = "/" not in member.name and member.name.lower().endswith(_TABLE_SUFFIXES)
+<<<<<<< HEAD
         if not is_table or member.size > _MAX_UNUSED_TABLE_BYTES:
             continue
         with suppress(UnreadableFile):
             if table.has_columns(source.read(member)):
                 name = printable(member.name)
                 doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
+=======
+        if (
+            is_table
+            and member.size <= _MAX_UNUSED_TABLE_BYTES
+            and labels_table.has_columns(_read(source, member, member.name))
+        ):
+            name = printable(member.name)
+            doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
+>>>>>>> 7fd9e7a (names: apply the wording of a fresh reader)
     return doubts
 
 
@@ -236,25 +250,30 @@ def _from_tables(
     source: Source, tables: list[Member], image_files: list[Member], path: Path, messages: list[str]
 ) -> list[Candidate]:
     """Read splits and classes from CSV files."""
-    index = table.ImageIndex(image_files, path)
-    matched: dict[Member, table.Row] = {}
+    index = labels_table.ImageIndex(image_files, path)
+    matched: dict[Member, labels_table.Row] = {}
     table_messages: list[str] = []
     for member in tables:
         where = path / member.name
-        content = table.read_table(_read(source, member, where), where)
+        content = labels_table.read_table(_read(source, member, where), where)
         folder = member.name.rpartition("/")[0]
-        matched |= table.match_rows(content, index, folder, where)
+        matched |= labels_table.match_rows(content, index, folder, where)
         table_messages += content.messages
     messages += dict.fromkeys(table_messages)
     if index.short_names_used:
         rows = format_count(index.short_names_used, "row of the labels names its", "rows of the labels name their")
         messages.append(f"{rows} image without its folder or suffix.")
     if unlisted := len(image_files) - len(matched):
+<<<<<<< HEAD
         images = format_count(
             unlisted, "image that the labels do not list is", "images that the labels do not list are"
         )
         messages.append(f"{images} ignored.")
     return table.to_candidates(matched, messages)
+=======
+        messages.append(f"{unlisted} images that the labels do not list are ignored.")
+    return labels_table.to_candidates(matched, messages)
+>>>>>>> 7fd9e7a (names: apply the wording of a fresh reader)
 
 
 def _read(source: Source, member: Member, where: object) -> bytes:
@@ -276,7 +295,7 @@ def _no_table(path: Path, labels: str, tables: Iterable[str]) -> UserError:
     names = ", ".join(printable(name) for name in islice(tables, _SHOWN_TABLES))
     fix = f"Set dataset.labels to a CSV of the source: {names}"
     if not names:
-        fix = f"Move the CSV into the source, where DVC tracks its changes. {table.EXPECTED_COLUMNS}."
+        fix = f"Move the CSV into the source, where DVC tracks its changes. {labels_table.EXPECTED_COLUMNS}."
     return UserError(
         f"dataset.labels must be folders, none, or a CSV inside the source, got {labels!r}.",
         where=path,

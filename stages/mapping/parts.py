@@ -21,7 +21,7 @@ from stages.errors import UserError, from_os_error
 from stages.mapping.heartbeat import kill_stale_workers, start_heartbeat
 from stages.mapping.remote_parts import NodeWorkspace, TransferPlan, part_digest
 from stages.runtime import cluster, fault_injection
-from stages.runtime.context import Reporter, StageContext
+from stages.runtime.context import Reporter, StageContext, work_folder_name
 from stages.runtime.control import start_control_actor
 from stages.runtime.storage import node_cache_dir
 
@@ -200,7 +200,7 @@ class _PartActor:
         self.build_error: UserError | None = None
         try:
             self.workspace = NodeWorkspace(plan) if plan else None
-            run_dir = ("runs", context.stage, context.fingerprint[:16])
+            run_dir = ("runs", context.stage, work_folder_name(context.fingerprint))
             self.work_dir = node_cache_dir(*run_dir) if plan else context.work_dir
             self.mapper = mapper(*(self.workspace.localize_paths(arguments) if self.workspace else arguments))
         except UserError as error:  # Ray would take an error in the constructor for a lost worker

@@ -27,7 +27,7 @@ Inputs = Mapping[str, Mapping[str, StoredArtifact]]
 class TransferPlan:
     """Inputs, output folder and storage of the parts of one stage. It is sent to every worker."""
 
-    storage: Storage  # of the parts' outputs
+    storage: Storage  # holds the parts' outputs
     inputs: Inputs
     work_dir: str  # folder on the sending node that receives the parts' files; "" if the mapper writes none
 
@@ -40,7 +40,7 @@ class TransferPlan:
         assert context.storage
         paths = set(_paths([*arguments, *parts]))
         work_dirs = {path for path in paths if Path(path).is_relative_to(context.work_dir)}
-        artifacts = {path: _artifacts(Path(path)) for path in paths - work_dirs}
+        artifacts = {path: _artifacts_by_name(Path(path)) for path in paths - work_dirs}
         if len(work_dirs) > 1 or not all(artifacts.values()):
             return None
         root = Storage(context.cluster.storage)
@@ -57,7 +57,7 @@ class TransferPlan:
     def fetch_result(self, digest: str, temporary_dir: Path) -> bytes | None:
         """Download a part's files to `work_dir` and return its result.
 
-        If the stored output is damaged, deletes it and returns None: the part must run again.
+        Deletes a damaged output and returns None, so that the part runs again.
         """
         folder = temporary_dir / "fetched" / digest
         try:
@@ -87,7 +87,7 @@ class NodeWorkspace:
             self._local_paths[plan.work_dir] = self.work_dir
 
     def localize_paths(self, value: Any) -> Any:
-        """Replace the sending node's paths by this node's, in nested dicts, lists and tuples."""
+        """Replace the sending node's paths with this node's, in nested dicts, lists and tuples."""
         if isinstance(value, dict):
             return {key: self.localize_paths(item) for key, item in value.items()}
         if type(value) in (list, tuple):
@@ -122,7 +122,7 @@ def part_digest(part: Mapping[str, Any]) -> str:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Yield the absolute paths in nested dicts, lists and tuples."""
+    """Yield every Path, and every string that begins with /, in nested dicts, lists and tuples."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _paths(item)
@@ -133,7 +133,7 @@ def _paths(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _artifacts(folder: Path) -> dict[str, Path]:
+def _artifacts_by_name(folder: Path) -> dict[str, Path]:
     """Return {"": folder} if a folder is an artifact, else the artifacts in it by name."""
     if (folder / MANIFEST).is_file():
         return {"": folder}

@@ -12,6 +12,11 @@ from stages.config import ClusterConfig
 from stages.runtime.storage import Storage
 
 
+def work_folder_name(fingerprint: str) -> str:
+    """Return the name of the work folder of a fingerprint: its first digits."""
+    return fingerprint[:16]
+
+
 class Reporter:
     """Receives progress, metrics, images and messages of a run.
 
@@ -46,4 +51,4 @@ class StageContext:
     def storage(self) -> Storage | None:
         """Storage folder of this run for nodes without a shared disk; None if all nodes see the same `work_dir`."""
         url = self.cluster.storage
-        return Storage(url).child("runs", self.stage, self.fingerprint[:16]) if url else None
+        return Storage(url).child("runs", self.stage, work_folder_name(self.fingerprint)) if url else None

@@ -99,14 +99,31 @@ class ProgressState:
         """Return whether the rate is known and units are left."""
         return self.rate > 0 and self.done < self.total
 
+    @property
+    def count(self) -> str:
+        return f"{self.done:,.0f}/{self.total:,.0f} {plural(self.unit)}"
+
+    @property
+    def percentage(self) -> str:
+        return f"{100 * self.fraction:.0f}%"
+
+    @property
+    def time_left(self) -> str:
+        """Formatted time to the end; "" if unknown."""
+        return "" if self.remaining_s is None else f"{format_duration(self.remaining_s)} left"
+
+    @property
+    def formatted_rate(self) -> str:
+        """Formatted rate; "" if unknown."""
+        return format_rate(self.rate, self.unit) if self.rate > 0 else ""
+
     def fields(self) -> list[str]:
         """Return the fields of a progress line, most important first."""
-        fields = [f"{self.done:,.0f}/{self.total:,.0f} {plural(self.unit)}", f"{100 * self.fraction:.0f}%"]
-        if self.remaining_s is not None:
-            if self.done < self.total:
-                fields.append(f"{format_duration(self.remaining_s)} left")
-            fields.append(format_rate(self.rate, self.unit))
-        return fields + [
-            f"{format_number(value)} {name}" if name.endswith("/s") else f"{name} {format_number(value)}"
-            for name, value in self.numbers.items()
+        time_left = self.time_left if self.done < self.total else ""
+        return [
+            *filter(None, (self.count, self.percentage, time_left, self.formatted_rate)),
+            *(
+                f"{format_number(value)} {name}" if name.endswith("/s") else f"{name} {format_number(value)}"
+                for name, value in self.numbers.items()
+            ),
         ]

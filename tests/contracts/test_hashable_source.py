@@ -1,4 +1,4 @@
-"""Source that decides results is written in the forms that pipeline/code_version.py follows."""
+"""Source that determines results is written in the forms that pipeline/code_version.py follows."""
 
 import ast
 from collections.abc import Iterator

@@ -87,7 +87,7 @@ def edit(root: Path, name: str, old: str, new: str) -> None:
     ],
 )
 def test_edit_that_computes_the_same_keeps_the_hash(toy: Path, old: str, new: str):
-    """Comments, docstrings, annotations, formatting, texts of errors and unused code decide no result."""
+    """Comments, docstrings, annotations, formatting, texts of errors and unused code cannot change a result."""
     before = source_of("toy", root=toy).hash
     edit(toy, "stages/toy.py", old, new)
     assert source_of("toy", root=toy).hash == before

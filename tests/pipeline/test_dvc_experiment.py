@@ -1,4 +1,4 @@
-"""Tests of `dvc exp run`: it changes the data set and the preset only if the command says so."""
+"""Tests of `dvc exp run`: it changes the dataset and the preset only if the command says so."""
 
 from pathlib import Path
 
@@ -32,19 +32,19 @@ def unasked(before, after):
         (FOLDER, ["dataset=folder"], ["dataset.source"]),
         (FOLDER, ["dataset=emoji"], []),
         (FOLDER, ["dataset=folder", "dataset.source=data/others"], []),
-        (FOLDER, ["experiment=clothing64"], []),  # the preset names its data set
+        (FOLDER, ["experiment=clothing64"], []),  # the preset names its dataset
         (FOLDER, [SMOKE], ["dataset", "dataset.name", "dataset.source", "dataset.image_size"]),  # this one does not
         (["cluster=single", "train_vqvae.steps=9"], ["seed=1"], []),
     ],
     ids=lambda value: " ".join(value) or "none",
 )
 def test_unasked_changes_are_those_that_no_override_names(current_project, before, after, keys):
-    """Data set and preset count, whether they return to the default or to a value of the preset."""
+    """Dataset and preset count, whether they return to the default or to a value of the preset."""
     assert unasked(before, after) == keys
 
 
 def test_edits_of_params_yaml_are_not_dropped_unasked(current_project):
-    """An edited data set is the user's choice as well. An edit of conf/ asks for its own change."""
+    """An edited dataset is the user's choice as well. An edit of conf/ asks for its own change."""
     config.run([], write=True)
     Path("conf/dataset/emoji.yaml").write_text(Path("conf/dataset/emoji.yaml").read_text().replace("crop", "pad"))
     assert unasked_changes(params.read(), compose_params(["seed=1"])) == []

@@ -30,20 +30,20 @@ STEPS = Change("train_vqvae.steps", 900, 5000)
     ],
 )
 def test_name_says_what_differs_from_the_run_before(changes, preset, experiment, expected):
-    """It has the data set, or a preset with the name of the data set."""
+    """It has the dataset, or a preset with the name of the dataset."""
     keys = ("sample.temperature", "train_vqvae.steps", "priors.top.train.steps", "priors.bottom.train.steps", "seed")
     name = run_name("emoji", changes, preset=preset, experiment=experiment, keys=keys)
     assert name == expected and len(name) <= MAX_LENGTH
 
 
 def test_name_is_short_whatever_the_settings_are():
-    """A long name of a data set, or a long value, is cut."""
+    """A long name of a dataset, or a long value, is cut."""
     assert len(run_name("photographs" * 9, [TEMPERATURE])) == MAX_LENGTH
     assert len(run_name("a", [Change("dataset.source", "b", "c" * 500)], experiment="d" * 30)) <= MAX_LENGTH
 
 
 def test_tags_describe_a_run(current_project, monkeypatch):
-    """Data set, command and DVC's experiment are tags."""
+    """Dataset, command and DVC's experiment are tags."""
     monkeypatch.setenv("DVC_EXP_NAME", "balmy-gaff")
     tags = run_tags({"dataset": {"name": "emoji"}}, "dvc exp run")
     assert tags == {

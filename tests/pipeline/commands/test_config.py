@@ -20,7 +20,7 @@ def test_write_puts_the_printed_settings_into_params_yaml(project):
 def test_settings_of_a_running_command_are_not_replaced(project):
     """`config --write` is refused while another command holds the project's lock."""
     before = (project.folder / "params.yaml").read_bytes()
-    code = "from pathlib import Path\nfrom pipeline.ownership import exclusive_project\n"
+    code = "from pathlib import Path\nfrom pipeline.locks import exclusive_project\n"
     code += "with exclusive_project(Path('runs')): print('locked', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=project.folder

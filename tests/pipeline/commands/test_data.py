@@ -39,7 +39,7 @@ def show(capsys: pytest.CaptureFixture[str], *, sample: int = 0, as_json: bool =
 def test_text_has_splits_classes_sizes_and_doubts(folder, capsys):
     """What is left out and what is doubtful is stated."""
     text = show(capsys)
-    assert text.startswith("data set    emoji: photos, classes from folders\n")
+    assert text.startswith("dataset     emoji: photos, classes from folders\n")
     assert re.search(r"^cat +2$", text, re.MULTILINE) and re.search(r"^all images +4$", text, re.MULTILINE)
     assert "width 40 / 40 / 40, height 30 / 30 / 30 pixels (smallest / median / largest)\n" in text
     assert "4 are not square and are cropped; 4 are smaller and are enlarged" in text

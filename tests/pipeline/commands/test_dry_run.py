@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import dvc_yaml, params
 from pipeline.commands import dry_run
-from pipeline.restorable import PULL, RUN
+from pipeline.restore_prediction import PULL, RUN
 from stages.tracking.durations import last_duration_s
 from stages.tracking.journal import Journal
 
@@ -40,7 +40,7 @@ def test_plan_has_the_last_duration_and_at_most_three_reasons(tmp_path: Path):
     reasons = {"vqvae": [f"setting {number}" for number in range(9)], "prior@top": ["vqvae runs before it"]}
     lines = dry_run.format_plan(STAGES, reasons, {"vqvae": RUN, "prior@top": PULL}, tmp_path).splitlines()
     assert lines == [
-        "vqvae         would run (last took 1 h 12 min): setting 0; setting 1; setting 2 and 6 more",
+        "vqvae         would run (last run took 1 h 12 min): setting 0; setting 1; setting 2 and 6 more",
         "prior_top     would be pulled: vqvae runs before it",
-        "Stages: 1 would run; 1 would be pulled. Those that would run last took 1 h 12 min together.",
+        "Stages: 1 would run; 1 would be pulled. Their last runs took 1 h 12 min in total.",
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import dvc, dvc_yaml, params, stage_runner
 from pipeline.commands import run
-from pipeline.fingerprint import identify
+from pipeline.fingerprint import work_folder
 from stages.errors import UserError
 from tests.mounts import mount_prefix
 
@@ -140,7 +140,7 @@ def test_killed_dvc_is_an_error():
 def test_successful_run_deletes_parts(current_project, monkeypatch):
     """It also deletes the marker of a forced restart. A failed run keeps both, and other work folders are kept."""
     settings = params.load()
-    work = Path("runs/shard", identify(dvc_yaml.stages(params.read())["shard"], settings)[1][:16])
+    work = work_folder(Path("runs/shard"), dvc_yaml.stages(params.read())["shard"], settings)
     other = Path("runs/shard/other/parts")
     other.mkdir(parents=True)
     monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_, **__: {"shard": ["requested"]})

@@ -9,9 +9,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline import dvc, dvc_yaml, ownership, params, run_state
+from pipeline import dvc, dvc_yaml, locks, params, run_state
 from pipeline.commands import status
-from pipeline.fingerprint import identify
+from pipeline.fingerprint import work_folder
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.tracking.journal import Journal
@@ -54,7 +54,7 @@ def test_json_has_state_and_reasons_of_each_stage(project):
 def test_running_stage_shows_step_rate_time_left_and_checkpoint(current_project, monkeypatch, capsys):
     """The text has the process and the command that hold the project; JSON has the same facts."""
     monkeypatch.setattr(dvc, "out_of_date_reasons", busy)
-    with ownership.exclusive_lock(Path("runs/vqvae")):
+    with locks.exclusive_lock(Path("runs/vqvae")):
         begin(Path("runs/vqvae/0123456789abcdef"), 1200, 5000)
         assert status.show(as_json=False) == 0
         text = capsys.readouterr().out
@@ -72,10 +72,10 @@ def test_running_stage_shows_step_rate_time_left_and_checkpoint(current_project,
 def test_other_stages_of_a_run_are_waiting_or_up_to_date(current_project, monkeypatch, capsys):
     """DVC is not asked while `vqvae2 run` holds the project: the run records how far it is."""
     monkeypatch.setattr(dvc, "out_of_date_reasons", busy)
-    with ownership.exclusive_lock(Path("runs")):
+    with locks.exclusive_lock(Path("runs")):
         state = run_state.RunState(Path("runs"), ["shard", "vqvae", "prior@top"], ["vqvae", "prior@top"])
         state.update(["shard", "vqvae"], "vqvae")
-        with ownership.exclusive_lock(Path("runs/vqvae")):
+        with locks.exclusive_lock(Path("runs/vqvae")):
             status.show(as_json=True)
     states = {name: row["state"] for name, row in rows(capsys).items()}
     assert states == dict.fromkeys(STAGES, "unknown") | {
@@ -106,7 +106,7 @@ def test_interrupted_stage_shows_where_it_resumes(current_project, monkeypatch, 
     with artifact.commit_folder(Path("artifacts/shards"), "shards", {}):
         pass
     stage = dvc_yaml.find("vqvae", dvc_yaml.stages(params.read()))
-    work = Path("runs/vqvae") / identify(stage, params.load())[1][:16]
+    work = work_folder(Path("runs/vqvae"), stage, params.load())
     journal = begin(work, 1200, 5000)
     begin(Path("runs/vqvae/other"), 3000, 5000)
     monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: {"vqvae": ["it has not run yet"]})

@@ -22,10 +22,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_committed_folder_is_read_back(folder: Path):
-    """The handle has the kind, the metadata and every file by its name in the folder."""
-    handle = artifact.read(folder, "thing")
-    handle.verify()
-    assert handle.meta == {"count": 1} and list(handle.files) == ["inner/file"]
+    """The artifact has the kind, the metadata and every file by its name in the folder."""
+    thing = artifact.read(folder, "thing")
+    thing.verify()
+    assert thing.meta == {"count": 1} and list(thing.files) == ["inner/file"]
 
 
 def test_an_error_in_the_block_keeps_the_previous_folder(folder: Path):
@@ -58,8 +58,8 @@ def test_a_commit_replaces_the_whole_previous_folder(folder: Path):
     """No file of the previous folder stays."""
     with artifact.commit_folder(folder, "thing", {"count": 2}) as out:
         (out / "other").touch()
-    handle = artifact.read(folder, "thing")
-    assert handle.meta == {"count": 2} and list(handle.files) == ["other"] and not (folder / "inner").exists()
+    thing = artifact.read(folder, "thing")
+    assert thing.meta == {"count": 2} and list(thing.files) == ["other"] and not (folder / "inner").exists()
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../secret", "inner/../../secret"])
@@ -85,17 +85,17 @@ def test_an_invalid_manifest_raises_a_user_error(folder: Path, files: object):
 
 def test_verify_names_a_file_deleted_after_opening(folder: Path):
     """A deleted file is reported like a changed one."""
-    handle = artifact.read(folder, "thing")
+    thing = artifact.read(folder, "thing")
     (folder / "inner" / "file").unlink()
     with pytest.raises(UserError, match="inner/file is damaged"):
-        handle.verify()
+        thing.verify()
 
 
 def test_a_missing_metadata_key_raises_a_user_error(folder: Path):
     """The error names the key, also after pickling."""
-    handle = pickle.loads(pickle.dumps(artifact.read(folder, "thing")))
+    thing = pickle.loads(pickle.dumps(artifact.read(folder, "thing")))
     with pytest.raises(UserError, match="The manifest has no key 'network'"):
-        handle.meta["network"]
+        thing.meta["network"]
 
 
 @pytest.mark.parametrize(

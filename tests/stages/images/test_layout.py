@@ -1,4 +1,4 @@
-"""Tests of folder layouts: the splits and classes that folder names have in data sets as people have them."""
+"""Tests of folder layouts: the splits and classes that folder names have in datasets as people have them."""
 
 from pathlib import Path
 

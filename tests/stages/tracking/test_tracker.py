@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from stages.errors import UserError
+from stages.runtime.context import work_folder_name
 from stages.tracking.journal import Journal
 from stages.tracking.mlflow_store import connect, create_database, database_uri, project_folder, store_uri, user_name
 from stages.tracking.mlflow_sync import MlflowUploader
@@ -56,7 +57,7 @@ def set_tracking_uri(monkeypatch):
 
 def track(stage="vqvae", fingerprint="f" * 64, screen=None, **options):
     defaults = {"params": {"vqvae.beta": 0.25}, "inputs": {"shards": "d" * 64}, "timing": UploadTiming(interval_s=0.2)}
-    work_dir = Path("runs") / stage / fingerprint[:16]
+    work_dir = Path("runs") / stage / work_folder_name(fingerprint)
     return track_stage(stage, fingerprint, work_dir, screen=screen or Screen(), **defaults | options)
 
 

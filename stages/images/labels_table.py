@@ -2,7 +2,7 @@
 
 path,label,split              1.png,cat,train       relative to the source
 file_name,label               1.png,cat             metadata.csv of Hugging Face, relative to its folder
-Filename;Class                cat\\1.png;cat         of a spreadsheet: semicolons or tabs, UTF-16 or Windows-1252
+Filename;Class                cat\\1.png;cat         from spreadsheets: semicolons or tabs, UTF-16 or Windows-1252
 """
 
 import codecs
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of a table, and how it was read."""
+    """Rows, encoding, and messages about assumptions."""
 
     rows: Sequence[Row]
     encoding: str
@@ -68,8 +68,8 @@ def read_table(data: bytes, where: Path) -> Table:
     except csv.Error as error:
         raise invalid_row(where, 1, str(error)) from None
     columns = [_find_column(header, names) for names in (PATH_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)]
-    path, label, split = columns
-    if path is None or label is None:
+    path_index, label_index, split_index = columns
+    if path_index is None or label_index is None:
         raise _invalid_header(header, where)
     for column in (column for column in columns if column is not None):
         _check_unique(header, column, where)
@@ -77,7 +77,7 @@ def read_table(data: bytes, where: Path) -> Table:
     if names != ["path", "label", "split"][: len(names)] or delimiter != ",":
         separator = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}[delimiter]
         messages.append(f"{where.name} is read with the columns {', '.join(names)}, separated by {separator}.")
-    rows = list(_rows(text, delimiter, header, (path, label, split), where))
+    rows = list(_rows(text, delimiter, header, (path_index, label_index, split_index), where))
     if not rows:
         raise UserError(
             "The labels list no images: there is no row below the header.",
@@ -89,7 +89,7 @@ def read_table(data: bytes, where: Path) -> Table:
 
 
 def invalid_row(where: Path, line: int, problem: str) -> UserError:
-    """Describe an invalid line of a table."""
+    """Create the UserError for an invalid line of a table."""
     return UserError(f"Line {line} of the labels is invalid: {problem}.", where=where, fix="Fix this line.", code=4)
 
 
@@ -103,9 +103,9 @@ def has_columns(data: bytes) -> bool:
 
 
 def match_rows(table: Table, index: "ImageIndex", folder: str, where: Path) -> dict[Member, Row]:
-    """Find the image of each row. `folder` is that of the table, inside the source.
+    """Find the image of each row. `folder` is the table's folder, relative to the source.
 
-    Raises UserError if a row names no image, several images, or one of an earlier row.
+    Raises UserError if a row names no image, several images, or the image of an earlier row.
     """
     matched: dict[Member, Row] = {}
     for row in table.rows:
@@ -114,7 +114,7 @@ def match_rows(table: Table, index: "ImageIndex", folder: str, where: Path) -> d
             raise invalid_row(where, row.line, f"the source has no file {printable(row.name)!r}")
         if len(members) > 1:
             names = " and ".join(printable(member.name) for member in members[:2])
-            raise invalid_row(where, row.line, f"{printable(row.name)!r} may be {names}; write its path")
+            raise invalid_row(where, row.line, f"{printable(row.name)!r} matches {names}; write the full path")
         if members[0] in matched:
             line = matched[members[0]].line
             raise invalid_row(where, row.line, f"{printable(row.name)} is already listed in line {line}")
@@ -123,12 +123,12 @@ def match_rows(table: Table, index: "ImageIndex", folder: str, where: Path) -> d
 
 
 def to_candidates(matched: dict[Member, Row], messages: list[str]) -> list[Candidate]:
-    """Return the listed images with their classes. Without a column of splits, split folders decide."""
+    """Return the listed images with their classes. Without a column of splits, splits come from folder names."""
     splits: dict[str, str] = {}
     if not any(row.split for row in matched.values()):
         splits = split_folders(member.name for member in matched)
         if splits:
-            messages.append("The table has no column of splits: the split folders decide.")
+            messages.append("The table has no column of splits: splits come from folder names.")
     return [
         Candidate(member, row.split or splits.get(member.name, ""), class_name(row.label))
         for member, row in matched.items()
@@ -136,7 +136,7 @@ def to_candidates(matched: dict[Member, Row], messages: list[str]) -> list[Candi
 
 
 class ImageIndex:
-    """Images of a source by the names that a table may have for them."""
+    """Index of a source's images by the names a table may use."""
 
     def __init__(self, members: Iterable[Member], source: Path):
         self.by_name: dict[str, Member] = {}
@@ -151,7 +151,7 @@ class ImageIndex:
         self.short_names_used = 0  # rows whose image was identified by its file name alone
 
     def find(self, name: str, folder: str, encoding: str) -> Sequence[Member]:
-        """Return the image of a name in a table, or the images that it may be.
+        """Return the image of a name in a table, or all candidates.
 
         Names are relative to the folder of the table, to the source or to the current folder. They may have
         backslashes, another Unicode form, bytes that are not UTF-8, or no folder or suffix.
@@ -172,7 +172,7 @@ class ImageIndex:
             for path in (f"{folder}/{form}" if folder else form, form):
                 yield path
                 yield _nfc(path)
-                if encoding == FALLBACK_ENCODING:  # the names of the files may be in it as well
+                if encoding == FALLBACK_ENCODING:  # file names may use this encoding too
                     yield path.encode(encoding, "replace").decode("utf-8", "surrogateescape")
 
 
@@ -189,7 +189,7 @@ def _decode(data: bytes) -> tuple[str, str, list[str]]:
 
 
 def _header(text: str) -> tuple[list[str], str]:
-    """Return the columns of a table and its delimiter: the one by which the header names paths and classes."""
+    """Return the columns of a table and its delimiter: the first that splits the header into path and label columns."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     headers = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in _DELIMITERS}
     for delimiter, header in headers.items():
@@ -234,7 +234,7 @@ def _invalid_header(header: Sequence[str], where: Path) -> UserError:
 def _rows(
     text: str, delimiter: str, header: Sequence[str], columns: tuple[int, int, int | None], where: Path
 ) -> Iterator[Row]:
-    path, label, split = columns
+    path_index, label_index, split_index = columns
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for number, fields in enumerate(row for row in reader if any(row)):
@@ -243,14 +243,14 @@ def _rows(
                 continue
             if len(fields) != len(header):
                 raise invalid_row(where, line, f"it must have {len(header)} fields, got {len(fields)}")
-            if not fields[path].strip():
+            if not fields[path_index].strip():
                 raise invalid_row(where, line, "the path is empty")
-            if not fields[label].strip():
+            if not fields[label_index].strip():
                 raise invalid_row(where, line, "the label is empty")
-            value = fields[split] if split is not None else ""
-            if split is not None and not split_of(value):
+            value = fields[split_index] if split_index is not None else ""
+            if split_index is not None and not split_of(value):
                 raise invalid_row(where, line, f"the split must be train, validation or test, got {printable(value)!r}")
-            yield Row(line, fields[path], fields[label].strip(), split_of(value))
+            yield Row(line, fields[path_index], fields[label_index].strip(), split_of(value))
     except csv.Error as error:
         raise invalid_row(where, reader.line_num, str(error)) from None
 

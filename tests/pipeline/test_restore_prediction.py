@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import dvc, dvc_remote, dvc_yaml, params, result_versions
-from pipeline.restorable import PULL, RESTORE, RUN, UNCHANGED, Predictor, Remote
+from pipeline.restore_prediction import PULL, RESTORE, RUN, UNCHANGED, Predictor, Remote
 from stages.errors import UserError
 
 DVC_YAML = """

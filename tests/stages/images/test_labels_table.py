@@ -85,7 +85,7 @@ def test_metadata_of_hugging_face_in_each_split_folder_is_read(tmp_path):
         "train/2.png": ("train", "dog"),
         "test/1.png": ("test", "dog"),
     }
-    assert "The table has no column of splits: the split folders decide." in listing.messages
+    assert "The table has no column of splits: splits come from folder names." in listing.messages
 
 
 def test_paths_may_be_written_in_other_ways(tmp_path):
@@ -114,7 +114,7 @@ def test_names_without_folder_or_suffix_identify_an_image(tmp_path):
     assert by_name(listing) == {"images/1.png": ("train", "cat")}
     assert "1 row of the labels names its image without its folder or suffix." in listing.messages
     (path / "labels.csv").write_text("id,target\n2,cat\n")
-    assert "'2' may be images/2.jpg and other/2.jpg; write its path" in refusal(path).what
+    assert "'2' matches images/2.jpg and other/2.jpg; write the full path" in refusal(path).what
 
 
 def test_a_table_that_is_not_used_is_mentioned(tmp_path):

@@ -2,7 +2,7 @@
 
 DVC restores a stage if its command, dependencies and settings equal those of dvc.lock or of an entry of its run cache,
 and the outputs are in its cache. `dvc repro --dry` compares the dependencies and settings of dvc.lock, not those that
-the stage would have, so the comparison is repeated here, stage by stage: a stage that is restored decides the
+the stage would have, so the comparison is repeated here, stage by stage: a restored stage determines the
 dependencies of the next one.
 
     CACHE/runs/*/KEY/*           entries of the run cache, in the form of a stage in dvc.lock
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import dvc_yaml, finished_results, params, result_versions
-from pipeline.fingerprint import identify
+from pipeline.fingerprint import work_folder
 from stages.config import Params
 from stages.errors import UserError
 
@@ -144,7 +144,7 @@ class Predictor:
         if source in stage.deps and Path(source).is_dir():  # its contents are not compared then
             return ""
         with suppress(UserError):
-            work = self.runs / stage.cli_name / identify(stage, self.settings)[1][:16]
+            work = work_folder(self.runs / stage.cli_name, stage, self.settings)
             return finished_results.restorable_md5(stage, work, self.cache)
         return ""
 
