@@ -148,8 +148,12 @@ def _restore_params(contents: bytes | None, time_ns: int) -> None:
         os.utime(params.FILE, ns=(time_ns, time_ns))  # `drift` compares it with the times of conf/
 
 
-class _ReproFailed(Exception):
-    """Ends the tracked run as failed."""
+class ReproFailedError(Exception):
+    """End of the tracked run as failed."""
+
+
+class ReproStopped(BaseException):
+    """End of the tracked run as stopped by a signal."""
 
 
 def _run_dvc(
@@ -183,14 +187,21 @@ def _run_dvc(
                 _track_cached_stages(outcome, settings, stages, parent[tracker.PARENT_RUN_VARIABLE])
                 if not outcome.stop_signal:
                     require_cached(outcome)
-                if outcome.status or outcome.stop_signal:
-                    raise _ReproFailed(f"dvc repro ended with status {outcome.status}")
-        except _ReproFailed:
+                require_finished(outcome)
+        except (ReproFailedError, ReproStopped):
             return failure_status(outcome, cluster.exit_status())
     clean_up(outcome, settings, stages)
     if REPORT.is_file() and (not targets or "evaluate" in targets):
         print(f"report        {REPORT}")
     return 0
+
+
+def require_finished(outcome: dvc.Outcome) -> None:
+    """Raise ReproStopped if a signal ended `dvc repro`, and ReproFailedError if it failed."""
+    if outcome.stop_signal:
+        raise ReproStopped(outcome.stop_signal)
+    if outcome.status:
+        raise ReproFailedError(f"dvc repro ended with status {outcome.status}")
 
 
 def failure_status(outcome: dvc.Outcome, stage_status: int) -> int:

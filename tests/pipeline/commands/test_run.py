@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from pipeline import dvc, dvc_yaml, params, stage_runner
 from pipeline.commands import run
 from pipeline.fingerprint import work_folder
 from stages.errors import UserError
+from stages.tracking.journal import JOURNAL_FILE, end_status
+from stages.tracking.tracker import track_pipeline
 from tests.mounts import mount_prefix
 
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
@@ -180,3 +182,35 @@ def test_unknown_state_of_the_cache_does_not_fail_the_run(capsys):
 
     run.require_cached(dvc.Outcome(ran=["shard"]), missing_from_cache)
     assert capsys.readouterr().err == "note: could not check that DVC's cache has all results. DVC is busy.\n"
+
+
+class _NoUpload:
+    """Uploader that sends nothing."""
+
+    sent_points = 0
+
+    def __init__(self, folder: Path, *, recreate_deleted: bool = True):
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def missing_points(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        (dvc.Outcome(), "FINISHED"),
+        (dvc.Outcome(status=1), "FAILED"),
+        (dvc.Outcome(status=1, stop_signal=signal.SIGTERM), "KILLED"),
+        (dvc.Outcome(status=0, stop_signal=signal.SIGINT), "KILLED"),
+    ],
+)
+def test_stopped_run_is_tracked_as_killed(tmp_path, monkeypatch, outcome, status):
+    """Its stage is, too. A run that fails by itself is tracked as failed."""
+    monkeypatch.chdir(tmp_path)
+    with suppress(run.ReproFailedError, run.ReproStopped), track_pipeline({}, {}, uploader=_NoUpload) as folder:
+        run.require_finished(outcome)
+    assert end_status(Path(folder) / JOURNAL_FILE) == status
