@@ -38,7 +38,7 @@ def run_pages(server: str, store: str = "") -> dict[str, str]:
         )
     except Exception as error:
         raise UserError(
-            f"MLflow does not answer: {describe_error(error)}",
+            f"MLflow does not answer: {describe_error(error).rstrip('.')}.",
             where=redact_secrets(server),
             fix="Start the server or correct MLFLOW_TRACKING_URI.",
             code=3,

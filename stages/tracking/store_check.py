@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -14,6 +15,7 @@ from stages.tracking.mlflow_store import DATABASE, experiment_name, project_fold
 
 # Schemes of the store URIs that MLflow supports.
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks", "databricks-uc")
+WITHOUT_ADDRESS = ("databricks", "databricks-uc")  # store URIs that are complete without ://
 TIMEOUT_S = 3.0
 # Variables that choose an authentication which only MLflow itself implements.
 OTHER_AUTHENTICATION = ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
@@ -41,13 +43,43 @@ def check_store(environment: Mapping[str, str] = os.environ, *, timeout_s: float
         _check_database(project_folder() / DATABASE, name)
         return f"{DATABASE} in this folder"
     if scheme.partition("+")[0] == "sqlite":
-        from sqlalchemy import make_url
-
-        _check_database(Path(make_url(uri).database or ""), name)
-        return "a database file"
-    if "://" not in uri or scheme == "file":
+        path = _database_file(uri)
+        _check_database(path, name)
+        return f"database {path}"
+    if scheme == "file" or ("://" not in uri and uri not in WITHOUT_ADDRESS):
         _refuse_folder(uri, environment)
-    return redact_secrets(uri)
+        return uri
+    return f"{redact_secrets(uri)} is not checked"
+
+
+def _database_file(uri: str) -> Path:
+    """Return the file of an SQLite database. Raises UserError if MLflow cannot write it."""
+    from sqlalchemy import make_url
+
+    url = make_url(uri)
+    if url.database in (None, "", ":memory:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI must name a file after sqlite:///, got {uri}.",
+            where="MLFLOW_TRACKING_URI",
+            fix=f"Write it as sqlite:///{url.host or DATABASE}, or {TRACK_LOCALLY}.",
+            code=2,
+        )
+    path = Path(url.database)
+    if not path.parent.is_dir():
+        raise UserError(
+            f"The folder of MLflow's database does not exist: {path.parent}.",
+            where=f"MLFLOW_TRACKING_URI={uri}",
+            fix=f"Create it, correct MLFLOW_TRACKING_URI, or {TRACK_LOCALLY}.",
+            code=2,
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(
+            f"MLflow's database {path} is not writable.",
+            where=f"MLFLOW_TRACKING_URI={uri}",
+            fix=f"Correct the permissions of the file and its folder, or {TRACK_LOCALLY}.",
+            code=3,
+        )
+    return path
 
 
 def _refuse_folder(uri: str, environment: Mapping[str, str]) -> None:
@@ -64,6 +96,14 @@ def _refuse_folder(uri: str, environment: Mapping[str, str]) -> None:
 
 def check_scheme(uri: str) -> None:
     """Raise UserError if MLflow does not support a store URI."""
+    address = uri.rpartition("@")[2]
+    if "://" not in uri and re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+(/.*)?", address):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI must start with http:// or https:// to name a server, got {address}.",
+            where="MLFLOW_TRACKING_URI",
+            fix=f"Write it as http://{address}",
+            code=2,
+        )
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else "file"  # mysql+pymysql
     if scheme not in SCHEMES:
         raise UserError(
@@ -97,13 +137,13 @@ def _check_server(uri: str, name: str, environment: Mapping[str, str], timeout_s
             reason = f"no answer within {timeout_s:g} s"
         elif isinstance(error, requests.exceptions.SSLError):
             raise UserError(
-                f"The certificate of the MLflow server is not accepted: {_last_reason(reason)}.",
+                f"The certificate of the MLflow server is not accepted: {short_reason(reason)}.",
                 where=where,
                 fix=f"Set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of its authority, or {TRACK_LOCALLY}.",
                 code=3,
             ) from None
         elif isinstance(error, requests.ConnectionError):
-            reason = _last_reason(reason)
+            reason = short_reason(reason)
         else:
             raise UserError(
                 f"MLFLOW_TRACKING_URI is not a valid address: {reason}.",
@@ -196,6 +236,12 @@ def _unavailable(where: str, reason: str) -> StoreUnavailableError:
     return StoreUnavailableError(f"MLflow does not answer: {reason}.", where=where, fix=SYNC_LATER, code=3)
 
 
-def _last_reason(text: str) -> str:
-    """Extract the cause from the nested text of an error of urllib3."""
+def short_reason(text: str) -> str:
+    """Extract the cause from the nested text of an error of urllib3; return other texts as they are."""
+    if "Connection aborted." in text:
+        return re.findall(r"'([^']+)'", text)[-1]
+    if "HTTPConnectionPool(" not in text and "HTTPSConnectionPool(" not in text:
+        return text
+    if "timed out" in text.lower():
+        return "no answer in time"
     return text.rpartition("] ")[2].rpartition("Caused by ")[2].strip("()'\". ") or text

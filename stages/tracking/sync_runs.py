@@ -8,7 +8,7 @@ from stages.errors import UserError
 from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, redact_secrets, try_lock
 from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
 from stages.tracking.mlflow_sync import MlflowUploader
-from stages.tracking.store_check import StoreUnavailableError, check_store
+from stages.tracking.store_check import StoreUnavailableError, check_store, short_reason
 
 UploaderFactory = Callable[..., MlflowUploader]
 
@@ -46,7 +46,7 @@ def sync_runs(runs: Path = Path("runs"), *, uploader: UploaderFactory = MlflowUp
         raise
     except Exception as error:
         raise UserError(
-            f"MLflow cannot be used: {describe_error(error)}",
+            f"MLflow cannot be used: {describe_error(error).rstrip('.')}.",
             where=redact_secrets(store_uri()),
             fix=START_SERVER,
             code=3,
@@ -97,7 +97,8 @@ def describe_failure(error: Exception) -> str:
 
 
 def describe_error(error: Exception | None) -> str:
-    """Return the first line of an error of an upload, without credentials; None is a timeout."""
+    """Return the cause of a failed upload in a line, without credentials; None is a timeout."""
     if error is None:
         return TIMED_OUT
-    return (redact_secrets(str(error)).strip() or type(error).__name__).partition("\n")[0][:MAX_ERROR_LENGTH]
+    line = (redact_secrets(str(error)).strip() or type(error).__name__).partition("\n")[0]
+    return short_reason(line)[:MAX_ERROR_LENGTH]

@@ -13,7 +13,7 @@ import pytest
 from stages.errors import UserError
 from stages.tracking.mlflow_store import database_uri
 from stages.tracking.store_check import StoreUnavailableError, check_store, judge_response
-from stages.tracking.sync_runs import describe_failure, sync_runs
+from stages.tracking.sync_runs import describe_error, describe_failure, sync_runs
 
 WHERE = "http://***@mlflow.example:5000"
 FOUND = {"experiment": {"experiment_id": "7", "name": "vqvae2", "lifecycle_stage": "active"}}
@@ -115,6 +115,65 @@ def test_store_of_files_is_refused(uri):
         check_store({"MLFLOW_TRACKING_URI": uri})
     assert "sqlite:///" in caught.value.fix and caught.value.code == 2
     assert check_store({"MLFLOW_TRACKING_URI": uri, "MLFLOW_ALLOW_FILE_STORE": "true"}) == uri
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:5000", "localhost:5000/path", "me:hunter2@mlflow.example:80", "[::1]:5000"]
+)
+def test_server_without_its_scheme_is_refused(address):
+    """The fix has the scheme, and no password."""
+    with pytest.raises(UserError, match="must start with http:// or https:// to name a server") as caught:
+        check_store({"MLFLOW_TRACKING_URI": address})
+    assert caught.value.fix == f"Write it as http://{address.rpartition('@')[2]}" and caught.value.code == 2
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["databricks", "databricks-uc", "databricks://profile", "postgresql://me:pw@host/mlflow"]
+)
+def test_store_that_is_not_asked_is_described_so(uri):
+    """A Databricks workspace needs no address."""
+    assert check_store({"MLFLOW_TRACKING_URI": uri}) == f"{uri.replace('me:pw', '***')} is not checked"
+
+
+def test_database_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    """Two slashes name no file, and MLflow would use a database in memory."""
+    for uri, file in (("sqlite://x.db", "x.db"), ("sqlite://", "mlflow.db"), ("sqlite:///:memory:", "mlflow.db")):
+        with pytest.raises(UserError, match="must name a file after sqlite:///") as caught:
+            check_store({"MLFLOW_TRACKING_URI": uri})
+        assert caught.value.fix.startswith(f"Write it as sqlite:///{file}, or ")
+    with pytest.raises(UserError, match="folder of MLflow's database does not exist: /proc/nodir"):
+        check_store({"MLFLOW_TRACKING_URI": "sqlite:////proc/nodir/x.db"})
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/x.db"}
+    assert check_store(environment) == f"database {tmp_path}/x.db"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"x\.db is not writable"):
+        check_store(environment)
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (
+            "NewConnectionError('<urllib3.connection.HTTPConnection object at 0x7f>: Failed to establish a new "
+            "connection: [Errno 111] Connection refused')",
+            "Connection refused",
+        ),
+        (
+            "ReadTimeoutError(\"HTTPConnectionPool(host='h', port=1): Read timed out. (read timeout=5)\")",
+            "no answer in time",
+        ),
+    ],
+)
+def test_error_of_a_connection_is_shortened_to_its_cause(cause, reason):
+    """MLflow gives all layers of it, and a message has no room for them."""
+    text = (
+        "API request to http://h:1/api failed with exception HTTPConnectionPool(host='h', port=1): Max retries "
+        f"exceeded with url: /api/2.0/mlflow/experiments/get-by-name?experiment_name=vqvae2 (Caused by {cause})"
+    )
+    assert describe_error(ValueError(text)) == reason
+    aborted = "('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))"
+    assert describe_error(ValueError(f"API request failed: {aborted}")) == "Connection reset by peer"
 
 
 def write_experiment(path: Path, stage: str) -> None:
