@@ -22,6 +22,7 @@ from stages.errors import UserError
 from stages.formats.flatten import flatten, flatten_numbers
 from stages.tracking.journal import JOURNAL_FILE, OUTPUTS, Record, read_points, read_records
 from stages.tracking.mlflow_store import find_run_key
+from stages.tracking.sync_runs import describe_error
 from stages.tracking.tags import DVC_EXPERIMENT, RUN_NAME, git
 
 WORKSPACE = "workspace"
@@ -58,7 +59,12 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
         return _of_revision(name, "DVC experiment", commit, cache_folder)
     if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return _of_revision(name, "Git revision", commit, cache_folder)
-    if (key := find_run_key(name)) and (run := _of_key(name, key)):
+    key, unanswered = "", ""
+    try:
+        key = find_run_key(name)
+    except Exception as error:  # of any kind: MLflow's stores and servers have many
+        unanswered = f" MLflow does not answer ({describe_error(error)}), so that ids of its runs are unknown."
+    if key and (run := _of_key(name, key)):
         return run
     names = list(list_runs({}))
     options = (
@@ -67,7 +73,7 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
         else "Run the pipeline first, or use the folder of a report"
     )
     raise UserError(
-        f"{name} is not a run, a DVC experiment, a Git revision or a folder with a report.",
+        f"{name} is not a run, a DVC experiment, a Git revision or a folder with a report.{unanswered}",
         where=Path.cwd(),
         fix=f"{options}.",
         code=2,
@@ -76,8 +82,12 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
 
 def _of_project(folder: Path, name: str) -> ComparedRun:
     """Read the files of a project as they are now."""
-    files = {path.stem: path.read_bytes() for path in sorted((folder / METRICS).glob("*.json"))}
-    run = ComparedRun(name, "the present files", _settings(params.read(folder / params.FILE)), _numbers(files))
+    values = params.read(folder / params.FILE)
+    written = _written_metrics(lambda: params.read(folder / dvc_yaml.FILE), values)
+    paths = (path for path in sorted((folder / METRICS).glob("*.json")) if path.stem in written)
+    run = ComparedRun(
+        name, "the present files", _settings(values), _numbers({path.stem: path.read_bytes() for path in paths})
+    )
     _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "run: vqvae2 run")
     return run
 
@@ -102,10 +112,11 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
         raise UserError(
             f"{name} has no {params.FILE}.", where=f"commit {commit[:7]}", fix="Use a later revision.", code=2
         )
-    paths = git("ls-tree", "--name-only", commit, f"./{METRICS}/").split()
-    files = {Path(path).stem: git("show", f"{commit}:./{path}").encode() for path in paths if path.endswith(".json")}
+    values = params.parse(text)
+    stems = _written_metrics(lambda: params.parse(git("show", f"{commit}:./{dvc_yaml.FILE}")), values)
+    files = {stem: git("show", f"{commit}:./{METRICS}/{stem}.json").encode() for stem in stems}
     date = git("show", "-s", "--format=%cs", commit)
-    run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(params.parse(text)), _numbers(files))
+    run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(values), _numbers(files))
     lock = params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}")
     outs = lock.get("stages", {}).get("evaluate", {}).get("outs", [])
     md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
@@ -119,6 +130,17 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
 
     _add_pictures(run, read, "they are not in DVC's cache; to download them: dvc fetch --all-commits evaluate")
     return run
+
+
+def _written_metrics(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files in metrics/ that stages write, without those of removed stages.
+
+    There are none if dvc.yaml is missing or not valid.
+    """
+    with suppress(UserError, OSError):
+        stages = dvc_yaml.parse(read_pipeline(), values)
+        return [Path(path).stem for stage in stages.values() for path in stage.metrics]
+    return []
 
 
 def _find_key(name: str) -> str:

@@ -63,9 +63,14 @@ def stages(values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
 
     Raises UserError if dvc.yaml does not have the form of a DVC pipeline.
     """
+    return parse(params.read(file), values, file)
+
+
+def parse(pipeline: Mapping[str, Any], values: Mapping[str, Any], file: Path = FILE) -> dict[str, Stage]:
+    """Return the stages in the contents of dvc.yaml, as `stages` does; `file` names it in errors."""
     stages = {}
     try:
-        for name, entry in params.read(file)["stages"].items():
+        for name, entry in pipeline["stages"].items():
             if name == VERSIONS_STAGE:
                 continue
             if "foreach" in entry:

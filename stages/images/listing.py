@@ -13,12 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from stages.errors import UserError
-<<<<<<< HEAD
-from stages.images import table
-from stages.images.count import format_count
-=======
 from stages.images import labels_table
->>>>>>> 7fd9e7a (names: apply the wording of a fresh reader)
+from stages.images.count import format_count
 from stages.images.layout import RENAME_TO_UTF8, Candidate, is_utf8, read_folders
 from stages.images.sources import Member, Source, TarSource, UnreadableFile, open_source, printable
 
@@ -37,9 +33,8 @@ _MAX_CLASS_NAME_LENGTH = 255  # as of a folder
 _SHOWN_CHARACTERS = 40  # of a long class name
 _SHOWN_TABLES = 3  # in the error about a missing table
 CHECKED_FILES = 20_000  # that `check_source` lists in a fraction of a second
-_CHECKED_BYTES = (
-    1 << 27
-)  # of a tar, up to which `check_source` looks for an image: it is decompressed in a second or two
+# Of a tar, up to which `check_source` looks for an image: it is decompressed in a second or two.
+_CHECKED_BYTES = 1 << 27
 
 
 class ListedImage(NamedTuple):
@@ -215,22 +210,12 @@ def unused_tables(source: Source, readable: list[Member]) -> list[str]:
     doubts = []
     for member in readable:
         is_table = "/" not in member.name and member.name.lower().endswith(_TABLE_SUFFIXES)
-<<<<<<< HEAD
         if not is_table or member.size > _MAX_UNUSED_TABLE_BYTES:
             continue
         with suppress(UnreadableFile):
-            if table.has_columns(source.read(member)):
+            if labels_table.has_columns(source.read(member)):
                 name = printable(member.name)
                 doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
-=======
-        if (
-            is_table
-            and member.size <= _MAX_UNUSED_TABLE_BYTES
-            and labels_table.has_columns(_read(source, member, member.name))
-        ):
-            name = printable(member.name)
-            doubts.append(f"{name} lists classes and is not used. To use it: -S dataset.labels={name}")
->>>>>>> 7fd9e7a (names: apply the wording of a fresh reader)
     return doubts
 
 
@@ -264,16 +249,11 @@ def _from_tables(
         rows = format_count(index.short_names_used, "row of the labels names its", "rows of the labels name their")
         messages.append(f"{rows} image without its folder or suffix.")
     if unlisted := len(image_files) - len(matched):
-<<<<<<< HEAD
         images = format_count(
             unlisted, "image that the labels do not list is", "images that the labels do not list are"
         )
         messages.append(f"{images} ignored.")
-    return table.to_candidates(matched, messages)
-=======
-        messages.append(f"{unlisted} images that the labels do not list are ignored.")
     return labels_table.to_candidates(matched, messages)
->>>>>>> 7fd9e7a (names: apply the wording of a fresh reader)
 
 
 def _read(source: Source, member: Member, where: object) -> bytes:

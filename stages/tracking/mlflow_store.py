@@ -82,18 +82,23 @@ def connect() -> tuple["MlflowClient", str]:
 def find_run_key(run_id: str) -> str:
     """Return our key of the pipeline run that a run of MLflow is, or is a part of; "" if there is none.
 
-    The store is not created, and not asked about a text that cannot be an id.
+    The store is not created, and not asked about a text that cannot be an id. Raises any exception of MLflow if the
+    store does not answer.
     """
     is_missing = not os.environ.get("MLFLOW_TRACKING_URI") and not (project_folder() / DATABASE).is_file()
     if is_missing or not re.fullmatch("[0-9a-f]{32}", run_id):
         return ""
     configure_mlflow()
+    from mlflow import MlflowException
+
     try:
         client, _ = connect()
         tags = client.get_run(run_id).data.tags
         if parent := tags.get(PARENT_RUN):
             tags = client.get_run(parent).data.tags
-    except Exception:  # deleted, of another store, or the server does not answer
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return ""
     return str(tags.get(KEY, ""))
 

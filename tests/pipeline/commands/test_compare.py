@@ -34,7 +34,7 @@ def png(color: str) -> bytes:
 def write_run(steps: int, psnr: float, color: str) -> None:
     """Write the settings, numbers and report of a finished run into the current folder."""
     Path("params.yaml").write_text(f"priors:\n  top:\n    train:\n      steps: {steps}\nseed: 0\n")
-    Path("dvc.yaml").write_text("stages: {}\n")
+    Path("dvc.yaml").write_text("stages:\n  evaluate:\n    cmd: none\n    metrics: [metrics/evaluate.json]\n")
     Path("metrics").mkdir(exist_ok=True)
     Path("metrics/evaluate.json").write_text(json.dumps({"psnr": psnr, "kid": 0.1}))
     Path("artifacts/report").mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,21 @@ def test_revision_is_compared_with_the_workspace(project):
     }
     assert comparison.a.pictures["samples"] == png("red") and comparison.b.pictures["samples"] == png("blue")
     assert comparison.notes == []
+
+
+def test_metrics_that_no_stage_writes_are_left_out(project):
+    """The file of a removed level stays in the folder, and in the commits after."""
+    Path("metrics/prior_middle.json").write_text('{"nll": 2.0}')
+    commit("with an old file")
+    for run in (find("trunk"), find(WORKSPACE), find("artifacts/report")):
+        assert list(run.numbers) == ["evaluate.psnr", "evaluate.kid"]
+
+
+def test_store_that_does_not_answer_is_named(project, monkeypatch):
+    """The id may be that of a run there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"is not a run.*MLflow does not answer \(Connection refused\)"):
+        find("0123456789abcdef" * 2)
 
 
 def test_pictures_that_are_not_in_the_cache_are_named(project):
