@@ -8,10 +8,11 @@ import sys
 import time
 import urllib.request
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline import params
 from pipeline.process import die_with_parent, handle_signals
 from stages.errors import UserError
 
@@ -114,7 +115,10 @@ def _is_ready(process: subprocess.Popen[bytes], address: str) -> bool:
 def _show_pages(server: str, *, browser: bool) -> None:
     from stages.tracking.pages import run_pages
 
-    pages = run_pages(server)
+    levels: Collection[str] = ()
+    with suppress(UserError):  # MLflow is shown without valid settings too
+        levels = params.load().vqvae.levels
+    pages = run_pages(server, levels=levels)
     for label, address in pages.items():
         print(f"{label:<13} {address}", flush=True)
     if browser:

@@ -10,13 +10,20 @@ from pathlib import Path
 
 from stages.formats.flatten import flatten_numbers
 
-# Name of a file in metrics/ and full key of a number in it -> name of the headline metric. A group is a level.
+# Name of a file in metrics/ and full key of a number in it -> name of the headline metric. LEVEL stands for any level.
 HEADLINE = {
-    r"vqvae\.psnr": "psnr",
-    r"vqvae\.perplexity_(\w+)": r"perplexity_\1",
-    r"prior_(\w+)\.nll": r"nll_\1",
-    r"evaluate\.(psnr|kid|frechet|precision|recall)": r"\1",
+    "vqvae.perplexity_LEVEL": "perplexity_LEVEL",
+    "prior_LEVEL.nll": "nll_LEVEL",
+    **{f"evaluate.{name}": name for name in ("psnr", "kid", "frechet", "precision", "recall")},
 }
+
+
+def headline_names(levels: Iterable[str]) -> list[str]:
+    """Return the names of the headline metrics of a model with these levels."""
+    levels = list(levels)
+    return [
+        name.replace("LEVEL", level) for name in HEADLINE.values() for level in (levels if "LEVEL" in name else [""])
+    ]
 
 
 def read_headline(paths: Iterable[Path]) -> dict[str, float]:
@@ -35,8 +42,8 @@ def read_headline(paths: Iterable[Path]) -> dict[str, float]:
 def headline_metrics(values: Mapping[str, float]) -> dict[str, float]:
     """Select the headline metrics from numbers by file and full key, such as "evaluate.kid"."""
     return {
-        match.expand(name): value
+        name.replace("LEVEL", match["level"] if "LEVEL" in name else ""): value
         for key, value in values.items()
-        for pattern, name in HEADLINE.items()
-        if (match := re.fullmatch(pattern, key))
+        for source, name in HEADLINE.items()
+        if (match := re.fullmatch(re.escape(source).replace("LEVEL", r"(?P<level>\w+)"), key))
     }

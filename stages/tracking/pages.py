@@ -1,11 +1,13 @@
 """Pages of MLflow's web interface that show the runs of this project."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from stages.errors import UserError
 from stages.tracking import saved_view, tags
+from stages.tracking.headline import headline_names
 from stages.tracking.journal import redact_secrets
 from stages.tracking.mlflow_store import configure_mlflow, experiment_name
 from stages.tracking.mlflow_sync import PIPELINE_STAGE
@@ -16,11 +18,12 @@ MAX_COMPARED_RUNS = 3
 VIEW = "workflowType=machine_learning"
 
 
-def run_pages(server: str, store: str = "") -> dict[str, str]:
+def run_pages(server: str, store: str = "", *, levels: Iterable[str] = ()) -> dict[str, str]:
     """Return what the pages at a server show, and their addresses; save the view of the runs that they show.
 
-    `store` is the store of the runs, by default the server. Without runs, there is only the start page. Raises
-    UserError if the store does not answer.
+    `store` is the store of the runs, by default the server. The view has the headline metrics of a model with these
+    `levels`, also those that no run has yet. Without runs, there is only the start page. Raises UserError if the store
+    does not answer.
     """
     configure_mlflow()
     from mlflow import MlflowClient, MlflowException
@@ -45,7 +48,8 @@ def run_pages(server: str, store: str = "") -> dict[str, str]:
         ) from error
     view = VIEW
     with suppress(MlflowException):  # a user of the server may lack the permission; the pages are less clear then
-        metrics = sorted({name for run in runs for name in run.data.metrics if "/" not in name})
+        others = {name for run in runs for name in run.data.metrics if "/" not in name}
+        metrics = sorted({*headline_names(levels), *others})
         client.set_experiment_tag(experiment.experiment_id, saved_view.TAG, saved_view.format_view(metrics))
         view = f"{VIEW}&{saved_view.QUERY}"
     runs_page = f"{address}/#/experiments/{experiment.experiment_id}/runs?{view}"

@@ -2,7 +2,7 @@
 
 import json
 
-from stages.tracking.headline import headline_metrics, read_headline
+from stages.tracking.headline import headline_metrics, headline_names, read_headline
 
 
 def test_few_metrics_describe_a_pipeline_run():
@@ -36,7 +36,15 @@ def test_few_metrics_describe_a_pipeline_run():
 
 
 def test_headline_is_read_from_the_files_that_exist(tmp_path):
-    """A later file overrides an earlier one: the evaluation measures more images than the training."""
+    """A name has one source: the PSNR of the training, over fewer images, is not that of the evaluation."""
     for name, psnr in (("vqvae", 26.0), ("evaluate", 26.6)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"psnr": psnr, "notes": "none"}))
+    assert read_headline([tmp_path / f"{name}.json" for name in ("vqvae", "prior_top")]) == {}
     assert read_headline([tmp_path / f"{name}.json" for name in ("vqvae", "prior_top", "evaluate")]) == {"psnr": 26.6}
+
+
+def test_names_are_known_before_a_run():
+    """Pages have columns for all of them."""
+    names = headline_names(["top", "bottom"])
+    assert names[:4] == ["perplexity_top", "perplexity_bottom", "nll_top", "nll_bottom"] and "recall" in names
+    assert len(names) == len(set(names)) == 9

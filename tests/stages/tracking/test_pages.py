@@ -24,16 +24,17 @@ def test_pages_show_the_runs_of_the_experiment(client):
 
     experiment = client.create_experiment("vqvae2")
     runs = [client.create_run(experiment, start_time=n + 1, tags={"stage": "pipeline"}).info.run_id for n in range(4)]
-    for name in ("psnr", "kid", "vqvae/mse"):
+    for name in ("psnr", "nll_other", "vqvae/mse"):
         client.log_metric(runs[-1], name, 0.5)
     client.create_run(experiment, start_time=9, tags={"stage": "vqvae"})
-    pages = run_pages("http://me:hunter2@host:5000/", store)
+    pages = run_pages("http://me:hunter2@host:5000/", store, levels=["top"])
 
     query = "workflowType=machine_learning&viewStateShareKey=vqvae2"
     runs_page = f"http://host:5000/#/experiments/{experiment}/runs?{query}"
     assert pages["runs"] == runs_page and pages["pictures"] == f"{runs_page}&compareRunsMode=CHART"
     view = json.loads(client.get_experiment(experiment).tags["mlflow.sharedViewState.vqvae2"])
-    assert view["selectedColumns"] == ["metrics.`kid`", "metrics.`psnr`"]
+    names = ("frechet", "kid", "nll_other", "nll_top", "perplexity_top", "precision", "psnr", "recall")
+    assert view["selectedColumns"] == [f"metrics.`{name}`" for name in names]
     assert view["compareRunCharts"][0]["imageKeys"] == ["pictures/samples", "pictures/reconstructions"]
     route, _, query = urlsplit(pages["last 3 runs"]).fragment.partition("?")
     values = {name: value for name, (value,) in parse_qs(query).items()}
