@@ -270,6 +270,9 @@ def ui(
 def sync_metrics() -> None:
     """Upload metrics that the MLflow server has missed.
 
+    All runs in runs/ are uploaded to the store that is set now, as far as it does not have them: that at
+    MLFLOW_TRACKING_URI, or mlflow.db in this folder.
+
     Example:  vqvae2 sync-metrics
     """
 

@@ -38,7 +38,8 @@ def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool
     answers += [(name, ask(request.environment)) for name, ask in (MACHINE_CHECKS | PROJECT_CHECKS).items()]
     for name, answer in answers:
         if answer.fix:
-            print(redact_secrets(f"note: {name}: {answer.text}. {answer.fix}"), file=sys.stderr)
+            text = answer.text.removesuffix(".")
+            print(redact_secrets(f"note: {name}: {text}. {answer.fix}"), file=sys.stderr)
 
 
 def check_quickly(environment: Mapping[str, str] = os.environ) -> None:
