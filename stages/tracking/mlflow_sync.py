@@ -175,7 +175,7 @@ class MlflowUploader:
         new_tags = [
             RunTag(_clean_name(key), value[:MAX_TAG_LENGTH])
             for key, value in tags.items()
-            if logged.tags.get(key) != value
+            if logged.tags.get(_clean_name(key)) != value
         ]
         for start in range(0, max(len(new_params), len(new_tags)), MAX_PAIRS_PER_REQUEST):
             batch = slice(start, start + MAX_PAIRS_PER_REQUEST)
@@ -272,5 +272,6 @@ def _image_name(name: str) -> str:
 
 
 def _clean_name(text: str) -> str:
-    """Replace the characters that MLflow does not accept in a name, and shorten the name to its limit."""
-    return re.sub(r"[^\w/\-. :]", "_", re.sub(r"/{2,}", "/", text)).strip("/.")[:MAX_NAME_LENGTH]
+    """Make a name that MLflow accepts: a normal path of some characters, up to its limit of length."""
+    parts = [part for part in re.sub(r"[^\w/\-. :]", "_", text).split("/") if part not in ("", ".", "..")]
+    return "/".join(parts).strip(".")[:MAX_NAME_LENGTH].rstrip("/")

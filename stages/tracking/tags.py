@@ -9,7 +9,8 @@ from stages.formats import artifact
 KEY = "vqvae2.key"  # identity of a run, by which it is looked up before it is created
 STAGE, FINGERPRINT = "stage", "fingerprint"
 CACHED, CACHED_FROM = "cached", "cached.from"  # "yes" or "no"; the id of the run that computed the result
-INPUT_PREFIX = "input."  # followed by the name of an input; the value is its digest
+# Followed by the path of an input without parts such as "..". The value is the digest, and the path if it has such parts.
+INPUT_PREFIX = "input."
 ERROR = "error"
 COMMAND, DATASET, PRESET = "command", "dataset", "preset"
 DVC_EXPERIMENT = "dvc.experiment"
@@ -58,7 +59,13 @@ def creation_tags(key: str, stage: str, user: str) -> dict[str, str]:
 def start_tags(stage: str, fingerprint: str, tags: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the tags of a run that starts: `tags` of its journal, and the digests of its inputs."""
     start = {STAGE: stage, FINGERPRINT: fingerprint, CACHED: "no", **tags}
-    return start | {f"{INPUT_PREFIX}{name}": digest for name, digest in inputs.items()}
+    return start | dict(_input_tag(name, digest) for name, digest in inputs.items())
+
+
+def _input_tag(path: str, digest: str) -> tuple[str, str]:
+    """Return the tag of an input. MLflow rejects a key that is no normal path, such as input.../../photos."""
+    name = "/".join(part for part in path.split("/") if part not in ("", ".", ".."))
+    return f"{INPUT_PREFIX}{name or 'source'}", digest if name == path else f"{digest} {path}"
 
 
 def cached_tags(producer: str, description: str) -> dict[str, str]:

@@ -21,8 +21,9 @@ from stages.errors import UserError
 from stages.runtime.context import work_folder_name
 from stages.tracking.journal import Journal
 from stages.tracking.mlflow_store import connect, create_database, database_uri, project_folder, store_uri, user_name
-from stages.tracking.mlflow_sync import MlflowUploader
+from stages.tracking.mlflow_sync import MlflowUploader, _clean_name
 from stages.tracking.sync_runs import describe_error, sync_runs
+from stages.tracking.tags import start_tags
 from stages.tracking.tracker import PipelineRun, record_cached_stage, track_pipeline, track_stage
 from stages.tracking.upload_thread import UploadTiming
 from tests.screen import Screen
@@ -87,6 +88,26 @@ def png(shade=0):
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (shade, 0, 0)).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "path", ["../../photos", "/data/my (old) photos/", "./photos", "..", "photos//cats", "../../.."]
+)
+def test_path_of_an_input_makes_a_valid_tag(path):
+    """MLflow refuses all tags of a run if normalization of a path would change one key."""
+    from mlflow.utils.validation import _validate_tag_name
+
+    ((key, value),) = (tag for tag in start_tags("shard", "f", {}, {path: "d"}).items() if tag[0].startswith("input."))
+    _validate_tag_name(_clean_name(key))
+    assert value == f"d {path}"
+
+
+@pytest.mark.parametrize("name", ["priors/../x", "a/./b", "/a//b/", "x" * 249 + "/y", "level?/loss"])
+def test_any_name_is_made_valid_for_mlflow(name):
+    """Levels and metrics may have names that MLflow does not accept."""
+    from mlflow.utils.validation import _validate_metric_name
+
+    _validate_metric_name(_clean_name(name))
 
 
 def test_finished_run_is_complete_in_the_store():
