@@ -1,5 +1,6 @@
 """Explanations of group files in conf/ that Hydra composes to something else than meant, or not at all."""
 
+import re
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -35,7 +36,7 @@ def _of_preset(path: Path, _: str, groups: Mapping[str, str]) -> Iterator[UserEr
         yield UserError(
             f"{path.name} does not begin with the line `{GLOBAL_LINE}`, so its settings are placed under `experiment`.",
             where=f"{path}, line 1",
-            fix=f"Insert this as the first line: {GLOBAL_LINE}",
+            fix=f"Insert this as the first line, above other comments: {GLOBAL_LINE}",
             code=2,
         )
         return
@@ -79,9 +80,10 @@ def _of_group(path: Path, key: str, groups: Mapping[str, str]) -> Iterator[UserE
 
 
 def _is_global(path: Path) -> bool:
-    """Return whether the comment at the top of a file has the line; Hydra reads it up to the first other line."""
+    """Return whether the header of a file has the line. Like Hydra, skip blank lines and stop at any other comment."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(line.split() == GLOBAL_LINE.split() for line in takewhile(lambda line: line.startswith("#"), lines))
+    header = takewhile(lambda line: re.match(r"#\s*@", line), filter(None, map(str.strip, lines)))
+    return any(line.lstrip("#").split() == GLOBAL_LINE.lstrip("#").split() for line in header)
 
 
 def _defaults(path: Path) -> list[dict[str, Any]]:

@@ -138,6 +138,11 @@ CASES = {
     "plus_missing": (_nothing, ["run", "-S", "vqvae.levels.middle.stride=4"], 2),
     # Files in conf/
     "preset_without_package": (_write(PRESET, b"train_vqvae:\n  steps: 500\n"), MINE, 2),
+    "preset_with_comment_above_package": (
+        _write(PRESET, b"# my photos\n# @package _global_\ndefaults:\n  - override /dataset: folder\n"),
+        MINE,
+        2,
+    ),
     "preset_with_value_for_group": (_write(PRESET, b"# @package _global_\ndataset: folder\n"), MINE, 2),
     "preset_without_override": (_write(PRESET, b"# @package _global_\ndefaults:\n  - /dataset: folder\n"), MINE, 2),
     "preset_with_relative_group": (_write(PRESET, b"# @package _global_\ndefaults:\n  - dataset: folder\n"), MINE, 2),
