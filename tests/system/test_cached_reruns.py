@@ -22,10 +22,11 @@ def test_a_sampling_setting_reruns_sample_and_evaluate(project: CommandLineProje
     before = project.digests()
     change = (*SMOKE, "-S", "sample.temperature=0.9")
     plan = project.run(*change, "--dry-run")
-    assert plan.output.splitlines()[:2] == [
-        "sample        would run: sample.temperature 1.0 -> 0.9",
-        "evaluate      would run: sample runs before it",
-    ]
+    assert "Changes against the last run:\n  sample.temperature 1.0 -> 0.9\n" in plan.output
+    assert _planned(plan) == {
+        "sample": "sample.temperature 1.0 -> 0.9",
+        "evaluate": "sample runs before it",
+    }
     assert project.digests() == before
     assert project.run(*change).stages("runs") == {"sample", "evaluate"}
     after = project.digests()
@@ -47,7 +48,7 @@ ONE_PRIOR = (*SMOKE, "-S", "priors.top.train.learning_rate=0.002")
 
 def test_settings_of_one_prior_rerun_no_other_prior(project: CommandLineProject):
     """Only that prior, sample and evaluate are planned."""
-    assert _planned(project.run(*ONE_PRIOR, "--dry-run")) == ["prior_top", "sample", "evaluate"]
+    assert list(_planned(project.run(*ONE_PRIOR, "--dry-run"))) == ["prior_top", "sample", "evaluate"]
 
 
 @pytest.mark.slow
@@ -110,8 +111,9 @@ def _check_clone_restores(project: CommandLineProject, tmp_path: Path) -> None:
     assert clone.run().output == "Everything is up to date.\n"
 
 
-def _planned(dry_run: CommandResult) -> list[str]:
-    return re.findall(r"^(\w+) +would run:", dry_run.output, re.MULTILINE)
+def _planned(dry_run: CommandResult) -> dict[str, str]:
+    """Return the stages that would run, with the reasons."""
+    return dict(re.findall(r"^(\w+) +would run(?: \(last run took .*\))?: (.*)$", dry_run.output, re.MULTILINE))
 
 
 @pytest.fixture

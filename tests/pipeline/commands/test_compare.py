@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from pipeline import compare_page, compared_runs
 from pipeline.commands import compare as command
 from pipeline.compared_runs import WORKSPACE, ComparedRun
-from pipeline.comparison import Number, compare
+from pipeline.comparison import MetricPair, compare
 from stages.errors import UserError
 from stages.tracking.journal import Journal
 from tests.chromium import document, needs_chromium, requested_hosts
@@ -249,8 +249,8 @@ def test_damaged_picture_is_a_note(project, data):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_number_that_is_not_finite_has_no_difference(value):
     """NaN is a value of a metric that could not be computed."""
-    assert Number("psnr", 1.0, value).cells() == ("1", f"{value:g}", "", "")
-    assert Number("psnr", value, value).cells() == (f"{value:g}", f"{value:g}", "", "")
+    assert MetricPair("psnr", 1.0, value).cells() == ("1", f"{value:g}", "", "")
+    assert MetricPair("psnr", value, value).cells() == (f"{value:g}", f"{value:g}", "", "")
 
 
 def test_credentials_are_masked(capsys, project):
