@@ -32,6 +32,17 @@ METRICS = Path("metrics")
 PIPELINE_RUNS = Path("runs/pipeline")
 
 
+@dataclass(frozen=True)
+class Note:
+    """Remark on what is missing, and the command that provides it; "" if there is none."""
+
+    text: str
+    command: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.command}".rstrip()
+
+
 @dataclass
 class ComparedRun:
     """One side of a comparison."""
@@ -41,7 +52,7 @@ class ComparedRun:
     settings: dict[str, Any]  # full key -> value
     numbers: dict[str, float]  # such as "evaluate.psnr"
     pictures: dict[str, bytes] = field(default_factory=dict)  # name -> PNG
-    notes: list[str] = field(default_factory=list)  # on what is missing
+    notes: list[Note] = field(default_factory=list)
 
 
 def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) -> ComparedRun:
@@ -88,7 +99,7 @@ def _of_project(folder: Path, name: str) -> ComparedRun:
     run = ComparedRun(
         name, "the present files", _settings(values), _numbers({path.stem: path.read_bytes() for path in paths})
     )
-    _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "run: vqvae2 run")
+    _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "To make them:", "vqvae2 run")
     return run
 
 
@@ -99,10 +110,12 @@ def _of_report(folder: Path) -> ComparedRun:
         run = _of_project(project, str(folder))
         run.description = f"report of {project}"
     else:
-        run = ComparedRun(str(folder), "report", {}, {}, notes=[f"{folder} lies in no project: it has no settings."])
+        run = ComparedRun(
+            str(folder), "report", {}, {}, notes=[Note(f"{folder} lies in no project: it has no settings.")]
+        )
         with suppress(OSError, ValueError):
             run.numbers = _numbers({"evaluate": (folder / "metrics.json").read_bytes()})
-    _add_pictures(run, lambda picture: _read(folder / picture), "run: vqvae2 run")
+    _add_pictures(run, lambda picture: _read(folder / picture), "To make them:", "vqvae2 run")
     return run
 
 
@@ -128,7 +141,7 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
     def read(picture: str) -> bytes:
         return _read(finished_results.cache_path(cache, listing[picture])) if cache and picture in listing else b""
 
-    _add_pictures(run, read, "they are not in DVC's cache; to download them: dvc fetch --all-commits evaluate")
+    _add_pictures(run, read, "They are not in DVC's cache. To download them:", "dvc fetch --all-commits evaluate")
     return run
 
 
@@ -177,7 +190,7 @@ def _of_key(name: str, key: str) -> ComparedRun | None:
         return None
     values = {setting: _literal(value) for setting, value in settings.items()}
     run = ComparedRun(name, f"pipeline run {key}", _settings(values), numbers)
-    _add_pictures(run, lambda picture: images.get(picture, b""), "its evaluate stage did not run in it")
+    _add_pictures(run, lambda picture: images.get(picture, b""), "Its evaluate stage did not run in it.")
     return run
 
 
@@ -208,18 +221,15 @@ def _find_experiment(name: str) -> str:
     return ""
 
 
-def _add_pictures(run: ComparedRun, read: Callable[[str], bytes], reason: str) -> None:
-    damaged = []
+def _add_pictures(run: ComparedRun, read: Callable[[str], bytes], reason: str, command: str = "") -> None:
     for name in PICTURES:
         png = read(f"{name}.png")
         if png and not _is_intact(png):
             damaged.append(name)
         elif png:
             run.pictures[name] = png
-    if damaged:
-        run.notes.append(f"Pictures damaged of {run.name}: {', '.join(damaged)}.")
-    if missing := [name for name in PICTURES if name not in run.pictures and name not in damaged]:
-        run.notes.append(f"Pictures missing of {run.name} ({', '.join(missing)}): {reason}.")
+    if missing := [name for name in PICTURES if name not in run.pictures]:
+        run.notes.append(Note(f"{run.name} has no pictures of {' and '.join(missing)}. {reason}", command))
 
 
 def _is_intact(png: bytes) -> bool:

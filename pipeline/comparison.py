@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipeline import changes
 from pipeline.changes import Change
-from pipeline.compared_runs import ComparedRun
+from pipeline.compared_runs import ComparedRun, Note
 from stages.tracking.quantities import format_number
 
 
@@ -42,19 +42,27 @@ class Comparison:
     numbers: list[MetricPair]
 
     @property
-    def common_metrics(self) -> list[MetricPair]:
-        """Metrics that both runs have."""
-        return [number for number in self.numbers if number.difference is not None]
+    def differing(self) -> list[Number]:
+        """Numbers of both runs that differ."""
+        return [number for number in self.numbers if number.difference]  # NaN is true, too
 
     @property
-    def notes(self) -> list[str]:
-        """Notes on data missing from either run."""
+    def equal(self) -> list[Number]:
+        """Numbers that are equal in both runs."""
+        return [number for number in self.numbers if number.difference == 0]
+
+    @property
+    def notes(self) -> list[Note]:
+        """Remarks on what is missing."""
         return [*self.a.notes, *self.b.notes]
 
 
 def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
-    """Compare two runs, common metrics first. Settings are compared only if both are known."""
-    numbers = [MetricPair(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
-    numbers.sort(key=lambda number: number.difference is None)
-    have_settings = bool(a.settings and b.settings)
+    """Compare two runs: numbers that differ first, then equal ones, then those of one run only.
+
+    Settings are compared only if both are known.
+    """
+    numbers = [Number(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
+    numbers.sort(key=lambda number: (number.difference is None, number.difference == 0))
+    have_settings = a.settings and b.settings
     return Comparison(a, b, changes.compare(a.settings, b.settings) if have_settings else [], numbers)

@@ -32,7 +32,9 @@ def run(name_a: str, name_b: str, *, out: Path | None, as_json: bool) -> int:
     page.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(page) as temporary:
         temporary.write_text(compare_page.render(comparison), encoding="utf-8")
-    print(json.dumps(_facts(comparison, page), indent=1, ensure_ascii=False) if as_json else _text(comparison, page))
+    print(
+        json.dumps(_facts(comparison, page), indent=1, ensure_ascii=False) if as_json else format_text(comparison, page)
+    )
     return 0
 
 
@@ -48,12 +50,13 @@ def _facts(comparison: Comparison, page: Path) -> dict[str, object]:
             for key, before, after in comparison.settings
         ],
         "numbers": [{**dataclasses.asdict(number), "difference": number.difference} for number in comparison.numbers],
-        "notes": comparison.notes,
+        "notes": [str(note) for note in comparison.notes],
         "page": str(page),
     }
 
 
-def _text(comparison: Comparison, page: Path) -> str:
+def format_text(comparison: Comparison, page: Path) -> str:
+    """Format a comparison for a terminal; the path of its page is last."""
     a, b = comparison.a, comparison.b
     width = max(len(a.name), len(b.name))
     lines = [f"A  {a.name:<{width}}  {a.description}", f"B  {b.name:<{width}}  {b.description}", ""]
@@ -64,13 +67,13 @@ def _text(comparison: Comparison, page: Path) -> str:
         if omitted := len(comparison.settings) - len(shown):
             lines.append(f"  and {omitted} more, on the page")
         lines.append("")
-    if common_metrics := comparison.common_metrics[:MAX_NUMBERS]:
-        lines += [
-            *_columns([("Numbers", "A", "B", "B - A", ""), *((item.name, *item.cells()) for item in common_metrics)]),
-            "",
-        ]
-    if omitted := len(comparison.numbers) - len(common_metrics):
-        lines.append(f"{omitted} more numbers are on the page.")
+    if differing := comparison.differing[:MAX_NUMBERS]:
+        rows = [("Numbers", "A", "B", "B - A", ""), *((number.name, *number.cells()) for number in differing)]
+        lines += [*_columns(rows), ""]
+    if equal := len(comparison.equal):
+        lines.append(f"{equal} number{'s are' if equal != 1 else ' is'} equal.")
+    if omitted := len(comparison.numbers) - len(differing) - equal:
+        lines.append(f"{omitted} more number{'s are' if omitted != 1 else ' is'} on the page.")
     lines += [wrap(f"note: {note}") for note in comparison.notes]
     return "\n".join([*lines, str(page)])
 

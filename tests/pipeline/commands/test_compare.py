@@ -109,7 +109,10 @@ def test_pictures_that_are_not_in_the_cache_are_named(project):
     """The note has the command that downloads them."""
     shutil.rmtree("cache")
     (note,) = find("trunk").notes
-    assert "Pictures missing of trunk (samples, reconstructions)" in note and "dvc fetch" in note
+    assert note.text.startswith("trunk has no pictures of samples and reconstructions.")
+    assert note.command == "dvc fetch --all-commits evaluate" and str(note).endswith(f": {note.command}")
+    page = compare_page.render(compare(find("trunk"), find(WORKSPACE)))
+    assert "<code>dvc fetch --all-commits evaluate</code></li>" in page
 
 
 def test_experiment_of_dvc_is_found_by_its_name(project):
@@ -129,7 +132,7 @@ def test_report_folder_has_the_settings_of_its_project(project, tmp_path_factory
     copy = tmp_path_factory.mktemp("copies") / "somewhere" / "report"
     shutil.copytree("artifacts/report", copy)
     run = find(str(copy))
-    assert run.pictures["samples"] == png("blue") and "no settings" in run.notes[0]
+    assert run.pictures["samples"] == png("blue") and "no settings" in run.notes[0].text
     assert compare(run, report).settings == []
 
 
@@ -192,18 +195,33 @@ def test_text_json_and_page_have_the_same_facts(project, capsys, monkeypatch):
     monkeypatch.setattr(command, "find", find)
     assert command.run("trunk", WORKSPACE, out=None, as_json=False) == 0
     text = capsys.readouterr().out
-    assert "  priors.top.train.steps 8 -> 12\n" in text and "evaluate.psnr   20  21.5   +1.5  +7.5%" in text
+    assert "  priors.top.train.steps 8 -> 12\n" in text and "evaluate.psnr  20  21.5   +1.5  +7.5%" in text
     assert text.splitlines()[-1] == "runs/compare/trunk-workspace.html"
     command.run("trunk", WORKSPACE, out=Path("pages/page.html"), as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts["settings"] == [{"key": "priors.top.train.steps", "a": 8, "b": 12}]
     assert facts["numbers"][0] == {"name": "evaluate.psnr", "a": 20.0, "b": 21.5, "difference": 1.5}
-    page = Path("pages/page.html").read_text()
+    page = Path("pages/page.html").read_text().replace("<wbr>", "")
     assert all(
         word in page for word in ("priors.top.train.steps", "+7.5%", "data:image/png;base64,", "Reconstructions")
     )
     with pytest.raises(UserError, match=r"--out must be an \.html file"):
         command.run("trunk", WORKSPACE, out=Path("page.png"), as_json=False)
+
+
+def test_what_differs_comes_first():
+    """Equal numbers are counted in the text, and folded on the page, after the settings that differ."""
+    numbers = {"evaluate.equal": 1.0, "evaluate.psnr": 20.0}
+    a = ComparedRun("a", "", {"seed": 0}, numbers, {"samples": png("red")})
+    b = ComparedRun("b", "", {"seed": 0}, {**numbers, "evaluate.psnr": 21.0})
+    comparison = compare(a, b)
+    assert [number.name for number in comparison.numbers] == ["evaluate.psnr", "evaluate.equal"]
+    text = command.format_text(comparison, Path("page.html"))
+    assert "evaluate.psnr" in text and "evaluate.equal" not in text
+    assert "\n1 number is equal.\n" in text and "more number" not in text
+    page = compare_page.render(comparison)
+    parts = ["No settings differ.", ".<wbr>psnr", "<summary>1 equal number<", ".<wbr>equal", "<h2>Samples"]
+    assert sorted(parts, key=page.index) == parts
 
 
 def test_page_escapes_names():
@@ -214,16 +232,23 @@ def test_page_escapes_names():
 
 @needs_chromium
 def test_page_requests_nothing_and_fits_a_phone(project, tmp_path_factory):
-    """The page opens offline, and does not scroll sideways at 390 pixels."""
+    """The page opens offline, and neither it nor a table with long names scrolls sideways at 390 pixels."""
     folder = tmp_path_factory.mktemp("chromium")
     page = folder / "page.html"
-    comparison = compare(find("trunk"), find(WORKSPACE))
+    a, b = find("trunk"), find(WORKSPACE)
+    a.numbers["evaluate.reconstruction.validation.perceptual_distance.of_all_levels"] = 123.456
+    b.numbers["evaluate.reconstruction.validation.perceptual_distance.of_all_levels"] = 234.567
+    comparison = compare(a, b)
     page.write_text(compare_page.render(comparison))
     blank = folder / "blank.html"
     blank.write_text("<p>Blank.</p>")
     assert requested_hosts(folder, page) <= requested_hosts(folder, blank)
     outer = folder / "frame.html"
-    set_title = "document.title = this.contentDocument.documentElement.scrollWidth"
+    set_title = (
+        "const page = this.contentDocument;"
+        "document.title = Math.max(page.documentElement.scrollWidth, ...[...page.querySelectorAll('.wide')].map("
+        "table => table.scrollWidth))"
+    )
     outer.write_text(f'<iframe width="390" height="900" src="{page.as_uri()}" onload="{set_title}"></iframe>')
     title = re.search(r"<title>(\d+)</title>", document(folder, outer, "--allow-file-access-from-files"))
     assert title and 300 < int(title[1]) <= 390
