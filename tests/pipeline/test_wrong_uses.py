@@ -243,6 +243,8 @@ ENVIRONMENT_CASES = {
     "ray_cluster_dead": ({"RAY_ADDRESS": "127.0.0.1:9"}, 3),
     "ray_tmpdir_too_long": ({"RAY_TMPDIR": "/tmp/" + "x" * 100}, 2),
     "tracking_uri_unknown": ({"MLFLOW_TRACKING_URI": "ftp://host"}, 2),
+    "tracking_uri_without_scheme": ({"MLFLOW_TRACKING_URI": "127.0.0.1:5000"}, 2),
+    "tracking_uri_without_file": ({"MLFLOW_TRACKING_URI": "sqlite://x.db"}, 2),
 }
 
 
