@@ -222,13 +222,16 @@ def _find_experiment(name: str) -> str:
 
 
 def _add_pictures(run: ComparedRun, read: Callable[[str], bytes], reason: str, command: str = "") -> None:
+    damaged = []
     for name in PICTURES:
         png = read(f"{name}.png")
         if png and not _is_intact(png):
             damaged.append(name)
         elif png:
             run.pictures[name] = png
-    if missing := [name for name in PICTURES if name not in run.pictures]:
+    if damaged:
+        run.notes.append(Note(f"Pictures damaged of {run.name}: {', '.join(damaged)}."))
+    if missing := [name for name in PICTURES if name not in run.pictures and name not in damaged]:
         run.notes.append(Note(f"{run.name} has no pictures of {' and '.join(missing)}. {reason}", command))
 
 

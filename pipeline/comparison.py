@@ -42,12 +42,12 @@ class Comparison:
     numbers: list[MetricPair]
 
     @property
-    def differing(self) -> list[Number]:
+    def differing(self) -> list[MetricPair]:
         """Numbers of both runs that differ."""
         return [number for number in self.numbers if number.difference]  # NaN is true, too
 
     @property
-    def equal(self) -> list[Number]:
+    def equal(self) -> list[MetricPair]:
         """Numbers that are equal in both runs."""
         return [number for number in self.numbers if number.difference == 0]
 
@@ -62,7 +62,7 @@ def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
 
     Settings are compared only if both are known.
     """
-    numbers = [Number(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
+    numbers = [MetricPair(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
     numbers.sort(key=lambda number: (number.difference is None, number.difference == 0))
-    have_settings = a.settings and b.settings
+    have_settings = bool(a.settings and b.settings)
     return Comparison(a, b, changes.compare(a.settings, b.settings) if have_settings else [], numbers)
