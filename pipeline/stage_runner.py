@@ -30,6 +30,7 @@ from stages.tracking import provenance, tracker
 
 RUNS = Path("runs")
 SHUTDOWN_TIMEOUT_S = 18.0  # from a signal to the forced end of the process
+RAISE_AGAIN_S = 0.01  # from an ignored exception to the next one
 FORCE_RESTART = (
     "VQVAE2_FRESH"  # environment variable; if set, discard the state of an earlier run of the same fingerprint
 )
@@ -296,7 +297,21 @@ def _stop(number: int, frame: object) -> None:
     timer = threading.Timer(SHUTDOWN_TIMEOUT_S, lambda: os._exit(shared_cluster.record_exit_status(stopped(number))))
     timer.daemon = True
     timer.start()
+    signal.signal(signal.SIGALRM, lambda *_: _raise_stopped(number))
+    sys.unraisablehook = _repeat_ignored_stop
+    _raise_stopped(number)
+
+
+def _raise_stopped(number: int) -> None:
     raise StageStopped(number)
+
+
+def _repeat_ignored_stop(ignored: "sys.UnraisableHookArgs") -> None:
+    """Raise StageStopped again soon if Python ignored it, as it does inside of `__del__` and callbacks of weakref."""
+    if isinstance(ignored.exc_value, StageStopped):
+        signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def stopped(number: int) -> int:

@@ -9,7 +9,7 @@ from stages.formats import artifact
 KEY = "vqvae2.key"  # identity of a run, by which it is looked up before it is created
 STAGE, FINGERPRINT = "stage", "fingerprint"
 CACHED, CACHED_FROM = "cached", "cached.from"  # "yes" or "no"; the id of the run that computed the result
-# Followed by the path of an input without parts such as "..". The value is the digest, and the path if it has such parts.
+# Followed by the path of an input without parts such as ".."; the value is its digest, and the path if that has such.
 INPUT_PREFIX = "input."
 ERROR = "error"
 COMMAND, DATASET, PRESET = "command", "dataset", "preset"

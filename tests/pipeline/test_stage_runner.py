@@ -121,6 +121,19 @@ def test_stage_ends_after_a_signal_even_if_a_library_swallows_the_exception():
     assert done.stderr == "Stopped by SIGTERM. Run the same command again to resume.\n"
 
 
+def test_stage_stops_also_if_a_signal_arrives_inside_of_a_finalizer():
+    """Python ignores exceptions in `__del__` and callbacks of weakref, and prints a traceback."""
+    script = "import os, signal, time; from pipeline import stage_runner\n"
+    script += "signal.signal(signal.SIGINT, stage_runner._stop)\n"
+    script += "class Finalized:\n    def __del__(self): signal.raise_signal(number); time.sleep(0)\n"
+    script += (
+        "try:\n    for number in (signal.SIGINT, signal.SIGALRM, signal.SIGALRM): Finalized()\n    time.sleep(60)\n"
+    )
+    script += "except stage_runner.StageStopped as stop: raise SystemExit(100 + stop.number)"
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=30)
+    assert (done.returncode, done.stderr) == (100 + signal.SIGINT, "")
+
+
 def test_second_signal_ends_a_stage_at_once():
     """It does not wait for what the first one has started."""
     script = "import os, signal, time; from pipeline import stage_runner\n"
