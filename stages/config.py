@@ -95,7 +95,14 @@ class TrainConfig:
         check_positive(self, "steps", "batch_size", "keep_checkpoints")
         check_positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
         check_field(self, "learning_rate", self.learning_rate > 0, "above 0, such as 3e-4")
-        check_field(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"0 to {self.steps}, which is steps")
+        check_not_negative(self, "warmup_steps")
+        check_field(
+            self,
+            "warmup_steps",
+            self.warmup_steps <= self.steps,
+            f"at most the number of steps, which is {self.steps}",
+            f"set warmup_steps to at most {self.steps}, or increase steps in the same section",
+        )
         check_not_negative(self, "max_grad_norm")
         check_field(self, "ema_decay", 0 <= self.ema_decay < 1, "0 or more and below 1")
 

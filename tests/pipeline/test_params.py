@@ -77,7 +77,7 @@ def test_wrong_key_or_type_is_reported_with_a_fix(key, value, expected):
             "train_vqvae.steps must be 1 or more, got 0.\n  in: params.yaml\n  fix: Set train_vqvae",
         ),
         ("train_vqvae.learning_rate", -1.0, "train_vqvae.learning_rate must be "),
-        ("train_vqvae.warmup_steps", 10**6, "train_vqvae.warmup_steps must be "),
+        ("train_vqvae.warmup_steps", 10**6, "train_vqvae.warmup_steps must be at most the number of steps, which is "),
         ("train_vqvae.ema_decay", 1.0, "train_vqvae.ema_decay must be "),
         ("vqvae.levels.top.stride", 6, "vqvae.levels.top.stride must be a power of two"),
         ("vqvae.levels.top.stride", 2, "coarse to fine"),
