@@ -8,13 +8,36 @@ from stages.images import listing
 
 
 def check_images(request: Request) -> Answer:
-    """Check that the source of images exists and has images, if shards are to be written."""
+    """Check that the source of images exists and has images, if shards are to be written, and is not the project."""
     dataset = request.settings.dataset
+    _require_outside(Path(dataset.source))
     if "shard" in request.stages and not request.pull:
         source = Path(dataset.source)
         require_pulled(source)
         listing.check_source(source, dataset.labels)
     return Answer(dataset.source)
+
+
+def _require_outside(source: Path) -> None:
+    """Raise UserError if the source of images contains the project: DVC cannot track a folder that it writes to."""
+    if source.is_dir() and Path.cwd().is_relative_to(source.resolve()):
+        raise UserError(
+            "The source of images contains the project.",
+            where=f"dataset.source: {source}",
+            fix="Move the images into a folder of their own, such as photos, and add: -S dataset.source=photos",
+            code=2,
+        )
+
+
+def require_outside_source(out: Path, source: Path) -> None:
+    """Raise UserError if an output folder is inside of the source of images, which it would change."""
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            "The output folder must be outside of the source of images, which this command does not change.",
+            where=out,
+            fix="Choose another folder, such as --out overview",
+            code=2,
+        )
 
 
 def require_pulled(source: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import data_page, params
-from pipeline.checks.inputs import require_pulled
+from pipeline.checks.inputs import require_outside_source, require_pulled
 from pipeline.compose import compose_settings
 from stages.config import DatasetConfig
 from stages.images import overview
@@ -29,6 +29,8 @@ def show(overrides: Sequence[str], *, out: Path | None, sample: int, as_json: bo
     dataset = (compose_settings(overrides)[1] if overrides else params.load()).dataset
     path = Path(dataset.source)
     require_pulled(path)
+    if out is not None:
+        require_outside_source(out, path)
     listing = list_images(path, dataset.labels, validation_fraction=dataset.validation_fraction)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

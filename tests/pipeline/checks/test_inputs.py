@@ -59,3 +59,15 @@ def test_inputs_of_the_last_stages_are_checked_before_the_first(settings):
     with pytest.raises(UserError, match="does not quantize has no codes"):
         inputs.check_late_inputs(request(continuous))
     inputs.check_late_inputs(request(continuous, stages=("shard", "vqvae")))
+
+
+@pytest.mark.parametrize("source", [".", "..", "../project"])
+def test_source_that_contains_the_project_is_refused(settings, tmp_path: Path, monkeypatch, source: str):
+    """DVC fails with an error about .dvcignore. Folders inside of the project, or beside it, are allowed."""
+    (tmp_path / "project" / "photos").mkdir(parents=True)
+    (tmp_path / "proj").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(UserError, match=r"contains the project\.[\s\S]*folder of their own"):
+        inputs.check_images(request(with_source(settings, source), stages=("vqvae",)))
+    for allowed in ("photos", "../proj"):
+        inputs.check_images(request(with_source(settings, allowed), stages=("vqvae",)))

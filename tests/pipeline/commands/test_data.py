@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.commands import data
+from stages.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,3 +81,11 @@ def test_images_without_classes_have_a_page(folder, capsys):
     data.show((), out=Path("overview"), sample=0, as_json=False)
     assert "no classes" in capsys.readouterr().out
     assert Path("overview/data.html").read_text(encoding="utf-8").count("<figure>") == 1
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/cat/overview", "overview/../photos"])
+def test_page_is_not_written_among_the_images(folder: Path, out: str):
+    """It would change the data set, and with it the results."""
+    with pytest.raises(UserError, match="outside of the source of images"):
+        data.show((), out=Path(out), sample=0, as_json=False)
+    assert not list(folder.rglob("data.html")) and not (folder / "photos/cat/overview").exists()
