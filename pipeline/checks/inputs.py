@@ -10,7 +10,7 @@ from stages.images import listing
 def check_images(request: Request) -> Answer:
     """Check that the source of images exists and has images, if shards are to be written, and is not the project."""
     dataset = request.settings.dataset
-    _require_outside(Path(dataset.source))
+    require_project_outside(Path(dataset.source))
     if "shard" in request.stages and not request.pull:
         source = Path(dataset.source)
         require_pulled(source)
@@ -18,7 +18,7 @@ def check_images(request: Request) -> Answer:
     return Answer(dataset.source)
 
 
-def _require_outside(source: Path) -> None:
+def require_project_outside(source: Path) -> None:
     """Raise UserError if the source of images contains the project: DVC cannot track a folder that it writes to."""
     if source.is_dir() and Path.cwd().is_relative_to(source.resolve()):
         raise UserError(

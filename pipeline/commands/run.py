@@ -21,6 +21,7 @@ from pipeline import (
     shared_cluster,
     stage_runner,
 )
+from pipeline.checks.inputs import require_project_outside
 from pipeline.commands import dry_run as dry_run_plan
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
@@ -58,6 +59,7 @@ def run(
     lock = locks.exclusive_project(stage_runner.RUNS) if overrides or not dry_run else nullcontext()
     with handle_signals(_stop), lock:
         with _apply_settings(overrides, keep=not dry_run) as settings:
+            require_project_outside(Path(settings.dataset.source))  # else DVC fails with an error about .dvcignore
             stages = dvc_yaml.stages(params.read())
             targets = [dvc_yaml.find(name, stages).name for name in names]
             result_versions.write(params.read(), settings)
