@@ -14,13 +14,22 @@ from stages.errors import UserError
 from stages.formats import artifact
 
 MODEL = Path("artifacts")
+PARTS = {"vqvae": "VQ-VAE", "priors": "prior"}  # folders of a model
 MAX_NAME_LENGTH = 80  # characters; file systems allow 255 bytes
 
 
 def require_model(model: Path, *names: str) -> None:
-    """Raise UserError if a folder given as --model does not hold the named parts of a model."""
-    if model == MODEL or all((model / name).is_dir() for name in names):
-        return  # of the project's own artifacts, the reader of each states which stage writes it
+    """Raise UserError if a model folder, of this project or given as --model, does not hold the named parts."""
+    missing = [name for name in names if not (model / name).is_dir()]
+    if not missing:
+        return
+    if model == MODEL:
+        raise UserError(
+            f"{MODEL / missing[0]} does not exist: there is no trained {PARTS[missing[0]]}.",
+            where=MODEL.absolute(),
+            fix=f"Run: vqvae2 run --stage {'sample' if 'priors' in names else 'vqvae'}",
+            code=4,
+        )
     inner = model / MODEL
     raise UserError(
         f"A model folder must hold {' and '.join(f'{name}/' for name in names)}, got {model}.",

@@ -27,6 +27,11 @@ from stages.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest's layout
+ABSENCES = {  # end of the error about a missing folder of a kind
+    "vqvae": ": there is no trained VQ-VAE",
+    "prior": ": there is no trained prior",
+    **{kind: f": there are no {kind}" for kind in ("shards", "codes", "samples")},
+}
 
 
 class _RequiredKeys(dict[str, Any]):
@@ -189,8 +194,10 @@ def read(folder: Path, kind: str, stage: str = "") -> Artifact:
     fix = f"Run: vqvae2 run --stage {stage}" if stage else "Run the stage that writes it."
     path = folder / MANIFEST
     if not path.is_file():
-        state = "is not complete" if folder.is_dir() else "does not exist"
-        raise UserError(f"The {kind} {state}.", where=folder, fix=fix, code=4)
+        problem = (
+            "is not complete: it has no manifest" if folder.is_dir() else f"does not exist{ABSENCES.get(kind, '')}"
+        )
+        raise UserError(f"{_shown(folder)} {problem}.", where=folder, fix=fix, code=4)
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
@@ -214,6 +221,11 @@ def read(folder: Path, kind: str, stage: str = "") -> Artifact:
         if size != properties["bytes"]:
             raise UserError(f"{name} must have {properties['bytes']} bytes, got {size}.", where=folder, fix=fix, code=4)
     return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
+
+
+def _shown(folder: Path) -> Path:
+    """Return a folder's path as it is shown: relative inside of the current folder."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def manifest_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

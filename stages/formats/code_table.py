@@ -18,6 +18,8 @@ from stages.formats.codes import Codes, CodeSet, concatenate, open_codes
 if TYPE_CHECKING:
     import pandas
 
+FOLDER = Path("artifacts/codes")  # of a project
+
 
 class CodeTable:
     """Codes of all images, one row per image and copy, in memory from the first use on.
@@ -97,6 +99,13 @@ class CodeTable:
 def open_code_table(folder: Path) -> CodeTable:
     """Open a folder of codes, or of the artifacts that hold one. Raises UserError if it is missing or incomplete."""
     inner = folder / "codes"
+    if not folder.is_dir() and folder != FOLDER:
+        raise UserError(
+            f"{folder} does not exist.",
+            where=folder.absolute(),
+            fix="Name the folder of the codes of a project: PROJECT/artifacts/codes",
+            code=4,
+        )
     dataset = open_codes(inner if inner.is_dir() and not (folder / MANIFEST).exists() else folder)
     if not dataset.splits:
         raise UserError("The folder holds no codes.", where=folder, fix="Run: vqvae2 run --stage codes", code=4)

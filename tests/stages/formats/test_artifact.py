@@ -101,8 +101,8 @@ def test_a_missing_metadata_key_raises_a_user_error(folder: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / artifact.MANIFEST).unlink(), "The thing is not complete."),
-        (lambda folder: folder.rename(folder.with_name("away")), "The thing does not exist."),
+        (lambda folder: (folder / artifact.MANIFEST).unlink(), "{folder} is not complete: it has no manifest."),
+        (lambda folder: folder.rename(folder.with_name("away")), "{folder} does not exist."),
         (
             lambda folder: _edit_manifest(folder, kind="other"),
             "The artifact must be 'thing' of format 1, got 'other' of format 1.",
@@ -118,6 +118,7 @@ def test_a_missing_metadata_key_raises_a_user_error(folder: Path):
 def test_an_unreadable_artifact_names_the_stage_that_writes_it(folder: Path, change, message: str):
     """The error has the folder and the command to run."""
     change(folder)
+    message = message.format(folder=folder)
     with pytest.raises(UserError) as caught:
         artifact.read(folder, "thing", stage="make")
     assert (caught.value.what, caught.value.where, caught.value.code) == (message, str(folder), 4) or (
@@ -143,3 +144,14 @@ def test_a_checksum_is_valid_only_for_the_unchanged_file(tmp_path: Path):
         assert not artifact.has_valid_checksum(path)
     path.unlink()
     assert not artifact.has_valid_checksum(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "absence"), [("vqvae", "there is no trained VQ-VAE"), ("samples", "there are no samples")]
+)
+def test_missing_folder_is_named_with_what_is_missing(tmp_path: Path, monkeypatch, kind: str, absence: str):
+    """The path is relative to the project, also if the reader has the whole path."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("artifacts", kind), tmp_path / "artifacts" / kind):
+        with pytest.raises(UserError, match=f"^artifacts/{kind} does not exist: {absence}\\."):
+            artifact.read(folder, kind)
