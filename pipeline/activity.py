@@ -43,6 +43,14 @@ class Activity:
             texts.append(f"checkpoint of step {self.checkpoint_step:,} is {format_duration(self.checkpoint_age_s)} old")
         return texts
 
+    def resumption(self) -> str:
+        """Return the step at which a training resumes, which may be earlier than its progress; "" if unknown."""
+        if self.checkpoint_step is None:
+            return ""
+        total = f" of {self.progress.total:,.0f}" if self.progress and self.progress.unit == "step" else ""
+        age = format_duration(self.checkpoint_age_s)
+        return f"resumes at step {self.checkpoint_step:,}{total} (checkpoint is {age} old)"
+
     def to_json(self) -> dict[str, Any]:
         """Return the activity as JSON values."""
         progress = self.progress

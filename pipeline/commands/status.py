@@ -37,8 +37,9 @@ class Row:
     def text(self) -> str:
         """Format the row as a line."""
         progress = ", ".join(self.activity.describe()) if self.activity else ""
-        if self.state == OUT_OF_DATE and progress:
-            progress = f"interrupted at {progress}"
+        if self.state == OUT_OF_DATE and self.activity and progress:
+            resumption = self.activity.resumption()
+            progress = f"interrupted; {resumption}" if resumption else f"interrupted at {progress}"
         details = "; ".join(filter(None, (progress, dvc.summarize(self.reasons))))
         return format_row(self.stage, f"{self.state:<11} {details}")
 

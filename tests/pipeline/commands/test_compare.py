@@ -267,7 +267,7 @@ def test_damaged_picture_is_a_note(project, data):
     Path("artifacts/report/samples.png").write_bytes(data)
     run = find(WORKSPACE)
     assert list(run.pictures) == ["reconstructions"]
-    assert run.notes == [f"Pictures damaged of {WORKSPACE}: samples."]
+    assert [str(note) for note in run.notes] == [f"Pictures damaged of {WORKSPACE}: samples."]
     assert "data:image/png" in compare_page.render(compare(run, find("trunk")))
 
 

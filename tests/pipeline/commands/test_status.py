@@ -111,7 +111,7 @@ def test_interrupted_stage_shows_where_it_resumes(current_project, monkeypatch, 
     begin(Path("runs/vqvae/other"), 3000, 5000)
     monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: {"vqvae": ["it has not run yet"]})
     status.show(as_json=False)
-    expected = "vqvae         out of date interrupted at 1,200/5,000 steps (24%), checkpoint of step 1,199 is 2 h old; "
+    expected = "vqvae         out of date interrupted; resumes at step 1,199 of 5,000 (checkpoint is 2 h old); "
     assert f"{expected}it has not run yet\n" in capsys.readouterr().out
     journal.end("FINISHED")
     status.show(as_json=False)
