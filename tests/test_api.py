@@ -201,7 +201,7 @@ def test_other_sizes_and_modes_are_converted_as_files_are(model, tmp_path: Path)
         ([1], "image 0 must be a path, a PIL image or a uint8 array, got int"),
         ([Image.new("F", (16, 16))], "image 0 must be a valid image: float pixels"),
         (torch.zeros(16, 16, 3), r"must be floats in \[-1, 1\] of shape \(N, 3, H, W\), got torch.float32 of shape"),
-        (["absent.png"], "absent.png is not a valid image: No such file"),
+        (["absent.png"], r"absent.png does not exist\."),
     ],
 )
 def test_anything_but_images_is_refused(model, images, message: str):
@@ -385,8 +385,15 @@ def test_table_keeps_the_shape_of_the_grids(folder: Path):
 
 def test_table_of_a_folder_without_codes_is_refused(tmp_path: Path):
     """The error has the folder and the stage."""
-    with pytest.raises(vqvae2.UserError, match=r"codes is not complete|does not exist"):
+    with pytest.raises(vqvae2.UserError, match=r"is not complete|does not exist"):
         vqvae2.codes(tmp_path)
+
+
+def test_misspelt_folder_of_codes_is_refused(tmp_path: Path):
+    """No stage writes it: the fix is another path."""
+    with pytest.raises(vqvae2.UserError, match=r"nowhere does not exist\.[\s\S]*fix: Name the folder") as caught:
+        vqvae2.codes(tmp_path / "nowhere")
+    assert "vqvae2 run" not in str(caught.value)
 
 
 # Documentation

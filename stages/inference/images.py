@@ -36,6 +36,12 @@ def read_file(path: Path, settings: DatasetConfig) -> np.ndarray:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RejectedImage(f"longer than {MAX_FILE_BYTES >> 20} MiB")
         return np.array(decode(path.read_bytes(), settings).pixels)
+    except FileNotFoundError:
+        raise UserError(f"{path.name} does not exist.", where=path, fix="Correct the path.", code=4) from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path.name} is a folder.", where=path, fix=f"Name the images in it, such as {path}/*.jpg", code=4
+        ) from None
     except OSError as error:
         reason, fix = error.strerror or str(error), "Choose an image file that can be read."
     except RejectedImage as error:

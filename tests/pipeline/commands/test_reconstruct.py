@@ -32,7 +32,16 @@ def test_image_is_reconstructed_from_each_prefix_of_levels(artifacts, tmp_path: 
         reconstruct.reconstruct([tmp_path / "dog.png"], tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["absent.png", "text.png", "long.png"])
+def test_path_that_is_no_file_is_refused(artifacts, tmp_path: Path):
+    """Of a folder, the fix is the pattern of its images."""
+    (tmp_path / "hat").mkdir()
+    with pytest.raises(UserError, match=r"hat is a folder\.[\s\S]*fix: Name the images in it, such as .*/hat/\*\.jpg"):
+        reconstruct.reconstruct([tmp_path / "hat"], tmp_path / "out")
+    with pytest.raises(UserError, match=r"absent\.png does not exist\.[\s\S]*in: .*absent\.png"):
+        reconstruct.reconstruct([tmp_path / "absent.png"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["text.png", "long.png"])
 def test_invalid_image_is_refused(artifacts, tmp_path: Path, name: str):
     """Nothing is written for the other images."""
     (tmp_path / "text.png").write_text("not an image")
