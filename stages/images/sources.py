@@ -6,6 +6,7 @@ decompression bomb costs at most MAX_FILE_BYTES. Names in folders and tars may h
 """
 
 import bz2
+import difflib
 import gzip
 import io
 import lzma
@@ -62,7 +63,8 @@ class Source(Protocol):
 def open_source(path: Path) -> Source:
     """Open a folder, a zip or a tar, plain or compressed. Raises UserError if `path` is none of these."""
     if not path.exists():
-        raise UserError("The source of images does not exist.", where=path, fix=_SET_SOURCE, code=2)
+        fix = f"Did you mean {similar}?" if (similar := _similar_path(path)) else _SET_SOURCE
+        raise UserError("The source of images does not exist.", where=path, fix=fix, code=2)
     if path.is_dir():
         return FolderSource(path)
     if not path.is_file():
@@ -70,6 +72,17 @@ def open_source(path: Path) -> Source:
     with path.open("rb") as file:
         signature = file.read(4)
     return ZipSource(path) if signature[:2] == b"PK" else TarSource(path)
+
+
+def _similar_path(path: Path) -> Path | None:
+    """Return the path whose first missing part is replaced by a similar name beside it; None if that does not exist."""
+    try:
+        folder = next(parent for parent in path.parents if parent.is_dir())
+        missing, *rest = path.relative_to(folder).parts
+        names = difflib.get_close_matches(missing, sorted(entry.name for entry in folder.iterdir()))
+    except (OSError, StopIteration):
+        return None
+    return next((similar for name in names if (similar := folder.joinpath(name, *rest)).exists()), None)
 
 
 def printable(name: str) -> str:

@@ -330,3 +330,17 @@ def test_printable_names_are_safe_on_a_terminal():
     """Control characters, direction marks and invalid bytes are escaped; letters of any script are not."""
     assert printable("caf\u00e9 \u05d0 \U0001f600") == "caf\u00e9 \u05d0 \U0001f600"
     assert printable("a\nb\x1b[31m\u202e\udcff") == r"a\nb\x1b[31m\u202e\udcff"
+
+
+@pytest.mark.parametrize(
+    ("path", "similar"), [("phots", "photos"), ("Photo/cat", "photos/cat"), ("photos/cot", "photos/cat")]
+)
+def test_missing_source_suggests_a_similar_path(tmp_path, monkeypatch, path, similar):
+    """Relative to the current folder, as it was given."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos/cat").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        open_source(Path(path))
+    assert caught.value.fix == f"Did you mean {similar}?"
+    with pytest.raises(UserError, match="Set dataset"):
+        open_source(Path("elsewhere"))
