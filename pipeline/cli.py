@@ -20,6 +20,7 @@ from pipeline.cli_common import (
     Commands,
     Overrides,
     RunCommand,
+    SettingsCommand,
     complete,
     complete_setting,
     run_and_exit,
@@ -165,7 +166,7 @@ def compose(
     run_and_exit(action)
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(cls=SettingsCommand, rich_help_panel=LOOK)
 def data(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write data.html to this folder.")] = None,
@@ -187,7 +188,7 @@ def data(
     run_and_exit(action)
 
 
-@app.command(rich_help_panel=RUN)
+@app.command(cls=SettingsCommand, rich_help_panel=RUN)
 def plan(
     overrides: Overrides = None,
     measure: Annotated[

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from pipeline import process
 
@@ -95,6 +95,20 @@ class RunCommand(Commands):
         if not suggestions or name == "sample":  # both a command and a stage
             suggestions.append(suggestion(name))
         return ctx.fail(f"run accepts options only, got {name}. Did you mean: {', or '.join(suggestions)}")
+
+
+class SettingsCommand(TyperCommand):
+    """Command that takes settings by -S only, and suggests them for an argument: a path is a source of images."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest: list[str] = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            settings = f"-S {rest[0]}" if "=" in rest[0] else f"-S dataset=folder -S dataset.source={rest[0]}"
+            command = f"{ctx.command_path} {settings}"
+            ctx.fail(f"{ctx.info_name} accepts options only, got {rest[0]}. Did you mean: {command}")
+        return rest
 
 
 def suggestion(argument: str) -> str:

@@ -150,6 +150,8 @@ CASES = {
     "dataset_file_nested": (_write(PETS, b"dataset:\n  name: pets\n"), ["config", "dataset=pets"], 2),
     # Values of settings
     "misspelt_key": (_set("train_vqvae", learing_rate=0.1), RUN, 2),
+    "data_of_a_path": (_nothing, ["data", "../photos"], 2),
+    "plan_of_a_setting": (_nothing, ["plan", "dataset=folder"], 2),
     "source_contains_project": (_nothing, ["run", "-S", "dataset.source=.."], 2),
     "source_empty": (_nothing, ["run", "-S", "dataset.source="], 2),
     "seed_not_a_number": (_nothing, ["run", "-S", "seed=abc"], 2),
