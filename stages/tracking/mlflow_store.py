@@ -90,6 +90,7 @@ def find_run_key(run_id: str) -> str:
         return ""
     configure_mlflow()
     from mlflow import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
     try:
         client, _ = connect()
@@ -97,7 +98,7 @@ def find_run_key(run_id: str) -> str:
         if parent := tags.get(PARENT_RUN):
             tags = client.get_run(parent).data.tags
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
         return ""
     return str(tags.get(KEY, ""))

@@ -38,7 +38,7 @@ def show(capsys: pytest.CaptureFixture[str], *, sample: int = 0, as_json: bool =
 
 
 def test_text_has_splits_classes_sizes_and_doubts(folder, capsys):
-    """What is left out and what is doubtful is stated."""
+    """The text states which files are left out, and the doubts."""
     text = show(capsys)
     assert text.startswith("dataset     emoji: photos, classes from folders\n")
     assert re.search(r"^cat +2$", text, re.MULTILINE) and re.search(r"^all images +4$", text, re.MULTILINE)

@@ -108,8 +108,8 @@ def test_validation_images_are_held_out_by_a_hash_of_the_name(tmp_path):
     assert len(held_out) == 10 and by_name(listed(tmp_path / "a", validation_fraction=0.1)) == by_name(listing)
     more = listed(make(tmp_path / "a", "cat/new.png"), validation_fraction=0.1)
     assert len(held_out - {name for name, (split, _) in by_name(more).items() if split == "validation"}) <= 1
-    one = listed(make(tmp_path / "one", "1.png"), validation_fraction=0.5)
-    assert by_name(one) == {"1.png": ("train", None)} and "a single training image" in one.messages[-1]
+    single = listed(make(tmp_path / "one", "1.png"), validation_fraction=0.5)
+    assert by_name(single) == {"1.png": ("train", None)} and "a single training image" in single.messages[-1]
     two = listed(make(tmp_path / "two", "1.png", "2.png"), validation_fraction=0.01)
     assert sorted(split for split, _ in by_name(two).values()) == ["train", "validation"]
     named = listed(
