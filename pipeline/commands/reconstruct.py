@@ -34,8 +34,8 @@ def reconstruct(images: Sequence[Path], out: Path, model: Path = MODEL) -> list[
     Earlier reconstructions in `out` are replaced. Raises UserError if `out` holds anything else, if the model is
     missing or does not quantize, or if an image cannot be read.
     """
-    require_model(model, "vqvae")
     require_replaceable(out, KIND)
+    require_model(model, "vqvae")
     network, vqvae = model_file.load_vqvae(model / "vqvae")
     if network.config.quantizer.mode == "none":
         raise UserError(

@@ -47,8 +47,8 @@ def restore(
     gets its most probable one. Earlier pictures in `out` are replaced. Raises UserError if `out` holds anything else,
     the model is missing, the class is unknown, or an image cannot be read.
     """
-    require_model(model, "vqvae", "priors")
     require_replaceable(out, KIND)
+    require_model(model, "vqvae", "priors")
     trained = Model.open(model)
     labels = repeat_class(class_name, trained.classes, len(images))
     pixels = trained.read(list(images))

@@ -83,9 +83,9 @@ def draw(out: Path, config: SampleConfig, *, seed: int, sheet: Path, model: Path
     An earlier draw in `out` is replaced. Raises UserError if `out` or `sheet` holds anything else, the models are
     missing, or top_k exceeds their codebooks.
     """
-    require_model(model, "vqvae", "priors")
     require_replaceable(out, KIND)
     _require_sheet(sheet, out)
+    require_model(model, "vqvae", "priors")
     models = TrainedModels.load(model / "vqvae", model / "priors").to(best_device())
     labels = choose_labels(models, config)
     entries = max(grid.entries for grid in models.grids.values())

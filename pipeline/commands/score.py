@@ -34,8 +34,8 @@ def score(images: Sequence[Path], out: Path, *, model: Path = MODEL, class_name:
     class, each image gets its most probable one. Earlier scores in `out` are replaced. Raises UserError if `out` holds
     anything else, the model is missing, the class is unknown, or an image cannot be read.
     """
-    require_model(model, "vqvae", "priors")
     require_replaceable(out, KIND)
+    require_model(model, "vqvae", "priors")
     trained = Model.open(model)
     labels = repeat_class(class_name, trained.classes, len(images))
     pixels = trained.read(list(images))
