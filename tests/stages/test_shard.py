@@ -189,7 +189,7 @@ def test_duplicates_and_leaks_are_counted(tmp_path):
     screen = run_shard(make(tmp_path / "images", files), tmp_path)
     meta = json.loads((tmp_path / "out" / "manifest.json").read_text())["meta"]
     assert (meta["duplicates"], meta["leaked"]) == (2, 1)
-    assert "LEAK: 1 validation images equal a training image, pixel for pixel." in screen.messages
+    assert "LEAK: 1 validation image equals a training image, pixel for pixel." in screen.messages
     assert open_shards(tmp_path / "out").artifact.meta["leaked"] == 1
 
 

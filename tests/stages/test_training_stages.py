@@ -106,7 +106,7 @@ def test_codes_of_other_shards_than_the_training_shards_are_reported(project, tm
         folder = tmp_path / name
         weights = network.state_dict()
         model_file.write(folder, "vqvae", weights, meta, history=[], images={})
-        codes.run(project.path("shards"), folder, tmp_path / f"{name}_codes", tmp_path / "codes.json", **settings)
+        codes.run(project.path("shards"), folder, tmp_path / f"{name}_codes", **settings)
     assert screen.messages == ["The VQ-VAE was trained on other shards than these."]
     assert len(open_codes(tmp_path / "other_codes").split("train")) == 12
 

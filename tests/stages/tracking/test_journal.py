@@ -137,7 +137,7 @@ def test_metrics_file_is_reported_once(tmp_path):
     """Numbers of the metrics file that the run has not reported itself become points."""
     journal = Journal(tmp_path / "run")
     journal.metrics({"validation/psnr": 19.5}, 7)
-    file = tmp_path / "vqvae.json"
+    file = tmp_path / "evaluate.json"
     file.write_text('{"validation": {"psnr": 19.5, "name": "x", "good": true}, "psnr": 19.6}')
     journal.end(
         "FINISHED", metrics=file, headline=[file], outputs=[file, tmp_path / "absent"], pictures={"samples": file}
@@ -146,8 +146,8 @@ def test_metrics_file_is_reported_once(tmp_path):
     assert read_points(journal.path) == {"validation/psnr": {7: 19.5}, "psnr": {0: 19.6}}
     end = records(journal)[-1]
     assert end["headline"] == {"psnr": 19.6}
-    assert (end["outputs"], end["pictures"]) == (["vqvae.json"], ["samples.png"])
-    assert {path.name for path in (tmp_path / "run/outputs").iterdir()} == {"vqvae.json", "samples.png"}
+    assert (end["outputs"], end["pictures"]) == (["evaluate.json"], ["samples.png"])
+    assert {path.name for path in (tmp_path / "run/outputs").iterdir()} == {"evaluate.json", "samples.png"}
 
 
 def test_corrupt_metrics_file_does_not_fail_a_finished_run(tmp_path):

@@ -165,7 +165,7 @@ def test_stages_of_dvc_repro_share_a_pipeline_run():
     Experiments of DVC have a parent each.
     """
     description = PipelineRun({"seed": 0}, {"mlflow.runName": "emoji · seed 0", "dataset": "emoji"})
-    Path("vqvae.json").write_text('{"psnr": 20.0, "mse": 0.1}')
+    Path("vqvae.json").write_text('{"perplexity_top": 20.0, "mse": 0.1}')
     Path("prior_top.json").write_text('{"nll": 2.0}')
     with track("vqvae", parent=description, headline=[Path("vqvae.json")]):
         pass
@@ -182,7 +182,7 @@ def test_stages_of_dvc_repro_share_a_pipeline_run():
     parent = parents[vqvae.data.tags["mlflow.parentRunId"]]
     assert prior.info.run_name == "prior_top"
     assert (parent.info.run_name, parent.info.status) == ("emoji · seed 0", "FINISHED")
-    assert parent.data.metrics == {"psnr": 20.0, "nll_top": 2.0}
+    assert parent.data.metrics == {"perplexity_top": 20.0, "nll_top": 2.0}
     assert parent.data.params == {"seed": "0", "vqvae.beta": "0.25"}
     assert parent.data.tags["dataset"] == "emoji"
 
