@@ -30,7 +30,12 @@ def executed_functions() -> Iterator[set[str]]:
         module = str(frame.f_globals.get("__name__"))
         generated = frame.f_code.co_filename == "<string>"  # methods that `dataclass` and `NamedTuple` generate
         anonymous = frame.f_code.co_qualname.startswith("<")  # an import, or a lambda that belongs to a constant
-        if event == "call" and not generated and not anonymous and module.split(".")[0] in code_version.PACKAGES:
+        finalizer = frame.f_code.co_name == "__del__"  # of any object that is collected meanwhile
+        if (
+            event == "call"
+            and not (generated or anonymous or finalizer)
+            and module.split(".")[0] in code_version.PACKAGES
+        ):
             names.add(f"{module}.{frame.f_code.co_qualname}".partition(".<")[0])
 
     sys.setprofile(trace)
