@@ -54,7 +54,7 @@ def test_kept_result_is_not_lost_when_its_inputs_change(project: CommandLineProj
     """DVC deletes a result before its stage runs. The stage refuses to compute another one and puts it back."""
     edit(project, "models/quantizer.py", "2048", "1024")
     edit(project, "params.yaml", "keep_results: []", "keep_results: [vqvae]")
-    files = ["artifacts/vqvae/manifest.json", "metrics/vqvae.json", "plots/vqvae.csv"]
+    files = ["artifacts/vqvae/manifest.json", "metrics/vqvae.json", "plots/vqvae/training.csv"]
     before = [(project.folder / name).read_bytes() for name in files]
     edit(project, "params.yaml", "image_format: png", "image_format: jpeg")
     failed = project.call("dvc", "repro", "vqvae", status=255)  # DVC's status of any failed stage
