@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from pipeline import changes
-from pipeline.changes import Change
+from pipeline import last_run
 from pipeline.compared_runs import ComparedRun, Note
+from pipeline.last_run import Change
 from stages.tracking.quantities import format_number
 
 
@@ -65,4 +65,4 @@ def compare(a: ComparedRun, b: ComparedRun) -> Comparison:
     numbers = [MetricPair(name, a.numbers.get(name), b.numbers.get(name)) for name in {**a.numbers, **b.numbers}]
     numbers.sort(key=lambda number: (number.difference is None, number.difference == 0))
     have_settings = bool(a.settings and b.settings)
-    return Comparison(a, b, changes.compare(a.settings, b.settings) if have_settings else [], numbers)
+    return Comparison(a, b, last_run.compare(a.settings, b.settings) if have_settings else [], numbers)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline import params
-from pipeline.changes import Change, compare
 from pipeline.composed_from import CONF, choices_of, format_override, is_edited, key_of, overrides_of
 from pipeline.group_files import default_choice
+from pipeline.last_run import Change, compare
 from pipeline.text import first_few
 from stages.errors import UserError
 

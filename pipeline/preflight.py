@@ -77,7 +77,7 @@ def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, 
 def _repeating_overrides() -> Sequence[str]:
     """Return the overrides that compose params.yaml; only the recorded ones if conf/ does not compose."""
     with suppress(ImportError, UserError):  # `doctor` runs without Hydra
-        from pipeline.drift import repeating_overrides
+        from pipeline.params_drift import repeating_overrides
 
         return repeating_overrides(params.read())
     return composed_from.read_overrides()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError, install_command
-from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
+from stages.runtime.heartbeat_timeout import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
 
 DEFAULTS = {
     # No usage reports to the projects of Ray, MLflow and DVC.

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import code_version, dvc_yaml, params
-from pipeline.code_version import StageSource
+from pipeline import dvc_yaml, params, stage_source
 from pipeline.sections import plain_settings, sections_of
+from pipeline.stage_source import StageSource
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -24,7 +24,7 @@ FILE = Path("result_versions.yaml")
 def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
     """Hash the source that determines a stage's result."""
     network = settings.priors[stage.level].network.name if stage.level else ""
-    return code_version.source_of(stage.module, network)
+    return stage_source.source_of(stage.module, network)
 
 
 def version_of(stage: dvc_yaml.Stage, settings: Params) -> str:

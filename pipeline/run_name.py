@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipeline import changes
+from pipeline import last_run
 from pipeline.composed_from import choices_of, settings_of
 from pipeline.params import look_up
 from pipeline.text import format_value
@@ -19,7 +19,7 @@ EXPERIMENT_VARIABLE = "DVC_EXP_NAME"  # environment variable that `dvc exp run` 
 
 def run_name(
     dataset: str,
-    differences: Sequence[changes.Change],
+    differences: Sequence[last_run.Change],
     *,
     preset: str = "",
     experiment: str = "",
@@ -47,7 +47,7 @@ def _more(count: int) -> str:
     return f" +{count}" if count else ""
 
 
-def _format(change: changes.Change, keys: Collection[str]) -> str:
+def _format(change: last_run.Change, keys: Collection[str]) -> str:
     """Format a change with the shortest end of its key that no other setting has, such as "temperature 0.8"."""
     steps = change.key.split(".")
     ends = [".".join(steps[start:]) for start in range(len(steps) - 1, 0, -1)]
@@ -57,7 +57,7 @@ def _format(change: changes.Change, keys: Collection[str]) -> str:
 
 def run_tags(data: Mapping[str, Any], command: str) -> dict[str, str]:
     """Return the tags of a pipeline run that `command` starts. `data` is the content of params.yaml."""
-    differences = changes.since_last_run(data) or changes.of_recorded_run()
+    differences = last_run.since_last_run(data) or last_run.of_recorded_run()
     dataset = str(look_up(data, "dataset.name"))
     preset = str(choices_of(data).get("experiment", ""))
     experiment = os.environ.get(EXPERIMENT_VARIABLE, "")

@@ -257,11 +257,9 @@ def positionals(function: Callable[..., None], stage: dvc_yaml.Stage, settings: 
     """Return the arguments for a stage's positional parameters: its level and the paths of dvc.yaml."""
     named: dict[str, Path | str] = {path.split("/")[1]: Path(path).absolute() for path in stage.artifacts}
     named |= {"level": stage.level, "source": Path(settings.dataset.source).absolute()}
-    named |= {
-        kind: Path(paths[0]).absolute()
-        for kind, paths in (("out", stage.outs), ("metrics", stage.metrics), ("plots", stage.plots))
-        if paths
-    }
+    plots = [str(Path(path).parent) for path in stage.plots]  # all in one folder
+    files = (("out", stage.outs), ("metrics", stage.metrics), ("plots", plots))
+    named |= {kind: Path(paths[0]).absolute() for kind, paths in files if paths}
     return [named[name] for name, kind in _parameters(function) if kind != inspect.Parameter.KEYWORD_ONLY]
 
 

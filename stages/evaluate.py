@@ -7,7 +7,7 @@ reads   shards   image shards                          formats/shards.py
         samples  images sampled from the priors        formats/samples.py
 writes  out      report.html; beside it, its images and all metrics
         metrics  the numbers to compare between runs, as JSON
-        plots    rate-distortion, likelihood and codebook usage, as CSV
+        plots    rate-distortion, likelihood and codebook usage, as CSV; two contact sheets
 
 The networks run over the first `max_images` of each split; the shards mix classes, so these are a fair selection.
 Codebook usage and file sizes cover all images. Image sets are compared at one common number of images N, because most
@@ -90,7 +90,7 @@ def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, co
     curves.write_metrics(metrics, headline)
     write_plots(plots, values, results.entry_counts)
     for name in PLOTTED_SHEETS:
-        plots.with_name(f"{name}.png").write_bytes(sheets[name])
+        (plots / f"{name}.png").write_bytes(sheets[name])
 
 
 def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> EvaluationPlan:

@@ -3,7 +3,7 @@
 reads   codes    codes of every image               formats/codes.py
 writes  out      the trained prior                  formats/model_file.py
         metrics  its NLL                            formats/curves.py
-        plots    its curves, as CSV                 formats/curves.py
+        plots    its curves, in LEVEL.csv           formats/curves.py
 
 B images per rank and step, H x W codes, K codebook entries.
 """
@@ -73,7 +73,7 @@ def run(
     nll_by_split = {split: last[split]["nll_nats_per_code"] for split in ("validation", "seen") if split in last}
     # Without validation images, the NLL of training images is all there is.
     curves.write_metrics(metrics, {"nll": next(iter(nll_by_split.values())), "nll_train": nll_by_split["seen"]})
-    curves.write_curves_plot(plots, history, {"nll_nats_per_code": "nll"}, series=level)
+    curves.write_curves_plot(plots / f"{level}.csv", history, {"nll_nats_per_code": "nll"}, series=level)
 
 
 def train_worker(

@@ -3,7 +3,7 @@
 reads   shards   image shards                       formats/shards.py
 writes  out      the trained VQ-VAE                 formats/model_file.py
         metrics  PSNR and perplexity                formats/curves.py
-        plots    curves, as a folder of CSV files   formats/curves.py
+        plots    curves, as CSV                     formats/curves.py
 
 B images per rank and step, H x W pixels, K codebook entries.
 """

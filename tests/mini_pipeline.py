@@ -70,7 +70,7 @@ class MiniPipeline:
         return self.folder / "artifacts" / name
 
     def files(self, stage: str) -> tuple[Path, Path]:
-        """Return the paths of a stage's metrics and plots."""
+        """Return the file of a stage's metrics and the folder of its plots."""
         return self.folder / f"metrics/{stage}.json", self.folder / f"plots/{stage}"
 
     def shard(self) -> None:
@@ -115,9 +115,8 @@ class MiniPipeline:
         )  # fmt: skip
 
     def evaluate(self, out: str = "report", fingerprint: str = "f") -> None:
-        metrics, plots = self.files("evaluate")
         evaluate.run(
-            *map(self.path, ("shards", "vqvae", "codes", "priors", "samples", out)), metrics, plots.with_suffix(""),
+            *map(self.path, ("shards", "vqvae", "codes", "priors", "samples", out)), *self.files("evaluate"),
             evaluate=EvaluateConfig(), seed=0, context=self.run("evaluate", fingerprint),
         )  # fmt: skip
 

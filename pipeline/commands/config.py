@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline import locks, params, presets, stage_runner
 from pipeline.compose import compose_settings, to_yaml
-from pipeline.drift import warn_reverted_overrides
+from pipeline.params_drift import warn_reverted_overrides
 
 
 def run(overrides: Sequence[str], *, write: bool) -> int:

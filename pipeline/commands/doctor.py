@@ -46,7 +46,7 @@ def check_settings(environment: Mapping[str, str]) -> Answer:
     data = params.read()
     params.check(data)
     dvc_yaml.stages(data)
-    from pipeline.drift import drift  # imports Hydra, which may be missing: check_packages reports that
+    from pipeline.params_drift import drift  # imports Hydra, which may be missing: check_packages reports that
 
     difference, fix = drift()
     return Answer(difference or f"{params.FILE} is valid", fix)

@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pipeline import (
-    changes,
     dvc,
     dvc_yaml,
     finished_results,
+    last_run,
     locks,
     params,
     preflight,
@@ -25,8 +25,8 @@ from pipeline.checks.inputs import require_project_outside
 from pipeline.commands import dry_run as dry_run_plan
 from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
-from pipeline.drift import warn_drift, warn_reverted_overrides
 from pipeline.fingerprint import digest_inputs, identify, work_folder
+from pipeline.params_drift import warn_drift, warn_reverted_overrides
 from pipeline.process import STOP_SIGNALS, handle_signals
 from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
@@ -71,7 +71,7 @@ def run(
             for name, texts in reasons.items():
                 if not all(text.endswith(dvc.MISSING_STATES) for text in texts):  # DVC restores what is only missing
                     _require_not_pinned(stages[name], settings, dvc.with_dependencies(stages, [name]) & reasons.keys())
-            if reasons and (description := changes.describe(changes.since_last_run(params.read()))):
+            if reasons and (description := last_run.describe(last_run.since_last_run(params.read()))):
                 print(description)
             if not reasons:
                 print("Everything is up to date.")
@@ -86,7 +86,7 @@ def run(
         if dry_run or not reasons:
             return 0
         _remove_obsolete_priors(settings)
-        changes.record_run(params.read())
+        last_run.record_run(params.read())
         return _run_dvc(settings, stages, targets, reasons, force=force, only=only, pull=pull)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline import code_version, result_versions
+from pipeline import result_versions, stage_source
 from pipeline.process import handle_signals
 from pipeline.text import first_few
 from stages.errors import UserError
@@ -61,7 +61,7 @@ def require_equal(revision: str) -> None:
 def versions_at(revision: str, keys: Sequence[str]) -> dict[str, str]:
     """Return the versions of the source at a revision, by key of the table."""
     with _checkout(_resolve(revision)) as folder:
-        return {key: code_version.source_of_key(key, folder).version for key in keys}
+        return {key: stage_source.source_of_key(key, folder).version for key in keys}
 
 
 def differences(before: Path, after: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import activity, dvc, dvc_yaml, locks, params, result_versions, run_state, stage_runner
 from pipeline.activity import Activity
-from pipeline.drift import warn_drift
+from pipeline.params_drift import warn_drift
 from pipeline.text import format_row, wrap
 from stages.errors import UserError
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import changes, code_version, dvc_yaml, params, preflight, result_versions, shared_cluster
+from pipeline import dvc_yaml, last_run, params, preflight, result_versions, shared_cluster, stage_source
 from pipeline.commands import same_results
 from pipeline.text import first_few
 from stages.errors import UserError
@@ -43,9 +43,9 @@ def _announce_changes(data: Mapping[str, Any], environment: Mapping[str, str] = 
     """Print and record what a run that plain DVC started changes. This is its first stage."""
     if "DVC_STAGE" not in environment or shared_cluster.FOLDER in environment:  # `vqvae2 run` has done so
         return
-    if description := changes.describe(changes.since_last_run(data)):
+    if description := last_run.describe(last_run.since_last_run(data)):
         print(description, flush=True)
-    changes.record_run(data)
+    last_run.record_run(data)
 
 
 def show() -> int:
@@ -56,7 +56,7 @@ def show() -> int:
         source = result_versions.source_of(stage, settings)
         text = source.version
         if not source.is_recorded:
-            definitions = code_version.changed_definitions(source.definitions)
+            definitions = stage_source.changed_definitions(source.definitions)
             text += f"  not in the table; changed: {first_few(definitions, 5)}"
         if pinned := result_versions.describe_pinned(stage, settings):
             text += f"  {pinned}"
@@ -71,10 +71,10 @@ def record(*, same_as: str, reason: str) -> int:
     smoke pipeline has equal results at both. Raises UserError if a reason is missing, results differ, or the code is
     not that of a clone.
     """
-    if not (code_version.ROOT / ".git").exists():
+    if not (stage_source.ROOT / ".git").exists():
         raise UserError(
             "The table of versions can only be written in a clone of the repository.",
-            where=code_version.TABLE,
+            where=stage_source.TABLE,
             fix="Clone the repository and run the command there.",
             code=2,
         )
@@ -82,8 +82,8 @@ def record(*, same_as: str, reason: str) -> int:
         raise UserError(
             "--reason is missing.", where="vqvae2 versions", fix="State what changed in a sentence.", code=2
         )
-    table = code_version.read_table()
-    sources = {key: code_version.source_of_key(key) for key in code_version.table_keys()}
+    table = stage_source.read_table()
+    sources = {key: stage_source.source_of_key(key) for key in stage_source.table_keys()}
     changed = [key for key, source in sources.items() if not source.is_recorded]
     new_versions = {key: sources[key].hash for key in changed}
     if same_as and changed:
@@ -94,6 +94,6 @@ def record(*, same_as: str, reason: str) -> int:
         table["versions"].setdefault(key, {})[sources[key].hash] = entry
     definitions = {name: digest for source in sources.values() for name, digest in source.definitions.items()}
     table["definitions"] = dict(sorted(definitions.items()))
-    with atomic_write(code_version.TABLE) as path:
+    with atomic_write(stage_source.TABLE) as path:
         path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return show()

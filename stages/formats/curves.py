@@ -12,7 +12,7 @@ from typing import Any
 Rows = Sequence[Mapping[str, Any]]  # keys: step; name, "SPLIT/METRIC" such as "validation/mse"; value
 FILE = "curves.csv"  # in a model folder
 SIGNIFICANT_DIGITS = 6
-MAX_POINTS = 1000  # of a line in a plots file, which is committed to Git
+MAX_POINTS = 1000  # of a line in a plots file, which becomes part of a page
 
 
 def write_metrics(path: Path, values: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.runtime.control import background_thread
-from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
+from stages.runtime.heartbeat_timeout import HEARTBEAT_TIMEOUT_S, HEARTBEAT_TIMEOUT_VARIABLE
 
 HEARTBEAT_INTERVAL_S = 1.0
 CALL_TIMEOUT_S = 3.0  # for one answer of the control actor; the call is then repeated

@@ -1,4 +1,4 @@
-"""Source that determines results is written in the forms that pipeline/code_version.py follows."""
+"""Source that determines results is written in the forms that pipeline/stage_source.py follows."""
 
 import ast
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.code_version import PACKAGES
+from pipeline.stage_source import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -2,14 +2,14 @@
 
 import pytest
 
-from pipeline import code_version
+from pipeline import stage_source
 
 
-@pytest.mark.parametrize("key", code_version.table_keys())
+@pytest.mark.parametrize("key", stage_source.table_keys())
 def test_table_knows_the_code_of_every_stage(key: str):
     """A change of what a stage computes gets a new version; any other change proves that it computes the same."""
-    source = code_version.source_of_key(key)
-    changed = ", ".join(code_version.changed_definitions(source.definitions)) or "a definition was removed"
+    source = stage_source.source_of_key(key)
+    changed = ", ".join(stage_source.changed_definitions(source.definitions)) or "a definition was removed"
     assert source.is_recorded, (
         f"The source of stage {key} changed: {changed}.\n"
         f"If it computes something else: vqvae2 versions --new --reason TEXT\n"
@@ -20,6 +20,6 @@ def test_table_knows_the_code_of_every_stage(key: str):
 def test_table_has_no_definition_that_no_stage_uses():
     """The table is written as a whole, so it names the definitions of the code as it is."""
     names: set[str] = set()
-    for key in code_version.table_keys():
-        names |= code_version.source_of_key(key).definitions.keys()
-    assert code_version.read_table()["definitions"].keys() == names
+    for key in stage_source.table_keys():
+        names |= stage_source.source_of_key(key).definitions.keys()
+    assert stage_source.read_table()["definitions"].keys() == names

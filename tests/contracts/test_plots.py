@@ -28,7 +28,7 @@ PLOTS = {
     "Rate-distortion": ("bits_per_pixel", "psnr"),
     "Codebook usage": ("rank", "usage"),
 }
-IMAGES = {"plots/samples.png", "plots/reconstructions.png"}
+IMAGES = {"plots/evaluate/samples.png", "plots/evaluate/reconstructions.png"}
 
 
 def history(names: list[str]) -> list[dict]:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pipeline import composed_from, params
 from pipeline.commands import config
 from pipeline.compose import compose_params, to_yaml
-from pipeline.drift import repeating_overrides
+from pipeline.params_drift import repeating_overrides
 
 DVC_COMPOSITION = """
 import os, sys

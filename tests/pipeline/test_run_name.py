@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.changes import Change
+from pipeline.last_run import Change
 from pipeline.run_name import MAX_LENGTH, run_name, run_tags
 
 TEMPERATURE = Change("sample.temperature", 0.7, 0.8)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import code_version, params, result_versions, stage_runner
+from pipeline import params, result_versions, stage_runner, stage_source
 from pipeline.stage_runner import RESTARTED_MARKER
 from stages import shard
 from stages.config import ClusterConfig
@@ -183,9 +183,9 @@ def test_stage_dies_with_its_parent_only_under_dvc(monkeypatch, by_dvc: bool):
 
 def test_source_edited_while_a_stage_runs_makes_its_result_out_of_date(toy: ToyStage, tmp_path: Path, monkeypatch):
     """Processes that started late imported the edit. Restoring the source must not make the result valid."""
-    for package in code_version.PACKAGES:
+    for package in stage_source.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / "edited" / package)
-    monkeypatch.setattr(code_version, "ROOT", tmp_path / "edited")
+    monkeypatch.setattr(stage_source, "ROOT", tmp_path / "edited")
     data = params.read()
     before = result_versions.write(data, params.check(data))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import code_version
+from pipeline import stage_source
 
 STAGES: dict[str, Callable[[Any], None]] = {
     "shard": lambda project: project.shard(),
@@ -34,7 +34,7 @@ def executed_functions() -> Iterator[set[str]]:
         if (
             event == "call"
             and not (generated or anonymous or finalizer)
-            and module.split(".")[0] in code_version.PACKAGES
+            and module.split(".")[0] in stage_source.PACKAGES
         ):
             names.add(f"{module}.{frame.f_code.co_qualname}".partition(".<")[0])
 
@@ -50,9 +50,9 @@ def test_every_function_that_runs_is_hashed(stage: str, project, in_process):
     """Every executed function is part of the stage's source or excluded with a reason."""
     module, _, level = stage.partition("_")
     network = project.priors[level].name if level else ""
-    hashed = code_version.source_of(module, network).definitions.keys()
+    hashed = stage_source.source_of(module, network).definitions.keys()
     with executed_functions() as names:
         STAGES[stage](project)
     assert names
-    included = {name for name in names if not code_version.is_excluded(name, module)}
+    included = {name for name in names if not stage_source.is_excluded(name, module)}
     assert {name for name in included if not any(f"{name}.".startswith(f"{prefix}.") for prefix in hashed)} == set()

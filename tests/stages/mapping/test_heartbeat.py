@@ -15,7 +15,7 @@ from stages.mapping import heartbeat
 from stages.mapping.heartbeat import WorkerProcess
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
-from stages.runtime.timeouts import HEARTBEAT_TIMEOUT_VARIABLE
+from stages.runtime.heartbeat_timeout import HEARTBEAT_TIMEOUT_VARIABLE
 from tests.screen import Screen
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import code_version
-from pipeline.code_version import serialize, source_of
+from pipeline import stage_source
+from pipeline.stage_source import serialize, source_of
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''"""A stage."""
@@ -123,7 +123,7 @@ def test_unknown_hash_is_a_version_of_its_own(toy: Path):
 
 def test_edit_of_one_network_concerns_the_priors_that_use_it(tmp_path: Path):
     """Another prior network, and stages that train none, keep their hashes."""
-    for package in code_version.PACKAGES:
+    for package in stage_source.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package)
     keys = [("prior", "pixelsnail"), ("prior", "pixelcnn"), ("vqvae", ""), ("codes", ""), ("sample", "")]
     before = {key: source_of(*key, root=tmp_path).hash for key in keys}
@@ -134,7 +134,7 @@ def test_edit_of_one_network_concerns_the_priors_that_use_it(tmp_path: Path):
 
 def test_template_of_the_report_decides_the_evaluation_alone(tmp_path: Path):
     """The page's template is no Python and counts all the same."""
-    for package in code_version.PACKAGES:
+    for package in stage_source.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package)
     before = {module: source_of(module, root=tmp_path).hash for module in ("evaluate", "sample")}
     edit(tmp_path, "stages/evaluation/report.html.j2", "<html", "<html ")

@@ -8,7 +8,7 @@ import pytest
 from pipeline import composed_from, params
 from pipeline.commands import config
 from pipeline.compose import compose_settings
-from pipeline.drift import drift
+from pipeline.params_drift import drift
 
 EARLIER = ("train_vqvae.steps=500", "experiment=smoke")
 
