@@ -32,7 +32,8 @@ demo: setup          ## Run every stage on the embedded data; ends with the path
 	vqvae2 run
 
 test: setup          ## Run all tests except the slow ones: 15 minutes on two cores.
-	pytest -q -rs -m "not slow"
+	pytest -q -rs -m "not slow and not ray" --numprocesses=logical --maxprocesses=8 --dist=loadfile
+	pytest -q -rs -m "not slow and ray"
 
 test-slow: setup     ## Run the slow tests: clusters, fault injection, compilation.
 	pytest -q -rs -m slow

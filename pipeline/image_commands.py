@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.checks.inputs import require_outside_project_source
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats import artifact
@@ -42,7 +43,11 @@ def require_model(model: Path, *names: str) -> None:
 
 
 def require_replaceable(out: Path, kind: str) -> None:
-    """Raise UserError if an output folder exists and holds more than the images of an earlier call, or is a file."""
+    """Raise UserError if an output folder holds more than the images of an earlier call, or is a file.
+
+    The same if it is inside of the source of images of the present project.
+    """
+    require_outside_project_source(out)
     if out.exists() and not out.is_dir():
         raise UserError(
             f"{out} must be a folder for images, got a file.", where=out, fix="Choose another name.", code=2

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,12 +33,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray reads its environment on import: importing this first sets the variables for clusters that tests start.
 import stages.runtime.cluster  # noqa: E402, F401
 
-SKIPPED = pytest.StashKey[list[str]]()
+SKIPPED_TESTS: list[str] = []  # although they need no GPU
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the list of tests that are skipped although they need no GPU."""
-    config.stash[SKIPPED] = []
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note tests that are skipped although they need no GPU. With pytest-xdist, this process has all reports."""
+    if report.skipped and "gpu" not in report.keywords:
+        SKIPPED_TESTS.append(report.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,25 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note tests that are skipped although they need no GPU."""
-    report = yield
-    if report.skipped and not item.get_closest_marker("gpu"):
-        item.config.stash[SKIPPED].append(item.nodeid)
-    return report
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail in continuous integration if a test was skipped for another reason than a missing GPU."""
-    if os.environ.get("CI") and session.config.stash[SKIPPED] and session.exitstatus == pytest.ExitCode.OK:
+    if os.environ.get("CI") and SKIPPED_TESTS and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the skipped tests that fail a run of continuous integration."""
-    for name in config.stash[SKIPPED] if os.environ.get("CI") else ():
+    for name in SKIPPED_TESTS if os.environ.get("CI") else ():
         terminalreporter.line(f"SKIPPED IN CI {name}")
 
 

@@ -1,7 +1,9 @@
 """Checks of what the stages read: the images, the network of the metrics, and codes that later stages need."""
 
+from contextlib import suppress
 from pathlib import Path
 
+from pipeline import params
 from pipeline.checks.check import Answer, Request
 from stages.errors import UserError
 from stages.images import listing
@@ -35,9 +37,18 @@ def require_outside_source(out: Path, source: Path) -> None:
         raise UserError(
             "The output folder must be outside of the source of images, which this command does not change.",
             where=out,
-            fix="Choose another folder, such as --out overview",
+            fix="Choose another place, such as a folder beside it.",
             code=2,
         )
+
+
+def require_outside_project_source(out: Path) -> None:
+    """Raise UserError if an output is inside of the source of images of the present project, if there is one."""
+    source = None
+    with suppress(UserError, OSError):
+        source = params.look_up(params.read(), "dataset.source")
+    if isinstance(source, str):
+        require_outside_source(out, Path(source))
 
 
 def require_pulled(source: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from pipeline.checks.inputs import require_outside_project_source
 from pipeline.image_commands import MODEL, replace_folder, require_replaceable, safe_name
 from stages.errors import UserError
 from stages.formats.image_files import write_npz
@@ -103,7 +104,8 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
 
 
 def _require_absent(out: Path) -> None:
-    """Raise UserError if a file exists, or if its folder does not."""
+    """Raise UserError if a file exists, or its folder does not, or is inside of the source of images."""
+    require_outside_project_source(out)
     if not out.parent.is_dir():
         raise UserError(
             f"The folder of {out.name} does not exist.", where=out.parent.absolute(), fix="Create it first.", code=2

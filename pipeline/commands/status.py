@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline import activity, dvc, dvc_yaml, locks, params, result_versions, run_state, stage_runner
 from pipeline.activity import Activity
+from pipeline.checks.inputs import require_project_outside
 from pipeline.params_drift import warn_drift
 from pipeline.text import format_row, wrap
 from stages.errors import UserError
@@ -81,6 +82,7 @@ class StatusReader:
         if (files_key := _modification_times(params.FILE, dvc_yaml.FILE)) != self._files_key:
             self._data = params.read()
             self._settings = params.check(self._data)
+            require_project_outside(Path(self._settings.dataset.source))
             self._stages = dvc_yaml.stages(self._data)
             self._files_key = files_key
         settings, stages = self._settings, self._stages

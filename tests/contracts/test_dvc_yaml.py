@@ -40,7 +40,7 @@ def test_paths_of_a_stage_are_those_in_dvc_yaml(name: str):
     assert paths == (expected | {SETTINGS.dataset.source} if name == "shard" else expected)
 
 
-@pytest.mark.parametrize("name", ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE})
+@pytest.mark.parametrize("name", sorted(ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE}))
 def test_stage_depends_on_its_result_version_and_on_no_source_file(name: str):
     """A project without source files follows the installed code; a comment reruns nothing."""
     key = f"{name}_${{key}}" if name == "prior" else name
@@ -71,7 +71,7 @@ def test_no_setting_has_a_name_that_dvc_ignores():
         assert not {"size", "nfiles", "isexec"} & set(key.split(".")), key
 
 
-@pytest.mark.parametrize("name", ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE})
+@pytest.mark.parametrize("name", sorted(ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE}))
 def test_stage_replaces_the_shell_that_dvc_starts(name: str):
     """A shell between them would outlive a killed DVC, and a second stage could start beside the first."""
     assert ENTRIES[name]["cmd"].startswith(f"exec vqvae2 stage {name}")

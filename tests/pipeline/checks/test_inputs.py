@@ -71,3 +71,15 @@ def test_source_that_contains_the_project_is_refused(settings, tmp_path: Path, m
         inputs.check_images(request(with_source(settings, source), stages=("vqvae",)))
     for allowed in ("photos", "../proj"):
         inputs.check_images(request(with_source(settings, allowed), stages=("vqvae",)))
+
+
+@pytest.mark.parametrize("out", ["photos/drawn", "photos/../photos", "photos/drawn.npz"])
+def test_outputs_inside_the_source_of_images_are_refused(tmp_path: Path, monkeypatch, out: str):
+    """A command that writes there would change the data set. Without a project there is no source."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    inputs.require_outside_project_source(Path(out))
+    Path("params.yaml").write_text("dataset: {source: photos}\n")
+    inputs.require_outside_project_source(Path("drawn"))
+    with pytest.raises(UserError, match="must be outside of the source of images"):
+        inputs.require_outside_project_source(Path(out))

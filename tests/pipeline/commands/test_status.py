@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from pipeline import dvc, dvc_yaml, locks, params, run_state
 from pipeline.commands import status
 from pipeline.fingerprint import work_folder
@@ -49,6 +51,15 @@ def test_json_has_state_and_reasons_of_each_stage(project):
     facts = json.loads(project.command("status", "--json").stdout)
     assert [row["stage"] for row in facts["stages"]] == STAGES and facts["in_use_by"] is None
     assert all(row["state"] == "out of date" and row["reasons"] == ["it has not run yet"] for row in facts["stages"])
+
+
+def test_source_that_contains_the_project_is_named(current_project):
+    """DVC's error would be about .dvcignore."""
+    data = params.read()
+    data["dataset"]["source"] = ".."
+    params.write(params.to_yaml(data).encode())
+    with pytest.raises(UserError, match="contains the project"):
+        status.StatusReader().read()
 
 
 def test_running_stage_shows_step_rate_time_left_and_checkpoint(current_project, monkeypatch, capsys):
