@@ -142,6 +142,8 @@ class PriorConfig:
     attention_heads: int = 8  # heads per attention block, 1 or more
     kernel_size: int = 5  # side of the causal convolutions' filter, odd, 3 or more
     dropout: float = 0.1  # probability, 0 up to 1
+    # fraction of training grids without their label, 0 up to 1; above 0, sampling can use classifier-free guidance
+    label_dropout: float = 0.0
     output_layers: int = 20  # gated 1x1 blocks before the logits, 0 or more
     condition_layers: int = 20  # residual blocks over the coarser codes, 0 or more
 
@@ -164,3 +166,4 @@ class PriorConfig:
             )
         check_field(self, "kernel_size", self.kernel_size >= 3 and self.kernel_size % 2 == 1, "odd and 3 or more")
         check_field(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
+        check_field(self, "label_dropout", 0 <= self.label_dropout < 1, "0 or more and below 1")

@@ -7,9 +7,11 @@ can differ only if two entries are within about 1e-6 of each other. Matrix produ
 precision, single or double.
 
 B grids, H x W positions, K codebook entries.
-Source: Steele et al. 2014 (SplitMix64); Maddison et al. 2014 (Gumbel-max).
+Source: Steele et al. 2014 (SplitMix64); Maddison et al. 2014 (Gumbel-max); Ho and Salimans 2022, arXiv 2207.12598
+(classifier-free guidance).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -17,10 +19,11 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from models.config import check_sampling_rule
+from models.config import check_field, check_sampling_rule
 from models.precision import reduced_precision_disabled
 from models.priors import Prior
 from models.priors.cached import CachedPrior
+from models.priors.layers import NO_LABEL
 from models.random import GOLDEN_GAMMA, fold_in, splitmix64, to_signed
 
 METHODS = ("cached", "naive")
@@ -54,6 +57,15 @@ class SamplingRule(NamedTuple):
         return torch.empty_like(scores).scatter_(-1, order, ordered)
 
 
+def guide(logits: Float[Tensor, "_ K"], scale: float) -> Float64[Tensor, "B K"]:
+    """Combine logits of B grids with their label, and of the same grids without it: (2B, K).
+
+    Scale 1 gives the former, 0 the latter; above 1, what the label makes more probable gains in probability.
+    """
+    labelled, unlabelled = logits.double().chunk(2)
+    return unlabelled + scale * (labelled - unlabelled)
+
+
 class _Grids(NamedTuple):
     """Batch of grids to draw, and their conditions."""
 
@@ -62,6 +74,15 @@ class _Grids(NamedTuple):
     labels: Int64[Tensor, " B"] | None
     noise: "GumbelNoise"
     prefix_rows: int
+
+    def add_unlabelled(self) -> "_Grids":
+        """Return the grids with their labels, and once more without."""
+        assert self.labels is not None  # the sampler requires labels for guidance
+        return self._replace(
+            codes=self.codes.repeat(2, 1, 1),
+            coarser={name: grids.repeat(2, 1, 1) for name, grids in self.coarser.items()},
+            labels=torch.cat([self.labels, torch.full_like(self.labels, NO_LABEL)]),
+        )
 
 
 class Sampler:
@@ -79,13 +100,24 @@ class Sampler:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        guidance: float = 1.0,
         method: Literal["cached", "naive"] = "cached",
         batch_size: int = 256,
     ) -> None:
-        """Check the settings. Raises ValueError if one is out of range or if the weights are in half precision."""
-        self.prior, self.method, self.batch_size = prior, method, batch_size
+        """Check the settings. `guidance` is the scale of classifier-free guidance; other than 1 it doubles the work.
+
+        Raises ValueError if a setting is out of range, if the weights are in half precision, or if the prior cannot be
+        guided.
+        """
+        self.prior, self.method, self.guidance, self.batch_size = prior, method, guidance, batch_size
         self.rule = SamplingRule(temperature, top_k, top_p)
         check_sampling_rule(self.rule)
+        check_field(self, "guidance", 0 <= guidance < math.inf, "a number, 0 or more")
+        if guidance != 1 and not (prior.classes and prior.label_dropout):
+            raise ValueError(
+                f"guidance must be 1 for a prior that was not trained without labels too, got {guidance}; train it on "
+                "labelled images with label_dropout above 0, such as 0.1"
+            )
         if method not in METHODS:
             raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
         if batch_size < 1:
@@ -141,11 +173,11 @@ class Sampler:
 
     def _fill(self, grids: _Grids) -> None:
         if self.method == "naive":
-            _fill_naive(self.prior, self.rule, grids)
+            _fill_naive(self.prior, self.rule, self.guidance, grids)
             return
-        if self._cached is None or self._cached.cache.batch != len(grids.codes):
+        if self._cached is None or self._cached.batch != len(grids.codes):
             self._cached = None  # frees its memory first
-            self._cached = _CachedSampler(self.prior, len(grids.codes), self.rule)
+            self._cached = _CachedSampler(self.prior, len(grids.codes), self.rule, self.guidance)
         self._cached.fill(grids)
 
 
@@ -159,13 +191,22 @@ def draw(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    guidance: float = 1.0,
     method: Literal["cached", "naive"] = "cached",
     batch_size: int = 256,
     prefix: Int64[Tensor, "B H W"] | None = None,
     prefix_rows: int = 0,
 ) -> Int64[Tensor, "B H W"]:
     """Draw one grid of codes per sample ID with a new `Sampler`. Raises ValueError as `Sampler` and its `draw` do."""
-    sampler = Sampler(prior, temperature=temperature, top_k=top_k, top_p=top_p, method=method, batch_size=batch_size)
+    sampler = Sampler(
+        prior,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance=guidance,
+        method=method,
+        batch_size=batch_size,
+    )
     return sampler.draw(
         seed=seed, sample_ids=sample_ids, coarser=coarser, labels=labels, prefix=prefix, prefix_rows=prefix_rows
     )
@@ -196,11 +237,13 @@ class GumbelNoise:
 class _CachedSampler:
     """Cached sampler of one batch size: its buffers, and on CUDA a graph of the step at each column."""
 
-    def __init__(self, prior: Prior, batch: int, rule: SamplingRule) -> None:
-        self.rule, self.height, self.width = rule, prior.height, prior.width
+    def __init__(self, prior: Prior, batch: int, rule: SamplingRule, guidance: float) -> None:
+        self.batch, self.rule, self.guidance = batch, rule, guidance
+        self.height, self.width = prior.height, prior.width
+        self.streams = 1 if guidance == 1 else 2  # with the label; without it
         device = prior.positions.device
         self.captured = device.type == "cuda"
-        self.cache = CachedPrior(prior, batch=batch, static=self.captured)
+        self.cache = CachedPrior(prior, batch=self.streams * batch, static=self.captured)
         self.row_codes = torch.zeros(batch, prior.width, dtype=torch.int64, device=device)
         self.row_noise = torch.empty(batch, prior.width, prior.entries, dtype=torch.float64, device=device)
         # Views of each column.
@@ -208,14 +251,15 @@ class _CachedSampler:
         self.replay: Callable[[int], None] | None = None
 
     def fill(self, grids: _Grids) -> None:
-        self.cache.reset(grids.coarser, grids.labels)
+        streams = grids if self.streams == 1 else grids.add_unlabelled()
+        self.cache.reset(streams.coarser, streams.labels)
         for row in range(self.height):
             self.cache.start_row(row)
             if row < grids.prefix_rows:
                 self.row_codes.copy_(grids.codes[:, row])
                 for column in range(self.width):
                     self.cache.step(column)
-                    self.cache.append(self.column_codes[column], column)
+                    self._append(column)
             else:
                 self.row_noise.copy_(grids.noise.row(row))
                 for column in range(self.width):
@@ -227,16 +271,23 @@ class _CachedSampler:
                 grids.codes[:, row] = self.row_codes
 
     def step(self, column: int) -> None:
-        self.column_codes[column].copy_(self.rule(self.cache.step(column), self.column_noise[column]))
-        self.cache.append(self.column_codes[column], column)
+        logits = self.cache.step(column)
+        logits = logits if self.streams == 1 else guide(logits, self.guidance)
+        self.column_codes[column].copy_(self.rule(logits, self.column_noise[column]))
+        self._append(column)
+
+    def _append(self, column: int) -> None:
+        self.cache.append(self.column_codes[column].repeat(self.streams), column)
 
 
-def _fill_naive(prior: Prior, rule: SamplingRule, grids: _Grids) -> None:
+def _fill_naive(prior: Prior, rule: SamplingRule, guidance: float, grids: _Grids) -> None:
     codes = grids.codes
     for row in range(grids.prefix_rows, prior.height):
         row_noise = grids.noise.row(row)
         for column in range(prior.width):
-            logits = prior(codes, grids.coarser, grids.labels)[:, :, row, column]
+            streams = grids if guidance == 1 else grids.add_unlabelled()
+            logits = prior(streams.codes, streams.coarser, streams.labels)[:, :, row, column]
+            logits = logits if guidance == 1 else guide(logits, guidance)
             codes[:, row, column] = rule(logits, row_noise[:, column])
 
 

@@ -17,7 +17,7 @@ from models.config import PriorConfig
 from models.precision import autocast_disabled
 from models.priors.attention import StrictAttention
 from models.priors.conditioning import ConditioningStack, Grid
-from models.priors.layers import GatedBlock, RasterConv, vertical
+from models.priors.layers import NO_LABEL, GatedBlock, RasterConv, vertical
 
 
 class VerticalStack(nn.Module):
@@ -91,7 +91,7 @@ class Prior(nn.Module):
             config.kernel_size,
             config.dropout,
         )
-        self.entries, self.classes = entries, classes
+        self.entries, self.classes, self.label_dropout = entries, classes, config.label_dropout
         self.height, self.width = grid
         self.coarser = dict(coarser)
         self.attention_every = config.layers // config.attention_layers if config.attention_layers else 0
@@ -139,9 +139,13 @@ class Prior(nn.Module):
     ) -> Float[Tensor, "B K H W"]:
         """Compute the logits of every entry at every position, from the earlier codes in raster order.
 
-        Raises ValueError for inputs that do not fit this prior (see `check`).
+        In training, a fraction `label_dropout` of the grids loses its label. Raises ValueError for inputs that do not
+        fit this prior (see `check`).
         """
         self.check(codes, coarser, labels)
+        if labels is not None and self.training and self.label_dropout:
+            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
+            labels = labels.masked_fill(dropped, NO_LABEL)
         return self.score(codes, self.condition(coarser), labels)
 
     def condition(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None) -> Float[Tensor, "B H W C"] | None:
@@ -206,7 +210,7 @@ class Prior(nn.Module):
                 f"labels must be torch.int64 of one axis, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
         _check_count("labels", labels, codes)
-        _check_range("labels", labels, self.classes)
+        _check_range("labels", labels, self.classes, first=NO_LABEL if self.label_dropout else 0)
 
 
 def nll(logits: Float[Tensor, "B K H W"], codes: Int64[Tensor, "B H W"]) -> Float[Tensor, " B"]:
@@ -226,11 +230,11 @@ def _check_codes(name: str, codes: Tensor, grid: Grid) -> None:
     _check_range(name, codes, grid.entries)
 
 
-def _check_range(name: str, numbers: Tensor, stop: int) -> None:
+def _check_range(name: str, numbers: Tensor, stop: int, first: int = 0) -> None:
     if numbers.numel() and not numbers.is_meta:
         low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= stop:
-            raise ValueError(f"{name} must be 0 to {stop - 1}, got {low} to {high}")
+        if low < first or high >= stop:
+            raise ValueError(f"{name} must be {first} to {stop - 1}, got {low} to {high}")
 
 
 def _check_count(name: str, numbers: Tensor, codes: Tensor) -> None:

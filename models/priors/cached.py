@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.priors.attention import StrictAttention
 from models.priors.base import Prior, VerticalStack
-from models.priors.layers import GatedBlock, RasterConv
+from models.priors.layers import GatedBlock, RasterConv, embed_labels
 
 
 class CachedPrior:
@@ -192,7 +192,7 @@ class _GateBias:
 
     def reset(self, labels: Tensor | None) -> None:
         if self.label is not None and labels is not None:
-            self.bias = (self.second_bias + self.label(labels))[:, None]
+            self.bias = (self.second_bias + embed_labels(self.label, labels))[:, None]
 
     def row(self, condition: Tensor | None) -> Tensor:
         return self.bias if self.condition is None or condition is None else self.bias + self.condition(condition)

@@ -74,6 +74,14 @@ def horizontal(inputs: int, outputs: int, kernel: int, *, strict: bool = False) 
     return RasterConv(inputs, outputs, rows=1, kernel=kernel, taps=kernel // 2 + 1 - strict)
 
 
+NO_LABEL = -1  # in place of a label
+
+
+def embed_labels(embedding: nn.Embedding, labels: Int64[Tensor, " B"]) -> Float[Tensor, "B C"]:
+    """Embed labels. The vector of NO_LABEL is zero."""
+    return embedding(labels.clamp(min=0)) * (labels != NO_LABEL)[:, None]
+
+
 First = TypeVar("First", RasterConv, nn.Linear)
 
 
@@ -123,6 +131,6 @@ class GatedBlock(nn.Module, Generic[First]):
         gates = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
         if self.condition is not None:
             gates = gates + self.condition(condition)
-        if self.label is not None:
-            gates = gates + self.label(labels)[:, None, None]
+        if self.label is not None and labels is not None:
+            gates = gates + embed_labels(self.label, labels)[:, None, None]
         return x + F.glu(gates, -1)

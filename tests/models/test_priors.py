@@ -12,7 +12,7 @@ from torch import Tensor, multiprocessing, nn
 from models.config import PriorConfig
 from models.cost import count_parameters, forward_flops
 from models.priors import PRIORS, Grid, Prior, build, nll
-from models.priors.layers import causal, horizontal, vertical
+from models.priors.layers import NO_LABEL, causal, horizontal, vertical
 
 ENTRIES, CLASSES, GRID = 11, 3, (5, 7)
 COARSER = {"top": Grid(5, 2, 3), "middle": Grid(7, 4, 6)}  # of a grid of 8 x 12
@@ -34,9 +34,11 @@ def plain(name: str, grid: tuple[int, int] = GRID, **settings: Any) -> Prior:
     return build(config(name, **settings), entries=ENTRIES, grid=grid, coarser={}, classes=0).double().eval()
 
 
-def conditioned(name: str) -> Prior:
+def conditioned(name: str, **settings: Any) -> Prior:
     """Build a prior conditioned on two coarser levels and a label."""
-    return build(config(name), entries=ENTRIES, grid=(8, 12), coarser=COARSER, classes=CLASSES).double().eval()
+    return (
+        build(config(name, **settings), entries=ENTRIES, grid=(8, 12), coarser=COARSER, classes=CLASSES).double().eval()
+    )
 
 
 def codes_of(grid: tuple[int, int], batch: int = 2, entries: int = ENTRIES) -> Tensor:
@@ -139,6 +141,21 @@ def test_dropout_is_active_in_training_only(name: str):
     assert torch.equal(prior(codes), prior(codes))
     prior.train()
     assert not torch.equal(prior(codes), prior(codes))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_labels_are_dropped_at_their_rate_in_training_only(name: str):
+    """A grid has the logits of its label or those of no label."""
+    prior = conditioned(name, dropout=0.0, label_dropout=0.25)
+    codes = codes_of((8, 12), 1).expand(400, -1, -1)
+    inputs = codes, {level: grids.expand(400, -1, -1) for level, grids in coarser_of(1).items()}
+    labels = torch.zeros(400, dtype=torch.int64)
+    labelled, unlabelled = prior(*inputs, labels)[:1], prior(*inputs, labels + NO_LABEL)[:1]
+    assert torch.equal(prior(*inputs, labels)[399:], labelled)
+    logits = prior.train()(*inputs, labels)
+    is_labelled, is_unlabelled = ((logits == one).flatten(1).all(1) for one in (labelled, unlabelled))
+    assert (is_labelled ^ is_unlabelled).all()
+    assert 0.15 < is_unlabelled.double().mean() < 0.35
 
 
 @pytest.mark.parametrize("name", PRIORS)

@@ -12,19 +12,23 @@ from models.config import PriorConfig
 from models.precision import reduced_precision_disabled
 from models.priors import PRIORS, Grid, Prior, build, nll
 from models.priors.cached import CachedPrior
+from models.priors.layers import NO_LABEL
 from models.random import GOLDEN_GAMMA, splitmix64, to_signed
-from models.sampling import GumbelNoise, Sampler, SamplingRule, draw
+from models.sampling import GumbelNoise, Sampler, SamplingRule, draw, guide
 
 ENTRIES, CLASSES, GRID = 11, 3, (5, 7)
 COARSER = {"top": Grid(5, 1, 2), "middle": Grid(7, 3, 6)}  # of a grid of 6 x 12
 SAMPLE_IDS = torch.tensor([0, 1, 5])
 
 
-def non_uniform(name: str, conditioned: bool, dtype: torch.dtype = torch.float64) -> tuple[Prior, dict[str, Any]]:
+def non_uniform(
+    name: str, conditioned: bool, dtype: torch.dtype = torch.float64, label_dropout: float = 0.0
+) -> tuple[Prior, dict[str, Any]]:
     """Build a prior whose entries are not equally probable, and the conditions of three grids."""
     torch.manual_seed(0)
     settings = {"channels": 8, "residual_channels": 12, "layers": 4, "attention_layers": 2, "attention_heads": 2}
-    config = PriorConfig(name, **settings, output_layers=1, condition_layers=1)  # type: ignore[arg-type]
+    settings |= {"output_layers": 1, "condition_layers": 1}
+    config = PriorConfig(name, **settings, label_dropout=label_dropout)  # type: ignore[arg-type]
     grid, coarser, classes = ((6, 12), COARSER, CLASSES) if conditioned else (GRID, {}, 0)
     prior = build(config, entries=ENTRIES, grid=grid, coarser=coarser, classes=classes).to(dtype).eval()
     for module in prior.modules():
@@ -97,6 +101,47 @@ def test_cached_and_naive_draw_the_same_codes(name: str, conditioned: bool, rule
     naive = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions, **rule, method="naive")
     assert torch.equal(cached, naive)
     assert cached.unique().numel() > 3
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_guidance_draws_the_same_codes_by_each_method_and_batch(name: str):
+    """The cached sampler runs both streams in one batch."""
+    prior, conditions = non_uniform(name, True, label_dropout=0.1)
+    guided = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions, guidance=3.0)
+    assert not torch.equal(guided, draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions))
+    for settings in ({"method": "naive"}, {"batch_size": 2}, {"prefix": guided, "prefix_rows": 2}):
+        again = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions, guidance=3.0, **settings)
+        assert torch.equal(again, guided)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_guidance_of_zero_ignores_the_label(name: str):
+    """It draws from the network without labels; with scale 1 the codes are those of no guidance."""
+    prior, conditions = non_uniform(name, True, label_dropout=0.1)
+    without = conditions | {"labels": torch.full((3,), NO_LABEL)}
+    unlabelled = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **without)
+    assert torch.equal(draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions, guidance=0.0), unlabelled)
+    labelled = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions)
+    assert not torch.equal(labelled, unlabelled)
+    assert torch.equal(draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions, guidance=1.0), labelled)
+
+
+def test_guidance_raises_what_the_label_makes_more_probable():
+    """The scale multiplies the difference of log-probabilities, whatever constants the logits carry."""
+    labelled = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    unlabelled = torch.tensor([[0.4, 0.4, 0.2]]).log()
+    guided = guide(torch.cat([labelled + 5, unlabelled - 3]), 2.0).softmax(-1)
+    expected = (labelled.exp() ** 2 / unlabelled.exp()).double()
+    torch.testing.assert_close(guided, expected / expected.sum(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_guidance_of_a_prior_trained_with_labels_only_is_refused(conditioned: bool):
+    """It has never seen a grid without a label."""
+    prior, conditions = non_uniform("pixelcnn", conditioned)
+    with pytest.raises(ValueError, match=r"guidance must be 1 .* got 2\.0; train it on .* label_dropout above 0"):
+        draw(prior, seed=0, sample_ids=SAMPLE_IDS, **conditions, guidance=2.0)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -319,6 +364,8 @@ def test_half_precision_weights_are_refused(dtype: torch.dtype):
         ({"top_p": math.nan}, "top_p must be above 0 and at most 1, got nan"),
         ({"top_k": -1}, "top_k must be 0 or more, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"guidance": -1.0}, "guidance must be a number, 0 or more, got -1.0"),
+        ({"guidance": math.nan}, "guidance must be a number, 0 or more, got nan"),
         ({"prefix_rows": 6}, "prefix_rows must be 0 to 5, the rows of the grid, got 6"),
         ({"prefix_rows": 1}, "prefix_rows must be 0 without prefix, got 1"),
         ({"labels": torch.zeros(3).long()}, "labels must be None for a prior without classes, got labels"),
@@ -351,15 +398,16 @@ def test_prefix_of_another_grid_is_refused():
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_cuda_graph_draws_the_same_codes(name: str, conditioned: bool):
     """The captured step and the naive sampler on a GPU draw the codes of the cached sampler on the CPU."""
-    prior, conditions = non_uniform(name, conditioned)
-    expected = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions)
+    prior, conditions = non_uniform(name, conditioned, label_dropout=0.1)
+    guidance = 2.0 if conditioned else 1.0
+    expected = draw(prior, seed=3, sample_ids=SAMPLE_IDS, **conditions, guidance=guidance)
     prior.cuda()
     moved: dict[str, Any] = {
         key: value.cuda() if key == "labels" else {level: grids.cuda() for level, grids in value.items()}
         for key, value in conditions.items()
     }
     for method in ("cached", "naive"):
-        sampler = Sampler(prior, method=method)
+        sampler = Sampler(prior, guidance=guidance, method=method)
         for _ in range(2):  # the second time the first graph is replayed from the first row on
             assert torch.equal(sampler.draw(seed=3, sample_ids=SAMPLE_IDS, **moved).cpu(), expected)
 
