@@ -142,10 +142,10 @@ class PriorConfig:
     attention_heads: int = 8  # heads per attention block, 1 or more
     kernel_size: int = 5  # side of the causal convolutions' filter, odd, 3 or more
     dropout: float = 0.1  # probability, 0 up to 1
-    # fraction of training grids without their label, 0 up to 1; above 0, sampling can use classifier-free guidance
-    label_dropout: float = 0.0
     output_layers: int = 20  # gated 1x1 blocks before the logits, 0 or more
     condition_layers: int = 20  # residual blocks over the coarser codes, 0 or more
+    # fraction of training grids without their label, 0 up to 1; above 0, sampling can use classifier-free guidance
+    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "channels", "residual_channels", "layers", "attention_heads")

@@ -149,6 +149,33 @@ def restore(
     run_and_exit(action, require_project=model is None)
 
 
+@app.command("complete", rich_help_panel=MODELS)
+def complete_image(
+    image: Annotated[Path, typer.Argument(help="Image file to complete.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the images to this folder.")] = Path("completed"),
+    rows: Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of the rows that are kept.")] = 0.5,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
+    class_name: ClassOfImages = "",
+    model: Model = None,
+) -> None:
+    """Draw the lower part of an image several times.
+
+    Keeps the upper rows of the codes of the image and draws the others from the trained priors. Writes the images, and
+    sheet.png: the image, its reconstruction, and the drawn images. Replaces earlier images of this command in the same
+    folder.
+
+    Example:  vqvae2 complete cat.png --rows 0.5 --count 4 --out completed
+    """
+
+    def action() -> int:
+        from pipeline.commands import complete
+
+        return complete.run(image, out, rows=rows, count=count, seed=seed, model=model, class_name=class_name)
+
+    run_and_exit(action, require_project=model is None)
+
+
 @app.command(rich_help_panel=MODELS)
 def export(
     what: Annotated[str, typer.Argument(metavar="samples|images", help="Drawn samples, or images of the dataset.")],
