@@ -46,15 +46,25 @@ def stages(options: Any) -> Iterator[str]:
 
 def settings(options: Any) -> Iterator[str]:
     """Yield GROUP=CHOICE for each file in conf/, presets first, and KEY=VALUE for each setting in params.yaml."""
-    groups = [
-        group for item in _read_yaml(Path("conf/config.yaml"))["defaults"] if isinstance(item, dict) for group in item
-    ]
+    from pipeline import conf_layers
+
+    conf = Path("conf")
+    groups = dict.fromkeys(
+        group for path in conf_layers.primary_files(conf) for group in conf_layers.choices_of(_read_yaml(path))
+    )
     for group in sorted(groups, key=lambda group: group != "experiment"):
-        for path in sorted(Path("conf", group.partition("@")[0]).glob("*.yaml")):
-            yield f"{group}={path.stem}"
+        for choice in conf_layers.choices(conf, group.partition("@")[0]):
+            yield f"{group}={choice}"
     values = _read_yaml(Path("params.yaml"))
     values.pop("composed_from", None)  # a record, not a setting
     yield from _flatten(values, "")
+
+
+def presets(options: Any) -> Iterator[str]:
+    """Yield the presets of the package."""
+    from pipeline import conf_layers
+
+    yield from conf_layers.choices(conf_layers.PACKAGED, "experiment")
 
 
 def classes(options: Any) -> Iterator[str]:
@@ -80,6 +90,7 @@ def runs(options: Any) -> Iterator[str]:
 SOURCES: dict[str, Callable[[Any], Iterable[str]]] = {
     "stage": stages,
     "setting": settings,
+    "preset": presets,
     "class": classes,
     "run": runs,
 }

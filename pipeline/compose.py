@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from pipeline import composed_from, dvc_experiment, group_files, params
+from pipeline import composed_from, conf_layers, dvc_experiment, group_files, params
 from pipeline.composed_from import CONF, describe_source, key_of
 from stages.config import Params
 from stages.errors import UserError
@@ -56,6 +56,8 @@ def record_composition(*, _root_: DictConfig) -> str:
 
 
 OmegaConf.register_new_resolver("vqvae2.record_composition", record_composition, replace=True)
+# For `hydra.searchpath` of a project: a path of one machine does not belong into its files.
+OmegaConf.register_new_resolver("vqvae2.packaged_conf", lambda: str(conf_layers.PACKAGED), replace=True)
 
 
 def compose_settings(overrides: Sequence[str]) -> tuple[dict[str, Any], Params]:
@@ -78,14 +80,14 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
             raise UserError(
                 f"{override!r} is not a valid override.", where=f"{conf}/", fix="Write it as one line of text.", code=2
             )
-    if not (conf / "config.yaml").is_file():
+    if not (conf / f"{conf_layers.primary(conf)}.yaml").is_file():
         raise UserError(
             "conf/config.yaml does not exist.", where=Path.cwd(), fix="Change to the folder of the project.", code=2
         )
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
-            config = compose("config", overrides=[expand_home(override) for override in overrides])
+            config = compose(conf_layers.primary(conf), overrides=[expand_home(override) for override in overrides])
             return _to_mapping(config)
     except (HydraException, OmegaConfBaseException) as error:
         preset = {key_of(override): override.partition("=")[2] for override in overrides}.get(PRESETS)
@@ -93,7 +95,7 @@ def compose_params(overrides: Sequence[str] = (), conf: Path = CONF) -> dict[str
         raise group_files.explain(conf, choices) or to_user_error(error, overrides, where) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        file = Path(mark.name).relative_to(conf.resolve()) if mark else None
+        file = Path(mark.name).relative_to(conf.resolve()) if mark else None  # the package's own files are valid
         raise UserError(
             f"{file.name if file else 'A file in conf/'} is not valid YAML: {error.problem}.",
             where=f"{conf / file}, line {mark.line + 1}" if mark and file else where,

@@ -6,14 +6,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from pipeline import params
+from pipeline import conf_layers, params
 from stages.errors import UserError
 
 GLOBAL_LINE = "# @package _global_"  # makes Hydra place the settings of a file at the top level
 
 
 def explain(conf: Path, choices: Mapping[str, Any]) -> UserError | None:
-    """Explain the first chosen file with a common mistake; None if there is none.
+    """Explain the first chosen file of `conf` with a common mistake; None if there is none.
 
     `choices` maps groups to files, such as experiment to mine, or prior@priors.top to pixelcnn.
     """
@@ -27,8 +27,8 @@ def explain(conf: Path, choices: Mapping[str, Any]) -> UserError | None:
 
 
 def default_choice(conf: Path, group: str) -> Any:
-    """Return the choice of a group in the defaults list of conf/config.yaml; None if it has none."""
-    return next((item[group] for item in _defaults(conf / "config.yaml") if group in item), None)
+    """Return the choice of a group in the defaults list of the primary config; None if it has none."""
+    return _default_choices(conf).get(group)
 
 
 def _of_preset(path: Path, _: str, groups: Mapping[str, str]) -> Iterator[UserError]:
@@ -86,15 +86,20 @@ def _is_global(path: Path) -> bool:
     return any(line.lstrip("#").split() == GLOBAL_LINE.lstrip("#").split() for line in header)
 
 
+def _default_choices(conf: Path) -> dict[str, Any]:
+    """Return the choice of each group without overrides."""
+    files = conf_layers.primary_files(conf)
+    return {group: choice for path in files for group, choice in conf_layers.choices_of(params.read(path)).items()}
+
+
 def _defaults(path: Path) -> list[dict[str, Any]]:
     """Return the items of a defaults list that choose a file of a group."""
     return [item for item in params.read(path).get("defaults", ()) if isinstance(item, dict)]
 
 
 def _groups(conf: Path) -> dict[str, str]:
-    """Map the sections that conf/config.yaml chooses files for to their groups, such as priors.top to prior@priors.top.
+    """Map the sections that the primary config chooses files for to their groups: priors.top to prior@priors.top.
 
     A preset is no section.
     """
-    names = [name for item in _defaults(conf / "config.yaml") for name in item if name != "experiment"]
-    return {name.rpartition("@")[2]: name for name in names}
+    return {name.rpartition("@")[2]: name for name in _default_choices(conf) if name != "experiment"}

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline import params
+from pipeline import conf_layers, params
 from pipeline.compose import compose_params
 from pipeline.composed_from import CONF, format_override, is_edited, key_of, overrides_of, settings_of
 from pipeline.text import first_few
@@ -20,7 +20,7 @@ def drift() -> tuple[str, str]:
     Edits of params.yaml are not a difference. conf/ is composed only if one of its files is newer than params.yaml,
     because composing is slow.
     """
-    files = [CONF, *CONF.rglob("*")] if CONF.is_dir() else []
+    files = [path for layer in conf_layers.layers(CONF) if layer.is_dir() for path in (layer, *layer.rglob("*"))]
     if max(map(_modification_time_ns, files), default=0) <= params.FILE.stat().st_mtime_ns:
         return "", ""
     data = params.read()
