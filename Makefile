@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format docs constraints
+.PHONY: help setup demo test test-slow check format docs build constraints
 
 help:                ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ format: setup        ## Format the code and apply ruff's automatic fixes.
 
 docs: setup          ## Regenerate docs/reference from the code.
 	python docs/reference/generate.py
+
+build: setup         ## Build the wheel and the source distribution in dist/.
+	$(BIN)/python -m hatchling build -t sdist -t wheel
 
 constraints: setup   ## Resolve the versions in constraints.txt again.
 	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \

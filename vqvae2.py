@@ -11,13 +11,14 @@
 
 This file names all that is public; the code is in stages/inference/ and stages/formats/. Torch and the other libraries
 are imported on first use, so `import vqvae2` is fast. It is one file beside the packages, and not a fourth package,
-because it only forwards to them.
+because it only forwards to them. In the wheel it is the __init__.py of the package that holds them (pipeline/wheel.py).
 """
 
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import __name__ as _STAGES
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from stages.inference.model import Model
     from stages.inference.scores import Scores
 
+# The program of an installed wheel imports vqvae2.pipeline. In a copy of the repository, it runs the copy's code.
+__path__ = [str(Path(__file__).parent)]
 __all__ = ["CodeTable", "Model", "Scores", "UserError", "codes", "load"]
 
-_MODULES = {
-    "CodeTable": "stages.formats.code_table",
-    "Model": "stages.inference.model",
-    "Scores": "stages.inference.scores",
+_MODULES = {  # relative to stages: the wheel has it below vqvae2/ (pipeline/wheel.py)
+    "CodeTable": ".formats.code_table",
+    "Model": ".inference.model",
+    "Scores": ".inference.scores",
 }
 
 
@@ -59,4 +62,4 @@ def __getattr__(name: str) -> Any:
     """Import a public class on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name], _STAGES), name)

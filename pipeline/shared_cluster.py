@@ -74,7 +74,7 @@ class SharedCluster:
 
     def _start_server(self) -> str:
         self._server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipeline.shared_cluster"],
+            [sys.executable, "-P", "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ from pipeline.process import die_with_parent, not_ignored, require_project
 from pipeline.run_name import EXPERIMENT_VARIABLE, run_params, run_tags
 from pipeline.sections import sections_of
 from pipeline.text import first_few
+from stages import __name__ as STAGES
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import curves
@@ -133,7 +134,7 @@ def _call(
 ) -> None:
     """Call the stage's function with paths and settings, and track it."""
     os.environ.update(shared_cluster.cluster_environment())
-    function = importlib.import_module(f"stages.{stage.module}").run
+    function = importlib.import_module(f"{STAGES}.{stage.module}").run
     parent = os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data)
     start = time.monotonic()
     with tracker.track_stage(

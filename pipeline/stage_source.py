@@ -23,6 +23,7 @@ import models
 from models.config import PriorConfig
 
 PACKAGES = ("stages", "models")
+PREFIX = "vqvae2."  # of these names in imports of the wheel (pipeline/wheel.py); removed, so that its hashes are equal
 ROOT = Path(models.__file__).parents[1]  # folder of the running packages
 TABLE = Path(__file__).with_name("known_versions.json")
 HASH_LENGTH = 16  # hexadecimal digits; 64 bits: no collision among a few hundred hashes
@@ -184,7 +185,7 @@ class _Sources:
         return self._modules[module]
 
     def _parse_file(self, module: str) -> _Module:
-        tree = _RemoveErrorTexts().visit(ast.parse(self.path(module).read_text(encoding="utf-8")))
+        tree = _Normalize().visit(ast.parse(self.path(module).read_text(encoding="utf-8")))
         definitions: dict[str, list[ast.stmt]] = {}
         other_statements: list[ast.stmt] = []
         for statement in tree.body:
@@ -217,8 +218,11 @@ class _Sources:
                 yield target
 
 
-class _RemoveErrorTexts(ast.NodeTransformer):
-    """Removes arguments of UserError and of raised ValueError: they reach no artifact."""
+class _Normalize(ast.NodeTransformer):
+    """Removes arguments of UserError and of raised ValueError, which reach no artifact, and PREFIX of imports."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        return ast.ImportFrom((node.module or "").removeprefix(PREFIX), node.names, node.level)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id == "UserError":

@@ -12,6 +12,7 @@ EXIT_CODES = {
     5: "a model or a checkpoint is damaged or does not match",
 }
 
+_PACKAGE_OF_EXTRA = {"s3": "dvc-s3"}
 _CHOOSE_OTHER_NAME = "Choose another name, or remove the existing file."
 _FREE_SPACE = "Free some space, then run the same command again."
 _OS_ERROR_FIXES = {
@@ -25,7 +26,9 @@ _OS_ERROR_FIXES = {
 
 
 def install_command(extra: str = "") -> str:
-    """Return the command that installs this project, with an extra, in its folder: it is on no package index."""
+    """Return the command that installs this project, or what an extra of it adds: it is on no package index."""
+    if not __name__.startswith("stages"):  # the wheel, whose file may be gone
+        return f"pip install {_PACKAGE_OF_EXTRA[extra]}" if extra else "pip install --force-reinstall WHEEL"
     return "pip install -c constraints.txt -e " + (f"'.[{extra}]'" if extra else ".")
 
 

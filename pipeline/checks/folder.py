@@ -2,9 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import models
+import stages
 from pipeline import dvc, dvc_yaml, params, process
 from pipeline.checks.check import Answer
 from pipeline.checks.machine import GIB
@@ -12,7 +14,9 @@ from stages.errors import UserError
 
 WARN_DISK_BYTES = 5 * GIB  # artifacts, DVC's cache and checkpoints of a small experiment
 MIN_DISK_BYTES = GIB // 4  # less than the smallest run writes
-PACKAGES = ("stages", "models")  # that Ray's workers import, with the current folder first
+# Packages that Ray's workers import, with the current folder first.
+PACKAGES = tuple(dict.fromkeys(package.__name__.partition(".")[0] for package in (stages, models)))
+CODE = Path(__file__).parents[__name__.count(".")]
 # Folders and files that a run writes, besides those of dvc.yaml.
 WRITTEN = (".", "runs", ".dvc", ".dvc/tmp", ".dvc/cache", "mlruns", params.FILE, dvc_yaml.LOCK, "mlflow.db")
 
@@ -41,18 +45,25 @@ def check_folder(environment: Mapping[str, str]) -> Answer:
     return Answer(str(folder))
 
 
-def require_own_packages(folder: Path, code: Path = Path(__file__).parents[2]) -> None:
+def require_own_packages(folder: Path, code: Path = CODE, names: Sequence[str] = PACKAGES) -> None:
     """Raise UserError if a folder has packages of another project with our names, which Ray's workers would import.
 
-    `code` is the folder of the packages in use.
+    `code` is the folder of the packages in use: stages and models, or vqvae2 of the wheel.
     """
-    for name in PACKAGES:
-        package = folder / name
+    for name in names:
+        package, module = folder / name, folder / f"{name}.py"
         if (package / "__init__.py").is_file() and not package.samefile(code / name):
             raise UserError(
                 f"The folder {name}/ is a Python package of another project, and workers would import it.",
                 where=package,
                 fix="Rename it, or remove its __init__.py.",
+                code=2,
+            )
+        if module.is_file() and not process.is_copy_of_project(folder):
+            raise UserError(
+                f"The file {name}.py is a Python module of another project, and workers would import it.",
+                where=module,
+                fix="Rename it.",
                 code=2,
             )
 

@@ -23,6 +23,9 @@ from stages.runtime.ray_sessions import sessions_parent
 RAY_OBJECT_STORE_BYTES = 500 * 2**20  # enough for batches in flight; Ray's default is 30% of the memory
 PRIVATE_CLUSTER_VARIABLE = "VQVAE2_PRIVATE_CLUSTER"  # set together with RAY_ADDRESS for a cluster started here
 PACKAGE_ROOT = Path(__file__).parents[2]  # folder of pipeline/, stages/ and models/
+CODE = ("stages", "models")  # packages that workers import
+# In the wheel these are below one package, next to what workers do not need (pipeline/wheel.py).
+IS_WHEEL = not __name__.startswith(CODE)
 LOOPBACK_ADDRESS = "127.0.0.1"
 RESTART_FIX = "Run the same command again; it starts another cluster."
 OTHER_NODES_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback only, on every system
@@ -91,8 +94,8 @@ def connect_cluster(config: ClusterConfig) -> Iterator[None]:
     if not is_private:
         # Other machines have neither this code nor this environment.
         runtime_env = {
-            "py_modules": [str(PACKAGE_ROOT / package) for package in ("stages", "models")],
-            "excludes": ["__pycache__"],
+            "py_modules": [str(PACKAGE_ROOT)] if IS_WHEEL else [str(PACKAGE_ROOT / package) for package in CODE],
+            "excludes": ["__pycache__", *(["/pipeline", "/conf", "/data", "/.dvc"] if IS_WHEEL else [])],
             "env_vars": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)},
             "worker_process_setup_hook": f"{__name__}.{set_gloo_interface.__name__}",
         }

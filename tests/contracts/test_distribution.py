@@ -1,5 +1,7 @@
 """Source distribution and wheel: the sources, and no file of a user's."""
 
+import ast
+import re
 import subprocess
 import sys
 import tarfile
@@ -8,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import wheel as wheel_module
 from tests.command_line_project import CommandLineProject
+from tests.installed import Installation
+
+ROOT = Path(__file__).parents[2]
+PLOTS, DEMO = ".dvc/plots/page.html", "data/fluent-emoji-64.zip"
 
 # What a used checkout holds besides the sources.
 PRIVATE = (
@@ -55,6 +62,7 @@ def test_no_private_file_is_distributed(names: set[str]):
     tops = {name.partition("/")[0] for name in names if "/" in name}
     assert tops == {*SOURCES, "data", ".dvc"}
     assert {name for name in names if name.startswith(".dvc/")} == {
+        ".dvc/.gitignore",
         ".dvc/config",
         *(f".dvc/plots/{name}" for name in ("bars.json", "curves.json", "page.html")),
     }
@@ -62,11 +70,12 @@ def test_no_private_file_is_distributed(names: set[str]):
 
 def test_every_source_file_is_distributed(names: set[str]):
     """Code, settings, tests, documents, the demo's images and the files that commands read."""
-    root = Path(__file__).parents[2]
-    listing = subprocess.check_output(["git", "ls-files", *SOURCES, "data"], cwd=root, text=True)
+    listing = subprocess.check_output(["git", "ls-files", *SOURCES, "data"], cwd=ROOT, text=True)
     assert set(listing.splitlines()) <= names
     assert {
         "vqvae2.py",
+        ".dvcignore",
+        ".gitignore",
         "dvc.yaml",
         "params.yaml",
         "constraints.txt",
@@ -77,9 +86,67 @@ def test_every_source_file_is_distributed(names: set[str]):
     } <= names
 
 
-def test_wheel_has_the_packages_and_the_python_api(distributions: Path):
-    """`import vqvae2` works where the wheel is installed."""
+def test_wheel_is_one_package_and_a_plugin(distributions: Path):
+    """No generic name such as `models` is installed. `hydra_plugins` is Hydra's namespace for everybody's plugins."""
     (archive,) = distributions.glob("*.whl")
     with zipfile.ZipFile(archive) as wheel:
-        tops = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
-    assert tops == {"pipeline", "stages", "models", "hydra_plugins", "vqvae2.py"}
+        wheel_names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in wheel_names} == {"vqvae2", "hydra_plugins"}
+    code = subprocess.check_output(["git", "ls-files", *wheel_module.PACKAGES], cwd=ROOT, text=True).splitlines()
+    assert {f"vqvae2/{name}" for name in code} - wheel_names == {"vqvae2/pipeline/wheel.py"}
+    files = ("conf/config.yaml", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", PLOTS, DEMO)
+    assert {f"vqvae2/{name}" for name in files} <= wheel_names
+    assert not {name for name in wheel_names if name.endswith(PRIVATE)}
+
+
+def test_imports_in_the_wheel_name_its_package():
+    """Every import of the three packages gets the prefix, and nothing else changes, not even a line number."""
+    for path, name in wheel_module.wheel_files(ROOT):
+        if path.suffix == ".py":
+            text = path.read_text(encoding="utf-8")
+            prefixed = wheel_module.add_prefix(text)
+            imports = [node for node in ast.walk(ast.parse(prefixed)) if isinstance(node, ast.Import | ast.ImportFrom)]
+            modules = [
+                node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
+                for node in imports
+                for alias in node.names
+            ]
+            assert not {module.partition(".")[0] for module in modules} & set(wheel_module.PACKAGES), name
+            restored = re.sub(r"from vqvae2 import (\w+)", r"import \1", prefixed)
+            assert restored.replace("from vqvae2.", "from ").replace("import vqvae2.", "import ") == text, name
+
+
+def test_import_that_cannot_get_the_prefix_fails_the_build():
+    """`import stages.codes` binds `stages`, which the wheel does not have."""
+    with pytest.raises(ValueError, match=r"line 1: write `import stages\.codes as \.\.\.`"):
+        wheel_module.add_prefix("import stages.codes\nstages.codes.run()\n")
+
+
+@pytest.fixture(scope="module")
+def installation(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """The installed wheel, with foreign packages `models`, `pipeline` and `stages` in the folder and on PYTHONPATH."""
+    (wheel,) = distributions.glob("*.whl")
+    return Installation.of_wheel(wheel, tmp_path_factory.mktemp("installed"))
+
+
+def test_installed_program_runs_its_own_code_beside_foreign_packages(installation: Installation):
+    """Not `pipeline` of the current folder or of PYTHONPATH."""
+    assert "Usage: vqvae2" in installation.call("vqvae2", "--help").output
+
+
+def test_python_api_works_beside_foreign_packages(installation: Installation):
+    """A notebook imports its own `models` before and after `import vqvae2`, which does not add that name."""
+    code = (
+        "import models, sys, vqvae2; from vqvae2 import CodeTable, UserError; import stages, pipeline\n"
+        "print(models.COLOR, stages.COLOR, pipeline.COLOR, CodeTable.__module__, UserError.__module__)"
+    )
+    printed = installation.call("python", "-c", code).output
+    assert printed == "green green green vqvae2.stages.formats.code_table vqvae2.stages.errors\n"
+
+
+def test_installed_program_runs_the_code_of_a_checkout(installation: Installation, distributions: Path):
+    """In a copy of the repository, the copy's code runs, as with an editable installation."""
+    checkout = distributions.parent
+    (checkout / "pipeline" / "cli.py").write_text("def main():\n    print('the code of the checkout')\n")
+    done = Installation(installation.programs, checkout).call("vqvae2", "status", PYTHONPATH="")
+    assert done.output == "the code of the checkout\n"

@@ -48,6 +48,10 @@ def test_package_of_another_project_is_refused(current_project, tmp_path):
     with pytest.raises(UserError, match=r"The folder models/ is a Python package of another project") as caught:
         folder.check_folder(os.environ)
     assert caught.value.code == 2 and "Rename it" in caught.value.fix
+    (current_project.folder / "models" / "__init__.py").unlink()
+    (current_project.folder / "stages.py").touch()
+    with pytest.raises(UserError, match=r"The file stages\.py is a Python module of another project"):
+        folder.check_folder(os.environ)
 
 
 def test_folder_with_braces_is_refused(tmp_path):
