@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_models, process
+from pipeline import cli_models, cli_project, process
 from pipeline.cli_common import (
     LOOK,
     PROJECT,
@@ -214,7 +214,7 @@ def plan(
     run_and_exit(action)
 
 
-app.registered_commands += cli_models.app.registered_commands
+app.registered_commands += cli_models.app.registered_commands + cli_project.app.registered_commands
 
 
 @app.command(rich_help_panel=LOOK)

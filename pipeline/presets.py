@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.checks.machine import gpu_count
@@ -87,10 +88,10 @@ class Advice:
         return [f"preset: {fit}", *self.remarks, f"recommended: {self.command}"]
 
 
-def fit_of(data: Mapping[str, Any], settings: Params) -> PresetFit:
+def fit_of(data: Mapping[str, Any], settings: Params, conf: Path = CONF) -> PresetFit:
     """Compare the images of settings with those of their preset. `data` are the contents of params.yaml."""
-    experiment = choices_of(data).get("experiment") or default_choice(CONF, "experiment")
-    dataset = compose_params([format_override("experiment", experiment)])["dataset"]
+    experiment = choices_of(data).get("experiment") or default_choice(conf, "experiment")
+    dataset = compose_params([format_override("experiment", experiment)], conf)["dataset"]
     made_for = Images(dataset["name"], dataset["image_size"])
     return PresetFit(str(experiment), made_for, Images(settings.dataset.name, settings.dataset.image_size))
 
@@ -117,9 +118,11 @@ def try_advise(
         return None
 
 
-def advise(data: Mapping[str, Any], settings: Params, *, gpus: int, num_train_images: int | None = None) -> Advice:
+def advise(
+    data: Mapping[str, Any], settings: Params, *, gpus: int, num_train_images: int | None = None, conf: Path = CONF
+) -> Advice:
     """Recommend a preset by image size, number of training images (None: unknown) and GPUs of this machine."""
-    fit = fit_of(data, settings)
+    fit = fit_of(data, settings, conf)
     remarks = []
     steps, batch_size = settings.train_vqvae.steps, settings.train_vqvae.batch_size
     if num_train_images:
@@ -130,13 +133,13 @@ def advise(data: Mapping[str, Any], settings: Params, *, gpus: int, num_train_im
     if fit.fits:
         chosen = overrides_of(data)
         if settings.cluster.gpus_per_worker and not gpus:
-            others, _ = _photo_preset(data, gpus)
+            others, _ = _photo_preset(data, gpus, conf)
             remarks.append(f"It needs a GPU, which this machine does not have. Without one: {_command(others)}")
     else:
-        chosen, reasons = _photo_preset(data, gpus)
+        chosen, reasons = _photo_preset(data, gpus, conf)
         remarks += reasons
     if num_train_images:
-        train = compose_params(chosen)["train_vqvae"]
+        train = compose_params(chosen, conf)["train_vqvae"]
         needed_steps = -(-MIN_PASSES * num_train_images // train["batch_size"])
         if needed_steps > train["steps"]:
             remarks.append(f"With {train['steps']:,} steps, it would see each image less than {MIN_PASSES} times.")
@@ -149,7 +152,7 @@ def advise(data: Mapping[str, Any], settings: Params, *, gpus: int, num_train_im
     return Advice(fit, chosen, remarks)
 
 
-def _photo_preset(data: Mapping[str, Any], gpus: int) -> tuple[list[str], list[str]]:
+def _photo_preset(data: Mapping[str, Any], gpus: int, conf: Path) -> tuple[list[str], list[str]]:
     """Return the overrides of the photo preset for an image size, and the reasons for another size."""
     size, reasons = data["dataset"]["image_size"], []
     preset = next(preset for preset in PHOTO_PRESETS if size <= preset.largest_size)
@@ -158,7 +161,7 @@ def _photo_preset(data: Mapping[str, Any], gpus: int) -> tuple[list[str], list[s
         preset = next(preset for preset in reversed(PHOTO_PRESETS) if not preset.requires_gpu)
         size = preset.image_size
     chosen = [f"experiment={preset.name}", *_dataset_overrides(data)]
-    stride = max(level["stride"] for level in compose_params(chosen)["vqvae"]["levels"].values())
+    stride = max(level["stride"] for level in compose_params(chosen, conf)["vqvae"]["levels"].values())
     size = max(stride, round(size / stride) * stride)
     return chosen + ([f"dataset.image_size={size}"] if size != preset.image_size else []), reasons
 

@@ -48,7 +48,10 @@ def require_project() -> None:
     """Raise UserError if the current folder is not a project."""
     if not Path("dvc.yaml").is_file():
         raise UserError(
-            "dvc.yaml does not exist.", where=Path.cwd(), fix="Change to the folder of the project.", code=2
+            "dvc.yaml does not exist.",
+            where=Path.cwd(),
+            fix="Change to the folder of the project, or create one: vqvae2 init my-project",
+            code=2,
         )
 
 

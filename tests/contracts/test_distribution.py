@@ -9,7 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from pipeline import dvc_yaml, params, result_versions
 from pipeline import wheel as wheel_module
 from tests.command_line_project import CommandLineProject
 from tests.installed import Installation
@@ -130,8 +132,23 @@ def installation(distributions: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_installed_program_runs_its_own_code_beside_foreign_packages(installation: Installation):
-    """Not `pipeline` of the current folder or of PYTHONPATH."""
+    """Twenty photographs become a project, whose next command is a run of all stages."""
     assert "Usage: vqvae2" in installation.call("vqvae2", "--help").output
+    for number in range(20):
+        path = installation.folder / "photos" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60), (number, 0, 0)).save(path)
+    output = installation.call("vqvae2", "init", "pets", "--data", "photos").output
+    assert "Classes (2): cat 10, dog 10." in output and output.splitlines()[-1] == "next      cd pets && vqvae2 run"
+    dry_run = installation.call("vqvae2", "run", "--dry-run", folder="pets").output
+    assert dry_run.splitlines()[-1] == "Stages: 7 would run."
+    versions = installation.call("vqvae2", "versions", folder="pets").output
+    data = params.read(installation.folder / "pets" / "params.yaml")
+    settings = params.check(data)
+    stages = dvc_yaml.stages(data, ROOT / "dvc.yaml").values()
+    assert [line.split()[:2] for line in versions.splitlines()] == [
+        [stage.cli_name, result_versions.source_of(stage, settings).version] for stage in stages
+    ]
 
 
 def test_python_api_works_beside_foreign_packages(installation: Installation):

@@ -35,7 +35,7 @@ LIBRARIES = {
     "mlflow": ("stages/tracking/",),
     "hydra": ("pipeline/compose.py",),
     "omegaconf": ("pipeline/compose.py",),
-    "typer": ("pipeline/cli.py", "pipeline/cli_common.py", "pipeline/cli_models.py"),
+    "typer": ("pipeline/cli.py", "pipeline/cli_common.py", "pipeline/cli_models.py", "pipeline/cli_project.py"),
     "pickle": (),
     "torchvision": (),
     "dvc": (),  # called as a program
