@@ -167,3 +167,24 @@ class PriorConfig:
         check_field(self, "kernel_size", self.kernel_size >= 3 and self.kernel_size % 2 == 1, "odd and 3 or more")
         check_field(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
         check_field(self, "label_dropout", 0 <= self.label_dropout < 1, "0 or more and below 1")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Residual network that classifies images."""
+
+    channels: int = 64  # width of the first stage; each later stage is twice as wide; 1 or more
+    halvings: int = 3  # stages after the first, each at half the resolution of the one before, 0 or more
+    blocks: int = 2  # residual blocks per stage, 1 or more
+    stem_stride: int = 1  # pixels between the positions of the first convolution, 1 or more; above 1 for large images
+    dropout: float = 0.0  # probability for the features before the logits, 0 up to 1
+
+    def __post_init__(self) -> None:
+        check_positive(self, "channels", "blocks", "stem_stride")
+        check_not_negative(self, "halvings")
+        check_field(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
+
+    @property
+    def stride(self) -> int:
+        """Pixels along each side per position of the last stage."""
+        return self.stem_stride * 2**self.halvings

@@ -40,8 +40,11 @@ def stages(options: Any) -> Iterator[str]:
     for name, entry in pipeline.items():
         if name == "result_versions":
             continue
-        levels = _read_yaml(Path("params.yaml"))["priors"] if "foreach" in entry else ()
-        yield from (f"{name}_{level}" for level in levels) if levels else (name,)
+        if "foreach" in entry:
+            section = entry["foreach"].strip("${}")
+            yield from (f"{name}_{key}" for key in _read_yaml(Path("params.yaml"))[section])
+        else:
+            yield name
 
 
 def settings(options: Any) -> Iterator[str]:

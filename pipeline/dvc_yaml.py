@@ -21,7 +21,7 @@ class Stage:
 
     name: str  # in DVC, such as "prior@top"
     module: str  # file in stages/, such as "prior"
-    level: str  # such as "top"; "" for a stage that runs once
+    key: str  # entry of its section that the stage runs for, such as "top"; "" for a stage that runs once
     deps: tuple[str, ...]
     params: tuple[str, ...]
     outs: tuple[str, ...]
@@ -33,6 +33,11 @@ class Stage:
     def cli_name(self) -> str:
         """Name that commands print, such as prior_top."""
         return cli_name(self.name)
+
+    @property
+    def key_name(self) -> str:
+        """Kind of the key: the level of a prior, or the artifact that the images come from."""
+        return "level" if self.module == "prior" else "artifact"
 
     @property
     def artifacts(self) -> tuple[str, ...]:
@@ -105,13 +110,13 @@ def find(name: str, stages: Mapping[str, Stage]) -> Stage:
     for stage in stages.values():
         if cli_name(name) == stage.cli_name:
             return stage
-    levels = [stage.cli_name for stage in stages.values() if stage.level and stage.module == name]
-    options = ", ".join(levels or (stage.cli_name for stage in stages.values()))
-    what = f"{name} is not a valid stage{': it runs once per level' if levels else ''}."
+    keyed = [stage for stage in stages.values() if stage.key and stage.module == name]
+    options = ", ".join(stage.cli_name for stage in keyed or stages.values())
+    what = f"{name} is not a valid stage{f': it runs once per {keyed[0].key_name}' if keyed else ''}."
     raise UserError(what, where=FILE, fix=f"Use one of: {options}", code=2)
 
 
-def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[str, Any]) -> Stage:
+def _stage(module: str, key: str, entry: Mapping[str, Any], values: Mapping[str, Any]) -> Stage:
     def paths(field: str) -> tuple[str, ...]:
         # An item is a path, or a mapping of one path to its options.
         items = (next(iter(item)) if isinstance(item, dict) else item for item in entry.get(field, ()))
@@ -119,12 +124,12 @@ def _stage(module: str, level: str, entry: Mapping[str, Any], values: Mapping[st
 
     outs = paths("outs")
     return Stage(
-        f"{module}@{level}" if level else module,
+        f"{module}@{key}" if key else module,
         module,
-        level,
+        key,
         paths("deps"),
         # A mapping lists keys of another file than params.yaml: the result versions.
-        tuple(_resolve(key, values) for key in entry.get("params", ()) if isinstance(key, str)),
+        tuple(_resolve(name, values) for name in entry.get("params", ()) if isinstance(name, str)),
         outs=tuple(path for path in outs if not path.startswith(PLOTS)),
         metrics=paths("metrics"),
         plots=tuple(path for path in outs if path.startswith(PLOTS)),

@@ -15,7 +15,11 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import work_folder_name
 
-PRODUCERS = {"shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample"}  # artifact -> stage
+# artifact -> the stage that writes it
+PRODUCERS = {
+    "shards": "shard", "vqvae": "vqvae", "codes": "codes", "samples": "sample", "accepted": "reject_samples",
+}  # fmt: skip
+KEYED_PRODUCERS = {"priors": "prior", "classifiers": "classifier"}  # folder of artifacts -> the stage of each
 
 
 def digest_inputs(stage: dvc_yaml.Stage, settings: Params) -> dict[str, str]:
@@ -31,7 +35,9 @@ def digest_inputs(stage: dvc_yaml.Stage, settings: Params) -> dict[str, str]:
         for folder in folders:
             manifest = folder / artifact.MANIFEST
             if not manifest.is_file():
-                producer = f"prior_{folder.name}" if folder.parent.name == "priors" else PRODUCERS[folder.name]
+                producer = PRODUCERS.get(folder.name, "")
+                if folder.parent.name in KEYED_PRODUCERS:
+                    producer = f"{KEYED_PRODUCERS[folder.parent.name]}_{folder.name}"
                 state = "is incomplete" if folder.exists() else "does not exist"
                 raise UserError(
                     f"{stage.cli_name} reads {folder}, which {state}.",

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import conf_layers, params
 from stages.errors import UserError
 
+PRESET_GROUPS = ("experiment", "critic")  # their files set any section
 GLOBAL_LINE = "# @package _global_"  # makes Hydra place the settings of a file at the top level
 
 
@@ -20,7 +21,7 @@ def explain(conf: Path, choices: Mapping[str, Any]) -> UserError | None:
     for key, choice in choices.items():
         path = conf / key.partition("@")[0] / f"{choice}.yaml"
         if path.is_file():
-            problems = _of_preset if key == "experiment" else _of_group
+            problems = _of_preset if key in PRESET_GROUPS else _of_group
             if error := next(problems(path, key, _groups(conf)), None):
                 return error
     return None

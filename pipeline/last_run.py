@@ -19,7 +19,19 @@ CHOICES = f"{composed_from.SECTION}.choices."  # prefix of the choices of groups
 MAX_LINES = 10
 # Sections and groups of conf/ by the consequence of a change, the largest first.
 FIRST = ("dataset", "experiment")
-SECTIONS = ("vqvae", "train_vqvae", "priors", "augment", "codes", "seed", "sample", "evaluate", "keep_results")
+SECTIONS = (
+    "vqvae",
+    "train_vqvae",
+    "priors",
+    "augment",
+    "codes",
+    "seed",
+    "sample",
+    "evaluate",
+    "classifiers",
+    "rejections",
+    "keep_results",
+)
 LAST = ("cluster",)
 
 

@@ -38,6 +38,13 @@ SAME_SECTION_SIMILARITY = 0.6  # difflib's ratio for a suggestion from the secti
 OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error counts
 
 
+# Mapping whose keys users choose -> what stands for a key in the names of settings.
+PLACEHOLDERS = {"levels": "LEVEL", "priors": "LEVEL", "classifiers": "ARTIFACT", "rejections": "ARTIFACT"}
+# Artifacts with images that a classifier can be trained on, and that a rejection can select from.
+CLASSIFIED = ("shards", "vqvae", "samples", "accepted")
+REJECTED = ("samples",)
+
+
 class _NoAliases(Composer):
     """YAML composer that rejects aliases: nested aliases in a few lines can expand to more than the memory holds."""
 
@@ -207,7 +214,7 @@ def _explain(error: dict[str, Any]) -> Problem:
         case "value_error":
             return explain(error["ctx"]["error"], key)
         case "dataclass_type" | "dict_type":
-            keys = ", ".join(within(key) or within(f"{key}.LEVEL"))
+            keys = ", ".join(within(key) or within(f"{key}.{PLACEHOLDERS.get(key.rpartition('.')[2], 'LEVEL')}"))
             return Problem(key, f"{key} must be a mapping of settings, got {value}.", f"Set these instead: {keys}")
     rule, prefix = error["msg"], "Input should be "
     if not rule.startswith(prefix):
@@ -251,11 +258,11 @@ def nearest(key: str) -> str:
 
 
 def _generalize(key: str) -> str:
-    """Replace the names of levels, which users choose, by LEVEL."""
+    """Replace keys that users choose, such as the names of levels, by their placeholders."""
     steps = key.split(".")
     for index in range(1, len(steps)):
-        if steps[index - 1] in ("levels", "priors"):
-            steps[index] = "LEVEL"
+        if steps[index - 1] in PLACEHOLDERS:
+            steps[index] = PLACEHOLDERS[steps[index - 1]]
     return ".".join(steps)
 
 
@@ -269,7 +276,7 @@ def _keys(kind: Any, prefix: str) -> Iterator[str]:
             yield from _keys(hint, f"{key}.")
         elif get_origin(hint) is not None:
             for argument in filter(dataclasses.is_dataclass, get_args(hint)):
-                yield from _keys(argument, f"{key}.LEVEL.")
+                yield from _keys(argument, f"{key}.{PLACEHOLDERS[name]}.")
 
 
 def _conflicts(params: Params) -> Iterator[Problem]:
@@ -297,6 +304,38 @@ def _conflicts(params: Params) -> Iterator[Problem]:
     yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
         yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
+    yield from _classifier_conflicts(params)
+
+
+def _classifier_conflicts(params: Params) -> Iterator[Problem]:
+    """Yield problems of classifiers and rejections, which name the artifacts that they read."""
+    for section, names in (("classifiers", CLASSIFIED), ("rejections", REJECTED)):
+        for name in getattr(params, section):
+            if name not in names:
+                headline = f"{section} must be named after artifacts with images ({', '.join(names)}), got {name}."
+                yield Problem(f"{section}.{name}", headline, f"Remove {section}.{name}, or use one of these names.")
+    if params.rejections and "shards" not in params.classifiers:
+        yield Problem(
+            "rejections",
+            "rejections need a critic, the classifier of real images, got none.",
+            "Add it: -S +classifier@classifiers.shards=small",
+        )
+    if "accepted" in params.classifiers and not params.rejections:
+        yield Problem(
+            "classifiers.accepted",
+            "classifiers.accepted needs accepted samples, got no rejection.",
+            "Add it: -S +rejection@rejections.samples=half",
+        )
+    for name, classifier in params.classifiers.items():
+        key = f"classifiers.{name}"
+        yield from _indivisible(f"{key}.train.batch_size", classifier.train.batch_size, params.cluster.workers)
+        if classifier.network.stride > params.dataset.image_size:
+            yield Problem(
+                f"{key}.network.halvings",
+                f"{key}.network must have a stride of at most dataset.image_size, which is "
+                f"{params.dataset.image_size}, got {classifier.network.stride}.",
+                f"Lower {key}.network.halvings or {key}.network.stem_stride.",
+            )
 
 
 def _not_local(key: str, path: str) -> Iterator[Problem]:

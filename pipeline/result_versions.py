@@ -23,7 +23,7 @@ FILE = Path("result_versions.yaml")
 
 def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
     """Hash the source that determines a stage's result."""
-    network = settings.priors[stage.level].network.name if stage.level else ""
+    network = settings.priors[stage.key].network.name if stage.module == "prior" else ""
     return stage_source.source_of(stage.module, network)
 
 

@@ -10,10 +10,13 @@ from stages.config import NEUTRAL, Params
 
 def sections_of(stage: Stage, settings: Params) -> dict[str, Any]:
     """Return the settings that dvc.yaml lists for a stage, by their keys there."""
-    return {
-        key: settings.priors[stage.level] if key == f"priors.{stage.level}" else getattr(settings, key)
-        for key in stage.params
-    }
+    return {name: _section(settings, name) for name in stage.params}
+
+
+def _section(settings: Params, name: str) -> Any:
+    """Return a section, or the entry of a mapping: priors.top."""
+    section, _, key = name.partition(".")
+    return getattr(settings, section)[key] if key else getattr(settings, section)
 
 
 def plain_settings(section: Any) -> Any:

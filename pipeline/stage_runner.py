@@ -38,11 +38,15 @@ FORCE_RESTART = (
 RESTARTED_MARKER = (
     "restarted"  # file in the work folder: its state began under FORCE_RESTART and is not discarded again
 )
+CRITIC = Path("artifacts/classifiers/shards")  # the classifier that was trained on the real images
+# Mapping of params.yaml -> the parameter of a stage's function that gets one of its entries.
+PARAMETERS = {"priors": "prior", "classifiers": "classifier", "rejections": "rejection"}
 # Pictures that a run in MLflow shows: stage -> name -> file in the folder of its output. `evaluate` has the same as the
 # stages before it, and shows them also if those did not run.
 PICTURES = {
     "vqvae": {"reconstructions": "reconstructions.png"},
     "sample": {"samples": "grid.png"},
+    "reject": {"accepted": "grid.png"},
     "evaluate": {"samples": "samples.png", "reconstructions": "reconstructions.png"},
 }
 
@@ -257,7 +261,8 @@ def _refuse_edited_source(stage: dvc_yaml.Stage, settings: Params, version: str,
 def positionals(function: Callable[..., None], stage: dvc_yaml.Stage, settings: Params) -> list[Path | str]:
     """Return the arguments for a stage's positional parameters: its level and the paths of dvc.yaml."""
     named: dict[str, Path | str] = {path.split("/")[1]: Path(path).absolute() for path in stage.artifacts}
-    named |= {"level": stage.level, "source": Path(settings.dataset.source).absolute()}
+    named |= {"level": stage.key, "source": Path(settings.dataset.source).absolute()}
+    named |= {"images": Path("artifacts", stage.key).absolute(), "critic": CRITIC.absolute()}
     plots = [str(Path(path).parent) for path in stage.plots]  # all in one folder
     files = (("out", stage.outs), ("metrics", stage.metrics), ("plots", plots))
     named |= {kind: Path(paths[0]).absolute() for kind, paths in files if paths}
@@ -269,7 +274,10 @@ def keywords(function: Callable[..., None], stage: dvc_yaml.Stage, settings: Par
     names = [
         name for name, kind in _parameters(function) if kind == inspect.Parameter.KEYWORD_ONLY and name != "context"
     ]
-    return {name: settings.priors[stage.level] if name == "prior" else getattr(settings, name) for name in names}
+    sections = {
+        PARAMETERS.get(name.partition(".")[0], name): section for name, section in sections_of(stage, settings).items()
+    }
+    return {name: sections[name] for name in names}
 
 
 def _parameters(function: Callable[..., None]) -> list[tuple[str, Any]]:

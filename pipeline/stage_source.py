@@ -95,7 +95,16 @@ def source_of_key(key: str, root: Path | None = None) -> StageSource:
 
 def table_keys() -> list[str]:
     """List the keys of the table: the stages, with one key per network for the prior."""
-    return ["shard", "vqvae", "codes", *(f"prior.{network}" for network in NETWORKS), "sample", "evaluate"]
+    return [
+        "shard",
+        "vqvae",
+        "codes",
+        *(f"prior.{network}" for network in NETWORKS),
+        "sample",
+        "evaluate",
+        "classifier",
+        "reject",
+    ]
 
 
 def read_table() -> dict[str, Any]:

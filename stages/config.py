@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.config import (
+    ClassifierConfig,
     PriorConfig,
     VQVAEConfig,
     check_field,
@@ -127,6 +128,14 @@ class PriorStageConfig:
 
 
 @dataclass(frozen=True)
+class ClassifierStageConfig:
+    """Classifier of images: its network and its training."""
+
+    network: ClassifierConfig  # architecture
+    train: TrainConfig  # length and schedule of training
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Number, classes and sampling rule of the samples."""
 
@@ -144,6 +153,24 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_positive(self, "count", "batch_size", "images_per_part")
         check_sampling_rule(self)
+
+
+@dataclass(frozen=True)
+class RejectionConfig:
+    """Rejection of samples by the probability that the critic, a classifier of real images, gives to their class."""
+
+    acceptance: float = 0.5  # fraction of the samples of each class that is accepted, above 0 and at most 1
+    # smallest probability of an accepted sample's class, 0 to 1; 0 accepts the whole fraction
+    threshold: float = 0.0
+    # fractions at which metrics are compared, above 0 and at most 1; all sets have as many images as the smallest one
+    curve: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    batch_size: int = 64  # images scored at once, 1 or more
+
+    def __post_init__(self) -> None:
+        check_field(self, "acceptance", 0 < self.acceptance <= 1, "above 0 and at most 1")
+        _check_fraction(self, "threshold")
+        check_field(self, "curve", all(0 < rate <= 1 for rate in self.curve), "fractions above 0 and at most 1")
+        check_positive(self, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -206,6 +233,10 @@ class Params:
     sample: SampleConfig
     evaluate: EvaluateConfig
     cluster: ClusterConfig
+    # classifiers by the artifact they are trained on: shards (real images; the critic), vqvae (their reconstructions),
+    # samples, accepted; each is tested on real validation images; none by default
+    classifiers: Mapping[str, ClassifierStageConfig]
+    rejections: Mapping[str, RejectionConfig]  # rejection of samples, by the artifact: samples; none by default
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     keep_results: tuple[str, ...] = ()  # stages whose finished results stay valid although newer code computes others
     composed_from: ComposedFrom = field(default_factory=ComposedFrom)

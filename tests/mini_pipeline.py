@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.config import LevelConfig, PriorConfig, VQVAEConfig
-from stages import codes, evaluate, prior, sample, shard, vqvae
+from models.config import ClassifierConfig, LevelConfig, PriorConfig, VQVAEConfig
+from stages import classifier, codes, evaluate, prior, reject, sample, shard, vqvae
 from stages.config import (
     AugmentConfig,
+    ClassifierStageConfig,
     ClusterConfig,
     CodesConfig,
     DatasetConfig,
     EvaluateConfig,
     PriorStageConfig,
+    RejectionConfig,
     SampleConfig,
     TrainConfig,
 )
@@ -32,6 +34,7 @@ PRIORS = {
     "top": PriorConfig("pixelsnail", 8, 8, 2, 1, 2, 3, 0.1, 1, 1),
     "bottom": PriorConfig("pixelcnn", 8, 8, 2, 0, 1, 3, 0.1, 1, 1),
 }
+CLASSIFIER = ClassifierStageConfig(ClassifierConfig(channels=4, halvings=1, blocks=1), TRAIN)
 AUGMENT = AugmentConfig(flip=True, max_shift=1)
 
 
@@ -120,6 +123,20 @@ class MiniPipeline:
             evaluate=EvaluateConfig(), seed=0, context=self.run("evaluate", fingerprint),
         )  # fmt: skip
 
+    def classifier(self, images: str = "shards", out: str = "classifiers", fingerprint: str = "f") -> None:
+        classifier.run(
+            self.path(images), self.path("shards"), self.path(out) / images,
+            self.files(f"classifier_{images}")[0], self.files("classifiers")[1],
+            classifier=CLASSIFIER, augment=AUGMENT, seed=0, context=self.run(f"classifier@{images}", fingerprint),
+        )  # fmt: skip
+
+    def reject(self, out: str = "accepted", fingerprint: str = "f", **settings: Any) -> None:
+        config = RejectionConfig(**{"acceptance": 0.5, "curve": (1.0, 0.5), "batch_size": 3} | settings)
+        reject.run(
+            *map(self.path, ("samples", "shards", "classifiers/shards", out)), *self.files("reject_samples"),
+            rejection=config, evaluate=EvaluateConfig(), seed=0, context=self.run("reject@samples", fingerprint),
+        )  # fmt: skip
+
 
 def map_serially(
     mapper: Callable[..., Any], arguments: tuple[Any, ...], parts: list[Any], *, context: StageContext, unit: str
@@ -139,6 +156,6 @@ def without_ray(fit: Callable[..., None] = fit_in_process) -> Iterator[None]:
     """Replace the stages' two uses of Ray, mapping and training, by loops in this process, or training by `fit`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_train, "fit", fit)
-        for stage in (shard, codes, sample, evaluate):
+        for stage in (shard, codes, sample, evaluate, classifier, reject):
             patch.setattr(stage, "map_parts", map_serially)
         yield

@@ -85,7 +85,15 @@ def check_permissions(environment: Mapping[str, str]) -> Answer:
 
 def _written_paths() -> Iterator[Path]:
     yield from (Path(name) for name in WRITTEN)
-    for pattern in ("artifacts", "artifacts/*", "artifacts/priors/*", "metrics", "plots", "plots/*"):
+    for pattern in (
+        "artifacts",
+        "artifacts/*",
+        "artifacts/priors/*",
+        "artifacts/classifiers/*",
+        "metrics",
+        "plots",
+        "plots/*",
+    ):
         yield from sorted(Path().glob(pattern))
 
 

@@ -30,6 +30,7 @@ FORMAT = 1  # version of the manifest's layout
 ABSENCES = {  # end of the error about a missing folder of a kind
     "vqvae": ": there is no trained VQ-VAE",
     "prior": ": there is no trained prior",
+    "classifier": ": there is no trained classifier",
     **{kind: f": there are no {kind}" for kind in ("shards", "codes", "samples")},
 }
 
@@ -221,6 +222,14 @@ def read(folder: Path, kind: str, stage: str = "") -> Artifact:
         if size != properties["bytes"]:
             raise UserError(f"{name} must have {properties['bytes']} bytes, got {size}.", where=folder, fix=fix, code=4)
     return Artifact(folder, kind, meta, files, hashlib.sha256(raw).hexdigest())
+
+
+def kind(folder: Path) -> str:
+    """Return the kind of an artifact; "" if its manifest cannot be read, which `read` then reports."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_bytes())["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _shown(folder: Path) -> Path:

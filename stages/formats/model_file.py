@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.config import PriorConfig, VQVAEConfig
+from models.classifier import Classifier
+from models.config import ClassifierConfig, PriorConfig, VQVAEConfig
 from models.priors import Grid, Prior, build
 from models.vqvae import VQVAE
 from stages.errors import UserError
@@ -40,7 +41,7 @@ def write(
     history: list[dict[str, Any]],
     images: Mapping[str, bytes],
 ) -> None:
-    """Write a model folder of `kind` "vqvae" or "prior". `images` are PNGs by name, without extension."""
+    """Write a model folder of `kind` "vqvae", "prior" or "classifier". `images` are PNGs by name, without extension."""
     with artifact.commit_folder(folder, kind, dict(meta)) as out:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, out / WEIGHTS)
         curves.write(out / curves.FILE, history)
@@ -67,7 +68,14 @@ def load_prior(folder: Path, level: str) -> tuple[Prior, Artifact]:
     return _load_weights(prior, model_artifact), model_artifact
 
 
-def network_meta(config: VQVAEConfig | PriorConfig) -> dict[str, Any]:
+def load_classifier(folder: Path, stage: str) -> tuple[Classifier, Artifact]:
+    """Load a trained classifier, which `stage` writes, in evaluation mode. Raises UserError as `load_vqvae` does."""
+    model_artifact = artifact.read(folder, "classifier", stage)
+    config = _network_config(ClassifierConfig, model_artifact.meta["network"], folder)
+    return _load_weights(Classifier(config, len(model_artifact.meta["classes"])), model_artifact), model_artifact
+
+
+def network_meta(config: VQVAEConfig | PriorConfig | ClassifierConfig) -> dict[str, Any]:
     """Convert a network's settings to JSON-compatible values for a manifest. The order of levels is preserved."""
     return json.loads(json.dumps(asdict(config)))
 

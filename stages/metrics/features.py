@@ -43,6 +43,14 @@ class FeatureNetwork:
         features = [self._network(batch) for batch in pixels.split(batch_size)]
         return torch.cat(features).float().reshape(len(images), -1).cpu().numpy()
 
+    @torch.inference_mode()
+    def probabilities(self, features: np.ndarray) -> np.ndarray | None:
+        """Compute float32 class probabilities (B, K) from features (B, D); None if the network has no classes."""
+        if not isinstance(self._network, _EfficientNetLite0):
+            return None
+        logits = self._network.network._fc(torch.from_numpy(features).to(self._device))
+        return F.softmax(logits.float(), dim=1).cpu().numpy()
+
 
 def network_name(weights: str) -> str:
     """Return the network's name in keys of metrics: letters, digits and underscores."""

@@ -5,7 +5,7 @@ float32's bytes, and the objective converts them on its device.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def image_data(
     return TrainingData(training, {"validation": lambda: evaluation(validation)} if len(validation) else {})
 
 
-def load_batches(images: Dataset[Tensor], **loader_options: Any) -> Iterator[Tensor]:
+def load_batches(images: Dataset[Any], **loader_options: Any) -> Iterator[Any]:
     """Read images batch by batch with a DataLoader. Raises UserError if an image cannot be read."""
     for batch in DataLoader(ErrorCapturingDataset(images), collate_fn=_collate, **loader_options):
         if isinstance(batch, UserError):
@@ -54,10 +54,17 @@ def load_batches(images: Dataset[Tensor], **loader_options: Any) -> Iterator[Ten
         yield batch
 
 
+class ReadableImages(Protocol):
+    """Random access to images."""
+
+    def read(self, position: int) -> np.ndarray:
+        """Read an image as (H, W, 3) uint8. Raises UserError if it is damaged."""
+
+
 class AugmentedImages(Dataset[Tensor]):
     """Training images (H, W, 3), augmented with a seed derived from their position in the stream."""
 
-    def __init__(self, images: ImageSet, config: AugmentConfig, seed: int):
+    def __init__(self, images: ReadableImages, config: AugmentConfig, seed: int):
         self.images, self.config, self.seed = images, config, seed
 
     def __getitem__(self, ref: SampleRef) -> Tensor:
@@ -68,7 +75,7 @@ class AugmentedImages(Dataset[Tensor]):
 class PlainImages(Dataset[Tensor]):
     """Images (H, W, 3) of a range of indices, without augmentation."""
 
-    def __init__(self, images: ImageSet, indices: range):
+    def __init__(self, images: ReadableImages, indices: range):
         self.images, self.indices = images, indices
 
     def __len__(self) -> int:
@@ -85,19 +92,19 @@ class ErrorCapturingDataset(Dataset[Tensor | UserError]):
     A DataLoader re-raises an exception of its processes as a new exception whose message is a traceback.
     """
 
-    def __init__(self, images: Dataset[Tensor]):
+    def __init__(self, images: Dataset[Any]):
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]  # DataLoader asks only datasets that have a length
 
-    def __getitem__(self, key: Any) -> Tensor | UserError:
+    def __getitem__(self, key: Any) -> Any:
         try:
             return self.images[key]
         except UserError as error:
             return error
 
 
-def _collate(images: list[Tensor | UserError]) -> Tensor | UserError:
+def _collate(images: list[Any]) -> Any:
     error = next((image for image in images if isinstance(image, UserError)), None)
     return default_collate(images) if error is None else error

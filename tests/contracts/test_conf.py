@@ -15,8 +15,18 @@ from stages.formats.flatten import flatten
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Group -> the key of a choice in overrides, if it is another one.
+KEYS = {
+    "train": "train@train_vqvae",
+    "prior": "prior@priors.top",
+    "classifier": "+classifier@classifiers.shards",
+    "rejection": "+rejection@rejections.samples",
+    "critic": "+critic",
+}
 # Overrides that a choice requires.
 COMPANIONS = {
+    "+rejection@rejections.samples=half": ["+classifier@classifiers.shards=small"],
+    "+rejection@rejections.samples=strict": ["+classifier@classifiers.shards=small"],
     "vqvae=three_level": ["+prior@priors.middle=pixelcnn"],
     "cluster=gpus64": ["experiment=imagenet256"],  # batch sizes that are multiples of 64
 }
@@ -27,7 +37,7 @@ def choices() -> list[str]:
     overrides = []
     for path in sorted(CONF.glob("*/*.yaml")):
         group = path.parent.name
-        key = {"train": "train@train_vqvae", "prior": "prior@priors.top"}.get(group, group)
+        key = KEYS.get(group, group)
         if path.stem != "ffhq1024" or group == "experiment":  # needs images of 1024 pixels
             overrides.append(f"{key}={path.stem}")
     return overrides

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import dvc_yaml, params, result_versions, stage_runner
+from pipeline.compose import compose_params
 from stages.formats.flatten import flatten
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = params.load(ROOT / "params.yaml")
-STAGES = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
+DATA = params.read(ROOT / "params.yaml")
+ALL_DATA = compose_params(["+critic=small"], ROOT / "conf")  # with the stages that are absent by default
+SETTINGS = params.check(ALL_DATA)
+STAGES = dvc_yaml.stages(ALL_DATA, ROOT / "dvc.yaml")
+KEYED = ("prior", "classifier", "reject")  # run once per entry of a section
 ENTRIES = {name: entry.get("do", entry) for name, entry in params.read(ROOT / "dvc.yaml")["stages"].items()}
 
 
@@ -24,7 +28,8 @@ def test_settings_of_a_stage_are_its_params_in_dvc_yaml(name: str):
     """A stage's keyword-only parameters are its `params:`, the context aside."""
     stage = STAGES[name]
     keywords = {p.name for p in signature(stage).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    assert keywords - {"context"} == {"prior" if key == f"priors.{stage.level}" else key for key in stage.params}
+    sections = {stage_runner.PARAMETERS.get(key.partition(".")[0], key) for key in stage.params}
+    assert keywords - {"context"} == sections
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -43,7 +48,7 @@ def test_paths_of_a_stage_are_those_in_dvc_yaml(name: str):
 @pytest.mark.parametrize("name", sorted(ENTRIES.keys() - {dvc_yaml.VERSIONS_STAGE}))
 def test_stage_depends_on_its_result_version_and_on_no_source_file(name: str):
     """A project without source files follows the installed code; a comment reruns nothing."""
-    key = f"{name}_${{key}}" if name == "prior" else name
+    key = f"{name}_${{key}}" if name in KEYED else name
     assert {result_versions.FILE.as_posix(): [key]} in ENTRIES[name]["params"]
     assert not [path for path in ENTRIES[name]["deps"] if path.endswith(".py") or path.startswith(("stages", "models"))]
 
@@ -62,12 +67,18 @@ def test_no_stage_depends_on_the_cluster():
 
 def test_every_level_has_a_prior():
     """dvc.yaml has one prior per level of params.yaml."""
-    assert [stage.level for stage in STAGES.values() if stage.module == "prior"] == list(SETTINGS.vqvae.levels)
+    assert [stage.key for stage in STAGES.values() if stage.module == "prior"] == list(SETTINGS.vqvae.levels)
+
+
+def test_project_that_does_not_ask_has_no_stage_with_a_classifier():
+    """The default settings give the stages of a project without classes."""
+    names = list(dvc_yaml.stages(DATA, ROOT / "dvc.yaml"))
+    assert names == ["shard", "vqvae", "codes", "prior@top", "prior@bottom", "sample", "evaluate"]
 
 
 def test_no_setting_has_a_name_that_dvc_ignores():
     """DVC leaves these keys out of the keys of its run cache: another value would restore the old result."""
-    for key in flatten(params.read(ROOT / "params.yaml")):
+    for key in flatten(ALL_DATA):
         assert not {"size", "nfiles", "isexec"} & set(key.split(".")), key
 
 

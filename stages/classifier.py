@@ -1,0 +1,263 @@
+"""Train a classifier on one set of images, and test it on the real validation images.
+
+reads   images   shards: real images                formats/shards.py
+                 vqvae: their reconstructions       formats/model_file.py
+                 samples, accepted                  formats/samples.py
+        shards   image shards                       formats/shards.py
+writes  out      the trained classifier             formats/model_file.py
+        metrics  accuracy                           formats/curves.py
+        plots    its curves, in ARTIFACT.csv        formats/curves.py
+
+The classifier of the real images is the critic, by which the stage `reject` selects samples. The accuracy of the
+classifier of samples is the classification accuracy score. Source: Ravuri and Vinyals 2019, "Classification Accuracy
+Score for Conditional Generative Models", section 3.
+
+B images per rank and step, H x W pixels, K classes.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.classifier import Classifier
+from stages.config import AugmentConfig, ClassifierStageConfig
+from stages.errors import UserError
+from stages.formats import artifact, curves, model_file
+from stages.formats.image_folder import SampleImages, open_images
+from stages.formats.shards import (
+    INDEX,
+    EncodedImage,
+    IndexRow,
+    ShardRef,
+    Shards,
+    open_shards,
+    read_shard,
+    write_index,
+    write_shard,
+)
+from stages.formats.shards import KIND as SHARDS_KIND
+from stages.images.contact_sheet import encode_png
+from stages.images.tensors import to_float, to_uint8
+from stages.mapping.parts import map_parts
+from stages.runtime.context import StageContext
+from stages.runtime.device import best_device
+from stages.training.checkpoint import Checkpoints
+from stages.training.distributed import DistributedContext
+from stages.training.labelled_batches import LabelledBatch, labelled_data
+from stages.training.loop import train
+from stages.training.objective import MetricSums, Objective, StepResult
+from stages.training.ray_train import train_or_load
+
+TOP_K = 5  # the label may be any of this many most probable classes
+RECONSTRUCTED_AT_ONCE = 64  # images
+
+
+def run(
+    images: Path,
+    shards: Path,
+    out: Path,
+    metrics: Path,
+    plots: Path,
+    *,
+    classifier: ClassifierStageConfig,
+    augment: AugmentConfig,
+    seed: int,
+    context: StageContext,
+) -> None:
+    """Train on the images of an artifact; test on the validation images of the shards.
+
+    Raises UserError if there are fewer than two classes, no labelled images to train or to test on, images of other
+    classes than those of the shards, or if an input is damaged.
+    """
+    dataset = open_shards(shards)
+    dataset.verify()
+    check_classes(dataset)
+    training_folder, is_vqvae = images, artifact.kind(images) == "vqvae"
+    if is_vqvae:
+        training_folder = context.work_dir / "reconstructions"
+        write_reconstructions(dataset, images, training_folder, context)
+    training_images = open_images(training_folder, dataset)
+    if isinstance(training_images, SampleImages):
+        training_images.verify()
+    if not np.any(training_images.labels >= 0):
+        raise UserError(
+            f"{images.name} must have labelled images to train the classifier on, got none.",
+            where=images,
+            fix="Label the training images (dataset.labels).",
+            code=4,
+        )
+    arguments = {
+        "images": training_folder.absolute(),
+        "shards": shards.absolute(),
+        "classifier": classifier,
+        "augment": augment,
+        "seed": seed,
+    }
+    network = Classifier(classifier.network, len(dataset.classes))
+    history = train_or_load(train_worker, arguments, classifier.train, network=network, context=context)
+    test_labels = dataset.split("validation").labels[: classifier.train.evaluate_images]
+    meta = {
+        "network": model_file.network_meta(classifier.network),
+        "image_size": dataset.image_size,
+        "classes": list(dataset.classes),
+        "trained_on": images.name,
+        "images": artifact.sha256(images / artifact.MANIFEST),
+        "shards": dataset.digest,
+    }
+    model_file.write(out, "classifier", network.state_dict(), meta, history=history, images={})
+    accuracy = curves.last(history)["validation"]
+    majority = np.bincount(test_labels[test_labels >= 0]).max() / np.sum(test_labels >= 0)
+    test_images = {"images": int(np.sum(test_labels >= 0)), "top1_most_frequent_class": float(majority)}
+    curves.write_metrics(metrics, {name: accuracy[name] for name in ("top1", "top5", "nats")} | test_images)
+    curves.write_curves_plot(plots / f"{images.name}.csv", history, {"nats": "nats", "top1": "top1"}, images.name)
+    if is_vqvae:
+        shutil.rmtree(training_folder)
+
+
+def train_worker(
+    *,
+    dist: DistributedContext,
+    context: StageContext,
+    images: Path,
+    shards: Path,
+    classifier: ClassifierStageConfig,
+    augment: AugmentConfig,
+    seed: int,
+) -> None:
+    """Train in one process of `dist.world_size`."""
+    dataset, config = open_shards(shards), classifier.train
+    torch.manual_seed(seed)  # every rank initializes the same weights
+    objective = ClassifierObjective(Classifier(classifier.network, len(dataset.classes)))
+    data = labelled_data(
+        open_images(images, dataset),
+        dataset.split("validation"),
+        augment,
+        config,
+        seed=seed,
+        dist=dist,
+        loader_workers=context.cluster.loader_workers,
+    )
+    checkpoints = Checkpoints.for_stage(context, config.keep_checkpoints)
+    train(objective, data, config, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter)
+
+
+class ClassifierObjective(Objective):
+    """Cross-entropy of the labels, and top-1 and top-5 accuracy."""
+
+    network: Classifier
+
+    def __init__(self, network: Classifier):
+        super().__init__()
+        self.network = network
+
+    def zero_metrics(self) -> MetricSums:
+        return {name: torch.zeros(1) for name in ("images", "nats", "top1", "top5")}
+
+    def forward(self, batch: LabelledBatch, step: int, dist: DistributedContext) -> StepResult:
+        metrics = self.measure(self.network, batch, dist)
+        loss = (metrics["nats"] / metrics["images"]).sum()
+        return StepResult(loss, {}, metrics)
+
+    def measure(self, network: nn.Module, batch: LabelledBatch, dist: DistributedContext) -> MetricSums:
+        labels = batch.labels.to(dist.device)
+        logits = network(to_float(batch.images, dist.device)).float()  # (B, K)
+        hits = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]  # (B, k), most probable class first
+        images = torch.full((1,), float(len(labels)), device=dist.device)
+        nats = F.cross_entropy(logits, labels, reduction="sum")
+        return {"images": images, "nats": nats[None], "top1": count(hits[:, :1]), "top5": count(hits)}
+
+    def summarize(self, sums: MetricSums) -> dict[str, float]:
+        return {name: (sums[name] / sums["images"]).item() for name in ("nats", "top1", "top5")}
+
+
+def count(hits: Tensor) -> Tensor:
+    """Count True values: a float tensor of one value."""
+    return hits.sum().float()[None]
+
+
+def check_classes(dataset: Shards) -> None:
+    """Raise UserError unless the shards have two classes and labelled validation images."""
+    if len(dataset.classes) < 2:
+        raise UserError(
+            f"A classifier needs images of 2 or more classes, got {len(dataset.classes)}.",
+            where=dataset.artifact.folder,
+            fix="Set dataset.labels, or remove the sections classifiers and rejections.",
+            code=2,
+        )
+    if not np.any(dataset.split("validation").labels >= 0):
+        raise UserError(
+            "A classifier is tested on labelled validation images, and these shards have none.",
+            where=dataset.artifact.folder,
+            fix="Set dataset.validation_fraction above 0.",
+            code=2,
+        )
+
+
+def write_reconstructions(dataset: Shards, vqvae: Path, folder: Path, context: StageContext) -> None:
+    """Write the VQ-VAE's reconstructions of the training images as shards, unless an interrupted run has done so."""
+    if (folder / artifact.MANIFEST).is_file():
+        return
+    work = context.work_dir / "parts"
+    work.mkdir(parents=True, exist_ok=True)
+    parts = [{"shard": ref._asdict()} for ref in dataset.shard_refs() if ref.split == "train"]
+    arguments = (vqvae.absolute(), work.absolute())
+    results = map_parts(Reconstruct, arguments, parts, context=context, unit="shard")
+    meta = {"image_size": dataset.image_size, "classes": list(dataset.classes)}
+    with artifact.commit_folder(folder, SHARDS_KIND, meta) as temporary:
+        for part in parts:
+            name = part["shard"]["shard"]
+            artifact.link_or_copy(work / name, temporary / name)
+        write_index(temporary / INDEX, [[IndexRow(*row) for row in result["rows"]] for result in results])
+
+
+class Reconstruct:
+    """Mapper that writes the reconstructions of one shard, with a VQ-VAE loaded once per process."""
+
+    def __init__(self, vqvae: Path, out: Path):
+        self.device = best_device()
+        self.network, self.out = model_file.load_vqvae(vqvae)[0].to(self.device), out
+
+    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
+        ref = ShardRef(**part["shard"])
+        path, rows_path = self.out / ref.shard, self.out / f"{ref.shard}.json"
+        if not (artifact.has_valid_checksum(path) and artifact.has_valid_checksum(rows_path)):
+            with artifact.atomic_write(path) as temporary:
+                rows = self._write(ref, temporary)
+            with artifact.atomic_write(rows_path) as temporary:
+                temporary.write_text(json.dumps(rows), encoding="utf-8")
+            for finished in (path, rows_path):
+                artifact.write_checksum(finished)
+        return {"rows": json.loads(rows_path.read_text(encoding="utf-8"))}
+
+    @torch.inference_mode()
+    def _write(self, ref: ShardRef, path: Path) -> list[IndexRow]:
+        """Write a shard of reconstructions under the keys of the originals; return its rows of the index."""
+        images = read_shard(ref)
+        encoded = []
+        for start in range(0, len(images), RECONSTRUCTED_AT_ONCE):
+            positions = range(start, min(start + RECONSTRUCTED_AT_ONCE, len(images)))
+            originals = torch.from_numpy(np.stack([images.read(position) for position in positions]))
+            output = self.network(to_float(originals, self.device)).reconstruction.float().cpu().numpy()
+            for position, image in zip(positions, to_uint8(output), strict=True):
+                key, label = str(images.keys[position]), int(images.labels[position])
+                encoded.append(EncodedImage(key, encode_png(image), "png", label, {}))
+        locations = write_shard(path, encoded)
+        return [
+            IndexRow(
+                image.key,
+                "train",
+                image.label,
+                ref.shard,
+                *locations[image.key],
+                hashlib.sha256(image.data).hexdigest(),
+                "",
+            )
+            for image in encoded
+        ]

@@ -1,0 +1,85 @@
+"""Classifier-based rejection: which samples are accepted, and how metrics change with the fraction that is accepted.
+
+The score of a sample is the probability that the critic gives to the class that the sample was drawn for. The best
+fraction is accepted class by class, so rejection does not change the frequencies of the classes.
+Source: Razavi et al. 2019, classifier-based rejection sampling. The paper does not say whether it ranks by class.
+
+N samples, K classes, D features.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROUNDING = 1e-9  # 0.1 * 30 is above 3 in floating point; a fraction is rounded up only beyond that
+
+
+def num_accepted(count: int, rate: float) -> int:
+    """Return how many of `count` samples of a class are accepted at a rate: at least one if there is any."""
+    return min(count, max(1, math.ceil(rate * count - ROUNDING)))
+
+
+def accept(scores: np.ndarray, labels: np.ndarray, rate: float, threshold: float = 0.0) -> np.ndarray:
+    """Return the numbers of the best samples of each class, in ascending order.
+
+    `scores` and `labels` are (N,). Of equal scores the first sample is better, so a lower rate accepts a subset.
+    Samples that score below `threshold` are not accepted.
+    """
+    accepted = []
+    for label in np.unique(labels):
+        numbers = np.flatnonzero(labels == label)
+        best_first = numbers[np.argsort(-scores[numbers], kind="stable")]
+        accepted.append(best_first[: num_accepted(len(numbers), rate)])
+    numbers = np.sort(np.concatenate(accepted)) if accepted else np.empty(0, np.int64)
+    return numbers[scores[numbers] >= threshold]
+
+
+class CurvePoint(NamedTuple):
+    """Samples that are compared at one rate."""
+
+    rate: float
+    accepted: np.ndarray  # numbers of all accepted samples
+    compared: np.ndarray  # numbers of as many of them as at every other rate, of each class
+
+
+def plan_curve(
+    scores: np.ndarray, labels: np.ndarray, rates: Sequence[float], max_images: int, seed: int
+) -> list[CurvePoint]:
+    """Choose the samples to compare at each rate, the highest rate first.
+
+    All rates have the same number of samples of each class: that of the lowest rate, or fewer if these are more than
+    `max_images`. Most metrics depend on the number of images, and rejection leaves fewer. Which of the accepted samples
+    are compared is drawn once for all rates, so neighbouring points differ by what is rejected and not by the draw.
+    """
+    if not len(rates):
+        return []
+    classes, counts = np.unique(labels, return_counts=True)
+    lowest = np.array([num_accepted(int(count), min(rates)) for count in counts])
+    shares = np.maximum(1, np.floor(lowest * min(1.0, max_images / lowest.sum()))).astype(int)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    points = []
+    for rate in sorted(set(rates), reverse=True):
+        accepted = accept(scores, labels, rate)
+        drawn = accepted[np.argsort(order[accepted])]  # in random order
+        of_classes = [drawn[labels[drawn] == label][:share] for label, share in zip(classes, shares, strict=True)]
+        points.append(CurvePoint(rate, accepted, np.sort(np.concatenate(of_classes))))
+    return points
+
+
+def curve_rows(
+    points: Sequence[CurvePoint], scores: np.ndarray, metrics: Mapping[float, Mapping[str, Any]]
+) -> tuple[list[str], list[list[Any]]]:
+    """Return the header and one row per point. `metrics` maps a rate to the metrics of its compared samples."""
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    header = ["acceptance", "accepted", "mean_score", *names]
+    return header, [
+        [
+            point.rate,
+            len(point.accepted),
+            float(scores[point.accepted].mean()),
+            *(metrics[point.rate].get(name, "") for name in names),
+        ]
+        for point in points
+    ]

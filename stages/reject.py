@@ -1,0 +1,267 @@
+"""Accept the samples that the critic is most certain of; compare metrics over the fraction that is accepted.
+
+reads   samples  candidates                         formats/samples.py
+        shards   real images, as the reference      formats/shards.py
+        critic   classifier of the real images      formats/model_file.py
+writes  out      the accepted samples, as formats/samples.py; beside them
+                 scores.csv: every candidate's score; acceptance-RATE.png: samples accepted at each rate of the curve
+        metrics  numbers and mean scores            formats/curves.py
+        plots    metrics over the rate, as CSV      formats/curves.py
+
+A stage of its own, after `sample`: another rate draws nothing again, and a project that does not ask has no critic.
+
+Axes: N samples, H x W pixels, 3 RGB channels, D features.
+"""
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.classifier import Classifier
+from stages.config import EvaluateConfig, RejectionConfig
+from stages.errors import UserError
+from stages.evaluation import summary
+from stages.evaluation.rejection import CurvePoint, accept, curve_rows, plan_curve
+from stages.formats import artifact, curves, model_file
+from stages.formats.artifact import Artifact
+from stages.formats.codes import write_codes_file
+from stages.formats.samples import KIND, Samples, open_samples
+from stages.formats.shards import EncodedImage, open_shards, write_shard
+from stages.images.contact_sheet import contact_sheet, encode_png
+from stages.images.tensors import to_float
+from stages.mapping.parts import Part, Result, map_parts, pack, unpack
+from stages.metrics.features import FeatureNetwork
+from stages.metrics.inception_score import inception_score
+from stages.metrics.threads import one_thread
+from stages.runtime.context import StageContext
+from stages.runtime.device import best_device
+
+IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
+SAMPLES_PER_FILE = 1024
+MIN_VALIDATION_IMAGES = 64  # with fewer, the training images are the reference
+SHOWN_ROWS, SHOWN_COLUMNS = 8, 8  # of a contact sheet: samples of a class, classes
+CRITIC_STAGE = "classifier_shards"
+
+
+def run(
+    samples: Path,
+    shards: Path,
+    critic: Path,
+    out: Path,
+    metrics: Path,
+    plots: Path,
+    *,
+    rejection: RejectionConfig,
+    evaluate: EvaluateConfig,
+    seed: int,
+    context: StageContext,
+) -> None:
+    """Score the samples, accept the best of each class, and compare the rates of `rejection.curve`.
+
+    Raises UserError if an input is damaged, if the critic does not know the samples' classes, or if no sample is
+    accepted.
+    """
+    candidates, dataset = open_samples(samples), open_shards(shards)
+    candidates.artifact.verify()
+    _, critic_artifact = model_file.load_classifier(critic, CRITIC_STAGE)
+    check_critic(candidates, critic_artifact)
+    work = (context.work_dir / "parts").absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    arguments = (samples.absolute(), shards.absolute(), critic.absolute(), rejection, evaluate, work)
+
+    def measure(parts: list[Part]) -> list[Result]:
+        return map_parts(Measure, arguments, parts, context=context, unit="image")
+
+    scores = np.concatenate([result["scores"] for result in measure(list(_parts("scores", range(candidates.count))))])
+    labels = candidates.labels
+    accepted = accept(scores, labels, rejection.acceptance, rejection.threshold)
+    if not len(accepted):
+        raise UserError(
+            f"No sample scores {rejection.threshold:g} or more; the best scores {scores.max():.3g}.",
+            where=samples,
+            fix="Lower rejections.samples.threshold, or train longer.",
+            code=4,
+        )
+    reference = "validation" if len(dataset.split("validation")) >= MIN_VALIDATION_IMAGES else "train"
+    max_images = min(evaluate.max_images, len(dataset.split(reference)))
+    points = plan_curve(scores, labels, rejection.curve, max_images, seed)
+    features = _features(points, reference, measure)
+    with one_thread():  # what this process computes is the same on any number of processors
+        by_rate = compare(points, features, FeatureNetwork(evaluate.feature_weights), evaluate, seed)
+    meta = {
+        **candidates.artifact.meta,
+        "count": len(accepted),
+        "accepted": len(accepted) / candidates.count,
+        "acceptance": rejection.acceptance,
+        "threshold": rejection.threshold,
+        "critic": critic_artifact.digest,
+        "candidates": candidates.artifact.digest,
+    }
+    with artifact.commit_folder(out, KIND, meta) as folder:
+        write_accepted(folder, candidates, accepted)
+        write_scores(folder / "scores.csv", candidates, scores, accepted)
+        for point in points:
+            sheet = draw_by_class(candidates, point.compared)
+            (folder / f"acceptance-{point.rate:g}.png").write_bytes(sheet)
+        (folder / "grid.png").write_bytes(draw_by_class(candidates, accepted))
+    context.reporter.image("accepted", (out / "grid.png").read_bytes(), 0)
+    mean_scores = {"candidates": float(scores.mean()), "accepted": float(scores[accepted].mean())}
+    curves.write_metrics(
+        metrics, {"candidates": candidates.count, "accepted": len(accepted), "mean_score": mean_scores}
+    )
+    curves.write_plot(plots / f"{samples.name}.csv", *curve_rows(points, scores, by_rate))
+
+
+class Measure:
+    """Mapper that scores samples with the critic, or computes features of images, with networks loaded on first use."""
+
+    def __init__(
+        self, samples: Path, shards: Path, critic: Path, rejection: RejectionConfig, evaluate: EvaluateConfig, out: Path
+    ):
+        self.samples, self.rejection, self.evaluate, self.out = open_samples(samples), rejection, evaluate, out
+        self.device = best_device()
+        self.split = cache(lambda name: open_shards(shards).split(name))
+        self.critic = cache(lambda: model_file.load_classifier(critic, CRITIC_STAGE)[0].to(self.device))
+        self.feature_network = cache(lambda: FeatureNetwork(evaluate.feature_weights, self.device))
+
+    def __call__(self, part: Part) -> Result:
+        path = self.out / f"{part['measure']}-{part['image_set']}-{part['number']:05d}.npz"
+        if not artifact.has_valid_checksum(path):
+            measure = self.scores if part["measure"] == "scores" else self.features
+            with artifact.atomic_write(path) as temporary:
+                temporary.write_bytes(pack(measure(part["image_set"], part["positions"])))
+            artifact.write_checksum(path)
+        return unpack(path.read_bytes())
+
+    def scores(self, image_set: str, positions: list[int]) -> Result:
+        """Compute the probability of each sample's class: (N,) float32."""
+        batches = [
+            class_probabilities(self.critic(), self.samples.read_images(batch), self.samples.labels[batch])
+            for batch in _batches(positions, self.rejection.batch_size)
+        ]
+        return {"scores": np.concatenate(batches)}
+
+    def features(self, image_set: str, positions: list[int]) -> Result:
+        """Compute the features, (N, D) float32, of samples or of the images of a split."""
+        network, batches = self.feature_network(), []
+        for batch in _batches(positions, self.evaluate.batch_size):
+            if image_set == "samples":
+                images = self.samples.read_images(batch)
+            else:
+                images = np.stack([self.split(image_set).read(position) for position in batch])
+            batches.append(network(images))
+        return {"features": np.concatenate(batches)}
+
+
+def class_probabilities(critic: Classifier, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the probability that the critic gives to each image's label, (N,) float32; images are (N, H, W, 3)."""
+    device = next(critic.parameters()).device
+    probabilities = critic.probabilities(to_float(torch.from_numpy(images), device)).cpu().numpy()
+    return probabilities[np.arange(len(labels)), labels]
+
+
+def check_critic(candidates: Samples, critic: Artifact) -> None:
+    """Raise UserError if the critic was not trained on images of the samples' classes and size."""
+    expected, actual = (
+        (list(candidates.classes), candidates.image_size),
+        (critic.meta["classes"], critic.meta["image_size"]),
+    )
+    if expected != actual:
+        raise UserError(
+            f"The critic must know the {len(expected[0])} classes of the samples, at {expected[1]} pixels, got "
+            f"{len(actual[0])} classes at {actual[1]} pixels.",
+            where=critic.folder,
+            fix=f"Run: vqvae2 run --stage {CRITIC_STAGE}",
+            code=5,
+        )
+
+
+def _features(points: Sequence[CurvePoint], reference: str, measure: Any) -> dict[str, dict[int, np.ndarray]]:
+    """Compute the features of all images to compare: image set -> position -> features."""
+    if not points:
+        return {}
+    numbers = np.unique(np.concatenate([point.compared for point in points]))
+    parts = [*_parts("features", numbers), *_parts("features", range(len(points[0].compared)), reference)]
+    features: dict[str, dict[int, np.ndarray]] = {}
+    for part, result in zip(parts, measure(parts), strict=True):
+        image_set = "samples" if part["image_set"] == "samples" else "reference"
+        features.setdefault(image_set, {}).update(zip(part["positions"], result["features"], strict=True))
+    return features
+
+
+def compare(
+    points: Sequence[CurvePoint],
+    features: dict[str, dict[int, np.ndarray]],
+    network: FeatureNetwork,
+    evaluate: EvaluateConfig,
+    seed: int,
+) -> dict[float, dict[str, Any]]:
+    """Compute the metrics of the compared samples at each rate."""
+    if not points:
+        return {}
+    reference = np.stack(list(features["reference"].values()))
+    pairs = {
+        f"{point.rate}": (reference, np.stack([features["samples"][number] for number in point.compared.tolist()]))
+        for point in points
+    }
+    by_name = summary.comparisons(pairs, network.name, evaluate, seed)
+    for name, (_, compared) in pairs.items():
+        if (probabilities := network.probabilities(compared)) is not None:
+            by_name[name][f"is_{network.name}"] = inception_score(probabilities)
+    return {point.rate: by_name[f"{point.rate}"] for point in points}
+
+
+def write_accepted(folder: Path, candidates: Samples, accepted: np.ndarray) -> None:
+    """Write samples under new numbers from 0, in the order of their numbers among the candidates."""
+    classes = candidates.classes
+    for start in range(0, len(accepted), SAMPLES_PER_FILE):
+        numbers = accepted[start : start + SAMPLES_PER_FILE]
+        rows = candidates.codes.take(numbers)
+        keys = [f"{start + index:09d}" for index in range(len(numbers))]
+        name = f"samples-{start // SAMPLES_PER_FILE:05d}"
+        write_codes_file(
+            folder / f"{name}.parquet",
+            candidates.levels, rows.codes, rows.labels, rows.copies, keys, {"vqvae": candidates.vqvae},
+        )  # fmt: skip
+        encoded = (
+            EncodedImage(key, encode_png(image), "png", int(label), {"class": classes[label]})
+            for key, image, label in zip(keys, candidates.read_images(numbers), rows.labels, strict=True)
+        )
+        write_shard(folder / f"{name}.tar", encoded)
+
+
+def write_scores(path: Path, candidates: Samples, scores: np.ndarray, accepted: np.ndarray) -> None:
+    """Write the class and the score of each candidate, and its number among the accepted ones, if it is one."""
+    new_numbers = {int(number): index for index, number in enumerate(accepted)}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["candidate", "class", "score", "accepted_as"])
+        for number, (label, score) in enumerate(zip(candidates.labels, scores, strict=True)):
+            writer.writerow([number, candidates.classes[label], f"{score:.9g}", new_numbers.get(number, "")])
+
+
+def draw_by_class(candidates: Samples, numbers: np.ndarray) -> bytes:
+    """Draw the first of these samples of each class, one column per class."""
+    by_class = [numbers[candidates.labels[numbers] == label] for label in range(len(candidates.classes))]
+    columns = [of_class for of_class in by_class if len(of_class)][:SHOWN_COLUMNS]
+    rows = min(SHOWN_ROWS, min(map(len, columns)))
+    shown = np.stack([of_class[:rows] for of_class in columns], axis=1)  # (rows, columns)
+    return contact_sheet(candidates.read_images(shown.reshape(-1)), columns=len(columns))
+
+
+def _parts(measure: str, positions: Iterable[int], image_set: str = "samples") -> Iterator[Part]:
+    """Yield parts: computations on images at some positions of an image set, "samples" or a split."""
+    for number, batch in enumerate(_batches([int(position) for position in positions], IMAGES_PER_PART)):
+        yield {
+            "measure": measure, "image_set": image_set, "number": number, "positions": batch, "weight": len(batch)
+        }  # fmt: skip
+
+
+def _batches(positions: list[int], batch_size: int) -> Iterator[list[int]]:
+    for start in range(0, len(positions), batch_size):
+        yield positions[start : start + batch_size]
