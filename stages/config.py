@@ -140,7 +140,9 @@ class SampleConfig:
     """Number, classes and sampling rule of the samples."""
 
     count: int = 64  # images, 1 or more
-    classes: tuple[str, ...] = ()  # classes of the samples in turn; empty: all, as frequent as in the training images
+    classes: tuple[str, ...] = ()  # classes of the samples in turn; empty: all classes
+    # without classes: "proportional" draws each class as often as the training images have it, "equal" all in turn
+    balance: Literal["proportional", "equal"] = field(default="proportional", metadata={NEUTRAL: "proportional"})
     temperature: float = 1.0  # divisor of the logits, above 0; below 1 favours probable codes
     top_k: int = 0  # sample from the k most probable entries, 0 or more; 0 keeps all
     top_p: float = 1.0  # sample from the fewest entries of this total probability, above 0 and at most 1; 1 keeps all

@@ -119,7 +119,7 @@ def _sampler(prior: Prior, config: SampleConfig) -> Sampler:
 
 
 def choose_labels(models: TrainedModels, config: SampleConfig, where: str = "sample.classes") -> np.ndarray:
-    """Assign a label to each sample, (count,): the configured classes in turn, or all classes at their frequency.
+    """Assign a label to each sample, (count,): the configured classes in turn, or all classes by `config.balance`.
 
     The label is -1 for models without classes. `where` is the name of the option or setting that holds the classes.
     Raises UserError if a configured class is unknown to the models.
@@ -143,6 +143,8 @@ def choose_labels(models: TrainedModels, config: SampleConfig, where: str = "sam
                 code=2,
             )
         return np.resize([models.classes.index(name) for name in config.classes], config.count)
+    if config.balance == "equal":
+        return np.resize(np.arange(len(models.classes)), config.count)
     # Map points in [0, 1) to classes by the cumulative frequencies: any count has nearly the training frequencies.
     cumulative = np.cumsum(models.label_counts) / np.sum(models.label_counts)
     return np.searchsorted(cumulative, np.arange(config.count) * INVERSE_GOLDEN_RATIO % 1, side="right")

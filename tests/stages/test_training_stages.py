@@ -241,6 +241,14 @@ def test_classes_of_models_without_classes_are_refused(project):
     assert caught.value.where == "sample.classes" and "Leave it empty" in caught.value.fix and caught.value.code == 2
 
 
+def test_balanced_samples_have_equally_many_of_each_class():
+    """Every class has its share, however rare it is in the training images, to within one."""
+    models = SimpleNamespace(classes=("a", "b", "c"), label_counts=[90, 9, 1])
+    equal = np.bincount(choose_labels(models, SampleConfig(count=31, balance="equal")))
+    proportional = np.bincount(choose_labels(models, SampleConfig(count=100)), minlength=3)
+    assert equal.tolist() == [11, 10, 10] and abs(proportional - [90, 9, 1]).max() <= 1
+
+
 def test_shards_of_another_image_size_are_refused_before_training(project):
     """The error has the shards and the command that regenerates them."""
     context = project.run("vqvae", "size")
