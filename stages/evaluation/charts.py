@@ -51,7 +51,7 @@ def _rate_distortion_chart(data: ReportData) -> Chart:
             x, y = lines.setdefault(RATE_LABELS[kind], ([], []))
             x.append(bits_per_pixel)
             y.append(psnr)
-    title = "Rate-distortion, from the first level to all levels; other levels are their mean entry"
+    title = "Rate-distortion, from the first level to all levels; other levels are zeros"
     return title, svg.line_chart("rate", title, lines, x_label="bits per pixel", y_label="PSNR, dB", markers=True)
 
 

@@ -44,4 +44,10 @@ def _sampling(meta: Mapping[str, Any]) -> str:
     count, temperature = meta["count"], meta["temperature"]
     top_k = f"top-k {meta['top_k']}" if meta["top_k"] else "no top-k"
     top_p = f"top-p {meta['top_p']:g}" if meta["top_p"] < 1 else "no top-p"
-    return f"{count:,} {'sample' if count == 1 else 'samples'}, temperature {temperature:g}, {top_k}, {top_p}"
+    text = f"{count:,} {'sample' if count == 1 else 'samples'}, temperature {temperature:g}, {top_k}, {top_p}"
+    # Settings that not all samples have are shown where they change the samples.
+    if "guidance" in meta:
+        text += f", guidance {meta['guidance']:g}"
+    if meta.get("accepted", 1) < 1:
+        text += f", {meta['accepted']:.1%} of the drawn accepted"
+    return text

@@ -64,6 +64,7 @@ class EvaluationResults:
             "reference": reference,
             "num_images": {split: len(shards.split(split)) for split in ("train", "validation")}
             | {"samples": self.inputs.samples.count, "compared": num_compared},
+            "sampling": summary.sampling(self.inputs.samples.artifact.meta),
             "reconstruction": reconstruction,
             "codebook": summary.codebook(self.entry_counts),
             "likelihood": likelihood,

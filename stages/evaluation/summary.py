@@ -21,6 +21,12 @@ from stages.metrics.rate import LikelihoodSums
 
 Metrics = dict[str, Any]  # nested, as JSON has them
 RATE_DISTORTION_COLUMNS = ["levels", "rate", "bits_per_pixel", "mse", "psnr"]
+SAMPLING_RULE = ("temperature", "top_k", "top_p", "guidance", "accepted")  # of the samples, as far as they have them
+
+
+def sampling(meta: Mapping[str, Any]) -> Metrics:
+    """Select from the metadata of the samples how they were drawn: the sampling rule and the fraction accepted."""
+    return {name: meta[name] for name in SAMPLING_RULE if name in meta}
 
 
 def reconstruction(sums: Mapping[str, Mapping[str, DistortionSums]]) -> Metrics:
@@ -187,13 +193,13 @@ def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[s
 def rate_distortion(metrics: Metrics) -> list[list[Any]]:
     """Return one row of RATE_DISTORTION_COLUMNS per prefix of levels and kind of rate ("fixed", "prior").
 
-    The levels after the prefix are filled with their mean entry.
+    The levels after the prefix are filled with zeros: level dropout trains the decoder with this fill.
     """
     distortions, levels = metrics["reconstruction"][metrics["reference"]], list(metrics["codebook"])
     rows = []
     for count in range(1, len(levels) + 1):
         name = "+".join(levels[:count])
-        values = distortions if count == len(levels) else distortions[f"{name}_filled_with_mean"]
+        values = distortions if count == len(levels) else distortions[f"{name}_filled_with_zeros"]
         for kind in ("fixed", "prior"):
             if all(kind in metrics["rate"][level] for level in levels[:count]):
                 bits = sum(metrics["rate"][level][kind]["bits_per_pixel"] for level in levels[:count])

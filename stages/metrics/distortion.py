@@ -1,7 +1,13 @@
 """Distortion of reconstructions: MSE (lower is better), PSNR and SSIM (higher is better).
 
-Pixels are in [-1, 1], a range of 2, so PSNR = 10 log10(2^2 / MSE) dB. SSIM is that of Wang et al. 2004 with the default
-Gaussian window of 11 x 11 pixels.
+Pixels are in [-1, 1], a range of 2, so PSNR = 10 log10(2^2 / MSE) dB. Two PSNRs differ in what they average:
+
+    psnr        of the mean MSE over images, of the decoder's floats as they are: the training loss in dB
+    psnr_8bit   the mean over images of each image's PSNR after rounding to 8 bits, as compression papers report it
+
+`psnr_8bit` is the higher one: rounding clips what lies outside the range of images, and a mean of logarithms gives
+images with a small error more weight (Jensen's inequality). SSIM is that of Wang et al. 2004 with the default Gaussian
+window of 11 x 11 pixels.
 
 Axes: B images, 3 channels, H rows, W columns.
 """
@@ -17,6 +23,7 @@ from torch import Tensor
 PIXEL_RANGE = 2.0  # from -1 to 1
 SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 MIN_MSE = 1e-12  # floor for a finite PSNR of equal images, far below the error of float32 pixels
+MAX_8BIT = 255
 
 
 class DistortionSums(NamedTuple):
@@ -26,6 +33,7 @@ class DistortionSums(NamedTuple):
     num_values: float  # number of pixels times channels
     squared_error: float  # sum over values of the squared difference
     ssim: float  # sum over images of SSIM; NaN if images are smaller than its window
+    psnr_8bit: float  # sum over images of the PSNR of 8-bit pixels, in dB
 
 
 def measure(images: Tensor, reconstructions: Tensor) -> DistortionSums:
@@ -44,7 +52,9 @@ def measure(images: Tensor, reconstructions: Tensor) -> DistortionSums:
         )
         assert isinstance(per_image, Tensor)
         ssim = per_image.sum(dtype=torch.float64).item()
-    return DistortionSums(len(images), images.numel(), squared_error, ssim)
+    return DistortionSums(
+        len(images), images.numel(), squared_error, ssim, float(psnr_8bit(images, reconstructions).sum())
+    )
 
 
 def add(sums: Iterable[DistortionSums]) -> DistortionSums:
@@ -62,15 +72,25 @@ def psnr(mse: float) -> float:
     return 10 * math.log10(PIXEL_RANGE**2 / max(mse, MIN_MSE))
 
 
-def summarize(sums: DistortionSums) -> dict[str, float]:
-    """Compute MSE over pixels and channels, PSNR of that MSE in dB, and mean SSIM over images.
+def psnr_8bit(images: Tensor, reconstructions: Tensor) -> np.ndarray:
+    """Compute the PSNR of each image after rounding to 8 bits: (B, 3, H, W) in [-1, 1] gives (B,) in dB.
 
-    PSNR is left out for equal images, whose PSNR is infinite, and SSIM for images smaller than its window.
+    The infinite PSNR of equal images is replaced by that of images in which one value differs by one level.
+    """
+    left, right = (((batch.clamp(-1, 1) + 1) * (MAX_8BIT / 2)).round() for batch in (images, reconstructions))
+    squared_errors = (left - right).square().sum(dim=(1, 2, 3), dtype=torch.float64).cpu().numpy()
+    return 10 * np.log10(MAX_8BIT**2 * images[0].numel() / np.maximum(squared_errors, 1))
+
+
+def summarize(sums: DistortionSums) -> dict[str, float]:
+    """Compute MSE over pixels and channels, both PSNRs in dB, and mean SSIM over images.
+
+    PSNRs are left out for equal images, whose PSNR is infinite, and SSIM for images smaller than its window.
     """
     mse = sums.squared_error / sums.num_values
     summary = {"mse": mse}
     if mse > 0:
-        summary["psnr"] = psnr(mse)
+        summary |= {"psnr": psnr(mse), "psnr_8bit": sums.psnr_8bit / sums.images}
     if not math.isnan(sums.ssim):
         summary["ssim"] = sums.ssim / sums.images
     return summary

@@ -177,7 +177,15 @@ def test_distortion_equals_that_of_encoding_and_decoding_again(root, evaluated):
     assert values["images"] == 12
     assert values["mse"] == pytest.approx(mse_all_levels, rel=1e-4)
     assert values["top_filled_with_mean"]["mse"] == pytest.approx(mse_top, rel=1e-4)
-    assert set(values) == {"images", "mse", "psnr", "ssim", "top_filled_with_zeros", "top_filled_with_mean"}
+    assert set(values) == {
+        "images",
+        "mse",
+        "psnr",
+        "psnr_8bit",
+        "ssim",
+        "top_filled_with_zeros",
+        "top_filled_with_mean",
+    }
 
 
 def test_max_images_limits_each_split(evaluated):
@@ -216,7 +224,7 @@ def test_codebook_usage_covers_all_images(root, evaluated):
 
 def test_plots_are_csv_files_with_headers(evaluated):
     """The plots are rate-distortion, likelihood and codebook usage, with named lines or bars."""
-    headers = {path.name: next(csv.reader(path.open())) for path in (evaluated.out / "plots").iterdir()}
+    headers = {path.name: next(csv.reader(path.open())) for path in (evaluated.out / "plots").glob("*.csv")}
     assert headers == {
         "rate_distortion.csv": ["series", "levels", "bits_per_pixel", "mse", "psnr"],
         "nll.csv": ["level", "series", "nll"],
@@ -225,12 +233,17 @@ def test_plots_are_csv_files_with_headers(evaluated):
 
 
 def test_headline_metrics_are_few_and_plain(evaluated):
-    """metrics.json has the numbers that people compare: plain names, validation images, 6 significant digits."""
+    """The numbers that people compare have plain names, are of validation images and have 6 significant digits."""
     headline = json.loads((evaluated.out / "metrics.json").read_text())
     assert list(headline) == ["kid", "frechet", "precision", "recall", "psnr", "ssim"]
     assert headline["psnr"] == evaluated.metrics["reconstruction"]["validation"]["psnr"]
     assert headline["kid"] == evaluated.metrics["compared"]["samples"]["kid_thumbnail"]
     assert all(value == float(f"{value:.6g}") for value in headline.values())
+
+
+def test_metrics_say_how_the_samples_were_drawn(evaluated):
+    """The sampling rule and the fraction accepted are read from the samples."""
+    assert evaluated.metrics["sampling"] == {"temperature": 1, "top_k": 0, "top_p": 1, "accepted": 1}
 
 
 def test_report_shows_each_entry_of_the_codebooks(root, evaluated):

@@ -1,5 +1,6 @@
 """Report page: self-contained, without requests, and readable on a phone."""
 
+import csv
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ import pytest
 from models.priors import Grid
 from stages.config import EvaluateConfig
 from stages.evaluation import summary
+from stages.evaluation.plots import write_plots
 from stages.evaluation.report import render, write_report
 from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
 from stages.metrics.comparisons import COMPARISONS, Comparison
@@ -38,7 +40,7 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
     prefixes = ("top/zeros", "top/mean", "top+bottom/zeros")
     reconstruction = summary.reconstruction(
         {
-            split: {prefix: DistortionSums(9, 9 * side * side * 3, 60.0, 4.5) for prefix in prefixes}
+            split: {prefix: DistortionSums(9, 9 * side * side * 3, 60.0, 4.5, 250.0) for prefix in prefixes}
             for split in counts["top"]
         }
     )
@@ -53,6 +55,7 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
         "seed": 0,
         "reference": "validation",
         "num_images": {"train": 20, "validation": 9, "samples": 42, "compared": 9},
+        "sampling": {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "accepted": 1.0},
         "reconstruction": reconstruction,
         "codebook": summary.codebook(counts),
         "likelihood": likelihood,
@@ -245,3 +248,17 @@ def test_page_of_many_samples_is_bounded():
     noise = np.random.default_rng(0).integers(0, 256, (32, 256, 256, 3), dtype=np.uint8)
     samples = {f"class {number}": SamplesOfClass(noise, 3125) for number in range(16)}
     assert len(render(replace(data, metrics=metrics, samples=samples))) < 8_000_000
+
+
+def test_chart_table_and_plot_show_the_same_psnr_of_the_first_level(tmp_path):
+    """The first level alone is filled with zeros everywhere, as level dropout trains the decoder."""
+    data = report_data()
+    values = data.metrics["reconstruction"]["validation"]
+    values["top_filled_with_zeros"]["psnr"], values["top_filled_with_mean"]["psnr"] = 19.25, 15.75
+    assert [row[4] for row in summary.rate_distortion(data.metrics) if row[0] == "top"] == [19.25, 19.25]
+    write_plots(tmp_path, data.metrics, data.entry_counts)
+    plotted = list(csv.DictReader((tmp_path / "rate_distortion.csv").open()))
+    assert {row["psnr"] for row in plotted if row["levels"] == "top"} == {"19.25"}
+    html = render(data)
+    assert ">zeros</td><td>" in html and ">19.25</td>" in html
+    assert "other levels are zeros</figcaption><button" in html

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -31,6 +32,17 @@ def test_psnr_of_the_papers_mse_is_29_db():
     assert distortion.psnr(0.0050) == pytest.approx(29.03, abs=0.01)
     assert distortion.psnr(0.0) == pytest.approx(126.02, abs=0.01)
     assert math.isnan(distortion.psnr(math.inf)) and math.isnan(distortion.psnr(math.nan))
+
+
+def test_psnr_of_8_bit_images_is_the_mean_over_images():
+    """Each image is clipped and rounded to 8 bits first; equal images count as one level off in one value."""
+    images = torch.tensor([[-1.0, 1.0], [0.2, 0.2]])[:, None, None].expand(2, 3, 4, 2)
+    reconstructions = images + torch.tensor([[-0.5, 0.5], [6 / 127.5] * 2])[:, None, None]  # first: beyond the range
+    of_equal, of_six_levels = 20 * np.log10(255) + 10 * np.log10(24), 20 * np.log10(255 / 6)
+    assert distortion.psnr_8bit(images, reconstructions) == pytest.approx([of_equal, of_six_levels])
+    summary = distortion.summarize(distortion.measure(images, reconstructions))
+    assert summary["psnr_8bit"] == pytest.approx((of_equal + of_six_levels) / 2)
+    assert summary["psnr"] < summary["psnr_8bit"]
 
 
 def test_undefined_metrics_are_left_out():
