@@ -184,10 +184,13 @@ class EvaluateConfig:
     precision_recall_k: int = 3  # k of precision and recall: neighbours per image, 1 or more
     nearest_images: int = 3  # training images shown beside each sample, 1 or more
     samples_shown: int = 8  # samples shown with their nearest training images, 1 or more
+    # images of each rung of the quality ladder at most, 0 or more; the finer levels of these are drawn; 0 leaves it out
+    ladder_images: int = 128
     feature_weights: str = ""  # path of the feature network's weights; empty: the installed weights
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")
+        check_not_negative(self, "ladder_images")
 
 
 @dataclass(frozen=True)

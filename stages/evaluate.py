@@ -23,7 +23,7 @@ from typing import Any
 
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.evaluation import summary
+from stages.evaluation import ladder, summary
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
 from stages.evaluation.plots import write_plots
 from stages.evaluation.report import write_report
@@ -106,12 +106,16 @@ def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> Evalua
             fix="Set sample.count to 1 or more. If the images are missing, see rejected.csv in the shards.",
             code=4,
         )
+    num_ladder = min(config.ladder_images, num_compared, min(sizes[reference], config.max_images) // 2)
+    has_ladder = num_ladder > 1  # no metric compares single images
     bytes_per_image = 3 * inputs.shards.image_size**2
     return EvaluationPlan(
         reference=reference,
         num_compared=num_compared,
         num_queries=max(1, min(num_compared, MAX_QUERY_BYTES // bytes_per_image)),
         num_examples=min(RECONSTRUCTIONS_SHOWN, sizes[reference]),
+        num_ladder=num_ladder if has_ladder else 0,
+        redrawn_levels=tuple(inputs.codes.levels)[1:] if has_ladder else (),
         config=config,
         seed=seed,
     )
@@ -121,8 +125,12 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
     """Yield the parts, each a computation on a range of images. The slowest come first, so workers finish together."""
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
     limits = {split: min(plan.config.max_images, size) for split, size in sizes.items() if size}
+    for level in plan.redrawn_levels:
+        yield from _ranges("features", ladder.REDRAWN + level, plan.num_ladder, ladder.IMAGES_PER_PART)
     yield from _ranges("features", "train", limits["train"])
-    for image_set in ("validation", *COMPARED_SETS) if plan.reference == "validation" else COMPARED_SETS:
+    if plan.reference == "validation":
+        yield from _ranges("features", "validation", max(plan.num_compared, 2 * plan.num_ladder))
+    for image_set in COMPARED_SETS:
         yield from _ranges("features", image_set, plan.num_compared)
     for split, size in limits.items():
         for level in reversed(list(inputs.codes.levels)):
@@ -136,9 +144,9 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
         yield from _ranges("codebook", level, grid.entries)
 
 
-def _ranges(measure: str, image_set: str, size: int, **extra: str) -> Iterator[Part]:
-    for start in range(0, size, IMAGES_PER_PART):
-        stop = min(start + IMAGES_PER_PART, size)
+def _ranges(measure: str, image_set: str, size: int, per_part: int = IMAGES_PER_PART, **extra: str) -> Iterator[Part]:
+    for start in range(0, size, per_part):
+        stop = min(start + per_part, size)
         yield {
             "measure": measure,
             "image_set": image_set,

@@ -105,6 +105,8 @@ class EvaluationPlan:
     num_compared: int  # N: images of each compared set
     num_queries: int  # images of a set whose nearest training images are searched
     num_examples: int  # reconstructions shown in the report
+    num_ladder: int  # images of each rung of the quality ladder; 0 without it
+    redrawn_levels: tuple[str, ...]  # coarsest drawn level of each rung whose coarser levels are real
     config: EvaluateConfig
     seed: int
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.evaluation import ladder
 from stages.evaluation.charts import charts
 from stages.evaluation.pictures import COLUMNS, Picture, codebook_picture, picture, picture_list
 from stages.evaluation.report_data import NearestImages, ReportData
@@ -20,7 +21,12 @@ from stages.evaluation.tables import SPLIT_LABELS, cards, tables
 from stages.formats import html_page
 from stages.images.contact_sheet import BACKGROUND, contact_sheet
 
-FILL_LABELS = {"zeros": "zeros", "mean": "their mean entry"}
+FILL_LABELS = {
+    "zeros": "zeros",
+    "mean": "their mean entry",
+    "prior": "drawn from their priors at temperature 1",
+    "mode": "the most probable code of their priors at each position",
+}
 SAMPLES_SHOWN = 64  # without classes
 SAMPLES_SHOWN_PER_CLASS, CLASSES_SHOWN = 8, 16
 FOLDER = Path(__file__).parent
@@ -56,6 +62,11 @@ def render(data: ReportData) -> str:
         shows_all=all(len(images) == count for images, count in data.samples.values()),
         all_samples=_all_samples(data) if sum(map(len, shown.values())) < data.metrics["num_images"]["samples"] else [],
         reconstructions=_reconstruction_pictures(data),
+        rungs=[
+            picture(ladder.labels(data.levels)[name], images, f"images of the rung {name}")
+            for name, images in data.rungs.items()
+        ],
+        ladder_advice=ladder.advice(data.metrics["ladder"]["steps"]) if data.rungs else "",
         nearest=[_nearest_pictures(number, row) for number, row in enumerate(data.nearest, 1)],
         nearest_count=len(data.nearest[0].by_pixels) if data.nearest else 0,
         codebooks=[

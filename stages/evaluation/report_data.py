@@ -39,8 +39,9 @@ class ReportData:
     image_size: int  # pixels
     levels: Mapping[str, Grid]  # coarse to fine
     originals: np.ndarray
-    reconstructions: Mapping[str, np.ndarray]  # "top/zeros", "top/mean", ..., "top+bottom/zeros" -> images
+    reconstructions: Mapping[str, np.ndarray]  # "top/zeros", "top/mean", "top/prior", ..., "top+bottom/zeros"
     samples: Mapping[str, SamplesOfClass]  # class ("" without classes) -> its first samples
+    rungs: Mapping[str, np.ndarray]  # rung of the quality ladder -> its first images; empty without a ladder
     codebooks: Mapping[str, np.ndarray]  # level -> its entries, each decoded alone, by use in the training images
     nearest: Sequence[NearestImages]
     nearest_distances: Mapping[str, Mapping[str, np.ndarray]]  # space -> image set -> (N,), to the nearest train image

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.evaluation import summary
+from stages.evaluation import ladder, summary
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
 from stages.evaluation.origin import describe_origin
 from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
@@ -59,6 +59,7 @@ class EvaluationResults:
             self.plan.config,
             self.plan.seed,
         )
+        quality_ladder = ladder.metrics(self.features, self.plan, levels, self.feature_network)
         return {
             "seed": self.plan.seed,
             "reference": reference,
@@ -78,6 +79,7 @@ class EvaluationResults:
                 rows=rows,
             ),
             "compared": {**compared, **summary.kid_ratios(compared, self.feature_network)},
+            **({"ladder": quality_ladder} if quality_ladder else {}),
             "neighbours": summary.memorization(self.nearest_distances),
         }
 
@@ -146,6 +148,7 @@ class EvaluationResults:
             originals=examples["images"],
             reconstructions={name: images for name, images in examples.items() if name != "images"},
             samples=self._samples_by_class(),
+            rungs=self._rung_images(),
             codebooks=self._codebook_images(),
             nearest=self._nearest_images(),
             nearest_distances=self.nearest_distances,
@@ -170,6 +173,17 @@ class EvaluationResults:
         return {
             name: SamplesOfClass(samples.read_images(numbers[name][:limit]), len(numbers[name]))
             for name in with_samples
+        }
+
+    def _rung_images(self) -> dict[str, np.ndarray]:
+        """Return the first images of each rung of the quality ladder, (N, H, W, 3), by their names in the metrics."""
+        if not self.plan.num_ladder:
+            return {}
+        rungs = ladder.rungs(self.inputs.codes.levels)
+        image_sets = {name: self.plan.reference if name == "originals" else name for name in rungs}
+        return {
+            name: self._results["features", image_set][0]["shown"][: self.plan.num_ladder]
+            for name, image_set in image_sets.items()
         }
 
     def _codebook_images(self) -> dict[str, np.ndarray]:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.priors import Grid
+from models.vqvae import FILLS
+from stages.evaluation import ladder
 from stages.evaluation.report_data import ReportData
 from stages.metrics.comparisons import COMPARISONS
 
@@ -84,6 +86,7 @@ def tables(data: ReportData) -> dict[str, Table]:
     """Build all tables, by section of the page."""
     return {
         "compared": _comparison_table(data),
+        **({"ladder": _ladder_table(data)} if data.rungs else {}),
         "reconstruction": _reconstruction_table(data),
         "memorization": _memorization_table(data),
         "codebook": _codebook_table(data),
@@ -93,24 +96,47 @@ def tables(data: ReportData) -> dict[str, Table]:
 
 
 def _comparison_table(data: ReportData) -> Table:
-    headings = [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
     rows = []
     for name, label in SET_LABELS.items():
         values = data.metrics["compared"][name]
-        cells = []
-        for metric in COMPARISONS:
-            key = f"{metric}_{data.feature_network}"
-            value, error = values.get(key), values.get(f"{key}_se")
-            if value is None:
-                cells.append(MISSING)
-            else:
-                cells.append(f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}")
-        rows.append([label, str(values["images"]), *cells])
+        rows.append([label, str(values["images"]), *_comparison_cells(values, data.feature_network)])
     caption = (
         f"Compared with N {SPLIT_LABELS[data.metrics['reference']]} images unless stated otherwise, by features of "
         f"{data.feature_network}. ± is one standard error."
     )
-    return Table(caption, 1, ["images", "N", *headings], rows)
+    return Table(caption, 1, ["images", "N", *_comparison_headings()], rows)
+
+
+def _ladder_table(data: ReportData) -> Table:
+    """Table of the quality ladder: each rung, and by how much its model increases KID."""
+    ladder_metrics, models = data.metrics["ladder"], ladder.rungs(data.levels)
+    rows = []
+    for name, label in ladder.labels(data.levels).items():
+        step = ladder_metrics["steps"].get(models[name], {})
+        increase = f"{step['kid_increase']:+.4f}" if step else MISSING
+        rows.append([label, increase, *_comparison_cells(ladder_metrics[name], data.feature_network)])
+    split, count = SPLIT_LABELS[data.metrics["reference"]], ladder_metrics["originals"]["images"]
+    caption = (
+        f"{count} images of each rung, compared with {count} other {split} images by features of "
+        f"{data.feature_network}. Drawn codes follow the sampling rule of the samples. ± is one standard error."
+    )
+    return Table(caption, 1, ["images", "KID increase", *_comparison_headings()], rows)
+
+
+def _comparison_headings() -> list[str]:
+    return [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
+
+
+def _comparison_cells(values: Mapping[str, float], feature_network: str) -> list[str]:
+    cells = []
+    for metric in COMPARISONS:
+        key = f"{metric}_{feature_network}"
+        value, error = values.get(key), values.get(f"{key}_se")
+        if value is None:
+            cells.append(MISSING)
+        else:
+            cells.append(f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}")
+    return cells
 
 
 def _reconstruction_table(data: ReportData) -> Table:
@@ -119,6 +145,8 @@ def _reconstruction_table(data: ReportData) -> Table:
         by_prefix = data.metrics["reconstruction"].get(split)
         for name in data.reconstructions if by_prefix else ():
             prefix, fill = name.split("/")
+            if fill not in FILLS:  # codes drawn from a prior are pictures only: their distortion says little
+                continue
             # The metrics of all levels are those of the split itself.
             values = by_prefix.get(name.replace("/", "_filled_with_"), by_prefix)
             fill_cell = MISSING if values is by_prefix else fill

@@ -5,6 +5,7 @@ The result of each part is saved to a file named after the part, so an interrupt
 Axes: N images, H rows, W columns (of an image, or of a level's grid of codes), D features, k nearest images.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,23 +17,29 @@ from torch import Tensor
 
 from models.priors import nll
 from models.quantizer import Quantizer
+from stages.config import SampleConfig
+from stages.evaluation import ladder
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
 from stages.formats import artifact
 from stages.formats.codes import CodeSet
 from stages.images.tensors import to_float, to_uint8
+from stages.inference.trained_models import TrainedModels
 from stages.mapping.parts import Part, Result, pack, unpack
 from stages.metrics import distortion, neighbours, rate
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import FeatureNetwork
 from stages.runtime.device import best_device
 
+# Fills of the finer levels by codes of their priors: at random, and the most probable code at each position.
+PRIOR_FILLS: dict[str, dict[str, Any]] = {"prior": {}, "mode": {"top_k": 1}}
 CODEBOOK_GRID = 4  # side in codes of the coarsest level of the grid that shows an entry alone
 
 
 class EvaluationWorker:
     """Measures one part after another. Each process has its own copy of the networks.
 
-    An image set is a split of the shards ("train", "validation") or one of COMPARED_SETS.
+    An image set is a split of the shards ("train", "validation"), one of COMPARED_SETS, or a rung of the quality
+    ladder, such as "redrawn_bottom".
     """
 
     def __init__(self, inputs: dict[str, Path], plan: EvaluationPlan, results_folder: Path):
@@ -42,6 +49,7 @@ class EvaluationWorker:
         self.vqvae = cache(lambda: self.inputs.vqvae.to(self.device).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self.prior = cache(lambda level: self.inputs.prior(level).to(self.device))
         self.feature_network = cache(lambda: FeatureNetwork(plan.config.feature_weights, self.device))
+        self.trained_models = cache(self._trained_models)
         self.codes = cache(self._codes)
         self.split_images = cache(self.inputs.images)
         self.queries = cache(lambda image_set: self.images(image_set, 0, plan.num_queries))
@@ -100,10 +108,14 @@ class EvaluationWorker:
         return {"sums": list(rate.measure(np.concatenate(nats), grid.height * grid.width))}
 
     def features(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
-        """Compute the features, (N, D), of images."""
+        """Compute the features, (N, D), of images; return also those images that the quality ladder shows."""
         network = self.feature_network()
-        batches = [network(self.images(image_set, first, last)) for first, last in self._batches(start, stop)]
-        return {"features": np.concatenate(batches)}
+        features, shown = [], []
+        for first, last in self._batches(start, stop):
+            images = self.images(image_set, first, last)
+            features.append(network(images))
+            shown.append(images[: max(0, ladder.RUNG_IMAGES - first)])
+        return {"features": np.concatenate(features), "shown": np.concatenate(shown)}
 
     def nearest(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
         """Search training images [start, stop) for those nearest, by pixels, to each query: distances, indices (N, k).
@@ -117,14 +129,21 @@ class EvaluationWorker:
         return {"distances": distances / np.sqrt(queries[0].size), "indices": indices + start}
 
     def examples(self, split: str, start: int, stop: int) -> dict[str, Any]:
-        """Return images, and what each prefix of levels decodes to: name -> uint8 (N, H, W, 3)."""
+        """Return images, and what each prefix of levels decodes to with each fill: name -> uint8 (N, H, W, 3)."""
         decoded: dict[str, list[np.ndarray]] = {}
         for first, last in self._batches(start, stop):
             for name, batch in self._decode_prefixes(split, first, last):
                 decoded.setdefault(name, []).append(to_uint8(batch.cpu().numpy()))
+        levels = list(self.inputs.codes.levels)
+        for level in levels[1:]:
+            prefix = "+".join(levels[: levels.index(level)])
+            for fill, rule in PRIOR_FILLS.items():
+                config = SampleConfig(batch_size=self.plan.config.batch_size, **rule)
+                decoded[f"{prefix}/{fill}"] = [self._redraw(split, level, start, stop, config)]
+        by_prefix = sorted(decoded, key=lambda name: name.count("+"))  # shortest first
         return {
             "images": self.images(split, start, stop),
-            **{name: np.concatenate(batches) for name, batches in decoded.items()},
+            **{name: np.concatenate(decoded[name]) for name in by_prefix},
         }
 
     def codebook(self, level: str, start: int, stop: int) -> dict[str, Any]:
@@ -157,6 +176,10 @@ class EvaluationWorker:
         """Read or decode images [start, stop) of an image set: uint8 (N, H, W, 3)."""
         if image_set == "samples":
             return self.inputs.samples.images(start, stop)
+        if image_set.startswith(ladder.REDRAWN):
+            config = ladder.sampling_config(self.inputs.samples.artifact.meta, self.plan.config.batch_size)
+            level = image_set.removeprefix(ladder.REDRAWN)
+            return self._redraw(self.plan.reference, level, start, stop, config)
         if image_set in COMPARED_SETS:
             batches = [
                 self.vqvae().decode(self._code_grids(image_set, first, last))
@@ -165,6 +188,27 @@ class EvaluationWorker:
             return to_uint8(torch.cat(batches).cpu().numpy())
         images = self.split_images(image_set)
         return np.stack([images.read(position) for position in range(start, stop)])
+
+    def _redraw(self, split: str, level: str, start: int, stop: int, config: SampleConfig) -> np.ndarray:
+        """Draw a level and all finer ones of images [start, stop), given their coarser codes: uint8 (N, H, W, 3).
+
+        An image's draw depends on its position in the split and on the seed, not on the part that it is in.
+        """
+        labels = self.codes(split).labels
+        batches = []
+        for first, last in self._batches(start, stop):
+            codes = self._code_grids(split, first, last)
+            given = {name: codes[name] for name in itertools.takewhile(lambda name: name != level, codes)}
+            drawn = self.trained_models().draw_codes(
+                range(first, last), labels[first:last].tolist(), config, self.plan.seed, given=given
+            )
+            batches.append(self.vqvae().decode(drawn).float().cpu().numpy())
+        return to_uint8(np.concatenate(batches))
+
+    def _trained_models(self) -> TrainedModels:
+        codes = self.inputs.codes
+        meta = {"image_size": self.inputs.shards.image_size, "classes": codes.classes, "label_counts": []}
+        return TrainedModels(self.vqvae(), {level: self.prior(level) for level in codes.levels}, meta, {})
 
     def _codes(self, image_set: str) -> CodeSet:
         """Read or draw the codes that an image set is decoded from."""

@@ -84,16 +84,20 @@ class TrainedModels:
         config: SampleConfig,
         seed: int,
         *,
+        given: Mapping[str, Tensor] | None = None,
         prefix: Mapping[str, Tensor] | None = None,
         prefix_rows: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
         """Draw the codes of samples, (N, H, W) int64 per level.
 
-        The first `prefix_rows` rows of a level are copied from `prefix`, which holds (N, H, W) codes per level.
+        `given` are the codes of the coarsest levels, which are not drawn. The first `prefix_rows` rows of a level are
+        copied from `prefix`, which holds (N, H, W) codes per level.
         """
         device = next(self.vqvae.parameters()).device
-        codes: dict[str, Tensor] = {}
+        codes: dict[str, Tensor] = dict(given or {})
         for index, (level, prior) in enumerate(self.priors.items()):
+            if level in codes:
+                continue
             if (level, config) not in self._samplers:
                 self._samplers[level, config] = _sampler(prior, config)
             codes[level] = self._samplers[level, config].draw(

@@ -19,11 +19,13 @@ from models.vqvae import VQVAE
 from stages import codes, evaluate, sample, shard
 from stages.config import AugmentConfig, ClusterConfig, CodesConfig, DatasetConfig, EvaluateConfig, SampleConfig
 from stages.errors import UserError
-from stages.evaluation import summary, worker
+from stages.evaluation import ladder, summary, worker
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
+from stages.images.tensors import to_uint8
+from stages.inference.trained_models import TrainedModels
 from stages.metrics.comparisons import COMPARISONS
 from stages.runtime.context import StageContext
 from tests.mini_pipeline import without_ray
@@ -251,6 +253,22 @@ def test_report_shows_each_entry_of_the_codebooks(root, evaluated):
     with np.load(evaluated.out / "work" / "parts" / "codebook-bottom-0-32.npz") as result:
         images = result["images"]
     assert images.shape == (32, 16, 16, 3) and len(np.unique(images.reshape(32, -1), axis=0)) == 32
+
+
+def test_redrawn_images_keep_their_coarser_codes(root, evaluated):
+    """A rung of the quality ladder draws the finer level given the real coarser one, as the sampler does."""
+    inputs = EvaluationInputs(*(root / name for name in INPUTS))
+    codes = inputs.codes_of_first_images("validation", 4)
+    models = TrainedModels.load(root / "vqvae", root / "priors")
+    given = {"top": torch.from_numpy(codes.codes["top"].astype(np.int64))}
+    drawn = models.draw_codes(range(4), codes.labels.tolist(), SampleConfig(), 0, given=given)
+    assert (drawn["top"] == given["top"]).all()
+    images = to_uint8(models.vqvae.decode(drawn).numpy())
+    with np.load(evaluated.out / "work" / "parts" / "features-redrawn_bottom-0-6.npz") as result:
+        assert (result["shown"][:4] == images).all()
+    rungs = evaluated.metrics["ladder"]
+    assert {rungs[name]["images"] for name in ladder.rungs(LEVELS)} == {6}
+    assert list(rungs["steps"]) == ["vqvae", "prior_bottom", "prior_top"]
 
 
 def test_report_is_an_artifact_with_its_contact_sheets(evaluated):

@@ -10,7 +10,8 @@ import pytest
 
 from models.priors import Grid
 from stages.config import EvaluateConfig
-from stages.evaluation import summary
+from stages.evaluation import ladder, summary
+from stages.evaluation.inputs import EvaluationPlan
 from stages.evaluation.plots import write_plots
 from stages.evaluation.report import render, write_report
 from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
@@ -22,6 +23,7 @@ LEVELS = {"top": Grid(16, 2, 2), "bottom": Grid(32, 4, 4)}
 NETWORK = "efficientnet_lite0"
 CURVES = {"VQ-VAE": ["mse", "psnr"], "Prior of level top": ["nll_nats_per_code", "nll_bits_per_code"]}
 PROVENANCE = "../../runs/evaluate/0123/provenance.js"
+RUNGS = ("originals", "reconstructions", "redrawn_bottom", "samples", "random_codes")
 SETS = ("samples", "samples_to_reconstructions", "reconstructions", "random_codes", "shuffled_codes")
 
 
@@ -38,6 +40,7 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
         for level, grid in LEVELS.items()
     }
     prefixes = ("top/zeros", "top/mean", "top+bottom/zeros")
+    drawn = ("top/prior", "top/mode")
     reconstruction = summary.reconstruction(
         {
             split: {prefix: DistortionSums(9, 9 * side * side * 3, 60.0, 4.5, 250.0) for prefix in prefixes}
@@ -73,6 +76,9 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
         ),
         "neighbours": summary.memorization(distances),
     }
+    rung_features = {**features, "redrawn_bottom": features["samples"]}
+    plan = EvaluationPlan("reference", 9, 9, 8, 4, ("bottom",), EvaluateConfig(precision_recall_k=2), 0)
+    metrics["ladder"] = ladder.metrics(rung_features.__getitem__, plan, LEVELS, NETWORK)
     metrics["compared"] |= summary.kid_ratios(metrics["compared"], NETWORK)
     return ReportData(
         metrics=metrics,
@@ -81,8 +87,9 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
         image_size=side,
         levels=LEVELS,
         originals=images(8),
-        reconstructions={prefix: images(8) for prefix in prefixes},
+        reconstructions={prefix: images(8) for prefix in (*prefixes[:2], *drawn, prefixes[2])},
         samples={class_name: SamplesOfClass(images(12), 12), "birds": SamplesOfClass(images(3), 30)},
+        rungs={name: images(8) for name in RUNGS},
         codebooks={level: images(grid.entries)[:, :8, :8] for level, grid in LEVELS.items()},
         nearest=[NearestImages(images(1)[0], images(2), images(2)) for _ in range(3)],
         nearest_distances=distances,
@@ -146,7 +153,7 @@ def test_page_makes_no_requests(html):
 def test_contents_list_names_every_section(html):
     """Each entry of the contents list leads to a heading, and each heading has an entry."""
     headings = re.findall(r'<h2 id="(\w+)">', html)
-    assert re.findall(r'<li><a href="#(\w+)">', html) == headings and len(headings) == 8
+    assert re.findall(r'<li><a href="#(\w+)">', html) == headings and len(headings) == 9
 
 
 def test_validation_numbers_come_first(html):
@@ -262,3 +269,23 @@ def test_chart_table_and_plot_show_the_same_psnr_of_the_first_level(tmp_path):
     html = render(data)
     assert ">zeros</td><td>" in html and ">19.25</td>" in html
     assert "other levels are zeros</figcaption><button" in html
+
+
+def test_page_shows_the_rungs_of_the_quality_ladder(html):
+    """Each rung has a picture and a row, best first; without a ladder the section is left out."""
+    text = Page(html).text
+    for label in ladder.labels(LEVELS).values():
+        assert text.count(label) >= 2
+    assert "real top; drawn bottom" in text and "KID increase" in text
+    data = report_data()
+    metrics = {name: values for name, values in data.metrics.items() if name != "ladder"}
+    without = render(replace(data, metrics=metrics, rungs={}))
+    assert "Quality ladder" in html and "Quality ladder" not in without
+
+
+def test_fill_by_the_prior_is_shown_in_pictures_only(html):
+    """The first level with the others drawn from their priors, at random and most probable, has no distortion."""
+    text = Page(html).text
+    assert "top: other levels are drawn from their priors at temperature 1" in text
+    assert "top: other levels are the most probable code of their priors at each position" in text
+    assert ">mode<" not in html and ">prior<" not in html
