@@ -186,11 +186,13 @@ class EvaluateConfig:
     samples_shown: int = 8  # samples shown with their nearest training images, 1 or more
     # images of each rung of the quality ladder at most, 0 or more; the finer levels of these are drawn; 0 leaves it out
     ladder_images: int = 128
+    # images compressed by JPEG, WebP and AVIF for the rate-distortion chart at most, 0 or more; 0 leaves these out
+    codec_images: int = 64
     feature_weights: str = ""  # path of the feature network's weights; empty: the installed weights
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")
-        check_not_negative(self, "ladder_images")
+        check_not_negative(self, "ladder_images", "codec_images")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
+COMPRESSED_PER_PART = 16  # images: AVIF is slow, and small parts keep all workers busy
 MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference
 MAX_QUERY_BYTES = 2**28  # images whose nearest training images are searched: each worker holds all of them in memory
 RECONSTRUCTIONS_SHOWN = 8
@@ -137,6 +138,8 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
             yield from _ranges("likelihood", split, size, level=level)
     for split, size in limits.items():
         yield from _ranges("distortion", split, size)
+    compressed = min(plan.config.codec_images, limits[plan.reference])
+    yield from _ranges("codecs", plan.reference, compressed, COMPRESSED_PER_PART)
     for image_set in plan.query_sets:
         yield from _ranges("nearest", image_set, sizes["train"])
     yield from _ranges("examples", plan.reference, plan.num_examples)

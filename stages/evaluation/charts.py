@@ -5,11 +5,12 @@ Axes: N images, K codebook entries.
 
 import numpy as np
 
-from stages.evaluation import summary, svg
+from stages.evaluation import svg
 from stages.evaluation.report_data import Curve, ReportData
 from stages.evaluation.tables import RATE_LABELS, SPACE_LABELS, SPLIT_LABELS
 from stages.formats.curves import curve_points
 
+RATE_CHARTS = {"psnr": "PSNR, dB", "ssim": "SSIM"}  # metrics of distortion
 Chart = tuple[str, str]  # title and SVG
 SAME_AS_ANOTHER = {"mse", "nll_bits_per_code"}  # metrics in other units than PSNR and nats, with the same curve
 LINE_LABELS = {**SPLIT_LABELS, "seen": "training, not augmented"}
@@ -20,7 +21,7 @@ def charts(data: ReportData) -> dict[str, list[Chart]]:
     """Draw all charts, by section of the page."""
     return {
         "codebook": _usage_charts(data),
-        "rate": [_rate_distortion_chart(data)],
+        "rate": [_rate_distortion_chart(data, metric, label) for metric, label in RATE_CHARTS.items()],
         "memorization": _distance_charts(data),
         "curves": _training_charts(data),
     }
@@ -44,15 +45,18 @@ def _usage_charts(data: ReportData) -> list[Chart]:
     return charts
 
 
-def _rate_distortion_chart(data: ReportData) -> Chart:
+def _rate_distortion_chart(data: ReportData, metric: str, label: str) -> Chart:
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for _, kind, bits_per_pixel, _, psnr in summary.rate_distortion(dict(data.metrics)):
-        if psnr != "":  # equal images have none
-            x, y = lines.setdefault(RATE_LABELS[kind], ([], []))
-            x.append(bits_per_pixel)
-            y.append(psnr)
-    title = "Rate-distortion, from the first level to all levels; other levels are zeros"
-    return title, svg.line_chart("rate", title, lines, x_label="bits per pixel", y_label="PSNR, dB", markers=True)
+    for row in data.metrics["rate_distortion"]:
+        if metric in row and row["bits_per_pixel"] > 0:  # equal images have no PSNR
+            x, y = lines.setdefault(RATE_LABELS[row["rate"]], ([], []))
+            x.append(row["bits_per_pixel"])
+            y.append(row[metric])
+    title = f"Rate and {label}, from the first level to all levels; other levels are zeros"
+    svg_text = svg.line_chart(
+        f"rate-{metric}", title, lines, x_label="bits per pixel", y_label=label, markers=True, log_x=True
+    )
+    return title, svg_text
 
 
 def _distance_charts(data: ReportData) -> list[Chart]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.evaluation.summary import Metrics, rate_distortion
+from stages.evaluation.summary import Metrics
 from stages.evaluation.tables import RATE_LABELS
 from stages.formats.curves import MAX_POINTS, write_plot
 
@@ -18,7 +18,10 @@ def write_plots(folder: Path, metrics: Metrics, counts: Mapping[str, Mapping[str
     write_plot(
         folder / "rate_distortion.csv",
         ["series", "levels", "bits_per_pixel", "mse", "psnr"],
-        ([RATE_LABELS[kind], name, bits, mse, psnr] for name, kind, bits, mse, psnr in rate_distortion(metrics)),
+        (
+            [RATE_LABELS[row["rate"]], row["point"], row["bits_per_pixel"], row["mse"], row.get("psnr", "")]
+            for row in metrics["rate_distortion"]
+        ),
     )
     write_plot(
         folder / "nll.csv",

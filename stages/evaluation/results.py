@@ -19,7 +19,8 @@ from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfCl
 from stages.evaluation.summary import Metrics
 from stages.formats import artifact, curves
 from stages.mapping.parts import Part, Result
-from stages.metrics import distortion, neighbours, rate, usage
+from stages.metrics import codecs, distortion, neighbours, rate, usage
+from stages.metrics.codecs import CodecSums
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import network_name
 from stages.metrics.rate import LikelihoodSums
@@ -60,6 +61,15 @@ class EvaluationResults:
             self.plan.seed,
         )
         quality_ladder = ladder.metrics(self.features, self.plan, levels, self.feature_network)
+        rates = summary.rates(
+            levels,
+            likelihood,
+            reconstruction[reference]["mse"],
+            split=reference,
+            image_size=shards.image_size,
+            column_bytes=column_bytes,
+            rows=rows,
+        )
         return {
             "seed": self.plan.seed,
             "reference": reference,
@@ -69,15 +79,9 @@ class EvaluationResults:
             "reconstruction": reconstruction,
             "codebook": summary.codebook(self.entry_counts),
             "likelihood": likelihood,
-            "rate": summary.rates(
-                levels,
-                likelihood,
-                reconstruction[reference]["mse"],
-                split=reference,
-                image_size=shards.image_size,
-                column_bytes=column_bytes,
-                rows=rows,
-            ),
+            "rate": rates,
+            "rate_distortion": summary.rate_distortion(rates, reconstruction[reference], list(levels))
+            + summary.codec_rate_distortion(self._codec_sums(), shards.image_size),
             "compared": {**compared, **summary.kid_ratios(compared, self.feature_network)},
             **({"ladder": quality_ladder} if quality_ladder else {}),
             "neighbours": summary.memorization(self.nearest_distances),
@@ -211,6 +215,12 @@ class EvaluationResults:
             for key, results in self._results.items()
             if key[0] == "distortion"
         }
+
+    def _codec_sums(self) -> dict[str, CodecSums]:
+        """Add up the parts: codec and quality, such as "jpeg/50" -> sums."""
+        results = self._results.get(("codecs", self.plan.reference), [])
+        names = results[0] if results else ()
+        return {name: codecs.add(codecs.from_list(result[name]) for result in results) for name in names}
 
     def _likelihood_sums(self) -> dict[str, dict[str, LikelihoodSums]]:
         """Add up the parts: level -> split -> sums."""

@@ -7,20 +7,21 @@ Axes: N images, D features, K codebook entries.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from models.priors import Grid
 from stages.config import EvaluateConfig
-from stages.metrics import distortion, rate, usage
+from stages.metrics import codecs, distortion, rate, usage
+from stages.metrics.codecs import CodecSums
 from stages.metrics.comparisons import COMPARISONS
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
 
 Metrics = dict[str, Any]  # nested, as JSON has them
-RATE_DISTORTION_COLUMNS = ["levels", "rate", "bits_per_pixel", "mse", "psnr"]
+DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim")
 SAMPLING_RULE = ("temperature", "top_k", "top_p", "guidance", "accepted")  # of the samples, as far as they have them
 
 
@@ -190,18 +191,31 @@ def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[s
     return warnings
 
 
-def rate_distortion(metrics: Metrics) -> list[list[Any]]:
-    """Return one row of RATE_DISTORTION_COLUMNS per prefix of levels and kind of rate ("fixed", "prior").
+def rate_distortion(rates: Metrics, distortions: Metrics, levels: Sequence[str]) -> list[Metrics]:
+    """Return one row per prefix of levels and kind of rate ("fixed", "prior", "files").
 
-    The levels after the prefix are filled with zeros: level dropout trains the decoder with this fill.
+    `rates` is the result of `rates`, `distortions` that of `reconstruction` for one split. The levels after the prefix
+    are filled with zeros: level dropout trains the decoder with this fill.
     """
-    distortions, levels = metrics["reconstruction"][metrics["reference"]], list(metrics["codebook"])
     rows = []
-    for count in range(1, len(levels) + 1):
-        name = "+".join(levels[:count])
-        values = distortions if count == len(levels) else distortions[f"{name}_filled_with_zeros"]
-        for kind in ("fixed", "prior"):
-            if all(kind in metrics["rate"][level] for level in levels[:count]):
-                bits = sum(metrics["rate"][level][kind]["bits_per_pixel"] for level in levels[:count])
-                rows.append([name, kind, bits, values["mse"], values.get("psnr", "")])
+    for kind in ("fixed", "prior", "files"):
+        for count in range(1, len(levels) + 1):
+            name = "+".join(levels[:count])
+            values = distortions if count == len(levels) else distortions[f"{name}_filled_with_zeros"]
+            if all(kind in rates[level] for level in levels[:count]):
+                bits = sum(rates[level][kind]["bits_per_pixel"] for level in levels[:count])
+                rows.append({"rate": kind, "point": name, "images": distortions["images"], "bits_per_pixel": bits})
+                rows[-1] |= {metric: values[metric] for metric in DISTORTION_METRICS if metric in values}
+    return rows
+
+
+def codec_rate_distortion(sums: Mapping[str, CodecSums], image_size: int) -> list[Metrics]:
+    """Return one row as those of `rate_distortion` per codec and quality, such as "jpeg/50".
+
+    Their rate leaves out the header of the files, whose bits are given apart.
+    """
+    rows = []
+    for name, codec_sums in sums.items():
+        codec, quality = name.split("/")
+        rows.append({"rate": codec, "point": f"quality {quality}", **codecs.summarize(codec_sums, image_size)})
     return rows

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 TEXT_PLACEHOLDER = "#010203"  # drawn as this colour, then replaced by the page's text colour
 COLOURS = ("#3a86d8", "#e0732f", "#3fa66a", "#a06cd5", "#c7a008", "#d1477a")  # readable on black and on white
@@ -48,8 +49,11 @@ def line_chart(
     x_label: str,
     y_label: str,
     markers: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Draw lines by name. `markers` also marks the points; a line of one point is always marked.
+
+    `log_x` makes the x axis logarithmic; all x must then be above 0.
 
     `chart_id` prefixes the ids inside the SVG and must be unique on the page; `title` becomes its ARIA label.
     """
@@ -57,6 +61,12 @@ def line_chart(
     def draw(axes: Axes) -> None:
         for colour, (name, (x, y)) in zip(_colours(len(lines)), lines.items(), strict=True):
             axes.plot(x, y, label=name, color=colour, marker="o" if markers or len(x) == 1 else None, markersize=4)
+        if log_x:
+            axes.set_xscale("log")
+            # Plain numbers: powers of ten would need TeX, and there is often only one of them.
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
 
     return _svg(chart_id, title, draw, x_label, y_label, legend=len(lines) > 1)
 

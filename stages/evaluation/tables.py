@@ -9,6 +9,7 @@ from models.priors import Grid
 from models.vqvae import FILLS
 from stages.evaluation import ladder
 from stages.evaluation.report_data import ReportData
+from stages.metrics.codecs import CODECS
 from stages.metrics.comparisons import COMPARISONS
 
 SPLITS = ("validation", "train")
@@ -21,7 +22,12 @@ SET_LABELS = {
     "random_codes": "baseline: random codes",
     "shuffled_codes": "baseline: shuffled codes",
 }
-RATE_LABELS = {"fixed": "fixed length, log2 K", "prior": "under the prior", "files": "in files"}
+RATE_LABELS = {
+    "fixed": "fixed length, log2 K",
+    "prior": "under the prior",
+    "files": "in files",
+    **{name: codec.label for name, codec in CODECS.items()},
+}
 SPACE_LABELS = {"pixels": "pixels (RMS, 8-bit levels)", "features": "features (Euclidean)"}
 
 
@@ -92,6 +98,7 @@ def tables(data: ReportData) -> dict[str, Table]:
         "codebook": _codebook_table(data),
         "likelihood": _likelihood_table(data),
         "rate": _rate_table(data),
+        "rate_distortion": _rate_distortion_table(data),
     }
 
 
@@ -226,6 +233,42 @@ def _rate_table(data: ReportData) -> Table:
         "In files: the level's Parquet column, with its overhead."
     )
     return Table(caption, 2, ["codes", "rate", "bits/pixel", "bits/dimension", "compression"], rows)
+
+
+def _rate_distortion_table(data: ReportData) -> Table:
+    rows = [
+        [
+            RATE_LABELS[row["rate"]],
+            row["point"].replace("+", ", "),
+            str(row["images"]),
+            _format(row, "bits_per_pixel", 3),
+            _format(row, "header_bits_per_pixel", 3),
+            _format(row, "mse", 5),
+            _format(row, "psnr", 2),
+            _format(row, "psnr_8bit", 2),
+            _format(row, "ssim", 3),
+        ]
+        for row in data.metrics["rate_distortion"]
+    ]
+    header = ["rate", "levels or quality", "N", "bits/pixel", "header", "MSE", "PSNR, dB", "8-bit PSNR, dB", "SSIM"]
+    return Table(_rate_distortion_caption(data), 2, header, rows)
+
+
+def _rate_distortion_caption(data: ReportData) -> str:
+    """Say what the points are, and which codecs are left out."""
+    kinds = {row["rate"] for row in data.metrics["rate_distortion"]}
+    split = SPLIT_LABELS[data.metrics["reference"]]
+    caption = f"Of {split} images. Levels that are not named are zeros, as in the table of reconstructions. "
+    missing = [codec.label for name, codec in CODECS.items() if name not in kinds]
+    if len(missing) == len(CODECS):
+        return caption
+    caption += (
+        "Files of JPEG, WebP and AVIF are of the first of these images, without their headers, which a set of images "
+        "could share and which take most bytes of small images."
+    )
+    if missing:
+        caption += f" {', '.join(missing)}: left out, because this Pillow cannot write such files."
+    return caption
 
 
 def _by_split(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

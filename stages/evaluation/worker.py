@@ -25,7 +25,7 @@ from stages.formats.codes import CodeSet
 from stages.images.tensors import to_float, to_uint8
 from stages.inference.trained_models import TrainedModels
 from stages.mapping.parts import Part, Result, pack, unpack
-from stages.metrics import distortion, neighbours, rate
+from stages.metrics import codecs, distortion, neighbours, rate
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import FeatureNetwork
 from stages.runtime.device import best_device
@@ -69,6 +69,8 @@ class EvaluationWorker:
         match part["measure"]:
             case "distortion":
                 return self.distortion(image_set, start, stop)
+            case "codecs":
+                return self.codecs(image_set, start, stop)
             case "likelihood":
                 return self.likelihood(image_set, part["level"], start, stop)
             case "features":
@@ -90,6 +92,15 @@ class EvaluationWorker:
                 batch_sums = distortion.measure(images, decoded)
                 sums[name] = distortion.add([sums[name], batch_sums]) if name in sums else batch_sums
         return {name: list(prefix_sums) for name, prefix_sums in sums.items()}
+
+    def codecs(self, split: str, start: int, stop: int) -> dict[str, Any]:
+        """Compress images by each codec and quality: "jpeg/50" -> CodecSums as a list."""
+        images = self.images(split, start, stop)
+        return {
+            f"{codec}/{quality}": codecs.to_list(codecs.measure(images, codec, quality))
+            for codec in codecs.available()
+            for quality in codecs.QUALITIES
+        }
 
     def likelihood(self, split: str, level: str, start: int, stop: int) -> dict[str, Any]:
         """Sum the negative log-likelihood of a level's codes under its prior."""
@@ -198,9 +209,9 @@ class EvaluationWorker:
         batches = []
         for first, last in self._batches(start, stop):
             codes = self._code_grids(split, first, last)
-            given = {name: codes[name] for name in itertools.takewhile(lambda name: name != level, codes)}
+            known_codes = {name: codes[name] for name in itertools.takewhile(lambda name: name != level, codes)}
             drawn = self.trained_models().draw_codes(
-                range(first, last), labels[first:last].tolist(), config, self.plan.seed, given=given
+                range(first, last), labels[first:last].tolist(), config, self.plan.seed, known_codes=known_codes
             )
             batches.append(self.vqvae().decode(drawn).float().cpu().numpy())
         return to_uint8(np.concatenate(batches))

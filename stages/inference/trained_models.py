@@ -84,17 +84,17 @@ class TrainedModels:
         config: SampleConfig,
         seed: int,
         *,
-        given: Mapping[str, Tensor] | None = None,
+        known_codes: Mapping[str, Tensor] | None = None,
         prefix: Mapping[str, Tensor] | None = None,
         prefix_rows: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
         """Draw the codes of samples, (N, H, W) int64 per level.
 
-        `given` are the codes of the coarsest levels, which are not drawn. The first `prefix_rows` rows of a level are
+        `known_codes` are those of the coarsest levels, which are not drawn. The first `prefix_rows` rows of a level are
         copied from `prefix`, which holds (N, H, W) codes per level.
         """
         device = next(self.vqvae.parameters()).device
-        codes: dict[str, Tensor] = dict(given or {})
+        codes: dict[str, Tensor] = dict(known_codes or {})
         for index, (level, prior) in enumerate(self.priors.items()):
             if level in codes:
                 continue

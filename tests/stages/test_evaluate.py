@@ -48,7 +48,7 @@ PRIOR = PriorConfig(
     condition_layers=1,
 )
 INPUTS = ("shards", "vqvae", "codes", "priors", "samples")
-CONFIG = EvaluateConfig(batch_size=5, max_images=12, nearest_images=2, samples_shown=3)
+CONFIG = EvaluateConfig(batch_size=5, max_images=12, nearest_images=2, samples_shown=3, codec_images=3)
 
 
 class Thumbnail(nn.Module):
@@ -260,9 +260,9 @@ def test_redrawn_images_keep_their_coarser_codes(root, evaluated):
     inputs = EvaluationInputs(*(root / name for name in INPUTS))
     codes = inputs.codes_of_first_images("validation", 4)
     models = TrainedModels.load(root / "vqvae", root / "priors")
-    given = {"top": torch.from_numpy(codes.codes["top"].astype(np.int64))}
-    drawn = models.draw_codes(range(4), codes.labels.tolist(), SampleConfig(), 0, given=given)
-    assert (drawn["top"] == given["top"]).all()
+    known_codes = {"top": torch.from_numpy(codes.codes["top"].astype(np.int64))}
+    drawn = models.draw_codes(range(4), codes.labels.tolist(), SampleConfig(), 0, known_codes=known_codes)
+    assert (drawn["top"] == known_codes["top"]).all()
     images = to_uint8(models.vqvae.decode(drawn).numpy())
     with np.load(evaluated.out / "work" / "parts" / "features-redrawn_bottom-0-6.npz") as result:
         assert (result["shown"][:4] == images).all()

@@ -59,6 +59,6 @@ def test_ladder_of_zero_images_is_left_out():
 
 
 def test_redrawn_levels_follow_the_rule_of_the_samples():
-    """The sampling rule is read from the metadata of the samples; what is no setting is left out."""
+    """The sampling rule is read from the metadata of the samples, without other facts."""
     config = ladder.sampling_config({"count": 9, "temperature": 0.7, "top_k": 3, "top_p": 0.9, "accepted": 1.0}, 5)
     assert (config.temperature, config.top_k, config.top_p, config.batch_size) == (0.7, 3, 0.9, 5)

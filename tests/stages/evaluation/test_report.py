@@ -15,6 +15,7 @@ from stages.evaluation.inputs import EvaluationPlan
 from stages.evaluation.plots import write_plots
 from stages.evaluation.report import render, write_report
 from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
+from stages.metrics import codecs
 from stages.metrics.comparisons import COMPARISONS, Comparison
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
@@ -79,6 +80,11 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
     rung_features = {**features, "redrawn_bottom": features["samples"]}
     plan = EvaluationPlan("reference", 9, 9, 8, 4, ("bottom",), EvaluateConfig(precision_recall_k=2), 0)
     metrics["ladder"] = ladder.metrics(rung_features.__getitem__, plan, LEVELS, NETWORK)
+    codec_sums = codecs.measure(images(2), "jpeg", 50)
+    metrics["rate_distortion"] = [
+        *summary.rate_distortion(metrics["rate"], reconstruction["validation"], list(LEVELS)),
+        *summary.codec_rate_distortion({"jpeg/50": codec_sums, "webp/50": codec_sums}, side),
+    ]
     metrics["compared"] |= summary.kid_ratios(metrics["compared"], NETWORK)
     return ReportData(
         metrics=metrics,
@@ -262,13 +268,17 @@ def test_chart_table_and_plot_show_the_same_psnr_of_the_first_level(tmp_path):
     data = report_data()
     values = data.metrics["reconstruction"]["validation"]
     values["top_filled_with_zeros"]["psnr"], values["top_filled_with_mean"]["psnr"] = 19.25, 15.75
-    assert [row[4] for row in summary.rate_distortion(data.metrics) if row[0] == "top"] == [19.25, 19.25]
+    rows = summary.rate_distortion(data.metrics["rate"], values, list(LEVELS))
+    assert {(row["rate"], row["psnr"]) for row in rows if row["point"] == "top"} == {
+        (kind, 19.25) for kind in ("fixed", "prior", "files")
+    }
+    data.metrics["rate_distortion"][: len(rows)] = rows
     write_plots(tmp_path, data.metrics, data.entry_counts)
     plotted = list(csv.DictReader((tmp_path / "rate_distortion.csv").open()))
     assert {row["psnr"] for row in plotted if row["levels"] == "top"} == {"19.25"}
     html = render(data)
     assert ">zeros</td><td>" in html and ">19.25</td>" in html
-    assert "other levels are zeros</figcaption><button" in html
+    assert html.count("; other levels are zeros</figcaption><button") == 2  # both charts
 
 
 def test_page_shows_the_rungs_of_the_quality_ladder(html):
@@ -289,3 +299,13 @@ def test_fill_by_the_prior_is_shown_in_pictures_only(html):
     assert "top: other levels are drawn from their priors at temperature 1" in text
     assert "top: other levels are the most probable code of their priors at each position" in text
     assert ">mode<" not in html and ">prior<" not in html
+
+
+def test_codecs_are_drawn_beside_the_levels(html):
+    """The charts have a line for each codec of the metrics, and the page says which are left out, and why."""
+    text = Page(html).text
+    for chart in re.findall(r'<svg [^>]*aria-label="Rate and (?:PSNR|SSIM).*?</svg>', html, re.DOTALL):
+        assert ">JPEG<" in chart and ">WebP<" in chart and ">AVIF<" not in chart
+    assert "Rate and PSNR, dB, from the first level" in text and "Rate and SSIM, from the first level" in text
+    assert "AVIF: left out, because this Pillow cannot write such files." in text
+    assert ">quality 50<" in html
