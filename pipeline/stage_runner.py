@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import composed_from, dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
+from pipeline.compute_facts import compute_facts
 from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.locks import exclusive_lock
@@ -157,7 +158,14 @@ def _call(
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
         _refuse_edits(stage, data)
         provenance.record_facts(
-            stage.cli_name, Path(stage.outs[0]), work, time.monotonic() - start, inputs.values(), parent, _choices(data)
+            stage.cli_name,
+            Path(stage.outs[0]),
+            work,
+            time.monotonic() - start,
+            inputs.values(),
+            parent,
+            _choices(data),
+            compute_facts(stage, settings),
         )
 
 

@@ -15,8 +15,13 @@ document.addEventListener("click", (event) => {
 const embedded = document.getElementById("provenance");
 const provenance = embedded ? JSON.parse(embedded.textContent) : window.provenance;
 if (provenance) {
+  const { compute, ...facts } = provenance;
+  const table = document.getElementById("compute");
+  addRow(table.querySelector("thead"), "col", compute.header);
+  for (const cells of compute.rows) addRow(table.querySelector("tbody"), "row", cells);
+  table.hidden = compute.rows.length === 0;
   const rows = document.getElementById("origin");
-  for (const [label, text] of Object.entries(provenance)) {
+  for (const [label, text] of Object.entries(facts)) {
     const row = rows.insertRow();
     const header = document.createElement("th");
     header.scope = "row";
@@ -28,6 +33,19 @@ if (provenance) {
     cell.textContent = text;
   }
   document.getElementById("no-provenance").remove();
+}
+
+// Add a row to a part of a table. All cells of a header are headings, of other rows the first.
+function addRow(part, scope, cells) {
+  const row = part.insertRow();
+  cells.forEach((text, index) => {
+    const isHeading = scope === "col" || index === 0;
+    const cell = document.createElement(isHeading ? "th" : "td");
+    if (isHeading) cell.scope = scope;
+    if (index < 2 || index > 6) cell.className = "text";
+    cell.textContent = text;
+    row.append(cell);
+  });
 }
 
 // Closed parts are printed too.

@@ -1,5 +1,6 @@
 """Facts of the run that computed a result: command, commit, date, duration and machine.
 
+The compute of each stage, such as device-hours, is among them.
 They differ between runs of equal settings, so they are no part of an artifact. Each stage records them in its work
 folder, and `evaluate` those of the stages before it in a script that the report page loads. The copy of the report for
 MLflow holds them itself.
@@ -14,7 +15,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,33 @@ from stages.formats import artifact
 from stages.formats.html_page import PROVENANCE_SCRIPT
 from stages.tracking import tags
 from stages.tracking.journal import JOURNAL_FILE, read_records, redact_secrets
-from stages.tracking.quantities import format_duration
+from stages.tracking.quantities import format_duration, format_number
 from stages.tracking.tracker import PipelineRun
 
 _FACTS = "provenance.json"
 _REPORT = "report.html"
+MISSING = "–"  # cell of a stage that trains nothing
 # Facts of the stages before the report that its table shows.
 _REQUIRED = {"artifact": str, "stage": str, "started": str, "seconds": int | float, "machine": str}
 
 
 def record_facts(
-    stage: str, out: Path, work: Path, seconds: float, inputs: Iterable[str], parent: str | PipelineRun, choices: str
+    stage: str,
+    out: Path,
+    work: Path,
+    seconds: float,
+    inputs: Iterable[str],
+    parent: str | PipelineRun,
+    choices: str,
+    compute: Mapping[str, Any],
 ) -> None:
     """Record the facts of a stage that has written the artifact `out` in `seconds`, its last attempt.
 
     Credentials of URLs are masked.
 
     `inputs` are the digests of its inputs, `parent` is the folder of the pipeline run, or describes one without a
-    folder. `choices` are the preset and the overrides of its settings.
+    folder. `choices` are the preset and the overrides of its settings. `compute` names the "device" and the number of
+    "devices", and of a training "images", "flop" and settings: see COMPUTE_COLUMNS.
     """
     facts = redact_secrets(
         {
@@ -52,11 +62,13 @@ def record_facts(
             "command": _command(parent),
             "run": parent.key() if isinstance(parent, PipelineRun) else Path(parent).name,
             "choices": choices,
+            "compute": {**compute, "seconds": round(_earlier_seconds(work) + seconds)},
         }
     )
     _write(work / _FACTS, json.dumps(facts, indent=1, ensure_ascii=False))
     if (out / _REPORT).is_file():
-        provenance = _table(facts, _facts_of(work.parents[1], set(inputs)))
+        earlier = _facts_of(work.parents[1], set(inputs))
+        provenance = {**_table(facts, earlier), "compute": _compute_table([*earlier, facts])}
         text = json.dumps(provenance, ensure_ascii=False).replace("<", "\\u003c")
         _write(work / PROVENANCE_SCRIPT, f"window.provenance = {text};\n")
         page = (out / _REPORT).read_text(encoding="utf-8")
@@ -101,6 +113,54 @@ def _table(facts: Mapping[str, Any], earlier: list[dict[str, Any]]) -> dict[str,
         "Search in MLflow": f"tags.`{tags.KEY}` = '{facts['run']}'" if facts["run"] else "",
     }
     return {label: text for label, text in table.items() if text}
+
+
+def _compute_table(stages: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Format the compute of stages: the header and the rows of a table. Damaged facts are left out."""
+    rows = []
+    for facts in stages:
+        try:
+            rows.append([facts["stage"], *(cell(facts["compute"]) for cell in COMPUTE_COLUMNS.values())])
+        except (KeyError, TypeError, ValueError):
+            continue
+    return {"header": ["stage", *COMPUTE_COLUMNS], "rows": rows}
+
+
+def _optional(name: str, text: Callable[[Any], str] = str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda compute: text(compute[name]) if name in compute else MISSING
+
+
+# Heading and cell of each column.
+COMPUTE_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "device": lambda compute: str(compute["device"]),
+    "devices": lambda compute: format_number(compute["devices"]),
+    "device-hours": lambda compute: format_number(compute["seconds"] * compute["devices"] / 3600, 3),
+    "images seen": _optional("images", lambda images: f"{images:,}"),
+    "training TFLOP": _optional("flop", lambda flop: format_number(flop / 1e12, 3)),
+    "batch size": _optional("batch_size"),
+    "learning rate": _optional("learning_rate"),
+    "augmentation": _optional("augmentation"),
+}
+
+
+def _earlier_seconds(work: Path) -> float:
+    """Return the duration of the attempts before this one, from their journals: each ends at its last record."""
+    spans: list[list[float]] = []  # begin and last record of each attempt
+    for path in work.glob(f"tracked/*/{JOURNAL_FILE}"):
+        is_first = True
+        for record, _ in read_records(path):
+            if record["kind"] == "begin" or is_first:
+                spans.append([record["time"], record["time"]])
+            is_first = False
+            spans[-1][1] = record["time"]
+    return sum(end - begin for begin, end in sorted(spans)[:-1])  # the last one is this attempt
+
+
+def device_kind(*, has_gpu: bool) -> str:
+    """Return the name of this machine's GPU, or "CPU"."""
+    import torch
+
+    return torch.cuda.get_device_name() if has_gpu and torch.cuda.is_available() else "CPU"
 
 
 def _machine() -> str:

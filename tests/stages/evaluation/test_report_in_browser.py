@@ -23,7 +23,8 @@ def page(tmp_path_factory) -> Path:
     work.mkdir(parents=True)
     with artifact.commit_folder(out, "report", {}) as folder:
         write_report(folder, report_data())
-    provenance.record_facts("evaluate", out, work, 65, [], PipelineRun(), "experiment=tiny </script>")
+    compute = {"device": "CPU", "devices": 2}
+    provenance.record_facts("evaluate", out, work, 65, [], PipelineRun(), "experiment=tiny </script>", compute)
     return out / "report.html"
 
 
@@ -75,6 +76,10 @@ def test_facts_of_the_run_are_shown(tmp_path, page):
         html = document(tmp_path, path)
         assert "experiment=tiny &lt;/script&gt;" in html
         assert ">1 min 5 s: evaluate 1 min 5 s" in html
+        assert (
+            '<th scope="col" class="text">augmentation</th>' in html and '<th scope="row" class="text">evaluate' in html
+        )
+        assert '<div id="compute">' in html
         assert "no-provenance" not in re.sub(r"<style>.*</style>|<script>.*</script>", "", html, flags=re.DOTALL)
 
 
@@ -82,4 +87,5 @@ def test_page_without_facts_says_where_they_are(tmp_path, page):
     """A copy of the page alone shows everything else."""
     alone = tmp_path / "alone.html"
     alone.write_text(page.read_text(encoding="utf-8"))
-    assert "in the folder that computed this report" in document(tmp_path, alone)
+    html = document(tmp_path, alone)
+    assert "in the folder that computed this report" in html and '<div id="compute" hidden="">' in html

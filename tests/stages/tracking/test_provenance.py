@@ -13,15 +13,28 @@ from stages.tracking.tracker import PipelineRun
 PAGE = '<p>Report.</p><script src="../../runs/evaluate/0123/provenance.js"></script><script>show()</script>'
 
 
-def record(root: Path, stage: str, seconds: float, *, inputs: tuple[str, ...] = (), parent: object = None) -> str:
+COMPUTE = {"device": "CPU", "devices": 2}
+TRAINING = {
+    **COMPUTE,
+    "images": 64000,
+    "flop": 2.5e15,
+    "batch_size": 32,
+    "learning_rate": "0.002, cosine",
+    "augmentation": "flip",
+}
+
+
+def record(
+    root: Path, stage: str, seconds: float, *, inputs: tuple[str, ...] = (), parent: object = None, compute=COMPUTE
+) -> str:
     """Write an artifact and record the facts of its stage; return its digest."""
     out, work = root / "artifacts" / stage, root / "runs" / stage / "0123"
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     with artifact.commit_folder(out, stage, {}) as folder:
         name = "report.html" if stage == "evaluate" else "model.txt"
         (folder / name).write_text(PAGE if stage == "evaluate" else stage)
     run = PipelineRun(tags={"command": "dvc repro"}) if parent is None else parent
-    provenance.record_facts(stage, out, work, seconds, inputs, run, "experiment=tiny")
+    provenance.record_facts(stage, out, work, seconds, inputs, run, "experiment=tiny", compute)
     return artifact.sha256(out / artifact.MANIFEST)
 
 
@@ -40,6 +53,24 @@ def test_report_has_the_facts_of_the_stages_that_it_used(tmp_path: Path):
     assert "codes" not in facts["Duration"]
     assert facts["Command"] == "dvc repro" and facts["Preset and overrides"] == "experiment=tiny"
     assert "processors" in facts["Machine"] and facts["Date"].endswith("UTC")
+
+
+def test_report_has_the_compute_of_each_stage(tmp_path: Path):
+    """Device-hours are devices times the time of all attempts; a training also has its data, FLOP and settings."""
+    clock = iter([100.0, 3700.0, 9000.0, 9000.0]).__next__
+    for _ in range(2):  # an attempt of one hour, and the one that ended
+        journal = Journal(tmp_path / "runs/vqvae/0123/tracked/key", clock)
+        journal.begin("key", "vqvae", "f", {}, {}, inputs={}, parent="")
+        journal.message("working")
+        journal.close()
+    digest = record(tmp_path, "vqvae", 1800, compute=TRAINING)
+    record(tmp_path, "evaluate", 36, inputs=(digest,))
+    table = shown_facts(tmp_path)["compute"]
+    assert table["header"][:4] == ["stage", "device", "devices", "device-hours"]
+    assert table["rows"] == [
+        ["vqvae", "CPU", "2", "3", "64,000", "2,500", "32", "0.002, cosine", "flip"],
+        ["evaluate", "CPU", "2", "0.02", *["–"] * 5],
+    ]
 
 
 def test_command_is_that_of_the_pipeline_run(tmp_path: Path):
@@ -82,7 +113,7 @@ def test_credentials_are_masked(tmp_path: Path):
     with artifact.commit_folder(out, "evaluate", {}) as folder:
         (folder / "report.html").write_text(PAGE)
     run = PipelineRun(tags={"command": f"vqvae2 run -S {url}"})
-    provenance.record_facts("evaluate", out, work, 1, (), run, url)
+    provenance.record_facts("evaluate", out, work, 1, (), run, url, COMPUTE)
     assert shown_facts(tmp_path)["Command"] == "vqvae2 run -S cluster.storage=s3://***@bucket/p"
     for path in work.iterdir():
         assert "hunter2" not in path.read_text() and "s3://***@bucket/p" in path.read_text()
