@@ -17,8 +17,8 @@ const provenance = embedded ? JSON.parse(embedded.textContent) : window.provenan
 if (provenance) {
   const { compute, ...facts } = provenance;
   const table = document.getElementById("compute");
-  addRow(table.querySelector("thead"), "col", compute.header);
-  for (const cells of compute.rows) addRow(table.querySelector("tbody"), "row", cells);
+  addRow(table.querySelector("thead"), "col", compute.header, compute.header);
+  for (const cells of compute.rows) addRow(table.querySelector("tbody"), "row", cells, compute.header);
   table.hidden = compute.rows.length === 0;
   const rows = document.getElementById("origin");
   for (const [label, text] of Object.entries(facts)) {
@@ -36,7 +36,7 @@ if (provenance) {
 }
 
 // Add a row to a part of a table. All cells of a header are headings, of other rows the first.
-function addRow(part, scope, cells) {
+function addRow(part, scope, cells, headings) {
   const row = part.insertRow();
   cells.forEach((text, index) => {
     const isHeading = scope === "col" || index === 0;
@@ -44,6 +44,7 @@ function addRow(part, scope, cells) {
     if (isHeading) cell.scope = scope;
     if (index < 2 || index > 6) cell.className = "text";
     cell.textContent = text;
+    if (!isHeading) cell.dataset.label = headings[index];
     row.append(cell);
   });
 }

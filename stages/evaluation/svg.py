@@ -19,6 +19,7 @@ TEXT_PLACEHOLDER = "#010203"  # drawn as this colour, then replaced by the page'
 COLOURS = ("#3a86d8", "#e0732f", "#3fa66a", "#a06cd5", "#c7a008", "#d1477a")  # readable on black and on white
 WIDTH_INCHES, HEIGHT_INCHES = 4.5, 2.7  # with 9-point text, readable on a phone
 HISTOGRAM_BINS = 30
+MAX_LEGEND_INSIDE, LEGEND_COLUMNS = 4, 3  # a longer legend would cover lines: it is drawn below the chart
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small and searchable
     "svg.hashsalt": "vqvae2",  # equal charts give equal bytes
@@ -96,7 +97,9 @@ def _svg(chart_id: str, title: str, draw: Callable[[Axes], None], x_label: str, 
         draw(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if legend:
+        if legend and len(axes.get_legend_handles_labels()[1]) > MAX_LEGEND_INSIDE:
+            figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
+        elif legend:
             axes.legend()
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # a date would change the bytes

@@ -45,6 +45,15 @@ def test_page_fits_a_phone_and_a_desktop(tmp_path, page):
     assert 1000 < int(in_frame(tmp_path, page, width, width=1280)) <= 1280
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_table_scrolls_sideways(tmp_path, page, width: int):
+    """Every table fits its region, also those behind a click."""
+    regions = "Array.from(frame.contentDocument.querySelectorAll('.wide'))"
+    opened = "frame.contentDocument.querySelectorAll('details').forEach(details => details.open = true)"
+    wider = f"({opened}, {regions}.filter(r => r.scrollWidth > r.clientWidth).map(r => r.ariaLabel).join())"
+    assert in_frame(tmp_path, page, f"'wider: ' + {wider}", width=width) == "wider: "
+
+
 def test_page_contacts_no_host(tmp_path, page):
     """Chromium contacts the hosts of a blank page only."""
     blank, requesting = tmp_path / "blank.html", tmp_path / "requesting.html"
