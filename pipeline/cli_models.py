@@ -178,23 +178,38 @@ def complete_image(
 
 @app.command(rich_help_panel=MODELS)
 def export(
-    what: Annotated[str, typer.Argument(metavar="samples|images", help="Drawn samples, or images of the dataset.")],
-    out: Annotated[Path, typer.Argument(help="An .npz file, or a folder for PNG files.")],
+    what: Annotated[
+        str, typer.Argument(metavar="samples|images|model", help="Drawn samples, images of the dataset, or the model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="An .npz file, or a folder.")],
     split: Annotated[str, typer.Option(help="Split of the images: train, validation or test.")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="Number of images, from the first; 0: all.")] = 0,
+    model: Model = None,
+    title: Annotated[str, typer.Option(help="Title of the model card. [default: name of the folder]")] = "",
+    license_id: Annotated[
+        str, typer.Option("--license", metavar="ID", help="Licence of the model, in the form of the hub, such as mit.")
+    ] = "unknown",
 ) -> None:
-    """Write samples or dataset images for other programs that evaluate them.
+    """Write samples, dataset images or the trained model for other programs and machines.
 
-    An .npz file has the images as arr_0 (uint8, N x H x W x 3) and their labels as arr_1. A folder has PNG files.
+    An .npz file has the images as arr_0 (uint8, N x H x W x 3) and their labels as arr_1. A folder has PNG files. A
+    model becomes a folder with config.json, safetensors and a model card, as the Hugging Face hub shows it; it includes
+    pictures of validation images.
 
     Example:  vqvae2 export samples samples.npz
 
     Example:  vqvae2 export images validation --split validation
+
+    Example:  vqvae2 export model my-model --license mit
     """
 
     def action() -> int:
+        if what == "model":
+            from pipeline.commands import export_model
+
+            return export_model.run(out, model=model, title=title, license_id=license_id)
         from pipeline.commands import export
 
         return export.run(what, out, split=split, count=count)
 
-    run_and_exit(action)
+    run_and_exit(action, require_project=what != "model" or model is None)

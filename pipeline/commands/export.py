@@ -79,9 +79,9 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
         )
     if what != "images":
         raise UserError(
-            f"samples or images can be exported, got {what}.",
+            f"samples, images or model can be exported, got {what}.",
             where="vqvae2 export",
-            fix="Run: vqvae2 export samples OUT, or: vqvae2 export images OUT",
+            fix="Run: vqvae2 export samples OUT, vqvae2 export images OUT or vqvae2 export model OUT",
             code=2,
         )
     shards = open_shards(artifacts / "shards")

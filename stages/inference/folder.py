@@ -1,5 +1,6 @@
-"""Model folder: a VQ-VAE in vqvae/, its priors in priors/, and samples/ whose sampling rule is the default."""
+"""Model folder: a VQ-VAE in vqvae/, its priors in priors/, and the default sampling rule in samples/ or config.json."""
 
+import json
 from pathlib import Path
 
 from stages.config import SampleConfig
@@ -7,6 +8,10 @@ from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.samples import open_samples
 from stages.inference.trained_models import TrainedModels
+
+CONFIG = "config.json"  # of an exported model
+CONFIG_FORMAT = 1
+SAMPLING_KEYS = {"temperature", "top_k", "top_p"}
 
 
 def find_model(folder: Path) -> Path:
@@ -44,9 +49,30 @@ def load_parts(folder: Path) -> TrainedModels:
 
 
 def sampling_rule(folder: Path) -> SampleConfig:
-    """Return the temperature, top-k and top-p of the samples in a model folder; the defaults if it has no samples."""
+    """Return the temperature, top-k and top-p of the samples in a model folder, or of an exported model.
+
+    The defaults if the folder has neither samples nor a `config.json`. Raises UserError if `config.json` is not valid.
+    """
     try:
         meta = open_samples(folder / "samples").artifact.meta
         return SampleConfig(temperature=meta["temperature"], top_k=meta["top_k"], top_p=meta["top_p"])
     except (UserError, OSError):
+        pass
+    path = folder / CONFIG
+    if not path.is_file():
         return SampleConfig()
+    try:
+        config = json.loads(path.read_bytes())
+        if config["format"] != CONFIG_FORMAT:
+            raise ValueError(f"format must be {CONFIG_FORMAT}, got {config['format']!r}")
+        rule = config["sampling"]
+        if rule.keys() != SAMPLING_KEYS or not all(isinstance(value, int | float) for value in rule.values()):
+            raise ValueError(f"sampling must have the numbers {', '.join(sorted(SAMPLING_KEYS))}, got {rule}")
+        return SampleConfig(**rule)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The settings of this exported model are not valid: {error}.",
+            where=path,
+            fix="Export or download the model again.",
+            code=5,
+        ) from error
