@@ -213,3 +213,30 @@ def export(
         return export.run(what, out, split=split, count=count)
 
     run_and_exit(action, require_project=what != "model" or model is None)
+
+
+@app.command("import", rich_help_panel=MODELS)
+def import_model(
+    format_name: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="Project that has written the file: rosinality.")
+    ],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the VQ-VAE, such as vqvae_560.pt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the model to this folder.")] = Path("imported"),
+    image_size: Annotated[
+        int, typer.Option(min=8, help="Side of the images that the VQ-VAE was trained on, in pixels.")
+    ] = 256,
+) -> None:
+    """Import a VQ-VAE that another project has trained.
+
+    Reads a checkpoint of rosinality/vq-vae-2-pytorch as weights only, without running code of the file. The model has
+    the same codes and reconstructions. PixelSNAIL checkpoints are refused: their networks differ from the priors here.
+
+    Example:  vqvae2 import rosinality vqvae_560.pt --out imported
+    """
+
+    def action() -> int:
+        from pipeline.commands import import_model
+
+        return import_model.run(format_name, checkpoint, out, image_size=image_size)
+
+    run_and_exit(action, require_project=False)

@@ -151,13 +151,17 @@ def _metrics(folder: Path, digests: Mapping[str, str]) -> tuple[dict[str, float]
 
 def _data_digests(parts: Mapping[str, Artifact]) -> dict[str, str]:
     """Return the digests of the training data that the models record."""
-    digests = {"shards (training data)": str(parts["vqvae"].meta["shards"])}
+    shards = str(parts["vqvae"].meta["shards"])  # "" for an imported VQ-VAE
+    digests = {"shards (training data)": shards} if shards else {}
     codes = {f"codes of {name}": str(part.meta["codes"]) for name, part in parts.items() if name != "vqvae"}
     return digests | codes
 
 
 def _describe_data(folder: Path, vqvae: Artifact) -> dict[str, str]:
     """Return the name of the dataset and a sentence on it, from the shards beside the model if they are its own."""
+    if source := vqvae.meta.get("imported_from"):
+        note = f"Not known: the VQ-VAE was imported from {source['file']} of {source['format']}."
+        return {"dataset": "", "data_note": f"{note} SHA-256 of that file: {source['sha256']}."}
     try:
         shards = artifact.read(folder / "shards", "shards")
         if shards.digest == vqvae.meta["shards"]:
