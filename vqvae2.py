@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
     from stages.formats.code_table import CodeTable
     from stages.inference.model import Model
+    from stages.inference.sampling_options import SamplingOptions
     from stages.inference.scores import Scores
 
 # The program of an installed wheel imports vqvae2.pipeline. In a copy of the repository, it runs the copy's code.
 __path__ = [str(Path(__file__).parent)]
-__all__ = ["CodeTable", "Model", "Scores", "UserError", "codes", "load"]
+__all__ = ["CodeTable", "Model", "SamplingOptions", "Scores", "UserError", "codes", "load"]
 
 _MODULES = {  # relative to stages: the wheel has it below vqvae2/ (pipeline/wheel.py)
     "CodeTable": ".formats.code_table",
     "Model": ".inference.model",
+    "SamplingOptions": ".inference.sampling_options",
     "Scores": ".inference.scores",
 }
 

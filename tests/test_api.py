@@ -164,6 +164,18 @@ def test_options_of_samples_out_of_range_are_refused(model):
         model.sample(1, temperature=0)
 
 
+@pytest.mark.parametrize("method", ["sample", "restore", "complete"])
+def test_every_drawing_method_takes_the_same_options(model, pixels, method: str):
+    """As the same method of codes does: a greedy draw is equal for all seeds, and a wrong option is refused."""
+    inputs = {"sample": (1,), "restore": (pixels[:1],), "complete": (pixels[0],)}[method]
+    images = [getattr(model, method)(*inputs, seed=seed, top_k=1, top_p=None, format="numpy") for seed in (0, 1)]
+    assert np.array_equal(*images)
+    with pytest.raises(TypeError, match="sampling options must be any of temperature, top_k, top_p, got temprature"):
+        getattr(model, method)(*inputs, temprature=1.0)
+    with pytest.raises(ValueError, match=r"top_k must be at most 16, .* got 17"):
+        getattr(model, method)(*inputs, top_k=17)
+
+
 # Codes
 
 

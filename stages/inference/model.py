@@ -6,14 +6,13 @@ Axes: N images, H x W codes of a level, S pixels along each side of an image.
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models import restoration
-from models.config import check_sampling_rule
 from models.priors import Grid, Prior
 from models.sampling import SamplingRule
 from models.vqvae import VQVAE
@@ -34,6 +33,7 @@ from stages.inference.inputs import (
     check_thresholds,
 )
 from stages.inference.likelihood import code_nll, infer_labels
+from stages.inference.sampling_options import SamplingOptions, apply_options
 from stages.inference.scores import Scores
 from stages.inference.trained_models import TrainedModels, choose_labels
 from stages.runtime.device import best_device
@@ -60,6 +60,9 @@ class Model:
 
     `labels` are names or indices of classes, one per image. Where they are None, each image gets the class that its
     codes are most probable under. Models without classes need none.
+
+    Methods that draw codes take the sampling rule as `temperature`, `top_k` and `top_p` (SamplingOptions). It defaults
+    to the rule of the samples in the model's folder, and for restoration to temperature 1 without top-k and top-p.
     """
 
     def __init__(self, folder: Path, models: TrainedModels) -> None:
@@ -101,18 +104,15 @@ class Model:
         *,
         classes: Sequence[str] = (),
         seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         format: ImageFormat = "pil",
+        **options: Unpack[SamplingOptions],
     ) -> Any:
         """Draw images from the priors: those that `vqvae2 sample` draws with the same seed and options.
 
-        `classes` are drawn in turn; without any, all are drawn as frequently as in the training images. The sampling
-        rule defaults to that of the samples in the model's folder. Raises UserError for an unknown class and ValueError
-        for an option out of range.
+        `classes` are drawn in turn; without any, all are drawn as frequently as in the training images. Raises
+        UserError for an unknown class and ValueError for an option out of range.
         """
-        codes = self.sample_codes(count, classes=classes, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+        codes = self.sample_codes(count, classes=classes, seed=seed, **options)
         return self.decode(codes, format=format)
 
     def sample_codes(
@@ -121,14 +121,12 @@ class Model:
         *,
         classes: Sequence[str] = (),
         seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> CodeGrids:
         """Draw the codes of images, as `sample` does."""
         models = self._with_priors()
         config = dataclasses.replace(
-            self._sample_config(temperature, top_k, top_p), count=count, classes=check_names(classes, "classes")
+            self._apply(options, sampling_rule(self.folder)), count=count, classes=check_names(classes, "classes")
         )
         labels = choose_labels(models, config, where="classes").tolist()
         batches = [
@@ -196,10 +194,8 @@ class Model:
         threshold: Threshold = None,
         seed: int = 0,
         labels: Labels = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         format: ImageFormat = "pil",
+        **options: Unpack[SamplingOptions],
     ) -> Any:
         """Replace the unlikely codes of images and decode: `restore_codes` of their codes, as images."""
         codes = self.restore_codes(
@@ -207,9 +203,7 @@ class Model:
             threshold=threshold,
             seed=seed,
             labels=labels,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            **options,
         )
         return self.decode(codes, format=format)
 
@@ -220,9 +214,7 @@ class Model:
         threshold: Threshold = None,
         seed: int = 0,
         labels: Labels = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        **options: Unpack[SamplingOptions],
     ) -> CodeGrids:
         """Draw each code again whose negative log-likelihood exceeds `threshold`, in nats, and copy the others.
 
@@ -232,8 +224,8 @@ class Model:
         fit the model.
         """
         models, thresholds = self._with_priors(), check_thresholds(threshold, self.levels)
-        rule = SamplingRule(temperature, top_k, top_p)
-        check_sampling_rule(rule)
+        config = self._apply(options, SampleConfig())
+        rule = SamplingRule(config.temperature, config.top_k, config.top_p)
         batches, start = [], 0
         for batch, batch_labels in self._labelled_batches(codes, labels):
             count = len(next(iter(batch.values())))
@@ -261,10 +253,8 @@ class Model:
         count: int = 4,
         seed: int = 0,
         label: str | int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         format: ImageFormat = "pil",
+        **options: Unpack[SamplingOptions],
     ) -> Any:
         """Draw the lower part of an image `count` times: `complete_codes` of its codes, as images."""
         codes = self.complete_codes(
@@ -273,9 +263,7 @@ class Model:
             count=count,
             seed=seed,
             label=label,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            **options,
         )
         return self.decode(codes, format=format)
 
@@ -287,22 +275,19 @@ class Model:
         count: int = 4,
         seed: int = 0,
         label: str | int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> CodeGrids:
         """Copy the upper rows of the codes of one image `count` times and draw the others.
 
-        `rows` is the fraction of the rows that are copied, rounded to rows of the coarsest level. The sampling rule
-        defaults to that of the samples in the model's folder. Raises ValueError for a fraction out of range and for the
-        codes of several images.
+        `rows` is the fraction of the rows that are copied, rounded to rows of the coarsest level. Raises ValueError for
+        a fraction out of range and for the codes of several images.
         """
         prefix_rows = check_rows(rows, self.levels)
         num_images = len(next(iter(check_codes(codes, self.levels, self.device).values())))
         if num_images != 1:
             raise ValueError(f"only one image can be completed at a time, got {num_images}")
         models = self._with_priors()
-        config = dataclasses.replace(self._sample_config(temperature, top_k, top_p), count=count)
+        config = dataclasses.replace(self._apply(options, sampling_rule(self.folder)), count=count)
         grids, labels = next(self._labelled_batches(codes, None if label is None else [label]))
         batches = [
             models.draw_codes(
@@ -328,17 +313,9 @@ class Model:
             )
         return self._models
 
-    def _sample_config(self, temperature: float | None, top_k: int | None, top_p: float | None) -> SampleConfig:
-        """Combine arguments with the rule of the samples in the model's folder."""
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        given_options = {name: value for name, value in options.items() if value is not None}
-        config = dataclasses.replace(sampling_rule(self.folder), **given_options)  # type: ignore[arg-type]
-        entries = max(grid.entries for grid in self.levels.values())
-        if config.top_k > entries:
-            raise ValueError(
-                f"top_k must be at most {entries}, the entries of the largest codebook, got {config.top_k}"
-            )
-        return config
+    def _apply(self, options: SamplingOptions, defaults: SampleConfig) -> SampleConfig:
+        """Return the settings of a draw. Raises errors as `apply_options`."""
+        return apply_options(options, defaults, entries=max(grid.entries for grid in self.levels.values()))
 
     def _labelled_batches(
         self, codes: Mapping[str, np.ndarray], labels: Labels

@@ -42,7 +42,9 @@ def test_imported_model_is_exported(checkpoint: Path, tmp_path: Path):
     run(checkpoint, tmp_path / "imported")
     with chdir(tmp_path):
         export_model.run(Path("exported"), model=Path("imported"), title="", license_id="mit")
-    assert r"imported from vqvae\_560.pt of rosinality/vq-vae-2-pytorch" in (tmp_path / "exported/README.md").read_text()
+    assert (
+        r"imported from vqvae\_560.pt of rosinality/vq-vae-2-pytorch" in (tmp_path / "exported/README.md").read_text()
+    )
 
 
 def test_wrong_use_is_refused(checkpoint: Path, tmp_path: Path):
