@@ -44,9 +44,9 @@ _MODULES = {  # relative to stages: the wheel has it below vqvae2/ (pipeline/whe
 def load(folder: Path | str = "artifacts", *, device: "torch.device | str | None" = None) -> "Model":
     """Load a trained model. The device defaults to CUDA if there is a GPU, else the CPU.
 
-    `folder` holds `vqvae/` and `priors/`, as the folder `artifacts` of a project does, or is such a project. Without
-    `priors/`, the model encodes and decodes only. Raises UserError if a part is missing, damaged or does not match the
-    others.
+    `folder` holds `vqvae/` and `priors/`, as the folder `artifacts` of a project or an exported model does, or is such
+    a project. It may also be the URI of a model in MLflow, such as models:/vqvae2@champion. Without `priors/`, the
+    model encodes and decodes only. Raises UserError if a part is missing, damaged or does not match the others.
     """
     from stages.inference.model import load_model
 

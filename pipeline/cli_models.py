@@ -240,3 +240,24 @@ def import_model(
         return import_model.run(format_name, checkpoint, out, image_size=image_size)
 
     run_and_exit(action, require_project=False)
+
+
+@app.command(rich_help_panel=MODELS)
+def promote(
+    run: Annotated[str, typer.Argument(help="Pipeline run in MLflow: its id, the first digits of it, or its name.")],
+    alias: Annotated[str, typer.Option(help="Alias that the version of the model receives.")] = "champion",
+    name: Annotated[str, typer.Option(help="Name of the model in the registry.")] = "vqvae2",
+) -> None:
+    """Register the model of a run in MLflow under an alias.
+
+    The alias moves from the version that had it before. Python and MLflow then load the model by its address.
+
+    Example:  vqvae2 promote 3f9c21d0 --alias champion
+    """
+
+    def action() -> int:
+        from pipeline.commands import promote
+
+        return promote.run(run, name=name, alias=alias)
+
+    run_and_exit(action)

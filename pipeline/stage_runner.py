@@ -28,7 +28,8 @@ from stages.errors import UserError
 from stages.formats import curves
 from stages.formats.flatten import flatten
 from stages.runtime.context import StageContext, work_folder_name
-from stages.tracking import provenance, tracker
+from stages.tracking import provenance, registry, tracker
+from stages.tracking.mlflow_sync import SUMMARY_STAGE
 
 RUNS = Path("runs")
 SHUTDOWN_TIMEOUT_S = 18.0  # from a signal to the forced end of the process
@@ -152,11 +153,16 @@ def _call(
         headline=_headline_files(stage, data),
         outputs=[*_outputs(stage), provenance.report_copy(work)],
         pictures=_pictures(stage),
+        model=work / registry.SAVED_MODEL,
         parent=parent,
     ) as reporter:
         context = StageContext(stage.name, fingerprint, work, settings.cluster, reporter)
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
         _refuse_edits(stage, data)
+        if stage.module == SUMMARY_STAGE:
+            from pipeline import logged_model  # imports torch, which the stage has imported by now
+
+            logged_model.write(work, reporter, title=f"VQ-VAE-2 of {settings.dataset.name}")
         provenance.record_facts(
             stage.cli_name,
             Path(stage.outs[0]),
@@ -225,6 +231,7 @@ def track_cached(
         headline=_headline_files(stage, params.read()),
         outputs=[*_outputs(stage), report if report.is_file() else Path(stage.outs[0], report.name)],
         pictures=_pictures(stage),
+        model=report.parent / registry.SAVED_MODEL,
     )
 
 

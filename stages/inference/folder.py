@@ -11,12 +11,16 @@ from stages.inference.trained_models import TrainedModels
 
 CONFIG = "config.json"  # of an exported model
 CONFIG_FORMAT = 1
+MODEL_IN_MLFLOW = "model"  # name of the exported model in a model of MLflow
 SAMPLING_KEYS = {"temperature", "top_k", "top_p"}
 
 
 def find_model(folder: Path) -> Path:
-    """Return the model folder: `folder` or its subfolder `artifacts`. Raises UserError if neither holds a VQ-VAE."""
-    for candidate in (folder, folder / "artifacts"):
+    """Return the model folder: `folder`, or that of a project or of a model of MLflow.
+
+    Raises UserError if none of them holds a VQ-VAE.
+    """
+    for candidate in (folder, folder / "artifacts", folder / "artifacts" / MODEL_IN_MLFLOW):
         if (candidate / "vqvae").is_dir():
             return candidate
     state = "a folder without them" if folder.is_dir() else "no folder"

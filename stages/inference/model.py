@@ -37,6 +37,7 @@ from stages.inference.sampling_options import SamplingOptions, apply_options
 from stages.inference.scores import Scores
 from stages.inference.trained_models import TrainedModels, choose_labels
 from stages.runtime.device import best_device
+from stages.tracking import registry
 
 BATCH_SIZE = SampleConfig.batch_size  # images per forward pass
 
@@ -44,9 +45,13 @@ BATCH_SIZE = SampleConfig.batch_size  # images per forward pass
 def load_model(folder: Path | str = "artifacts", *, device: torch.device | str | None = None) -> "Model":
     """Load a trained model. The device defaults to CUDA if there is a GPU, else the CPU.
 
-    `folder` holds `vqvae/` and `priors/`, as `artifacts/` of a project does, or is such a project. Without `priors/`,
-    the model encodes and decodes only. Raises UserError if a part is missing, damaged or does not match the others.
+    `folder` holds `vqvae/` and `priors/`, as `artifacts/` of a project or an exported model does, or is such a project.
+    It may also be the URI of a model in MLflow, such as models:/vqvae2@champion. Without `priors/`, the model encodes
+    and decodes only. Raises UserError if a part is missing, damaged or does not match the others.
     """
+    if isinstance(folder, str) and folder.startswith(registry.URI_SCHEMES):
+        with registry.downloaded_model(folder) as downloaded:
+            return Model.open(find_model(downloaded), device=device, name=folder)
     return Model.open(find_model(Path(folder)), device=device)
 
 
@@ -65,8 +70,9 @@ class Model:
     to the rule of the samples in the model's folder, and for restoration to temperature 1 without top-k and top-p.
     """
 
-    def __init__(self, folder: Path, models: TrainedModels) -> None:
-        self.folder, self._models = folder, models
+    def __init__(self, folder: Path, models: TrainedModels, name: str = "") -> None:
+        self.folder, self._models = Path(name or folder), models
+        self._rule = sampling_rule(folder)
         self._settings = image_settings(models.meta)
         self.image_size, self.classes, self.digests = models.image_size, models.classes, models.digests
         sides = models.vqvae.config.grids(self.image_size)
@@ -75,9 +81,10 @@ class Model:
         }
 
     @classmethod
-    def open(cls, folder: Path, *, device: torch.device | str | None = None) -> "Model":
-        """Load the model of a folder that holds `vqvae/`, and `priors/` if it has any."""
-        return cls(folder, load_parts(folder).to(best_device() if device is None else torch.device(device)))
+    def open(cls, folder: Path, *, device: torch.device | str | None = None, name: str = "") -> "Model":
+        """Load the model of a folder that holds `vqvae/`, and `priors/` if it has any. It is shown as `name`."""
+        models = load_parts(folder).to(best_device() if device is None else torch.device(device))
+        return cls(folder, models, name)
 
     def __repr__(self) -> str:
         grids = ", ".join(f"{level} {grid.height} x {grid.width}" for level, grid in self.levels.items())
@@ -126,7 +133,7 @@ class Model:
         """Draw the codes of images, as `sample` does."""
         models = self._with_priors()
         config = dataclasses.replace(
-            self._apply(options, sampling_rule(self.folder)), count=count, classes=check_names(classes, "classes")
+            self._apply(options, self._rule), count=count, classes=check_names(classes, "classes")
         )
         labels = choose_labels(models, config, where="classes").tolist()
         batches = [
@@ -287,7 +294,7 @@ class Model:
         if num_images != 1:
             raise ValueError(f"only one image can be completed at a time, got {num_images}")
         models = self._with_priors()
-        config = dataclasses.replace(self._apply(options, sampling_rule(self.folder)), count=count)
+        config = dataclasses.replace(self._apply(options, self._rule), count=count)
         grids, labels = next(self._labelled_batches(codes, None if label is None else [label]))
         batches = [
             models.draw_codes(

@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from stages.formats import artifact
 from stages.formats.flatten import flatten_numbers
 from stages.runtime.context import Reporter
 from stages.tracking.headline import read_headline
 
 JOURNAL_FILE = "journal.jsonl"
 SYSTEM_PREFIX = "system/"  # of the names of system metrics, which are not results
+MODEL = "model"  # folder in that of the journal, with the model of a pipeline in the form of MLflow
 OUTPUTS = "outputs"  # folder in that of the journal, with copies of the files that a finished run has written
 MAX_OUTPUT_BYTES = 64 * 2**20  # larger output files are not uploaded
 
@@ -116,6 +118,7 @@ class Journal(Reporter):
         headline: Sequence[Path] = (),
         outputs: Sequence[Path] = (),
         pictures: Mapping[str, Path] | None = None,
+        model: Path | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Record the end of a run with status FINISHED, FAILED or KILLED; `tags` override tags of the same name.
@@ -123,17 +126,19 @@ class Journal(Reporter):
         For a finished run, the numbers in the JSON file `metrics` are reported unless the run has reported them itself,
         and the headline metrics in the files `headline` are recorded for the parent run. The files `outputs` and
         `pictures`, PNG files by name, are copied into the journal's folder, because the next run may replace them
-        before they are uploaded.
+        before they are uploaded. The files of the folder `model`, if it exists, are linked for the same reason.
         """
         headline_values: dict[str, float] = {}
         copied: list[str] = []
         copied_pictures: list[str] = []
+        has_model = False
         try:
             if status == "FINISHED":
                 self._report_metrics(metrics)
                 headline_values = read_headline(headline)
                 copied = self._copy({path.name: path for path in outputs})
                 copied_pictures = self._copy({f"{name}.png": path for name, path in (pictures or {}).items()})
+                has_model = self._link_model(model)
         except (OSError, ValueError) as write_error:  # the stage has succeeded even if its metrics cannot be recorded
             self.write_error = self.write_error or write_error
         self._append(
@@ -143,6 +148,7 @@ class Journal(Reporter):
             headline={name: _to_json(value) for name, value in headline_values.items()},
             outputs=copied,
             pictures=copied_pictures,
+            model=has_model,
             tags=dict(tags or {}),
         )
 
@@ -167,6 +173,17 @@ class Journal(Reporter):
         for name, path in files.items():
             shutil.copyfile(path, self.folder / OUTPUTS / name)
         return list(files)
+
+    def _link_model(self, model: Path | None) -> bool:
+        """Link the files of a folder into the folder MODEL, which takes no disk space; return whether there are any."""
+        if model is None or not model.is_dir():
+            return False
+        for path in sorted(model.rglob("*")):
+            target = self.folder / MODEL / path.relative_to(model)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                artifact.link_or_copy(path, target)
+        return True
 
     def sync(self) -> None:
         """Wait until all records are on disk. Raises OSError if the disk fails."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.tracking import tags as run_tags
-from stages.tracking.journal import JOURNAL_FILE, OUTPUTS, Record, read_points, read_records
+from stages.tracking.journal import JOURNAL_FILE, MODEL, OUTPUTS, Record, read_points, read_records
 from stages.tracking.mlflow_store import connect, store_lock, user_name
 
 if TYPE_CHECKING:
@@ -247,6 +247,8 @@ class MlflowUploader:
         pages = [name for name in record["outputs"] if name.endswith(".html")]
         for name in (*pages, *pictures):
             self._client.log_artifact(self._parent, str(self._folder / OUTPUTS / name))
+        if record.get("model") and not self._client.list_artifacts(self._parent, MODEL):
+            self._client.log_artifacts(self._parent, str(self._folder / MODEL), MODEL)
         sent = set(self._images(self._parent))
         for file in pictures:
             name = _image_name(PICTURES + Path(file).stem)

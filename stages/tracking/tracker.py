@@ -57,6 +57,7 @@ def track_stage(
     headline: Sequence[Path] = (),
     outputs: Sequence[Path] = (),
     pictures: Mapping[str, Path] | None = None,
+    model: Path | None = None,
     parent: str | PipelineRun = UNDESCRIBED_RUN,
     screen: Reporter | None = None,
     uploader: UploaderFactory = MlflowUploader,
@@ -66,7 +67,8 @@ def track_stage(
 
     `inputs` are digests by name, `parent` is the folder of the pipeline run, or describes one without a folder. If the
     block succeeds, the run gets the numbers in the JSON file `metrics` and the files `outputs`. The pipeline run gets
-    the headline metrics in the JSON files `headline`, the pages among the outputs, and `pictures`, PNG files by name.
+    the headline metrics in the JSON files `headline`, the pages among the outputs, `pictures`, PNG files by name, and
+    the folder `model` if it exists.
     `screen` shows progress and messages, by default on the terminal.
     """
     parent_folder = Path(parent) if isinstance(parent, str) else None
@@ -91,7 +93,13 @@ def track_stage(
         thread = UploadThread(journal, screen, uploader(folder), parent_uploader, timing)
         thread.start()
         with _record_end(
-            journal, thread.finish, metrics=metrics, headline=headline, outputs=outputs, pictures=pictures
+            journal,
+            thread.finish,
+            metrics=metrics,
+            headline=headline,
+            outputs=outputs,
+            pictures=pictures,
+            model=model,
         ):
             yield CompositeReporter([journal, screen, ProgressFile(work_dir)])
 
@@ -151,6 +159,7 @@ def record_cached_stage(
     headline: Sequence[Path] = (),
     outputs: Sequence[Path] = (),
     pictures: Mapping[str, Path] | None = None,
+    model: Path | None = None,
 ) -> None:
     """Record a stage whose result was restored, with what it has written and a link to the run that computed it.
 
@@ -169,7 +178,7 @@ def record_cached_stage(
     for name, path in (pictures or {}).items():
         if path.is_file():
             journal.image(name, path.read_bytes(), last_step)
-    journal.end("FINISHED", metrics=metrics, headline=headline, outputs=outputs, pictures=pictures)
+    journal.end("FINISHED", metrics=metrics, headline=headline, outputs=outputs, pictures=pictures, model=model)
     journal.close()
 
 

@@ -33,7 +33,7 @@ DEPTH = {package: depth for depth, layer in enumerate(LAYERS) for package in lay
 LIBRARIES = {
     "ray": ("stages/",),
     "torch.distributed": ("stages/training/",),
-    "mlflow": ("stages/tracking/",),
+    "mlflow": ("stages/tracking/", "pipeline/mlflow_model.py"),
     "hydra": ("pipeline/compose.py",),
     "omegaconf": ("pipeline/compose.py",),
     "typer": ("pipeline/cli.py", "pipeline/cli_common.py", "pipeline/cli_models.py", "pipeline/cli_project.py"),
