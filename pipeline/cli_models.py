@@ -179,9 +179,13 @@ def complete_image(
 @app.command(rich_help_panel=MODELS)
 def export(
     what: Annotated[
-        str, typer.Argument(metavar="samples|images|model", help="Drawn samples, images of the dataset, or the model.")
+        str,
+        typer.Argument(
+            metavar="samples|images|model|encoder|decoder",
+            help="Drawn samples, images of the dataset, the model, or a half of the VQ-VAE.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="An .npz file, or a folder.")],
+    out: Annotated[Path, typer.Argument(help="An .npz file or a folder; a .pt2 or .onnx file for a half.")],
     split: Annotated[str, typer.Option(help="Split of the images: train, validation or test.")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="Number of images, from the first; 0: all.")] = 0,
     model: Model = None,
@@ -194,13 +198,15 @@ def export(
 
     An .npz file has the images as arr_0 (uint8, N x H x W x 3) and their labels as arr_1. A folder has PNG files. A
     model becomes a folder with config.json, safetensors and a model card, as the Hugging Face hub shows it; it includes
-    pictures of validation images.
+    pictures of validation images. The encoder or the decoder becomes a graph of torch.export (.pt2) or ONNX (.onnx).
 
     Example:  vqvae2 export samples samples.npz
 
     Example:  vqvae2 export images validation --split validation
 
     Example:  vqvae2 export model my-model --license mit
+
+    Example:  vqvae2 export decoder decoder.pt2
     """
 
     def action() -> int:
@@ -208,11 +214,15 @@ def export(
             from pipeline.commands import export_model
 
             return export_model.run(out, model=model, title=title, license_id=license_id)
+        if what in ("encoder", "decoder"):
+            from pipeline.commands import export_graph
+
+            return export_graph.run(what, out, model=model)
         from pipeline.commands import export
 
         return export.run(what, out, split=split, count=count)
 
-    run_and_exit(action, require_project=what != "model" or model is None)
+    run_and_exit(action, require_project=what in ("samples", "images") or model is None)
 
 
 @app.command("import", rich_help_panel=MODELS)

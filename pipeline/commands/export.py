@@ -79,7 +79,7 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
         )
     if what != "images":
         raise UserError(
-            f"samples, images or model can be exported, got {what}.",
+            f"samples, images, model, encoder or decoder can be exported, got {what}.",
             where="vqvae2 export",
             fix="Run: vqvae2 export samples OUT, vqvae2 export images OUT or vqvae2 export model OUT",
             code=2,
