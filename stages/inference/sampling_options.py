@@ -20,9 +20,9 @@ def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: 
     `entries` are those of the largest codebook. Raises TypeError for an unknown option and ValueError for a value out
     of range.
     """
-    known = SamplingOptions.__annotations__
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"sampling options must be any of {', '.join(known)}, got {unknown[0]}")
+    valid_names = SamplingOptions.__annotations__
+    if unknown := [name for name in options if name not in valid_names]:
+        raise TypeError(f"sampling options must be any of {', '.join(valid_names)}, got {unknown[0]}")
     given_options = {name: value for name, value in options.items() if value is not None}
     config = dataclasses.replace(defaults, **given_options)  # type: ignore[arg-type]
     if config.top_k > entries:
