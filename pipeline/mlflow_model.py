@@ -1,5 +1,7 @@
 """Code of a model in MLflow. MLflow copies this file into the model, and runs it when the model is loaded: no pickle.
 
+It imports the public API only, which a checkout and an installed wheel have under the same name.
+
 `predict` reads one image per row. The parameter `method` chooses what it does:
 
     method   columns that it reads          columns that it returns
@@ -24,8 +26,8 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel
 from PIL import Image
 
-from stages.images.contact_sheet import encode_png
-from stages.inference.model import Model, load_model
+import vqvae2
+from vqvae2 import Model
 
 Rows = list[dict[str, Any]]
 
@@ -37,7 +39,7 @@ class PipelineModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load the exported model, on a GPU if there is one."""
-        self.model = load_model(context.artifacts["model"])
+        self.model = vqvae2.load(context.artifacts["model"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Rows:
         """Return one row per row of the input. Raises ValueError for inputs that do not fit the method."""
@@ -106,7 +108,13 @@ def _images(rows: pd.DataFrame) -> list[Image.Image]:
 
 
 def _encode_images(model: Model, codes: Mapping[str, np.ndarray]) -> list[str]:
-    return [base64.b64encode(encode_png(image)).decode() for image in model.decode(codes, format="numpy")]
+    return [_encode_png(image) for image in model.decode(codes)]
+
+
+def _encode_png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _to_json(codes: Mapping[str, np.ndarray]) -> Sequence[str]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pipeline import dvc_yaml, frozen_stage
+from pipeline.image_commands import MODEL
 from pipeline.model_folder import require_new
 from pipeline.text import first_few
 from stages.config import DatasetConfig
@@ -13,6 +15,8 @@ FORMATS = ("rosinality",)
 
 def run(format_name: str, checkpoint: Path, out: Path, *, image_size: int) -> int:
     """Import a checkpoint as `out`/vqvae and print the settings of the network; return the exit status.
+
+    If `out` is the folder artifacts of a project, the stage that trains the VQ-VAE is frozen there.
 
     Raises UserError for an unknown format, a checkpoint that cannot be imported, an image size that does not fit the
     network, or if `out`/vqvae holds files.
@@ -26,6 +30,9 @@ def run(format_name: str, checkpoint: Path, out: Path, *, image_size: int) -> in
         )
     folder = out / "vqvae"
     require_new(folder)
+    is_project = out.resolve() == MODEL.resolve() and dvc_yaml.FILE.is_file()
+    if is_project:
+        frozen_stage.require_freezable()
     network = rosinality.read(checkpoint)
     try:
         grids = network.config.grids(image_size)
@@ -52,6 +59,10 @@ def run(format_name: str, checkpoint: Path, out: Path, *, image_size: int) -> in
             f"{name}: {side} x {side} codes of {level.entries} entries with {level.dim} dimensions, "
             f"{level.channels} channels, {level.residual_blocks} residual blocks of {level.residual_channels}"
         )
+    if is_project:
+        frozen_stage.freeze()
+        print(f"The stage vqvae is frozen in {dvc_yaml.FILE}: vqvae2 run trains priors on the codes of this VQ-VAE.")
+        print(f"It needs the same image size: -S dataset.image_size={image_size}")
     print(f"Use it: vqvae2 reconstruct IMAGE --model {out}. Train priors on its codes: docs/models.md")
     print(out)
     return 0

@@ -44,6 +44,7 @@ class TrainedModels:
         """
         network, vqvae_artifact = model_file.load_vqvae(vqvae)
         loaded, digests, label_counts = {}, {"vqvae": vqvae_artifact.digest}, []
+        classes = vqvae_artifact.meta["classes"]
         for level in network.config.levels:
             prior, prior_artifact = model_file.load_prior(priors / level, level)
             if prior_artifact.meta["vqvae"] != vqvae_artifact.digest:
@@ -55,8 +56,9 @@ class TrainedModels:
                     code=5,
                 )
             loaded[level], digests[level] = prior, prior_artifact.digest
-            label_counts = prior_artifact.meta["label_counts"]
-        return cls(network, loaded, {**vqvae_artifact.meta, "label_counts": label_counts}, digests)
+            # An imported VQ-VAE knows no classes; the priors have those of the images that they were trained on.
+            classes, label_counts = prior_artifact.meta["classes"], prior_artifact.meta["label_counts"]
+        return cls(network, loaded, {**vqvae_artifact.meta, "classes": classes, "label_counts": label_counts}, digests)
 
     def to(self, device: torch.device) -> "TrainedModels":
         """Move every network to a device."""

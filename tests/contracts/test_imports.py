@@ -92,7 +92,13 @@ def _package(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_down(path):
-    """A file imports only files of its own package and of the layers below."""
+    """A file imports only files of its own package and of the layers below.
+
+    The code of a model in MLflow runs outside of this project: it imports the public API.
+    """
+    if path.as_posix() == "pipeline/mlflow_model.py":
+        assert {file.as_posix() for file in _imported_files(path)} == {"vqvae2.py"}
+        return
     package = _package(path)
     upward = {
         file.as_posix()

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import vqvae2
+from pipeline import dvc_yaml, params
 from pipeline.commands import export_model, import_model
 from stages.errors import UserError
+from tests.command_line_project import CommandLineProject
+from tests.mini_pipeline import MiniPipeline, without_ray
 from tests.rosinality import SIZES, make_weights, their_forward
 
 
@@ -45,6 +48,33 @@ def test_imported_model_is_exported(checkpoint: Path, tmp_path: Path):
     assert (
         r"imported from vqvae\_560.pt of rosinality/vq-vae-2-pytorch" in (tmp_path / "exported/README.md").read_text()
     )
+
+
+def test_priors_are_trained_on_the_imported_vqvae(checkpoint: Path, tmp_path: Path):
+    """The stages after the VQ-VAE run on it, and the result is a model with priors."""
+    pipeline = MiniPipeline(tmp_path / "project")
+    with without_ray():
+        pipeline.shard()
+        run(checkpoint, pipeline.folder / "artifacts", image_size=16)
+        pipeline.codes(copies=1)
+        for level in pipeline.priors:
+            pipeline.prior(level)
+    model = vqvae2.load(pipeline.folder, device="cpu")
+    assert model.levels["bottom"].entries == SIZES["entries"] and len(model.sample(2, seed=1)) == 2
+
+
+def test_import_into_a_project_freezes_the_stage(checkpoint: Path, current_project: CommandLineProject):
+    """dvc.yaml gains one line, and DVC finds every output of the stage; a second import is refused."""
+    before = Path("dvc.yaml").read_text().splitlines()
+    run(checkpoint, Path("artifacts"))
+    after = Path("dvc.yaml").read_text().splitlines()
+    (line,) = [line for line in after if line not in before]
+    assert line.startswith("    frozen: true") and after[after.index(line) - 1] == "  vqvae:"
+    assert len(after) == len(before) + 1 and params.read(Path("dvc.yaml"))["stages"]["vqvae"]["frozen"] is True
+    stage = dvc_yaml.stages(params.read())["vqvae"]
+    assert all(Path(path).exists() for path in stage.all_outs)
+    with pytest.raises(UserError, match=r"artifacts/vqvae must be a new or empty folder"):
+        run(checkpoint, Path("artifacts"))
 
 
 def test_wrong_use_is_refused(checkpoint: Path, tmp_path: Path):
