@@ -24,6 +24,7 @@ from stages.errors import UserError
 from stages.tracking import registry
 from stages.tracking.mlflow_store import connect, store_uri
 from stages.tracking.tracker import track_pipeline, track_stage
+from stages.tracking.upload_thread import UploadTiming
 from tests.mini_pipeline import MiniPipeline
 from tests.screen import Screen
 
@@ -38,11 +39,13 @@ def run_id(finished_pipeline: MiniPipeline, tmp_path_factory: pytest.TempPathFac
         screen, work = Screen(), Path("runs/evaluate/f")
         logged_model.write(work, screen, model=finished_pipeline.path("vqvae").parent, title="Shades")
         options = {"params": {}, "inputs": {}, "screen": screen, "model": work / registry.SAVED_MODEL}
+        timing = UploadTiming(shutdown_timeout_s=300)  # the store is new, and a busy machine takes its time
         with (
-            track_pipeline({}, {"mlflow.runName": "shades"}) as parent,
-            track_stage("evaluate", "f" * 64, work, parent=parent, **options),
+            track_pipeline({}, {"mlflow.runName": "shades"}, timing=timing) as parent,
+            track_stage("evaluate", "f" * 64, work, parent=parent, timing=timing, **options),
         ):
             pass
+        assert not screen.messages
         client, experiment = connect()
         (run,) = client.search_runs([experiment], "tags.stage = 'pipeline'")
         yield run.info.run_id
