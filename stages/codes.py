@@ -129,7 +129,7 @@ def _check_quantizes(network: VQVAE) -> None:
         raise UserError(
             "This VQ-VAE does not quantize, so it has no codes.",
             where="params.yaml: vqvae.quantizer.mode",
-            fix="Set vqvae.quantizer.mode to ema or loss to train priors.",
+            fix="Set vqvae.quantizer.mode to ema or loss. Or, for a report of the reconstructions, run: vqvae2 run",
             code=2,
         )
 

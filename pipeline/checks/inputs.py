@@ -83,7 +83,7 @@ def check_late_inputs(request: Request) -> Answer:
         raise UserError(
             "A VQ-VAE that does not quantize has no codes.",
             where=f"{request.where}: vqvae.quantizer.mode",
-            fix="Set it to ema or loss, or run only the VQ-VAE: --stage vqvae",
+            fix="Set it to ema or loss, or leave out --stage: the run then ends with a report of the reconstructions.",
             code=2,
         )
     return Answer(weights or "the installed feature network")

@@ -17,6 +17,7 @@ from pipeline import (
     params,
     preflight,
     presets,
+    reconstruction_page,
     result_versions,
     shared_cluster,
     stage_runner,
@@ -62,6 +63,9 @@ def run(
             require_project_outside(Path(settings.dataset.source))  # else DVC fails with an error about .dvcignore
             stages = dvc_yaml.stages(params.read())
             targets = [dvc_yaml.find(name, stages).name for name in names]
+            if not targets and settings.vqvae.quantizer.mode == "none":
+                targets = ["vqvae"]
+                print(reconstruction_page.NOTICE, file=sys.stderr)
             result_versions.write(params.read(), settings)
             reasons = dvc.out_of_date_reasons(stages, targets, only=only)
             forced: set[str] = set()
@@ -83,7 +87,10 @@ def run(
             if reasons:
                 where = describe_source(overrides) if overrides else str(params.FILE)
                 preflight.check(settings, reasons, where, pull=pull)
-        if dry_run or not reasons:
+        if dry_run:
+            return 0
+        if not reasons:
+            _report_reconstructions(settings, targets)
             return 0
         _remove_obsolete_priors(settings)
         last_run.record_run(params.read())
@@ -195,7 +202,14 @@ def _run_dvc(
     clean_up(outcome, settings, stages)
     if REPORT.is_file() and (not targets or "evaluate" in targets):
         print(f"report        {REPORT}")
+    _report_reconstructions(settings, targets)
     return 0
+
+
+def _report_reconstructions(settings: Params, targets: Sequence[str]) -> None:
+    """Write the report of a VQ-VAE that does not quantize, if the run was to bring it up to date."""
+    if settings.vqvae.quantizer.mode == "none" and "vqvae" in targets:
+        print(f"report        {reconstruction_page.write()}")
 
 
 def require_finished(outcome: dvc.Outcome) -> None:

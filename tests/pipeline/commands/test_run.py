@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import dvc, dvc_yaml, params, stage_runner
+from pipeline import dvc, dvc_yaml, params, reconstruction_page, stage_runner
 from pipeline.commands import run
 from pipeline.fingerprint import work_folder
 from stages.errors import UserError
@@ -28,6 +28,14 @@ def test_dry_run_prints_reasons_and_changes_nothing(project):
     assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == STAGES
     assert "shard         would run: it has not run yet" in done.stdout
     assert (project.folder / "params.yaml").read_text() == before
+
+
+def test_run_without_quantization_ends_after_the_vqvae(project):
+    """One line says before the training that there will be no codes, priors and samples."""
+    done = project.command("run", "--dry-run", "-S", "vqvae.quantizer.mode=none")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["shard", "vqvae"]
+    assert reconstruction_page.NOTICE in done.stderr
 
 
 @pytest.mark.parametrize(
