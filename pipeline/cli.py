@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_models, cli_project, process
+from pipeline import cli_ablate, cli_models, cli_project, process
 from pipeline.cli_common import (
     LOOK,
     PROJECT,
@@ -214,7 +214,8 @@ def plan(
     run_and_exit(action)
 
 
-app.registered_commands += cli_models.app.registered_commands + cli_project.app.registered_commands
+for module in (cli_ablate, cli_models, cli_project):
+    app.registered_commands += module.app.registered_commands
 
 
 @app.command(rich_help_panel=LOOK)

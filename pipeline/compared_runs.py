@@ -66,7 +66,7 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
         return _of_project(folder, name)
     if (key := _find_key(name)) and (run := _of_key(name, key)):
         return run
-    if commit := _find_experiment(name):
+    if commit := find_experiment(name):
         return _of_revision(name, "DVC experiment", commit, cache_folder)
     if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return _of_revision(name, "Git revision", commit, cache_folder)
@@ -94,7 +94,7 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
 def _of_project(folder: Path, name: str) -> ComparedRun:
     """Read the files of a project as they are now."""
     values = params.read(folder / params.FILE)
-    written = _written_metrics(lambda: params.read(folder / dvc_yaml.FILE), values)
+    written = written_metrics(lambda: params.read(folder / dvc_yaml.FILE), values)
     paths = (path for path in sorted((folder / METRICS).glob("*.json")) if path.stem in written)
     run = ComparedRun(
         name, "the present files", _settings(values), _numbers({path.stem: path.read_bytes() for path in paths})
@@ -126,7 +126,7 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
             f"{name} has no {params.FILE}.", where=f"commit {commit[:7]}", fix="Use a later revision.", code=2
         )
     values = params.parse(text)
-    stems = _written_metrics(lambda: params.parse(git("show", f"{commit}:./{dvc_yaml.FILE}")), values)
+    stems = written_metrics(lambda: params.parse(git("show", f"{commit}:./{dvc_yaml.FILE}")), values)
     files = {stem: git("show", f"{commit}:./{METRICS}/{stem}.json").encode() for stem in stems}
     date = git("show", "-s", "--format=%cs", commit)
     run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(values), _numbers(files))
@@ -145,7 +145,7 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
     return run
 
 
-def _written_metrics(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str, Any]) -> list[str]:
+def written_metrics(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str, Any]) -> list[str]:
     """Return the names of the files in metrics/ that stages write, without those of removed stages.
 
     There are none if dvc.yaml is missing or not valid.
@@ -211,7 +211,7 @@ def _journal_images(path: Path) -> dict[str, bytes]:
     }
 
 
-def _find_experiment(name: str) -> str:
+def find_experiment(name: str) -> str:
     """Return the commit of a DVC experiment; "" if there is none."""
     refs = git("for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps")
     for line in refs.splitlines():

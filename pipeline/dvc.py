@@ -164,8 +164,26 @@ def run_repro(
     `on_change` is called with the outcome so far when a stage starts, is restored or is unchanged.
     """
     options = {"--force": force, "--single-item": only, "--pull": pull}
+    arguments = ["repro", *(option for option, enabled in options.items() if enabled), *targets]
+    return _run(arguments, reasons, environment, on_change)
+
+
+def run_experiment(
+    name: str, overrides: Sequence[str], targets: Sequence[str], environment: Mapping[str, str]
+) -> Outcome:
+    """Run `dvc exp run` in a temporary copy of the project and print one line per stage. Signals as in `run_repro`."""
+    chosen = [argument for override in overrides for argument in ("-S", override)]
+    return _run(["exp", "run", "--temp", "--name", name, *chosen, *targets], {}, environment, lambda outcome: None)
+
+
+def _run(
+    arguments: Sequence[str],
+    reasons: Mapping[str, Sequence[str]],
+    environment: Mapping[str, str],
+    on_change: Callable[["Outcome"], None],
+) -> Outcome:
     process = subprocess.Popen(
-        [*COMMAND, "repro", *(option for option, enabled in options.items() if enabled), *targets],
+        [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         env={**environment, "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))},

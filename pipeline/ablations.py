@@ -1,0 +1,191 @@
+"""Ablations: variants of the base settings, defined as data in conf/ablations.yaml, each one DVC experiment."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from pipeline import dvc, dvc_yaml, params, stage_source
+from pipeline.compose import compose_settings
+from pipeline.composed_from import CONF, format_override, key_of, settings_of
+from pipeline.sections import plain_settings, sections_of
+from pipeline.text import first_few
+from stages.config import Params
+from stages.errors import UserError
+from stages.formats.config_schema import adapter
+
+FILE = CONF / "ablations.yaml"
+BASE = "base"  # name of the experiment of a variant without changes
+WARMUP_SHARE = 10  # with --steps, at most a tenth of the steps warm up
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Changes of the base settings."""
+
+    overrides: tuple[str, ...] = ()
+    scale: Mapping[str, float] = field(default_factory=dict)  # pattern of settings -> factor
+    equal_rate: bool = False  # set the entries of the finest level so that the codes have the bits of the base's
+    stage: str = ""  # last stage that runs; "" for all
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Question, and the variants that answer it."""
+
+    claim: str
+    y: str  # number of its chart
+    variants: Mapping[str, Variant]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variant of an ablation as a DVC experiment, whose name identifies its settings and its code."""
+
+    ablation: str
+    variant: str
+    name: str
+    overrides: tuple[str, ...]  # all, of the base and of the variant
+    changes: tuple[str, ...]  # those of the variant
+    settings: Params
+    stages: Mapping[str, dvc_yaml.Stage]  # that run
+    target: str  # last stage that runs; "" for all
+
+
+def read(file: Path = FILE) -> dict[str, Ablation]:
+    """Read the ablations. Raises UserError if the file is missing or not valid."""
+    try:
+        return dict(adapter(Mapping[str, Ablation]).validate_python(params.read(file)))  # type: ignore[type-abstract]
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{'.'.join(map(str, first['loc']))} is not valid: {first['msg']}.",
+            where=file,
+            fix="The comment at the top of the file lists the keys.",
+            code=2,
+        ) from error
+
+
+def select(names: Sequence[str], ablations: Mapping[str, Ablation]) -> dict[str, Ablation]:
+    """Return the named ablations, or all without names. Raises UserError for an unknown name."""
+    if unknown := [name for name in names if name not in ablations]:
+        raise UserError(
+            f"{unknown[0]} is not an ablation.", where=FILE, fix=f"Use any of: {', '.join(ablations)}", code=2
+        )
+    return {name: ablations[name] for name in names or ablations}
+
+
+def experiments(
+    ablations: Mapping[str, Ablation], base: Sequence[str], steps: int | None = None
+) -> Iterator[Experiment]:
+    """Yield one experiment per variant; equal settings have equal names.
+
+    `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Raises
+    UserError if a variant does not compose to valid settings.
+    """
+    _, settings = compose_settings(base)
+    if steps is not None:
+        base = _merge(base, _budget(settings, steps))
+    data, settings = compose_settings(base)
+    for ablation_name, ablation in ablations.items():
+        for variant_name, variant in ablation.variants.items():
+            yield _experiment(ablation_name, variant_name, variant, base, data, settings)
+
+
+def _experiment(
+    ablation: str, variant_name: str, variant: Variant, base: Sequence[str], data: Mapping[str, Any], settings: Params
+) -> Experiment:
+    changes = [*_scaled(variant.scale, data), *variant.overrides]
+    if variant.equal_rate:
+        _, changed = compose_settings(_merge(base, changes))
+        changes.append(_equal_rate(settings, changed))
+    overrides = _merge(base, changes)
+    composed, changed = compose_settings(overrides)
+    stages = dvc_yaml.stages(composed)
+    target = dvc_yaml.find(variant.stage, stages).name if variant.stage else ""
+    running = dvc.with_dependencies(stages, [target]) if target else set(stages)
+    stages = {name: stage for name, stage in stages.items() if name in running}
+    prefix = f"{ablation}-{variant_name}" if changes else BASE
+    name = f"{prefix}-{_identity(stages, changed)}"
+    return Experiment(ablation, variant_name, name, tuple(overrides), tuple(changes), changed, stages, target)
+
+
+def _identity(stages: Mapping[str, dvc_yaml.Stage], settings: Params) -> str:
+    """Hash what determines the results: settings and versions of the stages."""
+    contents = [
+        (name, plain_settings(sections_of(stage, settings)), _version(stage.module, _network(stage, settings)))
+        for name, stage in stages.items()
+    ]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
+
+
+def _network(stage: dvc_yaml.Stage, settings: Params) -> str:
+    return settings.priors[stage.level].network.name if stage.level else ""
+
+
+@cache
+def _version(module: str, network: str) -> str:
+    return stage_source.source_of(module, network).version
+
+
+def _merge(base: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Add changes to overrides. A change replaces overrides of the same setting and of settings that it deletes."""
+    keys = {key_of(change) for change in changes}
+    deleted = tuple(f"{key_of(change).rpartition('@')[2]}." for change in changes if change.startswith("~"))
+    kept_overrides = [
+        override
+        for override in base
+        if key_of(override) not in keys and not (deleted and key_of(override).startswith(deleted))
+    ]
+    return [*kept_overrides, *changes]
+
+
+def _budget(settings: Params, steps: int) -> list[str]:
+    """Return the overrides that set the steps of every training, with a warm-up that fits."""
+    trainings = {"train_vqvae": settings.train_vqvae}
+    trainings |= {f"priors.{level}.train": prior.train for level, prior in settings.priors.items()}
+    return [
+        override
+        for key, train in trainings.items()
+        for override in (
+            f"{key}.steps={steps}",
+            f"{key}.warmup_steps={min(train.warmup_steps, steps // WARMUP_SHARE)}",
+        )
+    ]
+
+
+def _scaled(scale: Mapping[str, float], data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield overrides that multiply settings of the base, rounded; 1 or more stays so. Raises UserError without any."""
+    values = settings_of(data)
+    for pattern, factor in scale.items():
+        matching = {key: value for key, value in values.items() if fnmatchcase(key, pattern)}
+        if not matching:
+            raise UserError(
+                f"{pattern} matches no setting.",
+                where=FILE,
+                fix=f"Use settings such as {first_few(list(values), 4)}",
+                code=2,
+            )
+        for key, value in matching.items():
+            yield format_override(key, max(min(value, 1), round(value * factor)))
+
+
+def _equal_rate(base: Params, changed: Params) -> str:
+    """Return the override of the finest level's entries that gives the codes as many bits as those of the base."""
+    name, finest = list(changed.vqvae.levels.items())[-1]
+    codes = {level: side**2 for level, side in changed.vqvae.grids(changed.dataset.image_size).items()}
+    others = fixed_bits(changed) - codes[name] * math.log2(finest.entries)
+    return format_override(f"vqvae.levels.{name}.entries", round(2 ** ((fixed_bits(base) - others) / codes[name])))
+
+
+def fixed_bits(settings: Params) -> float:
+    """Compute the bits of an image's codes at log2 K bits per code."""
+    grids = settings.vqvae.grids(settings.dataset.image_size)
+    return sum(side**2 * math.log2(settings.vqvae.levels[level].entries) for level, side in grids.items())
