@@ -62,7 +62,7 @@ class Experiment:
 def read(file: Path = FILE) -> dict[str, Ablation]:
     """Read the ablations. Raises UserError if the file is missing or not valid."""
     try:
-        return dict(adapter(Mapping[str, Ablation]).validate_python(params.read(file)))  # type: ignore[type-abstract]
+        return dict(adapter(Mapping[str, Ablation]).validate_python(params.read(file)))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(
