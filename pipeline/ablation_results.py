@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline import dvc, dvc_yaml, finished_results, params
 from pipeline.ablations import Experiment
 from pipeline.commands import plan
-from stages.config import Params
+from stages.config import EvaluateConfig, Params
 from stages.formats import model_file
 from stages.formats.artifact import atomic_write
 from stages.formats.shards import open_shards
@@ -118,7 +118,7 @@ def _sharpness(commit: str, settings: Params) -> float:
         for stage, out in (("shard", "artifacts/shards"), ("vqvae", "artifacts/vqvae")):
             md5 = next(entry["md5"] for entry in lock.get(stage, {}).get("outs", []) if entry["path"] == out)
             folders[stage] = _link(cache, md5, Path(temporary, stage))
-        return reconstruction_sharpness(folders["shard"], folders["vqvae"], settings)
+        return reconstruction_sharpness(folders["shard"], folders["vqvae"], settings.evaluate)
     return math.nan
 
 
@@ -132,8 +132,8 @@ def _link(cache: Path, md5: str, folder: Path) -> Path:
 
 
 @torch.inference_mode()
-def reconstruction_sharpness(shards: Path, vqvae: Path, settings: Params) -> float:
-    """Divide the gradient energy of reconstructions by that of their images, the first `evaluate.max_images`.
+def reconstruction_sharpness(shards: Path, vqvae: Path, config: EvaluateConfig) -> float:
+    """Divide the gradient energy of reconstructions by that of their images, the first `max_images`.
 
     The images are those of the validation split, or of the training split if there are none. Below 1: the
     reconstructions are blurred.
@@ -142,7 +142,7 @@ def reconstruction_sharpness(shards: Path, vqvae: Path, settings: Params) -> flo
     images = open_shards(shards)
     split = images.split("validation") if len(images.split("validation")) else images.split("train")
     energies = np.zeros(2)
-    count, batch_size = min(len(split), settings.evaluate.max_images), settings.evaluate.batch_size
+    count, batch_size = min(len(split), config.max_images), config.batch_size
     for start in range(0, count, batch_size):
         pixels = np.stack([split.read(index) for index in range(start, min(start + batch_size, count))])
         batch = to_float(torch.from_numpy(pixels), torch.device("cpu"))

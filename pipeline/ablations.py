@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -23,6 +23,7 @@ from stages.formats.config_schema import adapter
 
 FILE = CONF / "ablations.yaml"
 BASE = "base"  # name of the experiment of a variant without changes
+Compose = Callable[[tuple[str, ...]], tuple[dict[str, Any], Params]]  # overrides -> params.yaml and settings
 WARMUP_SHARE = 10  # with --steps, at most a tenth of the steps warm up
 
 
@@ -90,24 +91,23 @@ def experiments(
     `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Raises
     UserError if a variant does not compose to valid settings.
     """
-    _, settings = compose_settings(base)
+    compose = cache(compose_settings)  # composing takes a second, and several variants may be the base
     if steps is not None:
-        base = _merge(base, _budget(settings, steps))
-    data, settings = compose_settings(base)
+        base = _merge(base, _budget(compose(tuple(base))[1], steps))
     for ablation_name, ablation in ablations.items():
         for variant_name, variant in ablation.variants.items():
-            yield _experiment(ablation_name, variant_name, variant, base, data, settings)
+            yield _experiment(ablation_name, variant_name, variant, base, compose)
 
 
 def _experiment(
-    ablation: str, variant_name: str, variant: Variant, base: Sequence[str], data: Mapping[str, Any], settings: Params
+    ablation: str, variant_name: str, variant: Variant, base: Sequence[str], compose: Compose
 ) -> Experiment:
+    data, settings = compose(tuple(base))
     changes = [*_scaled(variant.scale, data), *variant.overrides]
     if variant.equal_rate:
-        _, changed = compose_settings(_merge(base, changes))
-        changes.append(_equal_rate(settings, changed))
+        changes.append(_equal_rate(settings, compose(tuple(_merge(base, changes)))[1]))
     overrides = _merge(base, changes)
-    composed, changed = compose_settings(overrides)
+    composed, changed = compose(tuple(overrides))
     stages = dvc_yaml.stages(composed)
     target = dvc_yaml.find(variant.stage, stages).name if variant.stage else ""
     running = dvc.with_dependencies(stages, [target]) if target else set(stages)
