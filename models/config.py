@@ -8,11 +8,31 @@ Source: Razavi et al. 2019, appendix tables of hyper-parameters.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 MODES = ("ema", "loss", "none")  # of learning a codebook
 MAX_ENTRIES = 65_536  # codes are stored as 16-bit integers
+# Key of a field's metadata: dataclasses.field(default=0, metadata={NEUTRAL: 0}) says that at 0 a result is the same as
+# before the setting existed.
+NEUTRAL = "neutral"
+
+
+def plain_settings(section: Any) -> Any:
+    """Convert settings to plain data.
+
+    A setting that a later release has added is left out at its neutral value, at which results are as they were without
+    it. So the release keeps finished results and half-finished state, and writes the same manifests.
+    """
+    if is_dataclass(section) and not isinstance(section, type):
+        return {
+            item.name: plain_settings(getattr(section, item.name))
+            for item in fields(section)
+            if NEUTRAL not in item.metadata or getattr(section, item.name) != item.metadata[NEUTRAL]
+        }
+    if isinstance(section, Mapping):
+        return {name: plain_settings(value) for name, value in section.items()}
+    return section
 
 
 def check_field(config: object, name: str, valid: bool, rule: str, fix: str = "") -> None:
@@ -54,6 +74,8 @@ class LevelConfig:
     residual_blocks: int = 2  # blocks per stack ("layers"), 0 or more
     entries: int = 512  # K, entries of the codebook, 2 to 65536
     dim: int = 64  # D, numbers per entry, 1 or more
+    # side of the filters that halve a grid, 3 or 4; filters that double it have 4
+    down_kernel_size: int = field(default=4, metadata={NEUTRAL: 4})
 
     def __post_init__(self) -> None:
         # Each convolution of an encoder halves the sides.
@@ -61,6 +83,7 @@ class LevelConfig:
         check_field(self, "stride", power_of_two, "a power of two, 2 or more")
         check_positive(self, "channels", "residual_channels", "dim")
         check_not_negative(self, "residual_blocks")
+        check_field(self, "down_kernel_size", self.down_kernel_size in (3, 4), "3 or 4")
         check_field(self, "entries", 2 <= self.entries <= MAX_ENTRIES, f"2 to {MAX_ENTRIES}")
 
 
@@ -76,6 +99,8 @@ class QuantizerConfig:
     revive_every: int = 50  # steps between revivals of dead entries, 0 or more; 0 never revives
     # an entry is dead if it is chosen less often than this fraction of an even split; 0 up to 1
     revive_below: float = 0.05
+    # initial entries: "data" are vectors of the first batch, "random" are small uniform numbers
+    initial: Literal["data", "random"] = field(default="data", metadata={NEUTRAL: "data"})
 
     def __post_init__(self) -> None:
         check_field(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
@@ -95,8 +120,11 @@ class VQVAEConfig:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     # fraction of training images that are decoded from a coarse prefix of levels, 0 up to 1; not in the paper
     level_dropout: float = 0.0
+    # divisor of the reconstruction error in the loss, above 0; Sonnet divides by the variance of the training pixels
+    image_variance: float = field(default=1.0, metadata={NEUTRAL: 1.0})
 
     def __post_init__(self) -> None:
+        check_field(self, "image_variance", 0 < self.image_variance < math.inf, "a number above 0")
         check_field(self, "level_dropout", 0 <= self.level_dropout < 1, "0 or more and below 1")
         if not self.levels:
             raise ValueError("levels must be one or more, got none; add a level, such as top: {stride: 8}")
@@ -146,6 +174,14 @@ class PriorConfig:
     condition_layers: int = 20  # residual blocks over the coarser codes, 0 or more
     # fraction of training grids without their label, 0 up to 1; above 0, sampling can use classifier-free guidance
     label_dropout: float = 0.0
+    # gate of the blocks: "sigmoid" is a * sigmoid(b), of PixelSNAIL; "tanh" is tanh(a) * sigmoid(b), of Gated PixelCNN
+    gate: Literal["sigmoid", "tanh"] = field(default="sigmoid", metadata={NEUTRAL: "sigmoid"})
+    # place of the blocks' dropout: "inside", before their second layer, or "after" the whole block
+    dropout_place: Literal["inside", "after"] = field(default="inside", metadata={NEUTRAL: "inside"})
+    # attention's dropout: of "columns" of the attention matrix, or of single "logits" or "weights", which is slower
+    attention_dropout: Literal["columns", "logits", "weights"] = field(default="columns", metadata={NEUTRAL: "columns"})
+    # condition on the coarser codes; false: the level's codes have a distribution of their own, for ablations
+    conditioned: bool = field(default=True, metadata={NEUTRAL: True})
 
     def __post_init__(self) -> None:
         check_positive(self, "channels", "residual_channels", "layers", "attention_heads")

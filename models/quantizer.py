@@ -122,9 +122,9 @@ class Quantizer(nn.Module):
     def absorb(self, sums: CodebookSums) -> None:
         """Update the codebook from the sums of one step over the global batch.
 
-        The first call places every entry on a vector of the batch. Later calls move the chosen entries by equation 3
-        with Laplace smoothing (with decay 0, a Lloyd step of k-means) and revive dead entries. In mode `loss` this only
-        places and revives entries.
+        The first call places every entry on a vector of the batch, unless they start at random. Later calls move the
+        chosen entries by equation 3 with Laplace smoothing (with decay 0, a Lloyd step of k-means) and revive dead
+        entries. In mode `loss` this only places and revives entries.
         """
         if self.config.mode == "none":
             return
@@ -136,7 +136,7 @@ class Quantizer(nn.Module):
 
         # Entries to place on a candidate vector: all in the first step, dead ones every `revive_every` steps. Masks
         # instead of branches: a branch would wait for the device.
-        first = self.steps == 0
+        first = (self.steps == 0) & (self.config.initial == "data")
         self.steps += 1
         dead = torch.zeros_like(self.window, dtype=torch.bool)
         if every:

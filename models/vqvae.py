@@ -79,7 +79,9 @@ class VQVAE(nn.Module):
         reconstruction = F.mse_loss(output.reconstruction.float(), images.float())
         commitment = torch.stack([level.commitment for level in output.levels.values()]).sum()
         codebook = torch.stack([level.codebook for level in output.levels.values()]).sum()
-        return Loss(reconstruction + codebook + self.config.quantizer.beta * commitment, reconstruction, commitment)
+        # Division by 1 is exact: the loss is that without it.
+        scaled = reconstruction / self.config.image_variance
+        return Loss(scaled + codebook + self.config.quantizer.beta * commitment, reconstruction, commitment)
 
     def absorb(self, sums: Mapping[str, CodebookSums]) -> None:
         """Update every level's codebook from the sums of one step over the global batch.
@@ -249,7 +251,7 @@ def encoder(config: LevelConfig, channels_in: int, ratio: int) -> nn.Sequential:
     widths = [channels_in, half, *[config.channels] * (halvings - 1)]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, config.down_kernel_size, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, *_residual_stack(config, widths[-1]))
 
 

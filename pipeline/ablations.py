@@ -12,10 +12,11 @@ from typing import Any
 
 import pydantic
 
+from models.config import plain_settings
 from pipeline import dvc, dvc_yaml, params, stage_source
 from pipeline.compose import compose_settings
 from pipeline.composed_from import CONF, format_override, key_of, settings_of
-from pipeline.sections import plain_settings, sections_of
+from pipeline.sections import sections_of
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -127,7 +128,7 @@ def _identity(stages: Mapping[str, dvc_yaml.Stage], settings: Params) -> str:
 
 
 def _network(stage: dvc_yaml.Stage, settings: Params) -> str:
-    return settings.priors[stage.level].network.name if stage.level else ""
+    return settings.priors[stage.key].network.name if stage.module == "prior" else ""
 
 
 @cache

@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from models.config import plain_settings
 from pipeline import dvc_yaml, result_versions
-from pipeline.sections import plain_settings, sections_of
+from pipeline.sections import sections_of
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats import artifact

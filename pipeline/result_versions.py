@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.config import plain_settings
 from pipeline import dvc_yaml, params, stage_source
-from pipeline.sections import plain_settings, sections_of
+from pipeline.sections import sections_of
 from pipeline.stage_source import StageSource
 from pipeline.text import first_few
 from stages.config import Params

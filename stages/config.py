@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.config import (
+    NEUTRAL,
     ClassifierConfig,
     PriorConfig,
     VQVAEConfig,
@@ -17,10 +18,6 @@ from models.config import (
     check_positive,
     check_sampling_rule,
 )
-
-# Key of a field's metadata: dataclasses.field(default=0, metadata={NEUTRAL: 0}) says that at 0 a result is the same as
-# before the setting existed.
-NEUTRAL = "neutral"
 
 # Columns of the files of codes, and rows of the metrics, beside those of the levels.
 RESERVED_LEVEL_NAMES = frozenset({"copy", "key", "label", "pixels", "total"})

@@ -17,7 +17,7 @@ from models.config import PriorConfig
 from models.precision import autocast_disabled
 from models.priors.attention import StrictAttention
 from models.priors.conditioning import ConditioningStack, Grid
-from models.priors.layers import NO_LABEL, GatedBlock, RasterConv, vertical
+from models.priors.layers import NO_LABEL, BlockStyle, GatedBlock, RasterConv, vertical
 
 
 class VerticalStack(nn.Module):
@@ -35,7 +35,7 @@ class VerticalStack(nn.Module):
             GatedBlock(
                 config.channels,
                 vertical(config.channels, config.residual_channels, config.kernel_size),
-                dropout=config.dropout,
+                BlockStyle.of(config),
                 condition=condition,
                 classes=classes,
             )
@@ -85,21 +85,18 @@ class Prior(nn.Module):
         classes: int,
     ) -> None:
         super().__init__()
-        channels, hidden, kernel, dropout = (
-            config.channels,
-            config.residual_channels,
-            config.kernel_size,
-            config.dropout,
-        )
+        channels, hidden, kernel = config.channels, config.residual_channels, config.kernel_size
+        style = BlockStyle.of(config)
         self.entries, self.classes, self.label_dropout = entries, classes, config.label_dropout
         self.height, self.width = grid
         self.coarser = dict(coarser)
         self.attention_every = config.layers // config.attention_layers if config.attention_layers else 0
-        condition = channels if coarser else 0
+        conditioned = bool(coarser) and config.conditioned
+        condition = channels if conditioned else 0
 
         self.embedding = nn.Embedding(entries, channels)
         self.conditioning = (
-            ConditioningStack(coarser, *grid, channels, hidden, config.condition_layers) if coarser else None
+            ConditioningStack(coarser, *grid, channels, hidden, config.condition_layers) if conditioned else None
         )
         self.stem = self.convolution(channels, channels, kernel, strict=True)
         self.position = nn.Linear(2, channels, bias=False)
@@ -108,7 +105,7 @@ class Prior(nn.Module):
             GatedBlock(
                 channels,
                 self.convolution(channels, hidden, kernel),
-                dropout=dropout,
+                style,
                 auxiliary=channels if self.two_stacks else 0,
                 condition=condition,
                 classes=classes,
@@ -116,10 +113,11 @@ class Prior(nn.Module):
             for _ in range(config.layers)
         )
         self.attentions = nn.ModuleList(  # type: ignore[assignment]
-            StrictAttention(channels, config.attention_heads, dropout=dropout) for _ in range(config.attention_layers)
+            StrictAttention(channels, config.attention_heads, style, dropout_of=config.attention_dropout)
+            for _ in range(config.attention_layers)
         )
         self.output = nn.ModuleList(  # type: ignore[assignment]
-            GatedBlock(channels, nn.Linear(channels, hidden), dropout=dropout) for _ in range(config.output_layers)
+            GatedBlock(channels, nn.Linear(channels, hidden), style) for _ in range(config.output_layers)
         )
         self.head = nn.Linear(channels, entries)
         # Small weights: an untrained prior gives every entry nearly the same probability.
@@ -149,7 +147,7 @@ class Prior(nn.Module):
         return self.score(codes, self.condition(coarser), labels)
 
     def condition(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None) -> Float[Tensor, "B H W C"] | None:
-        """Compute the feature map that conditions every block; None for the coarsest level."""
+        """Compute the feature map that conditions every block; None for the coarsest level and without conditioning."""
         return None if self.conditioning is None else self.conditioning(coarser or {})
 
     def score(

@@ -146,7 +146,7 @@ class _ConvBlock:
         self.conv = _IncrementalConv(block.first, batch, width)
         self.auxiliary = block.auxiliary
         self.gate_bias = _GateBias(block)
-        self.second = transposed(block.second)
+        self.second, self.gate = transposed(block.second), block.gate
         self.row_gate_bias = self.second.new_zeros(batch, width, self.second.shape[1])  # of the current row
         conv = self.conv
         self.columns = list(zip(conv.inputs, conv.row_sums, conv.windows, self.row_gate_bias.unbind(1), strict=True))
@@ -164,7 +164,7 @@ class _ConvBlock:
         inputs, row_sum, window, gate_bias = self.columns[column]
         inputs.copy_(F.elu(x))
         hidden = torch.addmm(row_sum, window, self.conv.weight)
-        return x + F.glu(torch.addmm(gate_bias, F.elu(hidden), self.second), -1)
+        return x + self.gate(torch.addmm(gate_bias, F.elu(hidden), self.second))
 
 
 class _PointwiseBlock:
@@ -173,6 +173,7 @@ class _PointwiseBlock:
     def __init__(self, block: GatedBlock[nn.Linear]) -> None:
         self.first, self.first_bias = transposed(block.first), block.first.bias
         self.second, self.second_bias = transposed(block.second), block.second.bias
+        self.gate = block.gate
         self.auxiliary = None if block.auxiliary is None else transposed(block.auxiliary)
 
     def step(self, x: Tensor, auxiliary: Tensor | None = None) -> Tensor:
@@ -180,7 +181,7 @@ class _PointwiseBlock:
         if self.auxiliary is not None and auxiliary is not None:
             bias = torch.addmm(bias, F.elu(auxiliary), self.auxiliary)
         hidden = torch.addmm(bias, F.elu(x), self.first)
-        return x + F.glu(torch.addmm(self.second_bias, F.elu(hidden), self.second), -1)
+        return x + self.gate(torch.addmm(self.second_bias, F.elu(hidden), self.second))
 
 
 class _GateBias:
@@ -224,7 +225,7 @@ class _Vertical:
             rows.roll()
             rows.current.copy_(F.elu(x))
             hidden = F.elu(_convolve(rows.padded, kernel) + block.first.bias)
-            x = x + F.glu(F.linear(hidden, block.second.weight) + gate_bias.row(condition), -1)
+            x = x + block.gate(F.linear(hidden, block.second.weight) + gate_bias.row(condition))
             outputs.append(x)
         return outputs
 

@@ -5,12 +5,15 @@ attention reads the positions as a sequence without a copy.
 Source: Chen et al. 2018 (PixelSNAIL), gated residual layer; van den Oord et al. 2016 (Gated PixelCNN), two stacks.
 """
 
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+
+from models.config import PriorConfig
 
 
 class RasterConv(nn.Module):
@@ -85,8 +88,30 @@ def embed_labels(embedding: nn.Embedding, labels: Int64[Tensor, " B"]) -> Float[
 First = TypeVar("First", RasterConv, nn.Linear)
 
 
+class BlockStyle(NamedTuple):
+    """Settings that all gated blocks of a prior share."""
+
+    dropout: float = 0.0  # probability
+    dropout_place: str = "inside"
+    gate: str = "sigmoid"
+
+    @classmethod
+    def of(cls, config: PriorConfig) -> "BlockStyle":
+        """Return the style of a prior's blocks."""
+        return cls(config.dropout, config.dropout_place, config.gate)
+
+
+def tanh_gate(gates: Float[Tensor, "*B C2"]) -> Float[Tensor, "*B C"]:
+    """Gate of Gated PixelCNN (van den Oord et al. 2016, equation 2): tanh(a) * sigmoid(b)."""
+    values, openings = gates.chunk(2, -1)
+    return values.tanh() * openings.sigmoid()
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.glu, "tanh": tanh_gate}
+
+
 class GatedBlock(nn.Module, Generic[First]):
-    """Gated residual block: x + a * sigmoid(b).
+    """Gated residual block: x + a * sigmoid(b), or with the gate "tanh" x + tanh(a) * sigmoid(b).
 
     (a, b) are the output of two layers, the second of which is 1x1. An auxiliary stream (PixelSNAIL's term) is added
     between them. Coarser codes and the label are added to (a, b) before the gate.
@@ -96,8 +121,8 @@ class GatedBlock(nn.Module, Generic[First]):
         self,
         channels: int,
         first: First,
+        style: BlockStyle,
         *,
-        dropout: float,
         auxiliary: int = 0,
         condition: int = 0,
         classes: int = 0,
@@ -110,7 +135,9 @@ class GatedBlock(nn.Module, Generic[First]):
         self.auxiliary = nn.Linear(auxiliary, hidden, bias=False) if auxiliary else None
         self.condition = nn.Linear(condition, 2 * channels, bias=False) if condition else None
         self.label = nn.Embedding(classes, 2 * channels) if classes else None
-        self.dropout = dropout
+        self.gate = GATES[style.gate]
+        self.dropout = style.dropout if style.dropout_place == "inside" else 0.0
+        self.dropout_after = style.dropout if style.dropout_place == "after" else 0.0
         # Small weights: each block starts close to the identity, so a deep network starts close to a shallow one.
         nn.init.zeros_(self.second.bias)
         with torch.no_grad():
@@ -133,4 +160,4 @@ class GatedBlock(nn.Module, Generic[First]):
             gates = gates + self.condition(condition)
         if self.label is not None and labels is not None:
             gates = gates + embed_labels(self.label, labels)[:, None, None]
-        return x + F.glu(gates, -1)
+        return F.dropout(x + self.gate(gates), self.dropout_after, self.training)

@@ -10,7 +10,6 @@ The digest of the folder (see artifact.py) identifies the model: codes store the
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.classifier import Classifier
-from models.config import ClassifierConfig, PriorConfig, VQVAEConfig
+from models.config import ClassifierConfig, PriorConfig, VQVAEConfig, plain_settings
 from models.priors import Grid, Prior, build
 from models.vqvae import VQVAE
 from stages.errors import UserError
@@ -76,8 +75,8 @@ def load_classifier(folder: Path, stage: str) -> tuple[Classifier, Artifact]:
 
 
 def network_meta(config: VQVAEConfig | PriorConfig | ClassifierConfig) -> dict[str, Any]:
-    """Convert a network's settings to JSON-compatible values for a manifest. The order of levels is preserved."""
-    return json.loads(json.dumps(asdict(config)))
+    """Convert a network's settings to JSON for a manifest, without those at their neutral value, levels in order."""
+    return json.loads(json.dumps(plain_settings(config)))
 
 
 def _network_config(config_class: type, settings: Any, folder: Path) -> Any:

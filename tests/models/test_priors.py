@@ -12,7 +12,7 @@ from torch import Tensor, multiprocessing, nn
 from models.config import PriorConfig
 from models.cost import count_parameters, forward_flops
 from models.priors import PRIORS, Grid, Prior, build, nll
-from models.priors.layers import NO_LABEL, causal, horizontal, vertical
+from models.priors.layers import NO_LABEL, BlockStyle, GatedBlock, causal, horizontal, tanh_gate, vertical
 
 ENTRIES, CLASSES, GRID = 11, 3, (5, 7)
 COARSER = {"top": Grid(5, 2, 3), "middle": Grid(7, 4, 6)}  # of a grid of 8 x 12
@@ -469,3 +469,68 @@ def test_grids_that_are_not_multiples_are_refused(grid: tuple[int, int], coarser
     """The error has both sizes."""
     with pytest.raises(ValueError, match=r"the grid must be larger than that of \w+, \d+ x \d+, by .*, got \d+ x \d+"):
         build(config("pixelcnn"), entries=ENTRIES, grid=grid, coarser=coarser, classes=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gate": "tanh"},
+        {"dropout_place": "after", "dropout": 0.5},
+        {"attention_dropout": "logits", "dropout": 0.5},
+        {"attention_dropout": "weights", "dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_options_keep_the_prior_causal(settings: dict[str, Any]):
+    """Also in training, no logit depends on its own or a later code, and earlier codes still matter."""
+    prior = plain("pixelsnail", **settings).train()
+    state = torch.get_rng_state()
+    codes = codes_of(GRID, 1)
+    changed = codes.clone()
+    changed[:, 2, 3] = (changed[:, 2, 3] + 1) % ENTRIES
+    logits = []
+    for batch in (codes, changed):
+        torch.set_rng_state(state)  # equal dropout
+        logits.append(prior(batch)[0].flatten(1))
+    differs = (logits[0] != logits[1]).any(0)
+    position = 2 * GRID[1] + 3
+    assert not differs[: position + 1].any() and differs[position + 1 :].any()
+
+
+def test_tanh_gate_is_bounded():
+    """tanh(a) * sigmoid(b) (van den Oord et al. 2016, equation 2) is within -1 and 1; a * sigmoid(b) is not."""
+    gates = torch.tensor([[50.0, -2.0, 50.0, 0.0]])
+    torch.testing.assert_close(tanh_gate(gates), torch.tensor([[1.0, math.tanh(-2) / 2]]))
+    torch.testing.assert_close(F.glu(gates), torch.tensor([[50.0, -1.0]]))
+
+
+@pytest.mark.parametrize("place", ["inside", "after"])
+def test_dropout_place(place: str):
+    """With a probability near 1, a block returns almost only zeros if dropout follows it, else almost its input."""
+    block = GatedBlock(16, nn.Linear(16, 16), BlockStyle(0.999, place))
+    nn.init.zeros_(block.second.bias)
+    x = torch.randn(1, 2, 2, 16)
+    output = block(x)
+    assert (output == 0).float().mean() > 0.9 if place == "after" else torch.allclose(output, x)
+    assert torch.isfinite(block.eval()(x)).all()
+
+
+def test_unconditioned_prior_ignores_coarser_codes():
+    """It accepts them, has no conditioning stack, and gives the same logits for others."""
+    prior = build(
+        config("pixelcnn", conditioned=False), entries=ENTRIES, grid=(8, 12), coarser=COARSER, classes=0
+    ).eval()
+    codes = codes_of((8, 12))
+    assert prior.conditioning is None and torch.equal(prior(codes, coarser_of()), prior(codes, coarser_of()))
+
+
+def test_single_stack_of_the_papers_bottom_prior_is_smaller():
+    """One stack has 299 M parameters, the figure of a single masked convolution per block; two stacks have 418.6 M."""
+    settings = {"channels": 512, "residual_channels": 1024, "layers": 20, "attention_layers": 0, "kernel_size": 5}
+    counts = []
+    for name in ("pixelsnail", "pixelcnn"):
+        with torch.device("meta"):
+            one = PriorConfig(name, **settings, output_layers=0, condition_layers=20)  # type: ignore[arg-type]
+            prior = build(one, entries=512, grid=(64, 64), coarser={"top": Grid(512, 32, 32)}, classes=1000)
+        counts.append(round(count_parameters(prior) / 1e6, 1))
+    assert counts[1] == 418.6 and counts[0] == pytest.approx(299, rel=0.03), counts

@@ -365,3 +365,14 @@ def test_two_workers_learn_the_codebook_of_one(tmp_path: Path):
     assert all(torch.equal(left[name], right[name]) for name in left)
     for name, value in single.state_dict().items():
         torch.testing.assert_close(left[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["ema", "loss"])
+def test_random_initial_entries_stay_where_they_are(mode: str):
+    """The first batch does not place them: only entries that it chooses move, by moving averages."""
+    quantizer = Quantizer(QuantizerConfig(mode=mode, initial="random", revive_every=0), entries=8, dim=4)
+    before = quantizer.codebook.detach().clone()
+    sums = quantizer(torch.randn(2, 4, 3, 3)).sums
+    quantizer.absorb(sums)
+    moved = (quantizer.codebook.detach() != before).any(1)
+    assert torch.equal(moved, (sums.counts > 0) if mode == "ema" else torch.zeros(8, dtype=torch.bool))

@@ -22,13 +22,13 @@ SAMPLE_IDS = torch.tensor([0, 1, 5])
 
 
 def non_uniform(
-    name: str, conditioned: bool, dtype: torch.dtype = torch.float64, label_dropout: float = 0.0
+    name: str, conditioned: bool, dtype: torch.dtype = torch.float64, /, **options: Any
 ) -> tuple[Prior, dict[str, Any]]:
     """Build a prior whose entries are not equally probable, and the conditions of three grids."""
     torch.manual_seed(0)
     settings = {"channels": 8, "residual_channels": 12, "layers": 4, "attention_layers": 2, "attention_heads": 2}
     settings |= {"output_layers": 1, "condition_layers": 1}
-    config = PriorConfig(name, **settings, label_dropout=label_dropout)  # type: ignore[arg-type]
+    config = PriorConfig(name, **settings, **options)  # type: ignore[arg-type]
     grid, coarser, classes = ((6, 12), COARSER, CLASSES) if conditioned else (GRID, {}, 0)
     prior = build(config, entries=ENTRIES, grid=grid, coarser=coarser, classes=classes).to(dtype).eval()
     for module in prior.modules():
@@ -70,6 +70,17 @@ def test_cached_logits_equal_the_networks(name: str, conditioned: bool, static: 
     codes = codes_for(prior)
     cached = score_cached(prior, codes, **conditions, static=static)
     torch.testing.assert_close(cached, prior(codes, **conditions).detach(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"gate": "tanh"}, {"conditioned": False}], ids=str)
+@pytest.mark.parametrize("name", PRIORS)
+def test_cached_logits_equal_the_networks_with_options(name: str, options: dict[str, Any]):
+    """This holds for the other gate, and for a prior that ignores the coarser codes."""
+    prior, conditions = non_uniform(name, True, **options)
+    codes = codes_for(prior)
+    torch.testing.assert_close(
+        score_cached(prior, codes, **conditions), prior(codes, **conditions).detach(), atol=1e-12, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", PRIORS)

@@ -1,5 +1,6 @@
 """Hierarchical VQ-VAE: any number of levels, exact decoding of codes, and refused inputs."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -363,3 +364,27 @@ def test_codebook_of_one_entry_is_refused():
     """Its codes have no information, and metrics per bit would divide by 0."""
     with pytest.raises(ValueError, match="entries must be 2 to 65536, got 1"):
         config({"top": 4}, entries=1)
+
+
+def test_filters_of_three_pixels_halve_the_grid_alike():
+    """The shapes are those of filters of four pixels, with fewer parameters."""
+    strides = {"top": 8, "bottom": 4}
+    batch = images(strides)
+    four, three = (VQVAE(config(strides, down_kernel_size=size)) for size in (4, 3))
+    assert [level.codes.shape for level in three(batch).levels.values()] == [
+        level.codes.shape for level in four(batch).levels.values()
+    ]
+    assert sum(p.numel() for p in three.parameters()) < sum(p.numel() for p in four.parameters())
+
+
+def test_reconstruction_error_is_divided_by_the_variance():
+    """The metric is not: it stays the MSE. At variance 1 the loss is that without the setting."""
+    strides = {"only": 4}
+    vqvae = VQVAE(config(strides))
+    batch = images(strides)
+    output = vqvae(batch)
+    plain = vqvae.objective(output, batch)
+    vqvae.config = dataclasses.replace(vqvae.config, image_variance=0.25)
+    scaled = vqvae.objective(output, batch)
+    assert scaled.reconstruction == plain.reconstruction
+    torch.testing.assert_close(scaled.total - plain.total, 3 * plain.reconstruction)

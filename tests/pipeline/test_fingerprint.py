@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from models.config import NEUTRAL, plain_settings
 from pipeline import dvc_yaml, params
-from pipeline.fingerprint import identify, plain_settings
-from stages.config import NEUTRAL
+from pipeline.fingerprint import identify
 from stages.errors import UserError
 from stages.formats import artifact
 

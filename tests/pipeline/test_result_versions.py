@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from models.config import NEUTRAL
 from pipeline import dvc_yaml, params, result_versions
 from pipeline.fingerprint import identify
-from stages.config import NEUTRAL, AugmentConfig
+from stages.config import AugmentConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from tests.command_line_project import CommandLineProject

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.config import LevelConfig, VQVAEConfig
+from models.config import LevelConfig, QuantizerConfig, VQVAEConfig
 from models.vqvae import VQVAE
 from stages.errors import UserError
 from stages.formats import artifact, model_file
@@ -31,6 +31,14 @@ def refusal(folder: Path) -> str:
         model_file.load_vqvae(folder)
     assert caught.value.code == 5 and caught.value.fix
     return str(caught.value)
+
+
+def test_settings_at_their_neutral_value_are_left_out():
+    """Manifests are those of releases without these settings; other values are recorded and read back."""
+    assert "initial" not in model_file.network_meta(CONFIG)["quantizer"]
+    changed = VQVAEConfig(CONFIG.levels, QuantizerConfig(initial="random"), image_variance=0.5)
+    meta = model_file.network_meta(changed)
+    assert (meta["quantizer"]["initial"], meta["image_variance"]) == ("random", 0.5)
 
 
 def test_a_written_model_is_read_back(tmp_path: Path):
