@@ -173,7 +173,7 @@ class PriorConfig:
     output_layers: int = 20  # gated 1x1 blocks before the logits, 0 or more
     condition_layers: int = 20  # residual blocks over the coarser codes, 0 or more
     # fraction of training grids without their label, 0 up to 1; above 0, sampling can use classifier-free guidance
-    label_dropout: float = 0.0
+    label_dropout: float = field(default=0.0, metadata={NEUTRAL: 0.0})
     # gate of the blocks: "sigmoid" is a * sigmoid(b), of PixelSNAIL; "tanh" is tanh(a) * sigmoid(b), of Gated PixelCNN
     gate: Literal["sigmoid", "tanh"] = field(default="sigmoid", metadata={NEUTRAL: "sigmoid"})
     # place of the blocks' dropout: "inside", before their second layer, or "after" the whole block

@@ -126,6 +126,10 @@ class VQVAE(nn.Module):
                 mean = level.quantizer.mean().to(coarsest.device)
                 vector = mean if fill == "mean" else torch.zeros_like(mean)
                 latents[name] = vector[None, :, None, None].expand(len(coarsest), -1, *sides)
+        return self.decode_latents(latents)
+
+    def decode_latents(self, latents: Mapping[str, Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B 3 H W"]:
+        """Decode latent vectors of all levels to images. Those of one forward pass give exactly its reconstruction."""
         return self.decoder(torch.cat(self._lift(latents), 1))
 
     def decode_prefixes(

@@ -60,7 +60,8 @@ def read(experiment: Experiment, commit: str) -> Result:
         for stage in experiment.stages.values()
         for path in stage.metrics
     }
-    nll = {stage.level: metrics[f"prior_{stage.level}"]["nll"] for stage in experiment.stages.values() if stage.level}
+    priors = [stage.key for stage in experiment.stages.values() if stage.module == "prior"]
+    nll = {level: metrics[f"prior_{level}"]["nll"] for level in priors}
     evaluated = metrics.get("evaluate", {})
     psnr = evaluated.get("psnr", metrics["vqvae"]["psnr"])
     listing = plan.read_listing(settings.dataset)

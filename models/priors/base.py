@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.config import PriorConfig
 from models.precision import autocast_disabled
 from models.priors.attention import StrictAttention
-from models.priors.conditioning import ConditioningStack, Grid
+from models.priors.conditioning import ConditioningStack, Grid, Grids
 from models.priors.layers import NO_LABEL, BlockStyle, GatedBlock, RasterConv, vertical
 
 
@@ -146,13 +146,13 @@ class Prior(nn.Module):
             labels = labels.masked_fill(dropped, NO_LABEL)
         return self.score(codes, self.condition(coarser), labels)
 
-    def condition(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]] | None) -> Float[Tensor, "B H W C"] | None:
+    def condition(self, coarser: Mapping[str, Grids] | None) -> Float[Tensor, "B H W C"] | None:
         """Compute the feature map that conditions every block; None for the coarsest level and without conditioning."""
         return None if self.conditioning is None else self.conditioning(coarser or {})
 
     def score(
         self,
-        codes: Int64[Tensor, "B H W"],
+        codes: Grids,
         condition: Float[Tensor, "B H W C"] | None,
         labels: Int64[Tensor, " B"] | None,
     ) -> Float[Tensor, "B K H W"]:

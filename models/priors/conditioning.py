@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from models.residual import ResidualBlock
 
+# Codes, or continuous latents (models/priors/density.py).
+Grids = Int64[Tensor, "B _ _"] | Float[Tensor, "B _ _ _"]
+
 
 class Grid(NamedTuple):
     """Size of a level's grid of codes, and the number of its codebook's entries."""
@@ -53,7 +56,7 @@ class ConditioningStack(nn.Module):
         # kernel 2f, stride f, padding f / 2: each side grows by exactly f, which must be even.
         self.lift = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, padding=factor // 2)
 
-    def forward(self, coarser: Mapping[str, Int64[Tensor, "B _ _"]]) -> Float[Tensor, "B H W C"]:
+    def forward(self, coarser: Mapping[str, Grids]) -> Float[Tensor, "B H W C"]:
         maps = [
             F.interpolate(embedding(coarser[name]).permute(0, 3, 1, 2), self.finest_size)
             for name, embedding in zip(self.levels, self.embeddings.values(), strict=True)

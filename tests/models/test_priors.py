@@ -530,7 +530,7 @@ def test_single_stack_of_the_papers_bottom_prior_is_smaller():
     counts = []
     for name in ("pixelsnail", "pixelcnn"):
         with torch.device("meta"):
-            one = PriorConfig(name, **settings, output_layers=0, condition_layers=20)  # type: ignore[arg-type]
-            prior = build(one, entries=512, grid=(64, 64), coarser={"top": Grid(512, 32, 32)}, classes=1000)
+            network = PriorConfig(name, **settings, output_layers=0, condition_layers=20)  # type: ignore[arg-type]
+            prior = build(network, entries=512, grid=(64, 64), coarser={"top": Grid(512, 32, 32)}, classes=1000)
         counts.append(round(count_parameters(prior) / 1e6, 1))
     assert counts[1] == 418.6 and counts[0] == pytest.approx(299, rel=0.03), counts

@@ -388,3 +388,13 @@ def test_reconstruction_error_is_divided_by_the_variance():
     scaled = vqvae.objective(output, batch)
     assert scaled.reconstruction == plain.reconstruction
     torch.testing.assert_close(scaled.total - plain.total, 3 * plain.reconstruction)
+
+
+def test_latents_of_a_forward_pass_decode_to_its_reconstruction():
+    """Also without quantization, where there are no codes to decode."""
+    strides = {"top": 8, "bottom": 4}
+    for mode in ("ema", "none"):
+        vqvae = VQVAE(config(strides, QuantizerConfig(mode=mode))).eval()
+        output = vqvae(images(strides))
+        latents = {name: level.latents for name, level in output.levels.items()}
+        assert torch.equal(vqvae.decode_latents(latents), output.reconstruction)
