@@ -23,7 +23,7 @@ CAPTION = (
     "Validation images; one seed. NLL in nats per code. Bits per pixel: the codes of all levels under their priors. "
     "MSE of pixels in [-1, 1]. Sharpness: gradient energy of the reconstructions divided by that of their images. KID "
     "of the samples. Parameters and training FLOP of all networks that the variant trains. Time of the experiment on "
-    "this machine; none if results came from the cache."
+    "this machine; none if trained networks came from the cache."
 )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +26,10 @@ def run(names: Sequence[str], *, overrides: Sequence[str], steps: int | None, ou
     The base settings are those of params.yaml, or `overrides`. Raises UserError for an unknown ablation, a variant that
     cannot run on this machine, and a project without Git.
     """
+    _require_commit()
     chosen = ablations.select(names, ablations.read())
     base = list(overrides) or repeating_overrides(params.read())
     planned = list(ablations.experiments(chosen, base, steps))
-    _require_commit()
     commits = {experiment.name: find_experiment(experiment.name) for experiment in planned}
     if dry_run:
         print(format_plan(planned, commits))
@@ -38,17 +38,17 @@ def run(names: Sequence[str], *, overrides: Sequence[str], steps: int | None, ou
     for experiment in pending.values():
         preflight.check(experiment.settings, list(experiment.stages), describe_source(experiment.overrides))
     status = 0
-    with _cluster(planned) as environment:
+    with _cluster(planned) as (environment, stage_status):
         for number, experiment in enumerate(pending.values(), 1):
             print(f"{experiment.name} ({number} of {len(pending)}): {_changes(experiment)}", flush=True)
-            if status := _run_experiment(experiment, environment):
+            if status := _run_experiment(experiment, environment, stage_status):
                 break
             commits[experiment.name] = find_experiment(experiment.name)
     _write(chosen, planned, commits, base, out)
     return status
 
 
-def _run_experiment(experiment: Experiment, environment: Mapping[str, str]) -> int:
+def _run_experiment(experiment: Experiment, environment: Mapping[str, str], stage_status: Callable[[], int]) -> int:
     """Run one experiment and note its time; return the exit status."""
     from pipeline import ablation_results
 
@@ -56,22 +56,25 @@ def _run_experiment(experiment: Experiment, environment: Mapping[str, str]) -> i
     targets = [experiment.target] if experiment.target else []
     outcome = dvc.run_experiment(experiment.name, experiment.overrides, targets, environment)
     if outcome.status or outcome.stop_signal:
-        return failure_status(outcome, 0)
-    # The time says nothing if most of the results come from DVC's cache.
-    seconds = {} if outcome.restored else {"seconds": time.monotonic() - started}
+        return failure_status(outcome, stage_status())
+    # The time says nothing if trained networks come from DVC's cache; all variants share the shards.
+    seconds = {} if set(outcome.restored) - {"shard"} else {"seconds": time.monotonic() - started}
     ablation_results.write_notes(experiment.name, seconds)
     return 0
 
 
 @contextmanager
-def _cluster(planned: Sequence[Experiment]) -> Iterator[dict[str, str]]:
-    """Share one Ray cluster between all experiments, if its size is that of the project's params.yaml."""
+def _cluster(planned: Sequence[Experiment]) -> Iterator[tuple[dict[str, str], Callable[[], int]]]:
+    """Share one Ray cluster between all experiments, if its size is that of the project's params.yaml.
+
+    Yields the environment of the stages, and a function that returns the exit status of a failed one, 0 if unknown.
+    """
     environment = dict(os.environ)
     if any(experiment.settings.cluster != params.load().cluster for experiment in planned):
-        yield environment  # each stage starts a cluster of its size
+        yield environment, lambda: 0  # each stage starts a cluster of its size
         return
     with shared_cluster.SharedCluster() as cluster:
-        yield environment | {shared_cluster.FOLDER: str(cluster.folder)}
+        yield environment | {shared_cluster.FOLDER: str(cluster.folder)}, cluster.exit_status
 
 
 def _write(
