@@ -16,13 +16,14 @@ from models.config import plain_settings
 from pipeline import dvc, dvc_yaml, params, stage_source
 from pipeline.compose import compose_settings
 from pipeline.composed_from import CONF, format_override, key_of, settings_of
+from pipeline.conf_layers import PACKAGED
 from pipeline.sections import sections_of
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
 from stages.formats.config_schema import adapter
 
-FILE = CONF / "ablations.yaml"
+FILE = CONF / "ablations.yaml"  # of the project; without it, that of the package
 BASE = "base"  # name of the experiment of a variant without changes
 Compose = Callable[[tuple[str, ...]], tuple[dict[str, Any], Params]]  # overrides -> params.yaml and settings
 WARMUP_SHARE = 10  # with --steps, at most a tenth of the steps warm up
@@ -61,8 +62,10 @@ class Experiment:
     target: str  # last stage that runs; "" for all
 
 
-def read(file: Path = FILE) -> dict[str, Ablation]:
-    """Read the ablations. Raises UserError if the file is missing or not valid."""
+def read(file: Path = FILE, packaged: Path = PACKAGED) -> dict[str, Ablation]:
+    """Read the ablations of the project, or else those of the package. Raises UserError if the file is not valid."""
+    if not file.is_file():
+        file = packaged / FILE.name
     try:
         return dict(adapter(Mapping[str, Ablation]).validate_python(params.read(file)))
     except pydantic.ValidationError as error:

@@ -63,7 +63,7 @@ def test_command_parses(command: str):
     parser.make_context(name, list(options))
     values = params.read(ROOT / "params.yaml")
     for option in options:
-        key, sign, value = option.partition("=")
+        key, sign, value = option.removeprefix("+").partition("=")
         if sign:
             is_choice = (ROOT / CONF / key / f"{value}.yaml").is_file()
             assert is_choice or params.look_up(values, key) is not None, option

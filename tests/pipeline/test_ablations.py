@@ -86,6 +86,11 @@ def test_invalid_file_is_refused(tmp_path: Path):
         ablations.read(tmp_path / "ablations.yaml")
 
 
+def test_project_without_the_file_has_the_ablations_of_the_package(tmp_path: Path):
+    """A project outside of the repository need not copy them."""
+    assert ablations.read(tmp_path / "ablations.yaml") == ablations.read()
+
+
 def test_dry_run_lists_experiments_and_their_state():
     """A finished experiment is listed with its commit."""
     planned = experiments({"base": Variant(), "loss": Variant(("vqvae.quantizer.mode=loss",))})
