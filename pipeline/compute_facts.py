@@ -32,7 +32,7 @@ def compute_facts(stage: Stage, settings: Params) -> dict[str, Any]:
 def _train_config(stage: Stage, settings: Params) -> TrainConfig | None:
     if stage.module == "vqvae":
         return settings.train_vqvae
-    return settings.priors[stage.level].train if stage.module == "prior" else None
+    return settings.priors[stage.key].train if stage.module == "prior" else None
 
 
 def _schedule(train: TrainConfig) -> str:
