@@ -153,7 +153,7 @@ def test_labels_are_dropped_at_their_rate_in_training_only(name: str):
     labelled, unlabelled = prior(*inputs, labels)[:1], prior(*inputs, labels + NO_LABEL)[:1]
     assert torch.equal(prior(*inputs, labels)[399:], labelled)
     logits = prior.train()(*inputs, labels)
-    is_labelled, is_unlabelled = ((logits == one).flatten(1).all(1) for one in (labelled, unlabelled))
+    is_labelled, is_unlabelled = ((logits == expected).flatten(1).all(1) for expected in (labelled, unlabelled))
     assert (is_labelled ^ is_unlabelled).all()
     assert 0.15 < is_unlabelled.double().mean() < 0.35
 

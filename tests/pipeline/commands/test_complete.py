@@ -28,8 +28,8 @@ def test_images_are_those_of_the_python_api(path: Path, tmp_path: Path):
     codes = model.encode(path)
     completed = model.complete_codes(codes, rows=0.5, count=3, seed=3, label="light")
     for level, grid in codes.items():
-        kept = grid.shape[1] // 2
-        assert (completed[level][:, :kept] == grid[:, :kept]).all()
+        middle = grid.shape[1] // 2
+        assert (completed[level][:, :middle] == grid[:, :middle]).all()
     drawn = [np.asarray(Image.open(tmp_path / "out" / f"00{number}.png")) for number in range(3)]
     assert np.array_equal(drawn, model.decode(completed, format="numpy"))
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
