@@ -36,7 +36,13 @@ LIBRARIES = {
     "mlflow": ("stages/tracking/", "pipeline/mlflow_model.py"),
     "hydra": ("pipeline/compose.py",),
     "omegaconf": ("pipeline/compose.py",),
-    "typer": ("pipeline/cli.py", "pipeline/cli_common.py", "pipeline/cli_models.py", "pipeline/cli_project.py"),
+    "typer": (
+        "pipeline/cli.py",
+        "pipeline/cli_ablate.py",
+        "pipeline/cli_common.py",
+        "pipeline/cli_models.py",
+        "pipeline/cli_project.py",
+    ),
     "pickle": (),
     "torchvision": (),
     "dvc": (),  # called as a program
