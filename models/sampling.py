@@ -113,7 +113,7 @@ class Sampler:
         self.rule = SamplingRule(temperature, top_k, top_p)
         check_sampling_rule(self.rule)
         check_field(self, "guidance", 0 <= guidance < math.inf, "a number, 0 or more")
-        if guidance != 1 and not (prior.classes and prior.label_dropout):
+        if guidance != 1 and not prior.can_be_guided:
             raise ValueError(
                 f"guidance must be 1 for a prior that was not trained without labels too, got {guidance}; train it on "
                 "labelled images with label_dropout above 0, such as 0.1"

@@ -47,6 +47,17 @@ TopP = Annotated[
     float | None,
     typer.Option(min=0.01, max=1.0, help="Sample from the likeliest entries with this total probability; 1 keeps all."),
 ]
+Guidance = Annotated[
+    float | None, typer.Option(min=0.0, help="Above 1, favour what the class makes likelier; 1 is no guidance.")
+]
+LevelRules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--level",
+        metavar="LEVEL.OPTION=VALUE",
+        help="Change an option for one level, such as bottom.temperature=0.8. Repeatable.",
+    ),
+]
 Model = Annotated[
     Path | None,
     typer.Option(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_common import MODELS, Model, Temperature, TopK, TopP, complete, run_and_exit
+from pipeline.cli_common import MODELS, Guidance, LevelRules, Model, Temperature, TopK, TopP, complete, run_and_exit
 
 ClassOfImages = Annotated[
     str,
@@ -41,11 +41,13 @@ def sample(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
+    level: LevelRules = None,
 ) -> None:
     """Draw images from the trained priors.
 
-    Replaces an earlier draw in the same folder. Temperature, top-k and top-p default to the section `sample` of
-    params.yaml; with --model, to those of FOLDER/samples if it exists.
+    Replaces an earlier draw in the same folder. Temperature, top-k, top-p and guidance default to the section `sample`
+    of params.yaml; with --model, to those of FOLDER/samples if it exists.
 
     Example:  vqvae2 sample drawn --count 16 --class flags --seed 3
 
@@ -65,6 +67,8 @@ def sample(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            guidance=guidance,
+            level_rules=level or (),
         )
 
     run_and_exit(action, require_project=model is None)

@@ -109,7 +109,7 @@ def _config(models: TrainedModels, sampling: SampleConfig, parts: Mapping[str, A
         "image_size": models.image_size,
         "classes": list(models.classes),
         "grids": models.vqvae.config.grids(models.image_size),
-        "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
+        "sampling": sampling.describe_rule(),
         "networks": networks,
         "digests": {name: part.digest for name, part in parts.items()},
     }

@@ -39,7 +39,13 @@ OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error 
 
 
 # Mapping whose keys users choose -> what stands for a key in the names of settings.
-PLACEHOLDERS = {"levels": "LEVEL", "priors": "LEVEL", "classifiers": "ARTIFACT", "rejections": "ARTIFACT"}
+PLACEHOLDERS = {
+    "levels": "LEVEL",
+    "priors": "LEVEL",
+    "level_rules": "LEVEL",
+    "classifiers": "ARTIFACT",
+    "rejections": "ARTIFACT",
+}
 # Artifacts with images that a classifier can be trained on, and that a rejection can select from.
 CLASSIFIED = ("shards", "vqvae", "samples", "accepted")
 REJECTED = ("samples",)
@@ -301,10 +307,31 @@ def _conflicts(params: Params) -> Iterator[Problem]:
     entries = max(level.entries for level in levels.values())
     if params.sample.top_k > entries:
         yield top_k_problem("sample.top_k", params.sample.top_k, entries)
+    yield from _sampling_conflicts(params)
     yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
         yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
     yield from _classifier_conflicts(params)
+
+
+def _sampling_conflicts(params: Params) -> Iterator[Problem]:
+    """Yield problems of the sampling rules of levels."""
+    levels = params.vqvae.levels
+    for level, own in params.sample.level_rules.items():
+        key = f"sample.level_rules.{level}"
+        if level not in levels:
+            headline = f"sample.level_rules must name levels of vqvae.levels ({', '.join(levels)}), got {level}."
+            yield Problem(key, headline, f"Remove {key}, or use one of these names.")
+        elif own.top_k and own.top_k > levels[level].entries:
+            yield top_k_problem(f"{key}.top_k", own.top_k, levels[level].entries)
+    for level, prior in params.priors.items():
+        guidance = params.sample.rule(level)["guidance"]
+        if guidance != 1 and not prior.network.label_dropout:
+            yield Problem(
+                f"priors.{level}.network.label_dropout",
+                f"priors.{level}.network.label_dropout must be above 0 for a guidance of {guidance:g}, got 0.",
+                f"Add: -S priors.{level}.network.label_dropout=0.1. Or set sample.guidance to 1.",
+            )
 
 
 def _classifier_conflicts(params: Params) -> Iterator[Problem]:

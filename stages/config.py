@@ -4,6 +4,7 @@ Batch sizes and steps are global: they do not depend on the number of workers. `
 never what it computes. A field's comment is its entry in the reference of settings: meaning, unit, range.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from models.config import (
     check_not_negative,
     check_positive,
     check_sampling_rule,
+    plain_settings,
 )
 
 # Columns of the files of codes, and rows of the metrics, beside those of the levels.
@@ -132,6 +134,23 @@ class ClassifierStageConfig:
     train: TrainConfig  # length and schedule of training
 
 
+SAMPLING_RULE = ("temperature", "top_k", "top_p", "guidance")  # settings that change which codes are drawn
+RULE_SETTINGS = (*SAMPLING_RULE, "level_rules")
+
+
+@dataclass(frozen=True)
+class LevelRule:
+    """Sampling rule of one level where it differs from that of the other levels; null: the same."""
+
+    temperature: float | None = field(default=None, metadata={NEUTRAL: None})
+    top_k: int | None = field(default=None, metadata={NEUTRAL: None})
+    top_p: float | None = field(default=None, metadata={NEUTRAL: None})
+    guidance: float | None = field(default=None, metadata={NEUTRAL: None})
+
+    def __post_init__(self) -> None:
+        SampleConfig(**{name: value for name, value in vars(self).items() if value is not None})  # checks the ranges
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Number, classes and sampling rule of the samples."""
@@ -143,6 +162,11 @@ class SampleConfig:
     temperature: float = 1.0  # divisor of the logits, above 0; below 1 favours probable codes
     top_k: int = 0  # sample from the k most probable entries, 0 or more; 0 keeps all
     top_p: float = 1.0  # sample from the fewest entries of this total probability, above 0 and at most 1; 1 keeps all
+    # scale of classifier-free guidance, 0 or more; 1 is none; above 1 favours what the class makes likelier. Other than
+    # 1 it doubles the work, and needs priors trained with label_dropout
+    guidance: float = field(default=1.0, metadata={NEUTRAL: 1.0})
+    # temperature, top_k, top_p or guidance of single levels, such as {bottom: {temperature: 0.8}}
+    level_rules: Mapping[str, LevelRule] = field(default_factory=dict, metadata={NEUTRAL: {}})
     batch_size: int = 64  # images drawn at once, 1 or more; does not change the samples
     images_per_part: int = 1024  # images per file, 1 or more
     # "cached" computes each code from cached keys, values and activations; "naive" runs the network on the whole grid
@@ -152,6 +176,23 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_positive(self, "count", "batch_size", "images_per_part")
         check_sampling_rule(self)
+        check_field(self, "guidance", 0 <= self.guidance < math.inf, "a number, 0 or more")
+
+    def rule(self, level: str) -> dict[str, Any]:
+        """Return the sampling rule of a level: the keys of SAMPLING_RULE."""
+        own = vars(self.level_rules.get(level, LevelRule()))
+        return {name: getattr(self, name) if own[name] is None else own[name] for name in SAMPLING_RULE}
+
+    def describe_rule(self) -> dict[str, Any]:
+        """Return the sampling rule as plain data, without what is neutral: for the metadata of samples."""
+        return {key: value for key, value in plain_settings(self).items() if key in RULE_SETTINGS}
+
+    @classmethod
+    def of_rule(cls, meta: Mapping[str, Any], **others: Any) -> "SampleConfig":
+        """Return settings with the rule that `describe_rule` has put into metadata. Raises ValueError as the class."""
+        rule = {name: meta[name] for name in SAMPLING_RULE if name in meta}
+        level_rules = {level: LevelRule(**own) for level, own in meta.get("level_rules", {}).items()}
+        return cls(**rule, level_rules=level_rules, **others)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ SHOWN_COLUMNS = 8  # of the contact sheet, if no classes are configured
 def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int, context: StageContext) -> None:
     """Draw `sample.count` samples. Raises UserError if models are missing or do not match, or a class is unknown."""
     models = TrainedModels.load(vqvae, priors)
+    models.require_drawable(sample, where="sample")
     work = context.work_dir / "parts"
     work.mkdir(parents=True, exist_ok=True)
     arguments = (vqvae.absolute(), priors.absolute(), sample, seed, work.absolute())
@@ -41,9 +42,7 @@ def run(vqvae: Path, priors: Path, out: Path, *, sample: SampleConfig, seed: int
         "classes": list(models.classes),
         "image_size": models.image_size,
         "levels": {level: grid._asdict() for level, grid in models.grids.items()},
-        "temperature": sample.temperature,
-        "top_k": sample.top_k,
-        "top_p": sample.top_p,
+        **sample.describe_rule(),
         "accepted": 1.0,  # fraction of the drawn samples that is kept: there is no rejection sampling
         "vqvae": models.digests["vqvae"],
         "priors": {level: models.digests[level] for level in models.priors},

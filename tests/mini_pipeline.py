@@ -31,8 +31,8 @@ from stages.training.distributed import DistributedContext
 NETWORK = VQVAEConfig({"top": LevelConfig(8, 8, 4, 1, 16, 4), "bottom": LevelConfig(4, 8, 4, 1, 16, 4)})
 TRAIN = TrainConfig(steps=12, batch_size=4, ema_decay=0.5, log_every=2, evaluate_every=6, checkpoint_every=4)
 PRIORS = {
-    "top": PriorConfig("pixelsnail", 8, 8, 2, 1, 2, 3, 0.1, 1, 1),
-    "bottom": PriorConfig("pixelcnn", 8, 8, 2, 0, 1, 3, 0.1, 1, 1),
+    "top": PriorConfig("pixelsnail", 8, 8, 2, 1, 2, 3, 0.1, 1, 1, label_dropout=0.2),
+    "bottom": PriorConfig("pixelcnn", 8, 8, 2, 0, 1, 3, 0.1, 1, 1, label_dropout=0.2),
 }
 CLASSIFIER = ClassifierStageConfig(ClassifierConfig(channels=4, halvings=1, blocks=1), TRAIN)
 AUGMENT = AugmentConfig(flip=True, max_shift=1)

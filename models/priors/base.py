@@ -146,6 +146,11 @@ class Prior(nn.Module):
             labels = labels.masked_fill(dropped, NO_LABEL)
         return self.score(codes, self.condition(coarser), labels)
 
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether the prior was trained with and without labels, as classifier-free guidance needs."""
+        return self.classes > 0 and self.label_dropout > 0
+
     def condition(self, coarser: Mapping[str, Grids] | None) -> Float[Tensor, "B H W C"] | None:
         """Compute the feature map that conditions every block; None for the coarsest level and without conditioning."""
         return None if self.conditioning is None else self.conditioning(coarser or {})

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from pipeline.image_commands import (
     require_replaceable,
     safe_name,
 )
-from stages.config import SampleConfig
+from stages.config import SAMPLING_RULE, LevelRule, SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.images.contact_sheet import contact_sheet, encode_png
@@ -39,10 +42,14 @@ def run(
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
+    guidance: float | None,
+    level_rules: Sequence[str],
 ) -> int:
     """Draw images with the options of the command line and print the paths; return the exit status."""
     settings = sampling_rule(model) if model else params.load().sample
-    config = choose_config(settings, count, classes, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    given_options = {name: value for name, value in options.items() if value is not None}
+    config = choose_config(settings, count, classes, level_rules, **given_options)
     sheet = sheet or default_sheet(out)
     draw(out, config, seed=seed, sheet=sheet, model=model or MODEL)
     print(f"{out}\n{sheet}")
@@ -59,22 +66,45 @@ def choose_config(
     settings: SampleConfig,
     count: int,
     classes: Sequence[str],
-    *,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    level_rules: Sequence[str] = (),
+    **options: float,
 ) -> SampleConfig:
     """Combine options of the command line with settings, which stand for options not given.
 
-    Raises UserError if an option is out of range.
+    `level_rules` are options of single levels, such as "bottom.temperature=0.8"; they override those of all levels,
+    and an option of all levels overrides settings of single levels. Raises UserError if an option is out of range.
     """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    overrides = {name: value for name, value in options.items() if value is not None}
+    rules = {
+        level: {name: value for name, value in vars(rule).items() if name not in options}
+        for level, rule in settings.level_rules.items()
+    }
+    for text in level_rules:
+        level, name, value = _parse_level_rule(text)
+        rules.setdefault(level, {})[name] = value
     try:
-        return dataclasses.replace(settings, count=count, classes=tuple(classes), **overrides)  # type: ignore[arg-type]
+        parsed = {level: LevelRule(**rule) for level, rule in rules.items()}
+        changes: dict[str, Any] = {"count": count, "classes": tuple(classes), "level_rules": parsed, **options}
+        return dataclasses.replace(settings, **changes)
     except ValueError as error:
         key, headline, fix = params.explain(error)
         raise UserError(headline, where=f"--{key.replace('_', '-')}", fix=fix, code=2) from None
+
+
+def _parse_level_rule(text: str) -> tuple[str, str, float]:
+    """Parse an option of one level, such as bottom.temperature=0.8. Raises UserError if it has another form."""
+    match = re.fullmatch(r"(\w+)\.(\w+)=([0-9.eE+-]+)", text)
+    number = None
+    if match and match[2] in SAMPLING_RULE:
+        with suppress(ValueError):
+            number = int(match[3]) if match[2] == "top_k" else float(match[3])
+    if match is None or number is None:
+        raise UserError(
+            f"{text!r} is not an option of one level.",
+            where="--level",
+            fix=f"Write LEVEL.OPTION=NUMBER, with any of {', '.join(SAMPLING_RULE)}: --level bottom.temperature=0.8",
+            code=2,
+        )
+    return match[1], match[2], number
 
 
 def draw(out: Path, config: SampleConfig, *, seed: int, sheet: Path, model: Path = MODEL) -> None:
@@ -87,13 +117,16 @@ def draw(out: Path, config: SampleConfig, *, seed: int, sheet: Path, model: Path
     _require_sheet(sheet, out)
     require_model(model, "vqvae", "priors")
     models = TrainedModels.load(model / "vqvae", model / "priors").to(best_device())
+    models.require_drawable(config, where="options" if model == MODEL else str(model))
     labels = choose_labels(models, config)
     entries = max(grid.entries for grid in models.grids.values())
     if config.top_k > entries:
         problem = params.top_k_problem("top_k", config.top_k, entries)
         raise UserError(problem.headline, where=model / "vqvae", fix=problem.fix, code=2)
     meta = {
-        **{name: getattr(config, name) for name in ("count", "classes", "temperature", "top_k", "top_p")},
+        "count": config.count,
+        "classes": config.classes,
+        **config.describe_rule(),
         "seed": seed,
         "image_size": models.image_size,
         "models": dict(models.digests),

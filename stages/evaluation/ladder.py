@@ -12,7 +12,6 @@ value that a model can reach, and each rung what one model loses: the VQ-VAE, or
 Axes: N images, D features.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -60,9 +59,7 @@ def labels(levels: Iterable[str]) -> dict[str, str]:
 
 def sampling_config(meta: Mapping[str, Any], batch_size: int) -> SampleConfig:
     """Return the settings by which the samples were drawn, from their metadata, for drawing levels in the same way."""
-    names = {field.name for field in dataclasses.fields(SampleConfig)}
-    rule = {name: value for name, value in summary.sampling(meta).items() if name in names}
-    return SampleConfig(batch_size=batch_size, **rule)
+    return SampleConfig.of_rule(meta, batch_size=batch_size)
 
 
 def metrics(

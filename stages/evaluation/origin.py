@@ -48,6 +48,8 @@ def _sampling(meta: Mapping[str, Any]) -> str:
     # Settings that not all samples have are shown where they change the samples.
     if "guidance" in meta:
         text += f", guidance {meta['guidance']:g}"
+    for level, rule in meta.get("level_rules", {}).items():
+        text += f", {level}: " + " ".join(f"{name.replace('_', '-')} {value:g}" for name, value in rule.items())
     if meta.get("accepted", 1) < 1:
         text += f", {meta['accepted']:.1%} of the drawn accepted"
     return text

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.priors import Grid
-from stages.config import EvaluateConfig
+from stages.config import RULE_SETTINGS, EvaluateConfig
 from stages.metrics import codecs, distortion, rate, usage
 from stages.metrics.codecs import CodecSums
 from stages.metrics.comparisons import COMPARISONS
@@ -22,12 +22,11 @@ from stages.metrics.rate import LikelihoodSums
 
 Metrics = dict[str, Any]  # nested, as JSON has them
 DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim")
-SAMPLING_RULE = ("temperature", "top_k", "top_p", "guidance", "accepted")  # of the samples, as far as they have them
 
 
 def sampling(meta: Mapping[str, Any]) -> Metrics:
     """Select from the metadata of the samples how they were drawn: the sampling rule and the fraction accepted."""
-    return {name: meta[name] for name in SAMPLING_RULE if name in meta}
+    return {name: meta[name] for name in (*RULE_SETTINGS, "accepted") if name in meta}
 
 
 def reconstruction(sums: Mapping[str, Mapping[str, DistortionSums]]) -> Metrics:

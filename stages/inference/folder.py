@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stages.config import SampleConfig
+from stages.config import RULE_SETTINGS, SampleConfig
 from stages.errors import UserError
 from stages.formats import model_file
 from stages.formats.samples import open_samples
@@ -12,7 +12,6 @@ from stages.inference.trained_models import TrainedModels
 CONFIG = "config.json"  # of an exported model
 CONFIG_FORMAT = 1
 MODEL_IN_MLFLOW = "model"  # name of the exported model in a model of MLflow
-SAMPLING_KEYS = {"temperature", "top_k", "top_p"}
 
 
 def find_model(folder: Path) -> Path:
@@ -53,13 +52,13 @@ def load_parts(folder: Path) -> TrainedModels:
 
 
 def sampling_rule(folder: Path) -> SampleConfig:
-    """Return the temperature, top-k and top-p of the samples in a model folder, or of an exported model.
+    """Return the sampling rule of the samples in a model folder, or of an exported model.
 
     The defaults if the folder has neither samples nor a `config.json`. Raises UserError if `config.json` is not valid.
     """
     try:
         meta = open_samples(folder / "samples").artifact.meta
-        return SampleConfig(temperature=meta["temperature"], top_k=meta["top_k"], top_p=meta["top_p"])
+        return SampleConfig.of_rule(meta)
     except (UserError, OSError):
         pass
     path = folder / CONFIG
@@ -70,9 +69,9 @@ def sampling_rule(folder: Path) -> SampleConfig:
         if config["format"] != CONFIG_FORMAT:
             raise ValueError(f"format must be {CONFIG_FORMAT}, got {config['format']!r}")
         rule = config["sampling"]
-        if rule.keys() != SAMPLING_KEYS or not all(isinstance(value, int | float) for value in rule.values()):
-            raise ValueError(f"sampling must have the numbers {', '.join(sorted(SAMPLING_KEYS))}, got {rule}")
-        return SampleConfig(**rule)
+        if unknown := rule.keys() - {*RULE_SETTINGS}:
+            raise ValueError(f"sampling must have any of {', '.join(RULE_SETTINGS)}, got {min(unknown)}")
+        return SampleConfig.of_rule(rule)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"The settings of this exported model are not valid: {error}.",

@@ -66,8 +66,8 @@ class Model:
     `labels` are names or indices of classes, one per image. Where they are None, each image gets the class that its
     codes are most probable under. Models without classes need none.
 
-    Methods that draw codes take the sampling rule as `temperature`, `top_k` and `top_p` (SamplingOptions). It defaults
-    to the rule of the samples in the model's folder, and for restoration to temperature 1 without top-k and top-p.
+    Methods that draw codes take the sampling rule as keyword arguments (SamplingOptions). It defaults to the rule of
+    the samples in the model's folder, and for restoration to temperature 1 without top-k and top-p.
     """
 
     def __init__(self, folder: Path, models: TrainedModels, name: str = "") -> None:
@@ -232,7 +232,9 @@ class Model:
         """
         models, thresholds = self._with_priors(), check_thresholds(threshold, self.levels)
         config = self._apply(options, SampleConfig())
-        rule = SamplingRule(config.temperature, config.top_k, config.top_p)
+        rules = {level: config.rule(level) for level in models.priors}
+        if any(rule.pop("guidance") != 1 for rule in rules.values()):
+            raise ValueError("guidance must be 1 for restoration, which compares codes without guidance")
         batches, start = [], 0
         for batch, batch_labels in self._labelled_batches(codes, labels):
             count = len(next(iter(batch.values())))
@@ -246,7 +248,7 @@ class Model:
                     sample_ids=torch.arange(start, start + count),
                     coarser=dict(restored),
                     labels=batch_labels,
-                    rule=rule,
+                    rule=SamplingRule(**rules[level]),
                 )
             batches.append(restored)
             start += count
@@ -321,8 +323,10 @@ class Model:
         return self._models
 
     def _apply(self, options: SamplingOptions, defaults: SampleConfig) -> SampleConfig:
-        """Return the settings of a draw. Raises errors as `apply_options`."""
-        return apply_options(options, defaults, entries=max(grid.entries for grid in self.levels.values()))
+        """Return the settings of a draw. Raises errors as `apply_options`, UserError if they do not fit the model."""
+        config = apply_options(options, defaults, entries=max(grid.entries for grid in self.levels.values()))
+        self._models.require_drawable(config, where="sampling options")
+        return config
 
     def _labelled_batches(
         self, codes: Mapping[str, np.ndarray], labels: Labels

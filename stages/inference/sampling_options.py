@@ -1,9 +1,10 @@
 """Sampling options: keyword arguments that all methods of the Python API that draw codes share."""
 
 import dataclasses
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
-from stages.config import SampleConfig
+from stages.config import LevelRule, SampleConfig
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -12,6 +13,8 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float | None  # divides the logits, above 0; below 1, samples vary less
     top_k: int | None  # draw from the k likeliest entries, 0 or more; 0 keeps all
     top_p: float | None  # draw from the likeliest entries with this total probability, above 0 and at most 1
+    guidance: float | None  # scale of classifier-free guidance, 0 or more; 1 is none
+    level_rules: Mapping[str, Mapping[str, float]] | None  # rules of single levels, such as {"bottom": {"top_k": 20}}
 
 
 def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: int) -> SampleConfig:
@@ -23,8 +26,10 @@ def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: 
     valid_names = SamplingOptions.__annotations__
     if unknown := [name for name in options if name not in valid_names]:
         raise TypeError(f"sampling options must be any of {', '.join(valid_names)}, got {unknown[0]}")
-    given_options = {name: value for name, value in options.items() if value is not None}
-    config = dataclasses.replace(defaults, **given_options)  # type: ignore[arg-type]
+    given_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if level_rules := given_options.pop("level_rules", None):
+        given_options["level_rules"] = {level: LevelRule(**own) for level, own in level_rules.items()}
+    config = dataclasses.replace(defaults, **given_options)
     if config.top_k > entries:
         raise ValueError(f"top_k must be at most {entries}, the entries of the largest codebook, got {config.top_k}")
     return config

@@ -34,7 +34,7 @@ class TrainedModels:
         self.classes: tuple[str, ...] = tuple(meta["classes"])
         self.label_counts: list[int] = meta["label_counts"]  # training images per class
         self.grids = {level: Grid(prior.entries, prior.height, prior.width) for level, prior in priors.items()}
-        self._samplers: dict[tuple[str, SampleConfig], Sampler] = {}  # a sampler reuses its caches in later draws
+        self._samplers: dict[tuple[Any, ...], Sampler] = {}
 
     @classmethod
     def load(cls, vqvae: Path, priors: Path) -> "TrainedModels":
@@ -97,12 +97,10 @@ class TrainedModels:
         """
         device = next(self.vqvae.parameters()).device
         codes: dict[str, Tensor] = dict(known_codes or {})
-        for index, (level, prior) in enumerate(self.priors.items()):
+        for index, level in enumerate(self.priors):
             if level in codes:
                 continue
-            if (level, config) not in self._samplers:
-                self._samplers[level, config] = _sampler(prior, config)
-            codes[level] = self._samplers[level, config].draw(
+            codes[level] = self._sampler(level, config).draw(
                 seed=seed + index,  # independent noise per level
                 sample_ids=torch.tensor(sample_ids),
                 coarser=dict(codes),
@@ -112,16 +110,33 @@ class TrainedModels:
             )
         return codes
 
+    def require_drawable(self, config: SampleConfig, where: str) -> None:
+        """Raise UserError if the sampling rule does not fit the models; `where` is the place of the rule."""
+        if unknown := [level for level in config.level_rules if level not in self.priors]:
+            raise UserError(
+                f"{unknown[0]!r} is not a level of these models.",
+                where=where,
+                fix=f"Use any of: {', '.join(self.priors)}",
+                code=2,
+            )
+        for level, prior in self.priors.items():
+            guidance = config.rule(level)["guidance"]
+            if guidance != 1 and not prior.can_be_guided:
+                raise UserError(
+                    f"guidance must be 1 for level {level}, whose prior has never seen images without their class, got "
+                    f"{guidance:g}.",
+                    where=where,
+                    fix=f"Train it on classes with: -S priors.{level}.network.label_dropout=0.1",
+                    code=2,
+                )
 
-def _sampler(prior: Prior, config: SampleConfig) -> Sampler:
-    return Sampler(
-        prior,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        method=config.method,
-        batch_size=config.batch_size,
-    )
+    def _sampler(self, level: str, config: SampleConfig) -> Sampler:
+        """Return the sampler of a level, which keeps its caches for later draws with the same settings."""
+        settings = {**config.rule(level), "method": config.method, "batch_size": config.batch_size}
+        key = (level, *settings.values())
+        if key not in self._samplers:
+            self._samplers[key] = Sampler(self.priors[level], **settings)
+        return self._samplers[key]
 
 
 def choose_labels(models: TrainedModels, config: SampleConfig, where: str = "sample.classes") -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.commands import sample
-from stages.config import SampleConfig
+from stages.config import LevelRule, SampleConfig
 from stages.errors import UserError
 from stages.formats.samples import open_samples
 from stages.inference.folder import sampling_rule
@@ -123,3 +123,34 @@ def test_option_out_of_range_is_refused():
     with pytest.raises(UserError) as caught:
         sample.choose_config(SampleConfig(), 1, (), top_k=-1)
     assert caught.value.where == "--top-k" and caught.value.code == 2
+
+
+def test_options_of_one_level_change_only_its_rule():
+    """They override options of all levels, which override the settings of single levels."""
+    settings = SampleConfig(temperature=0.5, level_rules={"bottom": LevelRule(temperature=0.6, top_k=3)})
+    config = sample.choose_config(settings, 4, (), ["top.guidance=2", "bottom.top_k=5"], temperature=0.9)
+    assert config.rule("top") == {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "guidance": 2.0}
+    assert config.rule("bottom") == {"temperature": 0.9, "top_k": 5, "top_p": 1.0, "guidance": 1.0}
+    assert SampleConfig.of_rule(config.describe_rule()).level_rules == config.level_rules
+
+
+@pytest.mark.parametrize("text", ["bottom", "bottom.temperature", "bottom.heat=1", "bottom.top_k=1.5", "temperature=1"])
+def test_option_of_one_level_in_another_form_is_refused(text: str):
+    """The error has the option and an example."""
+    with pytest.raises(UserError, match=r"is not an option of one level[\s\S]*bottom\.temperature=0\.8"):
+        sample.choose_config(SampleConfig(), 4, (), [text])
+
+
+@pytest.mark.parametrize("text", ["bottom.temperature=0", "bottom.top_p=2", "bottom.guidance=-1"])
+def test_option_of_one_level_out_of_range_is_refused(text: str):
+    """The error has the rule."""
+    with pytest.raises(UserError, match="must be"):
+        sample.choose_config(SampleConfig(), 4, (), [text])
+
+
+def test_rule_of_an_unknown_level_is_refused(artifacts, tmp_path: Path):
+    """Nothing is written."""
+    config = SampleConfig(count=1, level_rules={"middle": LevelRule(top_k=1)})
+    with pytest.raises(UserError, match=r"'middle' is not a level[\s\S]*top, bottom"):
+        sample.draw(tmp_path / "out", config, seed=0, sheet=tmp_path / "sheet.png")
+    assert not (tmp_path / "out").exists()
