@@ -158,7 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     training, validation = load(options.source, SIDE)
-    network = FeatureNetwork("", torch.device("cpu"))
+    network = FeatureNetwork(read_networks(EvaluateConfig().networks)[0])
     for mode, model in (("ema", model_codes), ("none", model_latents)):
         vqvae = train_vqvae(mode, options.dim, training, options.steps)
         codes, latents, _ = encode(vqvae, training)

@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images = load(options.source, options.size, options.count)
-    network = FeatureNetwork("", torch.device("cpu"))
+    network = FeatureNetwork(read_networks(EvaluateConfig().networks)[0])
     features = network(images)
     png = [len(encode(image, DatasetConfig("", "x", options.size))) for image in images]
     print(f"{len(images)} images of {options.size} x {options.size}; PNG {np.mean(png):,.0f} bytes")

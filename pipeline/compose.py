@@ -139,9 +139,10 @@ def to_user_error(error: Exception, overrides: Sequence[str], where: str) -> Use
         what = f"{match[1]} is not a valid setting."
         if more and more[0].startswith("Did you mean to override "):  # a group that is used under other keys
             fix = f"Did you mean {more[0].removeprefix('Did you mean to override ')}"
-        elif near == match[1]:  # a valid name, of a level or a group that this composition does not have
+        elif near == match[1] or match[1].rpartition(".")[0] in params.NAMED_BY_USERS:
+            # A valid name, of a level, a group or a network that this composition does not have.
             what = f"{match[1]} is not in the composed settings."
-            fix = "Add it with a +: " + " ".join(f"-S '+{override}'" for override in overrides if near in override)
+            fix = "Add it with a +: " + " ".join(f"-S '+{override}'" for override in overrides if match[1] in override)
         elif near:
             fix = f"Did you mean {near}?"
         elif siblings := params.within(match[1].rpartition(".")[0]):

@@ -329,6 +329,7 @@ def _own_reasons(
     if name not in lock and changes:
         yield NEVER_RUN
         return
+    versions = params.read(result_versions.FILE) if result_versions.FILE.is_file() else {}
     for change in changes:
         if change == "changed command":
             yield "its command changed"
@@ -336,7 +337,8 @@ def _own_reasons(
         for kind, paths in change.items() if isinstance(change, dict) else ():
             for path, state in paths.items():
                 if path == result_versions.FILE.as_posix():
-                    yield "the code that determines its result changed"
+                    recorded = lock[name].get("params", {}).get(path, {}).get(dvc_yaml.cli_name(name))
+                    yield result_versions.describe_change(recorded, versions.get(dvc_yaml.cli_name(name)))
                 elif isinstance(state, dict):
                     yield from _changed_settings(state, lock[name].get("params", {}).get(path, {}), settings)
                 elif kind == "changed outs" or not (

@@ -29,7 +29,7 @@ from stages.images.contact_sheet import contact_sheet
 from stages.images.count import format_count
 from stages.inference.folder import CONFIG, CONFIG_FORMAT, load_parts, sampling_rule
 from stages.inference.trained_models import TrainedModels
-from stages.metrics.features import network_name
+from stages.metrics.networks import Network
 
 CARD, SAMPLES = "README.md", "samples.png"
 SHEET_COLUMNS = 8
@@ -139,12 +139,12 @@ def _metrics(folder: Path, digests: Mapping[str, str]) -> tuple[dict[str, float]
         inputs = {name.replace("prior ", "priors/"): digest for name, digest in report.meta["inputs"].items()}
         if any(inputs.get(name) != digest for name, digest in digests.items()):
             return {}, ""
-        network = network_name(report.meta["settings"]["feature_weights"])
-        chosen = summary.headline(values, network)
+        networks = [Network(name, "", digest) for name, digest in report.meta["networks"].items()]
+        chosen = summary.headline(values, networks)
         for level, by_split in values["likelihood"].items():
             nats = by_split.get("validation", by_split["train"])
             chosen[f"nll_{level}"] = nats["nats_per_code"]
-        return {name: float(value) for name, value in chosen.items()}, network
+        return {name: float(value) for name, value in chosen.items()}, networks[0].name
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, ""  # a report of another version of this package
 

@@ -34,6 +34,7 @@ MAX_BYTES = 1_000_000  # far more than any params.yaml, dvc.yaml or dvc.lock has
 MAX_ERRORS = 5  # in one message
 # DVC takes a path that begins with one of its schemes for a URL, also without slashes.
 URL = re.compile(r"([a-z][\w+.-]*)://|(https?|s3|gs|azure|ssh|hdfs|webhdfs|webdavs?|oss|gdrive|remote):", re.IGNORECASE)
+NAMED_BY_USERS = ("evaluate.networks",)  # mappings whose keys are names of the user's choice
 SAME_SECTION_SIMILARITY = 0.6  # difflib's ratio for a suggestion from the section of the unknown key
 OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error counts
 

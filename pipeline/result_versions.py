@@ -2,9 +2,12 @@
 
 The stage `result_versions` of dvc.yaml runs each time and writes this file. The other stages list their own key of it
 among their parameters, so plain `dvc repro` reruns a stage when the source that determines its result has changed.
+The version of `evaluate` also has a hash of the files that evaluate.networks names.
 `keep_results` in params.yaml pins a stage to the version that dvc.lock records.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ from pipeline import dvc_yaml, params, stage_source
 from pipeline.sections import sections_of
 from pipeline.stage_source import StageSource
 from pipeline.text import first_few
-from stages.config import Params
+from stages.config import INSTALLED, Params
 from stages.errors import UserError
 from stages.formats.artifact import atomic_write
 from stages.formats.flatten import flatten
+from stages.metrics.networks import read_networks
 
 FILE = Path("result_versions.yaml")
+FILES_DIGITS = 8  # hexadecimal digits of the hash of the feature networks' files in a version
 
 
 def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
@@ -28,12 +33,33 @@ def source_of(stage: dvc_yaml.Stage, settings: Params) -> StageSource:
     return stage_source.source_of(stage.module, network)
 
 
+def current_version(stage: dvc_yaml.Stage, settings: Params) -> str:
+    """Return the version of what a stage computes now: of its source, and of the feature networks' files.
+
+    DVC cannot depend on files that settings name. So their digests are part of the version, after a plus sign.
+    """
+    version = source_of(stage, settings).version
+    files = {
+        network.name: network.digest
+        for network in read_networks(settings.evaluate.networks if "evaluate" in stage.params else {})
+        if network.weights != INSTALLED
+    }
+    return f"{version}+{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:FILES_DIGITS]}" if files else version
+
+
 def version_of(stage: dvc_yaml.Stage, settings: Params) -> str:
-    """Return the version of a stage's result: that of the source, or the one that keep_results pins it to.
+    """Return the version of a stage's result: the current one, or the one that keep_results pins it to.
 
     Raises UserError if a pinned stage has no finished result.
     """
-    return pinned_version(stage) if is_pinned(stage, settings) else source_of(stage, settings).version
+    return pinned_version(stage) if is_pinned(stage, settings) else current_version(stage, settings)
+
+
+def describe_change(recorded: object, now: object) -> str:
+    """Describe in a sentence why the version of a stage's result is another one."""
+    if str(recorded).partition("+")[0] == str(now).partition("+")[0]:
+        return "a file of evaluate.networks changed"
+    return "the code that determines its result changed"
 
 
 def is_pinned(stage: dvc_yaml.Stage, settings: Params) -> bool:
@@ -53,7 +79,7 @@ def write(data: Mapping[str, Any], settings: Params, computed: Mapping[str, str]
     versions: dict[str, str] = {}
     for stage in stages.values():
         version = version_of(stage, settings)
-        if is_pinned(stage, settings) and version != source_of(stage, settings).version:
+        if is_pinned(stage, settings) and version != current_version(stage, settings):
             _require_recorded_settings(stage, data, settings)
         versions[stage.cli_name] = (computed or {}).get(stage.cli_name, version)
     contents = "# Result version of each stage's source. Written by `vqvae2 versions --write`.\n"
@@ -86,7 +112,7 @@ def describe_pinned(stage: dvc_yaml.Stage, settings: Params) -> str:
     """Describe the result that keep_results pins; "" if it does not name the stage."""
     if not is_pinned(stage, settings):
         return ""
-    pinned, current = pinned_version(stage), source_of(stage, settings).version
+    pinned, current = pinned_version(stage), current_version(stage, settings)
     return f"kept at result version {pinned}" + (f"; this code computes {current}" if current != pinned else "")
 
 
@@ -94,7 +120,7 @@ def require_not_pinned(stage: dvc_yaml.Stage, settings: Params) -> None:
     """Raise UserError if a stage is to run while keep_results pins it to a version that this code does not compute."""
     if not is_pinned(stage, settings):
         return
-    pinned, current = pinned_version(stage), source_of(stage, settings).version
+    pinned, current = pinned_version(stage), current_version(stage, settings)
     if pinned != current:
         raise UserError(
             f"{stage.cli_name} cannot run: keep_results keeps its result of version {pinned}, and this code computes "

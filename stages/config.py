@@ -5,6 +5,7 @@ never what it computes. A field's comment is its entry in the reference of setti
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,11 @@ from models.config import (
 
 # Columns of the files of codes, and rows of the metrics, beside those of the levels.
 RESERVED_LEVEL_NAMES = frozenset({"copy", "key", "label", "pixels", "total"})
+
+
+# Feature networks whose weights come as a Python package, and the value of evaluate.networks that selects one.
+INSTALLED_NETWORKS = ("efficientnet_lite0",)
+INSTALLED = "installed"
 
 
 def _check_fraction(config: object, *names: str) -> None:
@@ -219,18 +225,35 @@ class EvaluateConfig:
 
     batch_size: int = 64  # images per forward pass, 1 or more
     max_images: int = 2000  # images per split at most, 1 or more, for metrics that compare sets of images
-    precision_recall_k: int = 3  # k of precision and recall: neighbours per image, 1 or more
+    # split that image sets are compared with; auto is validation, or train with fewer than 64 validation images
+    reference: Literal["auto", "train", "validation", "both"] = "auto"
+    precision_recall_k: int = 3  # k of precision, recall, density and coverage: neighbours per image, 1 or more
     nearest_images: int = 3  # training images shown beside each sample, 1 or more
+    search_images: int = 0  # training images searched for the nearest, the first ones, 0 or more; 0 searches all
     samples_shown: int = 8  # samples shown with their nearest training images, 1 or more
     # images of each rung of the quality ladder at most, 0 or more; the finer levels of these are drawn; 0 leaves it out
     ladder_images: int = 128
     # images compressed by JPEG, WebP and AVIF for the rate-distortion chart at most, 0 or more; 0 leaves these out
     codec_images: int = 64
-    feature_weights: str = ""  # path of the feature network's weights; empty: the installed weights
+    # feature networks by name; the first one's metrics are those of metrics/evaluate.json. A network is a TorchScript
+    # file, or installed: the package's EfficientNet-Lite0
+    networks: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(INSTALLED_NETWORKS, INSTALLED))
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")
-        check_not_negative(self, "ladder_images", "codec_images")
+        check_not_negative(self, "search_images", "ladder_images", "codec_images")
+        check_field(self, "networks", bool(self.networks), "one or more feature networks, such as efficientnet_lite0")
+        for name, weights in self.networks.items():
+            if not re.fullmatch("[a-z][a-z0-9_]*", name):
+                raise ValueError(
+                    "networks must have names of lower-case letters, digits and underscores, because names of metrics "
+                    f"end in them, got {name!r}; rename it, such as networks.inception"
+                )
+            if not weights or (weights == INSTALLED and name not in INSTALLED_NETWORKS):
+                raise ValueError(
+                    f"networks.{name} must be a TorchScript file, got {weights or 'nothing'}; "
+                    f"set its path. Installed are: {', '.join(INSTALLED_NETWORKS)}"
+                )
 
 
 @dataclass(frozen=True)

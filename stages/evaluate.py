@@ -10,9 +10,9 @@ writes  out      report.html; beside it, its images and all metrics
         plots    rate-distortion, likelihood and codebook usage, as CSV; two contact sheets
 
 The networks run over the first `max_images` of each split; the shards mix classes, so these are a fair selection.
-Codebook usage and file sizes cover all images. Image sets are compared at one common number of images N, because most
-metrics depend on N. Two baselines show the decoder's contribution alone: images decoded from uniformly random codes,
-and from codes shuffled between images.
+Codebook usage and file sizes cover all images, and so does the search for the nearest training images. Image sets are
+compared at one common number of images N, because most metrics depend on N. Two baselines show the decoder's
+contribution alone: images decoded from uniformly random codes, and from codes shuffled between images.
 """
 
 import os
@@ -25,21 +25,27 @@ from stages.config import EvaluateConfig
 from stages.errors import UserError
 from stages.evaluation import ladder, summary
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
+from stages.evaluation.part_files import feature_name, part_path, write_features
 from stages.evaluation.plots import write_plots
 from stages.evaluation.report import write_report
 from stages.evaluation.results import EvaluationResults
+from stages.evaluation.set_comparison import Pair, compare_sets
 from stages.evaluation.worker import EvaluationWorker
 from stages.formats import artifact, curves
 from stages.formats.html_page import PROVENANCE_SCRIPT
-from stages.mapping.parts import Part, map_parts
+from stages.mapping.parts import Part, Result, map_parts
+from stages.metrics.features import check_networks
+from stages.metrics.networks import read_networks
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 COMPRESSED_PER_PART = 16  # images: AVIF is slow, and small parts keep all workers busy
 MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference
-MAX_QUERY_BYTES = 2**28  # images whose nearest training images are searched: each worker holds all of them in memory
+SEARCH_IMAGES_PER_PART = 1024  # training images of a part that searches them: fewer results than images per part
+MAX_SEARCH_BYTES = 2**28  # images that are searched for, and those that a part searches: a worker holds all in memory
 RECONSTRUCTIONS_SHOWN = 8
+QUERY_LABELS = {"samples": "samples", "validation": "validation images"}
 PLOTTED_SHEETS = ("samples", "reconstructions")  # contact sheets that `dvc plots show` shows
 
 
@@ -61,27 +67,50 @@ def run(
     inputs = EvaluationInputs(*(folder.absolute() for folder in (shards, vqvae, codes, priors, samples)))
     inputs.check()
     plan = _plan(inputs, evaluate, seed)
-    results_folder = (context.work_dir / "parts").absolute()
+    check_networks(plan.networks, inputs.shards.image_size)  # before the hours that the other parts may take
+    results_folder, features_folder = (context.work_dir.absolute() / name for name in ("parts", "features"))
     results_folder.mkdir(parents=True, exist_ok=True)
+
+    def map_all(parts: list[Part], *arguments: Path) -> list[Result]:
+        arguments = (results_folder, *arguments)
+        return map_parts(EvaluationWorker, (asdict(inputs), plan, *arguments), parts, context=context, unit="image")
+
     parts = list(_parts(inputs, plan))
-    part_results = map_parts(
-        EvaluationWorker, (asdict(inputs), plan, results_folder), parts, context=context, unit="image"
+    results = map_all(parts)
+    _write_features(features_folder, results_folder, parts)
+    search_parts = list(_search_parts(inputs, plan))
+    results += map_all(search_parts, features_folder)
+    names = [network.name for network in plan.networks]
+    compared = compare_sets(
+        features_folder, results_folder, names, _pairs(plan), plan.num_compared, evaluate, seed, context
     )
-    results = EvaluationResults(inputs, plan, parts, part_results)
 
     with one_thread():  # what this process computes is the same on any number of processors
-        _write(results, out.absolute(), metrics, plots, context)
+        _write(
+            EvaluationResults(inputs, plan, [*parts, *search_parts], results, features_folder, compared),
+            out.absolute(),
+            metrics,
+            plots,
+            context,
+        )
 
 
 def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, context: StageContext) -> None:
     """Compute the metrics; write the report, the headline metrics and the plots."""
     plan = results.plan
     values = curves.round_numbers(results.metrics())
-    headline = summary.headline(values, results.feature_network)
-    notes = summary.notes(values, plan.num_compared, plan.config)
-    for note in notes:
-        context.reporter.message(note)
-    meta: dict[str, Any] = {"inputs": results.digests(), "settings": asdict(plan.config), "seed": plan.seed}
+    headline = summary.headline(values, plan.networks)
+    notes = summary.notes(values, plan.num_compared, plan.networks, plan.config)
+    queries = " and ".join(f"{count:,} {QUERY_LABELS[image_set]}" for image_set, count in plan.query_sets.items())
+    searched = f"Searched {plan.num_searched:,} training images for the nearest to {queries}."
+    for message in (searched, *notes):
+        context.reporter.message(message)
+    meta: dict[str, Any] = {
+        "inputs": results.digests(),
+        "networks": {network.name: network.digest for network in plan.networks},
+        "settings": asdict(plan.config),
+        "seed": plan.seed,
+    }
     with artifact.commit_folder(out, "report", meta) as folder:
         provenance = os.path.relpath(context.work_dir / PROVENANCE_SCRIPT, out)
         sheets = write_report(folder, results.report_data(values, notes, context.fingerprint, provenance))
@@ -97,29 +126,52 @@ def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, co
 def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> EvaluationPlan:
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
     too_few = sizes["validation"] < min(MIN_VALIDATION_IMAGES, sizes["train"])
-    reference = "train" if too_few else "validation"
-    num_compared = min(inputs.samples.count, sizes[reference], config.max_images)
+    references = {"auto": ("train",) if too_few else ("validation",), "both": ("validation", "train")}.get(
+        config.reference, (config.reference,)
+    )
+    num_reference = min(sizes[split] for split in references)
+    num_compared = min(inputs.samples.count, num_reference, config.max_images)
     if not num_compared:
         raise UserError(
             "evaluate needs 1 or more samples and 1 or more reference images, "
-            f"got {inputs.samples.count} samples and {sizes[reference]} {reference} images.",
+            f"got {inputs.samples.count} samples and {num_reference} {' and '.join(references)} images.",
             where=inputs.samples_folder,
-            fix="Set sample.count to 1 or more. If the images are missing, see rejected.csv in the shards.",
+            fix="Set sample.count to 1 or more. If the images are missing, see rejected.csv in the shards, or set "
+            "evaluate.reference to another split.",
             code=4,
         )
-    num_ladder = min(config.ladder_images, num_compared, min(sizes[reference], config.max_images) // 2)
+    num_ladder = min(config.ladder_images, num_compared, min(sizes[references[0]], config.max_images) // 2)
     has_ladder = num_ladder > 1  # no metric compares single images
-    bytes_per_image = 3 * inputs.shards.image_size**2
+    num_queries = max(1, min(num_compared, _images_in_memory(inputs)))
+    query_sets = {"samples": num_queries}
+    if not too_few:  # validation images show which distance is normal
+        query_sets["validation"] = min(num_queries, sizes["validation"])
     return EvaluationPlan(
-        reference=reference,
+        references=references,
+        query_sets=query_sets,
         num_compared=num_compared,
-        num_queries=max(1, min(num_compared, MAX_QUERY_BYTES // bytes_per_image)),
-        num_examples=min(RECONSTRUCTIONS_SHOWN, sizes[reference]),
+        num_searched=min(config.search_images or sizes["train"], sizes["train"]),
+        num_examples=min(RECONSTRUCTIONS_SHOWN, sizes[references[0]]),
         num_ladder=num_ladder if has_ladder else 0,
         redrawn_levels=tuple(inputs.codes.levels)[1:] if has_ladder else (),
+        networks=tuple(read_networks(config.networks)),
         config=config,
         seed=seed,
     )
+
+
+def _images_in_memory(inputs: EvaluationInputs) -> int:
+    return MAX_SEARCH_BYTES // (3 * inputs.shards.image_size**2)
+
+
+def _pairs(plan: EvaluationPlan) -> dict[str, Pair]:
+    """Return the pairs of image sets to compare, by the name of their metrics."""
+    compared = {name: Pair(plan.reference, name) for name in COMPARED_SETS}
+    # FID* of Razavi et al. 2019: both sides are decoder outputs, so the decoder's own error cancels.
+    compared["samples_to_reconstructions"] = Pair("reconstructions", "samples")
+    for reference in plan.references[1:]:
+        compared |= {f"{name}_to_{reference}": Pair(reference, name) for name in COMPARED_SETS}
+    return compared
 
 
 def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
@@ -127,12 +179,11 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
     limits = {split: min(plan.config.max_images, size) for split, size in sizes.items() if size}
     for level in plan.redrawn_levels:
-        yield from _ranges("features", ladder.REDRAWN + level, plan.num_ladder, ladder.IMAGES_PER_PART)
-    yield from _ranges("features", "train", limits["train"])
-    if plan.reference == "validation":
-        yield from _ranges("features", "validation", max(plan.num_compared, 2 * plan.num_ladder))
-    for image_set in COMPARED_SETS:
-        yield from _ranges("features", image_set, plan.num_compared)
+        redrawn = ladder.REDRAWN + level
+        yield from _ranges("features", redrawn, plan.num_ladder, ladder.IMAGES_PER_PART, network=plan.networks[0].name)
+    for network in plan.networks:
+        for image_set, count in plan.feature_sets.items():
+            yield from _ranges("features", image_set, count, network=network.name)
     for split, size in limits.items():
         for level in reversed(list(inputs.codes.levels)):
             yield from _ranges("likelihood", split, size, level=level)
@@ -140,20 +191,42 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
         yield from _ranges("distortion", split, size)
     compressed = min(plan.config.codec_images, limits[plan.reference])
     yield from _ranges("codecs", plan.reference, compressed, COMPRESSED_PER_PART)
-    for image_set in plan.query_sets:
-        yield from _ranges("nearest", image_set, sizes["train"])
+    yield from _ranges("nearest_pixels", "train", plan.num_searched, _search_images(inputs))
     yield from _ranges("examples", plan.reference, plan.num_examples)
     for level, grid in inputs.codes.levels.items():
         yield from _ranges("codebook", level, grid.entries)
 
 
-def _ranges(measure: str, image_set: str, size: int, per_part: int = IMAGES_PER_PART, **extra: str) -> Iterator[Part]:
-    for start in range(0, size, per_part):
-        stop = min(start + per_part, size)
+def _search_parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
+    """Yield the parts that need the features of the image sets."""
+    for network in plan.networks:
+        yield from _ranges("nearest_features", "train", plan.num_searched, _search_images(inputs), network=network.name)
+
+
+def _search_images(inputs: EvaluationInputs) -> int:
+    """Return the number of training images that a part searches: their pixels are in memory."""
+    return max(1, min(SEARCH_IMAGES_PER_PART, _images_in_memory(inputs)))
+
+
+def _write_features(folder: Path, results_folder: Path, parts: list[Part]) -> None:
+    """Write the features of each image set as one file, from those of its parts."""
+    files: dict[str, list[Path]] = {}
+    for part in parts:
+        if part["measure"] == "features":
+            name = feature_name(part["network"], part["image_set"])
+            files.setdefault(name, []).append(part_path(results_folder, part))
+    write_features(folder, files)
+
+
+def _ranges(
+    measure: str, image_set: str, size: int, images_per_part: int = IMAGES_PER_PART, **extra: str
+) -> Iterator[Part]:
+    for start in range(0, size, images_per_part):
+        stop = min(start + images_per_part, size)
         yield {
             "measure": measure,
-            "image_set": image_set,
             **extra,
+            "image_set": image_set,
             "start": start,
             "stop": stop,
             "weight": stop - start,

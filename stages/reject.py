@@ -37,6 +37,7 @@ from stages.images.tensors import to_float
 from stages.mapping.parts import Part, Result, map_parts, pack, unpack
 from stages.metrics.features import FeatureNetwork
 from stages.metrics.inception_score import inception_score
+from stages.metrics.networks import Network, read_networks
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 from stages.runtime.device import best_device
@@ -92,7 +93,7 @@ def run(
     points = plan_curve(scores, labels, rejection.curve, max_images, seed)
     features = _features(points, reference, measure)
     with one_thread():  # what this process computes is the same on any number of processors
-        by_rate = compare(points, features, FeatureNetwork(evaluate.feature_weights), evaluate, seed)
+        by_rate = compare(points, features, FeatureNetwork(first_network(evaluate)), evaluate, seed)
     meta = {
         **candidates.artifact.meta,
         "count": len(accepted),
@@ -127,7 +128,7 @@ class Measure:
         self.device = best_device()
         self.split = cache(lambda name: open_shards(shards).split(name))
         self.critic = cache(lambda: model_file.load_classifier(critic, CRITIC_STAGE)[0].to(self.device))
-        self.feature_network = cache(lambda: FeatureNetwork(evaluate.feature_weights, self.device))
+        self.feature_network = cache(lambda: FeatureNetwork(first_network(evaluate), self.device))
 
     def __call__(self, part: Part) -> Result:
         path = self.out / f"{part['measure']}-{part['image_set']}-{part['number']:05d}.npz"
@@ -194,6 +195,11 @@ def _features(points: Sequence[CurvePoint], reference: str, measure: Any) -> dic
     return features
 
 
+def first_network(evaluate: EvaluateConfig) -> Network:
+    """Return the first feature network of the evaluation."""
+    return read_networks(evaluate.networks)[0]
+
+
 def compare(
     points: Sequence[CurvePoint],
     features: dict[str, dict[int, np.ndarray]],
@@ -209,7 +215,7 @@ def compare(
         f"{point.rate}": (reference, np.stack([features["samples"][number] for number in point.compared.tolist()]))
         for point in points
     }
-    by_name = summary.comparisons(pairs, network.name, evaluate, seed)
+    by_name = summary.comparisons(pairs, network.network, evaluate, seed)
     for name, (_, compared) in pairs.items():
         if (probabilities := network.probabilities(compared)) is not None:
             by_name[name][f"is_{network.name}"] = inception_score(probabilities)

@@ -29,7 +29,7 @@ WIDTH = 120  # columns of text
 HELP_WIDTH = 80  # columns of help texts
 CLI = "from pipeline.cli import main; main()"
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
-PLAIN_MAPPING = Mapping[str, Any]  # of values, not of sections
+PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, str])  # of values, not of sections
 
 # Each field is set to each of these values in turn: the error messages state the allowed values.
 PROBES: dict[type, tuple[Any, ...]] = {
@@ -113,7 +113,7 @@ def _rows(key: str, section: Any, reruns: Mapping[str, list[str]]) -> Iterator[t
     comments, hints = _comments(type(section)), get_type_hints(type(section))
     for field in dataclasses.fields(section):
         hint, meaning = hints[field.name], comments.get(field.name, "")
-        if hint not in TYPES and hint != PLAIN_MAPPING and get_origin(hint) not in (Literal, tuple):
+        if hint not in TYPES and hint not in PLAIN_MAPPINGS and get_origin(hint) not in (Literal, tuple):
             continue  # a section or a mapping of sections
         if not key:
             stages = f"reruns: {_names(_stages_of(field.name, reruns))}"
@@ -131,7 +131,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 def _type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "choice"
-    if hint == PLAIN_MAPPING:
+    if hint in PLAIN_MAPPINGS:
         return "mapping"
     return "list" if get_origin(hint) is tuple else TYPES[hint]
 

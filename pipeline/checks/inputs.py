@@ -5,8 +5,10 @@ from pathlib import Path
 
 from pipeline import params
 from pipeline.checks.check import Answer, Request
+from stages.config import INSTALLED
 from stages.errors import UserError
 from stages.images import listing
+from stages.metrics.networks import read_networks
 
 
 def check_images(request: Request) -> Answer:
@@ -71,14 +73,13 @@ def dvc_file_of(path: Path) -> Path | None:
 def check_late_inputs(request: Request) -> Answer:
     """Check what only the last stages read: a run may reach them after days."""
     settings, stages = request.settings, request.stages
-    weights = settings.evaluate.feature_weights
-    if "evaluate" in stages and weights and not Path(weights).is_file():
-        raise UserError(
-            "The file of the feature network does not exist.",
-            where=f"evaluate.feature_weights: {weights}",
-            fix="Correct the path, or leave evaluate.feature_weights empty for the installed network.",
-            code=2,
-        )
+    networks = settings.evaluate.networks
+    files = [weights for weights in networks.values() if weights != INSTALLED]
+    if "evaluate" in stages and files:
+        # PyTorch takes seconds to import, so only a network from a file is loaded and tried.
+        from stages.metrics.features import check_networks
+
+        check_networks(read_networks(networks), settings.dataset.image_size)
     if "codes" in stages and settings.vqvae.quantizer.mode == "none":
         raise UserError(
             "A VQ-VAE that does not quantize has no codes.",
@@ -86,4 +87,4 @@ def check_late_inputs(request: Request) -> Answer:
             fix="Set it to ema or loss, or leave out --stage: the run then ends with a report of the reconstructions.",
             code=2,
         )
-    return Answer(weights or "the installed feature network")
+    return Answer(f"feature networks: {', '.join(networks)}")

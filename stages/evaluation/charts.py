@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.evaluation import svg
 from stages.evaluation.report_data import Curve, ReportData
-from stages.evaluation.tables import RATE_LABELS, SPACE_LABELS, SPLIT_LABELS
+from stages.evaluation.tables import RATE_LABELS, SPLIT_LABELS, space_label
 from stages.formats.curves import curve_points
 
 RATE_CHARTS = {"psnr": "PSNR, dB", "ssim": "SSIM"}  # metrics of distortion
@@ -63,7 +63,7 @@ def _distance_charts(data: ReportData) -> list[Chart]:
     charts = []
     for space, by_set in data.nearest_distances.items():
         title = f"Distance to the nearest training image, {space}"
-        svg_text = svg.histogram(f"near-{space}", title, by_set, x_label=SPACE_LABELS[space], y_label="share of images")
+        svg_text = svg.histogram(f"near-{space}", title, by_set, x_label=space_label(space), y_label="share of images")
         charts.append((title, svg_text))
     return charts
 

@@ -1,5 +1,6 @@
 """Inputs and plan of an evaluation: the artifacts to evaluate, and the settings that all parts share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from stages.formats import artifact, model_file
 from stages.formats.codes import Codes, CodeSet, concatenate, open_codes
 from stages.formats.samples import Samples, open_samples
 from stages.formats.shards import ImageSet, Shards, open_shards
+from stages.metrics.networks import Network
 
 # Image sets that are compared with the reference images; the last two are baselines.
 COMPARED_SETS = ("samples", "reconstructions", "random_codes", "shuffled_codes")
@@ -101,16 +103,26 @@ class EvaluationInputs:
 class EvaluationPlan:
     """Settings that all parts of one evaluation share."""
 
-    reference: str  # the split that image sets are compared with: "train" or "validation"
+    references: tuple[str, ...]  # splits that image sets are compared with; reconstructions are those of the first
+    query_sets: Mapping[str, int]  # sets whose nearest training images are searched -> number of images, the first ones
     num_compared: int  # N: images of each compared set
-    num_queries: int  # images of a set whose nearest training images are searched
+    num_searched: int  # training images that are searched
     num_examples: int  # reconstructions shown in the report
     num_ladder: int  # images of each rung of the quality ladder; 0 without it
     redrawn_levels: tuple[str, ...]  # coarsest drawn level of each rung whose coarser levels are real
+    networks: tuple[Network, ...]  # the first one's metrics are the headline
     config: EvaluateConfig
     seed: int
 
     @property
-    def query_sets(self) -> tuple[str, ...]:
-        """Image sets whose nearest training images are searched. Validation images show which distance is normal."""
-        return ("samples", "validation") if self.reference == "validation" else ("samples",)
+    def reference(self) -> str:
+        """The split that image sets are compared with first."""
+        return self.references[0]
+
+    @property
+    def feature_sets(self) -> dict[str, int]:
+        """Image sets whose features are computed, and the number of their images."""
+        sizes = dict.fromkeys((*self.references, *COMPARED_SETS), self.num_compared)
+        # The rungs of the quality ladder are compared with reference images that follow those of the first rung.
+        sizes[self.reference] = max(self.num_compared, 2 * self.num_ladder)
+        return sizes | {name: max(count, sizes.get(name, 0)) for name, count in self.query_sets.items()}

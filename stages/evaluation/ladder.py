@@ -23,6 +23,7 @@ from stages.config import SampleConfig
 from stages.evaluation import summary
 from stages.evaluation.inputs import EvaluationPlan
 from stages.evaluation.summary import Metrics
+from stages.metrics.networks import Network
 
 REDRAWN = "redrawn_"  # followed by the coarsest drawn level: an image set
 IMAGES_PER_PART = 64  # drawing is slow: small parts keep all workers busy
@@ -63,7 +64,7 @@ def sampling_config(meta: Mapping[str, Any], batch_size: int) -> SampleConfig:
 
 
 def metrics(
-    features: Callable[[str], np.ndarray], plan: EvaluationPlan, levels: Iterable[str], feature_network: str
+    features: Callable[[str], np.ndarray], plan: EvaluationPlan, levels: Iterable[str], network: Network
 ) -> Metrics:
     """Compare the first N images of each rung with N images of the reference split that follow them.
 
@@ -76,8 +77,8 @@ def metrics(
     reference = features(plan.reference)
     sets = {name: reference[:count] if name == "originals" else features(name)[:count] for name in rungs(levels)}
     pairs = {name: (reference[count : 2 * count], rung) for name, rung in sets.items()}
-    compared = summary.comparisons(pairs, feature_network, plan.config, plan.seed)
-    return {**compared, "steps": _steps(compared, rungs(levels), f"kid_{feature_network}")}
+    compared = summary.comparisons(pairs, network, plan.config, plan.seed)
+    return {**compared, "steps": _steps(compared, rungs(levels), network.key("kid"))}
 
 
 def _steps(compared: Metrics, models: Mapping[str, str], kid: str) -> Metrics:

@@ -9,7 +9,6 @@ from typing import Any
 from stages.evaluation.inputs import EvaluationInputs, EvaluationPlan
 from stages.evaluation.report_data import Curve
 from stages.formats import artifact
-from stages.metrics.features import network_name
 
 
 def describe_origin(inputs: EvaluationInputs, plan: EvaluationPlan, curves: Mapping[str, Curve]) -> dict[str, str]:
@@ -23,7 +22,7 @@ def describe_origin(inputs: EvaluationInputs, plan: EvaluationPlan, curves: Mapp
     for level, prior_steps in zip(inputs.codes.levels, steps[1:], strict=True):
         prior_artifact = artifact.read(inputs.priors_folder / level, "prior", f"prior_{level}")
         origin[f"Prior of level {level}"] = f"{prior_artifact.meta['network']['name']}, {prior_steps}"
-    features = network_name(plan.config.feature_weights)
+    features = ", ".join(plan.config.networks)
     return origin | {
         "Sampling": _sampling(inputs.samples.artifact.meta),
         "Evaluation": f"up to {plan.config.max_images:,} images of each split, features of {features}",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.priors import Grid
+from stages.metrics.networks import Network
 
 Curve = Sequence[tuple[int, str, float]]  # step, name such as "validation/mse", value
 
@@ -35,7 +36,7 @@ class ReportData:
 
     metrics: Mapping[str, Any]  # as in metrics.json of the report
     notes: Sequence[str]  # warnings for the reader
-    feature_network: str  # name of the network that computed the features
+    networks: Sequence[Network]  # feature networks, that of the key metrics first
     image_size: int  # pixels
     levels: Mapping[str, Grid]  # coarse to fine
     originals: np.ndarray

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from stages.evaluation import ladder, summary
-from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
+from stages.evaluation.inputs import EvaluationInputs, EvaluationPlan
 from stages.evaluation.origin import describe_origin
+from stages.evaluation.part_files import FeatureFile, feature_name
 from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
 from stages.evaluation.summary import Metrics
 from stages.formats import artifact, curves
 from stages.mapping.parts import Part, Result
 from stages.metrics import codecs, distortion, neighbours, rate, usage
 from stages.metrics.codecs import CodecSums
+from stages.metrics.comparisons import Value
 from stages.metrics.distortion import DistortionSums
-from stages.metrics.features import network_name
 from stages.metrics.rate import LikelihoodSums
 
 MAX_SAMPLES = 512  # on the page, over all classes
@@ -32,13 +33,20 @@ class EvaluationResults:
     """Results of all parts of one evaluation, by kind of part, image set and level."""
 
     def __init__(
-        self, inputs: EvaluationInputs, plan: EvaluationPlan, parts: Sequence[Part], results: Sequence[Result]
+        self,
+        inputs: EvaluationInputs,
+        plan: EvaluationPlan,
+        parts: Sequence[Part],
+        results: Sequence[Result],
+        features_folder: Path,
+        compared: Mapping[str, Mapping[str, Mapping[str, Value]]],
     ):
-        self.inputs, self.plan = inputs, plan
-        self.feature_network = network_name(plan.config.feature_weights)
+        """Create the results. `compared` has metrics of pairs of image sets: network -> name of the pair -> metric."""
+        self.inputs, self.plan, self._compared = inputs, plan, compared
+        self._features_folder = features_folder
         self._results: dict[tuple[str, ...], list[Result]] = {}  # (kind, image set[, level]) -> in order of images
         for part, result in zip(parts, results, strict=True):
-            key = (part["measure"], part["image_set"], *([part["level"]] if "level" in part else []))
+            key = part["measure"], part["image_set"], *(part[name] for name in ("level", "network") if name in part)
             self._results.setdefault(key, []).append(result)
 
     def metrics(self) -> Metrics:
@@ -48,19 +56,8 @@ class EvaluationResults:
         likelihood = summary.likelihood(self._likelihood_sums(), levels)
         reconstruction = summary.reconstruction(self._distortion_sums())
         column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
-        features = {name: self.features(name) for name in COMPARED_SETS}
-        reference_features = self.features(reference)[:num_compared]
-        compared = summary.comparisons(
-            {
-                **{name: (reference_features, features[name]) for name in COMPARED_SETS},
-                # FID* of Razavi et al. 2019: both sides are decoder outputs, so the decoder's own error cancels.
-                "samples_to_reconstructions": (features["reconstructions"], features["samples"]),
-            },
-            self.feature_network,
-            self.plan.config,
-            self.plan.seed,
-        )
-        quality_ladder = ladder.metrics(self.features, self.plan, levels, self.feature_network)
+        compared = summary.name_metrics(self._compared, self.plan.networks, num_compared)
+        quality_ladder = ladder.metrics(self.features, self.plan, levels, self.plan.networks[0])
         rates = summary.rates(
             levels,
             likelihood,
@@ -82,9 +79,10 @@ class EvaluationResults:
             "rate": rates,
             "rate_distortion": summary.rate_distortion(rates, reconstruction[reference], list(levels))
             + summary.codec_rate_distortion(self._codec_sums(), shards.image_size),
-            "compared": {**compared, **summary.kid_ratios(compared, self.feature_network)},
+            "networks": {network.name: network.digest for network in self.plan.networks},
+            "compared": {**compared, **summary.kid_ratios(compared, self.plan.networks[0])},
             **({"ladder": quality_ladder} if quality_ladder else {}),
-            "neighbours": summary.memorization(self.nearest_distances),
+            "neighbours": summary.memorization(self.nearest_distances, self.plan.num_searched),
         }
 
     @cached_property
@@ -102,25 +100,36 @@ class EvaluationResults:
         return counts
 
     def features(self, image_set: str) -> np.ndarray:
-        """Return the features of an image set, (N, D)."""
-        return np.concatenate([result["features"] for result in self._results["features", image_set]])
+        """Read the first network's features of the images of an image set that the quality ladder compares, (N, D)."""
+        file = FeatureFile(self._features_folder / feature_name(self.plan.networks[0].name, image_set))
+        return file[: 2 * self.plan.num_ladder]
 
-    def nearest(self, image_set: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return the k nearest training images of each query: space -> distances and indices, (N, k), nearest first."""
-        k = self.plan.config.nearest_images
-        pixels = neighbours.merge(
-            [(result["distances"], result["indices"]) for result in self._results["nearest", image_set]], k
-        )
-        queries = self.features(image_set)[: self.plan.num_queries]
-        return {"pixels": pixels, "features": neighbours.nearest(queries, self.features("train"), k)}
+    @cached_property
+    def spaces(self) -> dict[str, tuple[str, ...]]:
+        """Spaces in which the nearest training images are searched, and the key of their parts.
+
+        "features" are those of the first network, "features_NAME" those of another.
+        """
+        spaces: dict[str, tuple[str, ...]] = {"pixels": ("nearest_pixels", "train")}
+        for network in self.plan.networks:
+            name = "features" if network is self.plan.networks[0] else f"features_{network.name}"
+            spaces[name] = "nearest_features", "train", network.name
+        return spaces
+
+    def nearest(self, image_set: str, space: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k nearest training images of each query: distances and indices, (N, k), nearest first."""
+        parts = [
+            (result[f"{image_set}_distances"], result[f"{image_set}_indices"])
+            for result in self._results[self.spaces[space]]
+        ]
+        return neighbours.merge(parts, self.plan.config.nearest_images)
 
     @cached_property
     def nearest_distances(self) -> dict[str, dict[str, np.ndarray]]:
         """Distance of each query to its nearest training image, (N,): space -> image set."""
-        nearest = {image_set: self.nearest(image_set) for image_set in self.plan.query_sets}
         return {
-            space: {image_set: by_space[space][0][:, 0] for image_set, by_space in nearest.items()}
-            for space in ("pixels", "features")
+            space: {image_set: self.nearest(image_set, space)[0][:, 0] for image_set in self.plan.query_sets}
+            for space in self.spaces
         }
 
     def digests(self) -> dict[str, str]:
@@ -146,7 +155,7 @@ class EvaluationResults:
         return ReportData(
             metrics=metrics,
             notes=notes,
-            feature_network=self.feature_network,
+            networks=self.plan.networks,
             image_size=inputs.shards.image_size,
             levels=inputs.codes.levels,
             originals=examples["images"],
@@ -199,11 +208,13 @@ class EvaluationResults:
         return images
 
     def _nearest_images(self) -> list[NearestImages]:
-        nearest, training_images = self.nearest("samples"), self.inputs.images("train")
-        samples = self.inputs.samples.images(0, min(self.plan.config.samples_shown, self.plan.num_queries))
+        nearest = {space: self.nearest("samples", space)[1] for space in ("pixels", "features")}
+        training_images = self.inputs.images("train")
+        count = min(self.plan.config.samples_shown, self.plan.query_sets["samples"])
+        samples = self.inputs.samples.images(0, count)
 
         def read(space: str, row: int) -> np.ndarray:
-            indices = nearest[space][1][row]
+            indices = nearest[space][row]
             return np.stack([training_images.read(int(index)) for index in indices])
 
         return [NearestImages(sample, read("pixels", row), read("features", row)) for row, sample in enumerate(samples)]

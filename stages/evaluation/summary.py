@@ -16,11 +16,13 @@ from models.priors import Grid
 from stages.config import RULE_SETTINGS, EvaluateConfig
 from stages.metrics import codecs, distortion, rate, usage
 from stages.metrics.codecs import CodecSums
-from stages.metrics.comparisons import COMPARISONS
+from stages.metrics.comparisons import COMPARISONS, Value, compare
 from stages.metrics.distortion import DistortionSums
+from stages.metrics.networks import Network
 from stages.metrics.rate import LikelihoodSums
 
 Metrics = dict[str, Any]  # nested, as JSON has them
+BASELINES = ("random_codes", "shuffled_codes")  # images decoded from codes that no prior made
 DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim")
 
 
@@ -113,62 +115,78 @@ def rates(
 
 
 def comparisons(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], network: str, config: EvaluateConfig, seed: int
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], network: Network, config: EvaluateConfig, seed: int
 ) -> Metrics:
-    """Compute each metric of COMPARISONS that has enough images, for each pair of feature sets.
+    """Compute the metrics of a few pairs of image sets in this process.
 
-    `pairs` maps a name to the features of the reference images and of the compared images, (N, D) each. `network` is
-    the name of the feature network and becomes a part of the keys.
+    `pairs` maps a name to the features of the reference images and of the compared images, (N, D) each.
     """
     metrics: Metrics = {}
-    for name, (reference, features) in pairs.items():
-        metrics[name] = {"images": len(features), "reference_images": len(reference)}
-        for metric, comparison in COMPARISONS.items():
-            if min(len(features), len(reference)) < comparison.min_images(config):
-                continue
-            result = comparison.compute(reference, features, config, seed)
-            value, standard_error = result if isinstance(result, tuple) else (result, math.nan)
-            metrics[name][f"{metric}_{network}"] = value
-            if not math.isnan(standard_error):
-                metrics[name][f"{metric}_{network}_se"] = standard_error
+    for name, (reference, images) in pairs.items():
+        values = {network.name: {name: compare(reference, images, config, seed)}}
+        metrics |= name_metrics(values, [network], len(images))
+        metrics[name]["reference_images"] = len(reference)
     return metrics
 
 
-def headline(metrics: Metrics, network: str) -> Metrics:
+def name_metrics(
+    compared: Mapping[str, Mapping[str, Mapping[str, Value]]], networks: Sequence[Network], num_images: int
+) -> Metrics:
+    """Name the metrics of pairs of image sets: network -> name of the pair -> metric -> value.
+
+    The name of the feature network becomes a part of the keys. All sets have `num_images` images.
+    """
+    metrics: Metrics = {}
+    for network in networks:
+        for name, values in compared[network.name].items():
+            of_pair = metrics.setdefault(name, {"images": num_images, "reference_images": num_images})
+            for metric, result in values.items():
+                value, standard_error = result if isinstance(result, tuple) else (result, math.nan)
+                of_pair[network.key(metric)] = value
+                if not math.isnan(standard_error):
+                    of_pair[f"{network.key(metric)}_se"] = standard_error
+    return metrics
+
+
+def headline(metrics: Metrics, networks: Sequence[Network]) -> Metrics:
     """Select the numbers that people compare between runs: of the samples, and of the reconstructions.
 
-    All are of the validation images, or of the training images where there are few validation images.
+    All are of the validation images, or of the training images where there are few validation images. The metrics of
+    samples are those of the first network, and the FID if a network is FID's own.
     """
     samples, reconstructions = metrics["compared"]["samples"], metrics["reconstruction"][metrics["reference"]]
-    compared = {name: samples[f"{name}_{network}"] for name in COMPARISONS if f"{name}_{network}" in samples}
+    keys = {name: networks[0].key(name) for name in COMPARISONS}
+    keys |= {"fid": "fid"}
+    compared = {name: samples[key] for name, key in keys.items() if key in samples}
     return compared | {name: reconstructions[name] for name in ("psnr", "ssim") if name in reconstructions}
 
 
-def kid_ratios(compared: Metrics, network: str) -> Metrics:
+def kid_ratios(compared: Metrics, network: Network) -> Metrics:
     """Divide the KID of the samples by that of each baseline. A good prior gives a ratio far below 1."""
-    kids = {name: values.get(f"kid_{network}") for name, values in compared.items()}
+    kids = {name: values.get(network.key("kid")) for name, values in compared.items()}
     return {
         f"kid_samples_to_{baseline}": kids["samples"] / kids[baseline]
-        for baseline in ("random_codes", "shuffled_codes")
+        for baseline in BASELINES
         if kids.get("samples") is not None and kids.get(baseline)
     }
 
 
-def memorization(distances: Mapping[str, Mapping[str, np.ndarray]]) -> Metrics:
-    """Summarize the distances, (N,), to the nearest training image: space -> image set -> distances.
+def memorization(distances: Mapping[str, Mapping[str, np.ndarray]], num_searched: int) -> Metrics:
+    """Summarize the distances, (N,), to the nearest of `num_searched` training images: space -> image set -> distances.
 
     A distance of 0 is an exact copy. Samples closer than validation images indicate memorization.
     """
     metrics: Metrics = {}
     for space, by_set in distances.items():
-        metrics[space] = {"images": min(len(values) for values in by_set.values())}
+        metrics[space] = {"images": min(len(values) for values in by_set.values()), "searched": num_searched}
         metrics[space] |= {f"{name}_to_train_median": float(np.median(values)) for name, values in by_set.items()}
         metrics[space] |= {f"{name}_copies": int((values == 0).sum()) for name, values in by_set.items()}
     return metrics
 
 
-def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[str]:
-    """Return warnings for the reader: collapsed levels, omitted metrics, missing validation images, exact copies."""
+def notes(metrics: Metrics, num_compared: int, networks: Sequence[Network], config: EvaluateConfig) -> list[str]:
+    """Return warnings for the reader: collapsed levels, omitted metrics, missing validation images, exact copies, and
+    baselines that are better than the samples."""
     warnings = []
     for level, values in metrics["codebook"].items():
         if values["collapsed"]:
@@ -182,12 +200,31 @@ def notes(metrics: Metrics, num_compared: int, config: EvaluateConfig) -> list[s
             warnings.append(
                 f"{comparison.label} ({name}) is omitted: it needs {min_images} images of each set, got {num_compared}."
             )
-    if metrics["reference"] == "train":
+    if metrics["reference"] == "train" and config.reference == "auto":
         warnings.append("There are few validation images, so image sets are compared with training images instead.")
+    for baseline in BASELINES:
+        for network in networks:
+            if better := _better_than_samples(metrics["compared"], baseline, network):
+                warnings.append(
+                    f"The baseline of {baseline.replace('_', ' ')} beats the samples by features of {network.name} in "
+                    f"{', '.join(better)}: there the priors are of no use, or the metric misses what they learned."
+                )
     copies = metrics["neighbours"].get("pixels", {}).get("samples_copies", 0)
     if copies:
         warnings.append(f"{copies} samples are exact copies of training images, pixel by pixel.")
     return warnings
+
+
+def _better_than_samples(compared: Metrics, baseline: str, network: Network) -> list[str]:
+    """List the metrics by which a baseline is better than the samples, with both values."""
+    better = []
+    for name, comparison in COMPARISONS.items():
+        ours, theirs = (compared.get(image_set, {}).get(network.key(name)) for image_set in ("samples", baseline))
+        if ours is None or theirs is None:
+            continue
+        if theirs < ours if comparison.better == "lower" else theirs > ours:
+            better.append(f"{name} ({theirs:.4g}, samples {ours:.4g})")
+    return better
 
 
 def rate_distortion(rates: Metrics, distortions: Metrics, levels: Sequence[str]) -> list[Metrics]:

@@ -11,6 +11,7 @@ from stages.evaluation import ladder
 from stages.evaluation.report_data import ReportData
 from stages.metrics.codecs import CODECS
 from stages.metrics.comparisons import COMPARISONS
+from stages.metrics.networks import Network
 
 SPLITS = ("validation", "train")
 SPLIT_LABELS = {"validation": "validation", "train": "training"}
@@ -22,13 +23,18 @@ SET_LABELS = {
     "random_codes": "baseline: random codes",
     "shuffled_codes": "baseline: shuffled codes",
 }
+TO_TRAIN = "_to_train"  # end of the name of a pair that is compared with the training images as well
 RATE_LABELS = {
     "fixed": "fixed length, log2 K",
     "prior": "under the prior",
     "files": "in files",
     **{name: codec.label for name, codec in CODECS.items()},
 }
-SPACE_LABELS = {"pixels": "pixels (RMS, 8-bit levels)", "features": "features (Euclidean)"}
+
+
+def space_label(space: str) -> str:
+    """Name a space of nearest neighbours and its unit."""
+    return "pixels (RMS, 8-bit levels)" if space == "pixels" else f"{space.replace('_', ' of ', 1)} (Euclidean)"
 
 
 class Card(NamedTuple):
@@ -78,7 +84,7 @@ def cards(data: ReportData) -> list[Card]:
     rate = total.get("prior", total["fixed"])
     remark = f"{'NLL of the codes' if 'prior' in total else 'codes of fixed length'} of {images}; 24 uncompressed"
     cards.append(Card("Rate", f"{rate['bits_per_pixel']:.3f}", "bits/pixel", remark))
-    samples, kid = metrics["compared"]["samples"], f"kid_{data.feature_network}"
+    samples, kid = metrics["compared"]["samples"], data.networks[0].key("kid")
     if kid in samples:
         random_codes = metrics["compared"]["random_codes"].get(kid)
         remark = f"compared with {images}; lower is better"
@@ -103,13 +109,19 @@ def tables(data: ReportData) -> dict[str, Table]:
 
 
 def _comparison_table(data: ReportData) -> Table:
+    labels = SET_LABELS | {
+        name + TO_TRAIN: f"{label}, compared with training images" for name, label in SET_LABELS.items()
+    }
+    compared = {name: values for name, values in data.metrics["compared"].items() if name in labels}
     rows = []
-    for name, label in SET_LABELS.items():
-        values = data.metrics["compared"][name]
-        rows.append([label, str(values["images"]), *_comparison_cells(values, data.feature_network)])
+    for network in data.networks:
+        for name in sorted(compared, key=list(labels).index):
+            label = labels[name] if len(data.networks) == 1 else f"{labels[name]}, by {network.name}"
+            rows.append([label, str(compared[name]["images"]), *_comparison_cells(compared[name], network)])
     caption = (
         f"Compared with N {SPLIT_LABELS[data.metrics['reference']]} images unless stated otherwise, by features of "
-        f"{data.feature_network}. ± is one standard error."
+        f"{', '.join(network.name for network in data.networks)}. ± is one standard error. All but KID depend on N: "
+        "compare only values of the same N."
     )
     return Table(caption, 1, ["images", "N", *_comparison_headings()], rows)
 
@@ -121,11 +133,11 @@ def _ladder_table(data: ReportData) -> Table:
     for name, label in ladder.labels(data.levels).items():
         step = ladder_metrics["steps"].get(models[name], {})
         increase = f"{step['kid_increase']:+.4f}" if step else MISSING
-        rows.append([label, increase, *_comparison_cells(ladder_metrics[name], data.feature_network)])
+        rows.append([label, increase, *_comparison_cells(ladder_metrics[name], data.networks[0])])
     split, count = SPLIT_LABELS[data.metrics["reference"]], ladder_metrics["originals"]["images"]
     caption = (
         f"{count} images of each rung, compared with {count} other {split} images by features of "
-        f"{data.feature_network}. Drawn codes follow the sampling rule of the samples. ± is one standard error."
+        f"{data.networks[0].name}. Drawn codes follow the sampling rule of the samples. ± is one standard error."
     )
     return Table(caption, 1, ["images", "KID increase", *_comparison_headings()], rows)
 
@@ -134,16 +146,15 @@ def _comparison_headings() -> list[str]:
     return [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
 
 
-def _comparison_cells(values: Mapping[str, float], feature_network: str) -> list[str]:
-    cells = []
-    for metric in COMPARISONS:
-        key = f"{metric}_{feature_network}"
-        value, error = values.get(key), values.get(f"{key}_se")
-        if value is None:
-            cells.append(MISSING)
-        else:
-            cells.append(f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}")
-    return cells
+def _comparison_cells(values: Mapping[str, float], network: Network) -> list[str]:
+    return [_comparison_cell(values, network.key(metric)) for metric in COMPARISONS]
+
+
+def _comparison_cell(values: Mapping[str, float], key: str) -> str:
+    if key not in values:
+        return MISSING
+    error = values.get(f"{key}_se")
+    return f"{values[key]:.4g}" if error is None else f"{values[key]:.4f} ± {error:.4f}"
 
 
 def _reconstruction_table(data: ReportData) -> Table:
@@ -170,12 +181,14 @@ def _reconstruction_table(data: ReportData) -> Table:
 
 def _memorization_table(data: ReportData) -> Table:
     rows = [
-        [SPACE_LABELS[space], name, f"{np.median(distances):.3f}", str(int((distances == 0).sum()))]
+        [space_label(space), name, f"{np.median(distances):.3f}", str(int((distances == 0).sum()))]
         for space, by_set in data.nearest_distances.items()
         for name, distances in by_set.items()
     ]
+    searched = next(iter(data.metrics["neighbours"].values()))["searched"]
     caption = (
-        "Median distance to the nearest training image. Samples much closer than validation images can be memorized."
+        f"Median distance to the nearest of {searched:,} training images. Samples much closer than validation images "
+        "can be memorized."
     )
     return Table(caption, 2, ["space", "images", "median", "exact copies"], rows)
 

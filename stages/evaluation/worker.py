@@ -1,13 +1,11 @@
 """Evaluation worker: runs the networks over a part, a range of images, and returns sums, features or images.
 
-The result of each part is saved to a file named after the part, so an interrupted run computes only the missing parts.
-
 Axes: N images, H rows, W columns (of an image, or of a level's grid of codes), D features, k nearest images.
 """
 
 import itertools
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from models.quantizer import Quantizer
 from stages.config import SampleConfig
 from stages.evaluation import ladder
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
-from stages.formats import artifact
+from stages.evaluation.part_files import FeatureFile, feature_name, load_or_compute, part_path
 from stages.formats.codes import CodeSet
 from stages.images.tensors import to_float, to_uint8
 from stages.inference.trained_models import TrainedModels
-from stages.mapping.parts import Part, Result, pack, unpack
+from stages.mapping.parts import Part, Result
 from stages.metrics import codecs, distortion, neighbours, rate
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.features import FeatureNetwork
@@ -32,6 +30,8 @@ from stages.runtime.device import best_device
 
 # Fills of the finer levels by codes of their priors: at random, and the most probable code at each position.
 PRIOR_FILLS: dict[str, dict[str, Any]] = {"prior": {}, "mode": {"top_k": 1}}
+CODES_ROWS = 1024  # images whose random codes are drawn at once
+MAX_SHUFFLED_CODES = 2**23  # shuffled at once: each takes a random number and an index, 16 bytes
 CODEBOOK_GRID = 4  # side in codes of the coarsest level of the grid that shows an entry alone
 
 
@@ -42,27 +42,29 @@ class EvaluationWorker:
     ladder, such as "redrawn_bottom".
     """
 
-    def __init__(self, inputs: dict[str, Path], plan: EvaluationPlan, results_folder: Path):
+    def __init__(
+        self, inputs: dict[str, Path], plan: EvaluationPlan, results_folder: Path, features_folder: Path | None = None
+    ):
+        """Create a worker. `features_folder` has the features of all image sets, for parts that need them."""
         self.inputs, self.plan, self.results_folder = EvaluationInputs(**inputs), plan, results_folder
+        self.features_folder = features_folder
         self.device = best_device()
         # Each is loaded or computed on first use and then kept by this process.
         self.vqvae = cache(lambda: self.inputs.vqvae.to(self.device).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self.prior = cache(lambda level: self.inputs.prior(level).to(self.device))
-        self.feature_network = cache(lambda: FeatureNetwork(plan.config.feature_weights, self.device))
+        networks = {network.name: network for network in plan.networks}
+        self.feature_network = cache(lambda name: FeatureNetwork(networks[name], self.device))
         self.trained_models = cache(self._trained_models)
-        self.codes = cache(self._codes)
+        self.codes = lru_cache(maxsize=2)(self._codes)  # of 50,000 images, each takes hundreds of megabytes
         self.split_images = cache(self.inputs.images)
-        self.queries = cache(lambda image_set: self.images(image_set, 0, plan.num_queries))
+        self.queries = cache(lambda image_set: self.images(image_set, 0, plan.query_sets[image_set]))
 
     @torch.inference_mode()
     def __call__(self, part: Part) -> Result:
-        names = [part["measure"], part["image_set"], *([part["level"]] if "level" in part else [])]
-        path = self.results_folder / f"{'-'.join(names)}-{part['start']}-{part['stop']}.npz"
-        if not artifact.has_valid_checksum(path):
-            with artifact.atomic_write(path) as temporary:
-                temporary.write_bytes(pack(self._measure(part)))
-            artifact.write_checksum(path)
-        return unpack(path.read_bytes())
+        path = part_path(self.results_folder, part)
+        result = load_or_compute(path, lambda: self._measure(part))
+        result.pop("features", None)  # they stay in their file
+        return result
 
     def _measure(self, part: Part) -> dict[str, Any]:
         image_set, start, stop = part["image_set"], part["start"], part["stop"]
@@ -74,9 +76,11 @@ class EvaluationWorker:
             case "likelihood":
                 return self.likelihood(image_set, part["level"], start, stop)
             case "features":
-                return self.features(image_set, start, stop)
-            case "nearest":
-                return self.nearest(image_set, start, stop)
+                return self.features(part["network"], image_set, start, stop)
+            case "nearest_pixels":
+                return self.nearest_pixels(start, stop)
+            case "nearest_features":
+                return self.nearest_features(part["network"], start, stop)
             case "examples":
                 return self.examples(image_set, start, stop)
             case "codebook":
@@ -118,26 +122,60 @@ class EvaluationWorker:
         grid = self.inputs.codes.levels[level]
         return {"sums": list(rate.measure(np.concatenate(nats), grid.height * grid.width))}
 
-    def features(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
+    def features(self, network: str, image_set: str, start: int, stop: int) -> dict[str, np.ndarray]:
         """Compute the features, (N, D), of images; return also those images that the quality ladder shows."""
-        network = self.feature_network()
+        compute = self.feature_network(network)
         features, shown = [], []
         for first, last in self._batches(start, stop):
             images = self.images(image_set, first, last)
-            features.append(network(images))
+            features.append(compute(images))
             shown.append(images[: max(0, ladder.RUNG_IMAGES - first)])
         return {"features": np.concatenate(features), "shown": np.concatenate(shown)}
 
-    def nearest(self, image_set: str, start: int, stop: int) -> dict[str, Any]:
-        """Search training images [start, stop) for those nearest, by pixels, to each query: distances, indices (N, k).
+    def nearest_pixels(self, start: int, stop: int) -> dict[str, Any]:
+        """Search training images [start, stop) for the k nearest to each query by pixels.
 
         A distance is a root mean square over pixels and channels, in 8-bit levels.
         """
-        queries = self.queries(image_set)
-        distances, indices = neighbours.nearest(
-            queries, self.images("train", start, stop), self.plan.config.nearest_images
+        images = self.images("train", start, stop)
+        scale = 1 / np.sqrt(images[0].size)
+        return self._nearest(self.queries, images, start, scale, self.device)
+
+    def nearest_features(self, network: str, start: int, stop: int) -> dict[str, Any]:
+        """Search training images [start, stop) for the k nearest to each query by features."""
+        # The comparison of image sets may have needed the same features.
+        is_saved = self.plan.feature_sets.get("train", 0) >= stop
+        features = (
+            self._saved_features(network, "train")[start:stop]
+            if is_saved
+            else self.features(network, "train", start, stop)["features"]
         )
-        return {"distances": distances / np.sqrt(queries[0].size), "indices": indices + start}
+
+        def queries(image_set: str) -> np.ndarray:
+            return self._saved_features(network, image_set)[: self.plan.query_sets[image_set]]
+
+        return self._nearest(queries, features, start, 1.0, "cpu")
+
+    def _nearest(
+        self,
+        queries: Callable[[str], np.ndarray],
+        candidates: np.ndarray,
+        start: int,
+        scale: float,
+        device: torch.device | str,
+    ) -> dict[str, np.ndarray]:
+        """Search candidates for the k nearest of each query: distances and indices, (N, k), by image set."""
+        result: dict[str, np.ndarray] = {}
+        for image_set in self.plan.query_sets:
+            distances, indices = neighbours.nearest(
+                queries(image_set), candidates, self.plan.config.nearest_images, device
+            )
+            result |= {f"{image_set}_distances": distances * scale, f"{image_set}_indices": indices + start}
+        return result
+
+    def _saved_features(self, network: str, image_set: str) -> FeatureFile:
+        assert self.features_folder
+        return FeatureFile(self.features_folder / feature_name(network, image_set))
 
     def examples(self, split: str, start: int, stop: int) -> dict[str, Any]:
         """Return images, and what each prefix of levels decodes to with each fill: name -> uint8 (N, H, W, 3)."""
@@ -232,7 +270,7 @@ class EvaluationWorker:
         generator = np.random.default_rng([self.plan.seed, COMPARED_SETS.index(image_set)])
         levels = self.inputs.codes.levels
         baseline = {
-            level: generator.integers(levels[level].entries, size=grids.shape)
+            level: random_codes(grids, levels[level].entries, generator)
             if image_set == "random_codes"
             else shuffle_codes(grids, generator)
             for level, grids in real.codes.items()
@@ -264,15 +302,28 @@ class EvaluationWorker:
         return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
+def random_codes(grids: np.ndarray, entries: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw uniformly random codes of the shape and type of `grids`, (N, H, W)."""
+    codes = np.empty_like(grids)
+    for start in range(0, len(grids), CODES_ROWS):  # in pieces, which are the same numbers: they are drawn as int64
+        rows = codes[start : start + CODES_ROWS]
+        rows[:] = generator.integers(entries, size=rows.shape)
+    return codes
+
+
 def shuffle_codes(grids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Give each position of each image the code that another random image has at this position: (N, H, W).
 
     The histogram of codes at each position stays the same; the dependence between positions is lost.
     """
     codes = grids.reshape(len(grids), -1)  # (N, HW)
-    # Sort the images into a random cycle per position and give each image its predecessor's code: with two or more
-    # images, none keeps its own. A random permutation would leave some in place.
-    cycle = np.argsort(generator.random(codes.shape), axis=0)
     shuffled = np.empty_like(codes)
-    np.put_along_axis(shuffled, cycle, np.take_along_axis(codes, np.roll(cycle, 1, axis=0), axis=0), axis=0)
+    positions = max(1, MAX_SHUFFLED_CODES // len(codes))
+    for start in range(0, codes.shape[1], positions):
+        block = codes[:, start : start + positions]
+        # Sort the images into a random cycle per position and give each image its predecessor's code: with two or more
+        # images, none keeps its own. A random permutation would leave some in place.
+        cycle = np.argsort(generator.random(block.shape), axis=0)
+        predecessors = np.take_along_axis(block, np.roll(cycle, 1, axis=0), axis=0)
+        np.put_along_axis(shuffled[:, start : start + positions], cycle, predecessors, axis=0)
     return shuffled.reshape(grids.shape)

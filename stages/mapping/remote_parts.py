@@ -39,7 +39,12 @@ class TransferPlan:
         """
         assert context.storage
         paths = set(_paths([*arguments, *parts]))
-        work_dirs = {path for path in paths if Path(path).is_relative_to(context.work_dir)}
+        work_dirs = {
+            path
+            for path in paths
+            # An artifact in the work folder is an input, made of the results of earlier parts.
+            if Path(path).is_relative_to(context.work_dir) and not (Path(path) / MANIFEST).is_file()
+        }
         artifacts = {path: _artifacts_by_name(Path(path)) for path in paths - work_dirs}
         if len(work_dirs) > 1 or not all(artifacts.values()):
             return None

@@ -9,12 +9,12 @@ Result = TypeVar("Result")
 CHUNK_ROWS = 256  # fixed, because the order of sums decides the last digits
 
 
-def map_chunks(function: Callable[[slice], Result], rows: int) -> Iterator[Result]:
-    """Call `function` with each chunk of 0 to `rows`, on all processors; yield the results in order.
+def map_chunks(function: Callable[[slice], Result], rows: int, threads: int = 0) -> Iterator[Result]:
+    """Call `function` with each chunk of 0 to `rows`, on `threads` threads; yield the results in order.
 
-    NumPy releases the interpreter lock in matrix products. Limit it to one thread of its own
-    (`stages.metrics.threads`).
+    0 threads is one per processor. NumPy releases the interpreter lock in matrix products. Limit it to one thread of
+    its own (`stages.metrics.threads`).
     """
-    chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
-    with ThreadPoolExecutor(os.cpu_count()) as executor:
+    chunks = [slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
+    with ThreadPoolExecutor(threads or os.cpu_count()) as executor:
         yield from executor.map(function, chunks)

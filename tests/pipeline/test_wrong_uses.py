@@ -195,7 +195,7 @@ CASES = {
     "source_on_the_web": (_nothing, ["run", "-S", "dataset.source=https://host/images.zip"], 2),
     "source_in_s3": (_nothing, ["run", "-S", "dataset.source=s3://bucket/images"], 2),
     "source_in_home_folder": (_set("dataset", source="~vqvae2-nobody/images"), RUN, 2),
-    "feature_network_missing": (_nothing, ["run", "-S", "evaluate.feature_weights=inception.pt"], 2),
+    "feature_network_missing": (_nothing, ["run", "-S", "+evaluate.networks.inception=inception.pt"], 2),
     "codes_without_quantizer": (_nothing, ["run", "--stage", "codes", "-S", "vqvae.quantizer.mode=none"], 2),
     "source_is_not_an_archive": (_text_file, RUN, 2),
     "folder_without_images": (_no_images, RUN, 2),

@@ -1,8 +1,10 @@
 """Stage `evaluate` on a tiny pipeline with untrained networks, in one process."""
 
 import csv
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from stages.formats.shards import open_shards
 from stages.images.tensors import to_uint8
 from stages.inference.trained_models import TrainedModels
 from stages.metrics.comparisons import COMPARISONS
+from stages.metrics.networks import Network
 from stages.runtime.context import StageContext
 from tests.mini_pipeline import without_ray
 from tests.screen import Screen
@@ -130,8 +133,8 @@ def make_inputs(root: Path, images: dict[str, int], *, classes: tuple[str, ...] 
     return root
 
 
-def run_evaluate(root: Path, name: str = "evaluate") -> SimpleNamespace:
-    """Run evaluate; return all its metrics, output folder, messages and images."""
+def run_evaluate(root: Path, name: str = "evaluate", **settings: object) -> SimpleNamespace:
+    """Run evaluate with some other settings; return all its metrics, output folder, messages and images."""
     screen, out = Screen(), root / name
     network = root / "thumbnail.pt"
     torch.jit.script(Thumbnail()).save(str(network))
@@ -142,7 +145,7 @@ def run_evaluate(root: Path, name: str = "evaluate") -> SimpleNamespace:
         out / "report",
         out / "metrics.json",
         out / "plots",
-        evaluate=replace(CONFIG, feature_weights=str(network)),
+        evaluate=replace(CONFIG, **{"networks": {"thumbnail": str(network)}, **settings}),
         seed=0,
         context=StageContext("evaluate", "f" * 64, work, ClusterConfig(), screen),
     )
@@ -202,7 +205,7 @@ def test_max_images_limits_each_split(evaluated):
 
 def test_each_image_set_has_all_measures(evaluated):
     """Samples, reconstructions and baselines have KID, Fréchet distance, precision and recall, named by the network."""
-    names = {f"{metric}_thumbnail" for metric in ("kid", "frechet", "precision", "recall")}
+    names = {f"{metric}_thumbnail" for metric in COMPARISONS}
     for name in COMPARED_SETS:
         assert names <= set(evaluated.metrics["compared"][name])
     assert set(evaluated.metrics["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}
@@ -237,7 +240,7 @@ def test_plots_are_csv_files_with_headers(evaluated):
 def test_headline_metrics_are_few_and_plain(evaluated):
     """The numbers that people compare have plain names, are of validation images and have 6 significant digits."""
     headline = json.loads((evaluated.out / "metrics.json").read_text())
-    assert list(headline) == ["kid", "frechet", "precision", "recall", "psnr", "ssim"]
+    assert list(headline) == [*COMPARISONS, "psnr", "ssim"]
     assert headline["psnr"] == evaluated.metrics["reconstruction"]["validation"]["psnr"]
     assert headline["kid"] == evaluated.metrics["compared"]["samples"]["kid_thumbnail"]
     assert all(value == float(f"{value:.6g}") for value in headline.values())
@@ -290,7 +293,7 @@ def test_interrupted_run_measures_only_missing_parts(root):
     """A run in the work folder of an interrupted run computes the missing part and keeps the files of the others."""
     first = run_evaluate(root, "interrupted")
     paths = sorted((first.out / "work" / "parts").glob("*.npz"))
-    missing = first.out / "work" / "parts" / "features-samples-0-8.npz"
+    missing = first.out / "work" / "parts" / "features-thumbnail-samples-0-8.npz"
     missing.unlink()
     (first.out / "report" / artifact.MANIFEST).unlink()
     times = {path: path.stat().st_mtime_ns for path in paths if path != missing}
@@ -320,25 +323,38 @@ def test_codes_of_other_shards_are_refused(root, tmp_path):
     assert caught.value.fix == "Run: vqvae2 run --stage codes"
 
 
-def test_notes_name_collapse_omitted_measures_few_images_and_copies():
+def test_notes_name_collapse_omitted_measures_few_images_better_baselines_and_copies():
     """Each problem gives one sentence; an evaluation without problems gives none."""
     uniform = {"train": np.full(8, 5)}
     collapsed = {"train": np.array([40, 0, 0, 0, 0, 0, 0, 0])}
-    metrics = {"codebook": summary.codebook({"top": uniform}), "reference": "validation", "neighbours": {}}
+    metrics = {
+        "codebook": summary.codebook({"top": uniform}),
+        "reference": "validation",
+        "neighbours": {},
+        "compared": {},
+    }
     enough_images = max(comparison.min_images(CONFIG) for comparison in COMPARISONS.values())
-    assert summary.notes(metrics, enough_images, CONFIG) == []
+    networks = [Network("thumbnail", "thumbnail.pt", "0" * 64)]
+    assert summary.notes(metrics, enough_images, networks, CONFIG) == []
     metrics = {
         "codebook": summary.codebook({"top": collapsed, "bottom": uniform}),
         "reference": "train",
         "neighbours": {"pixels": {"samples_copies": 3}},
+        "compared": {
+            "samples": {"kid_thumbnail": 0.25, "recall_thumbnail": 0.5},
+            "random_codes": {"kid_thumbnail": 0.5, "recall_thumbnail": 0.25},
+            "shuffled_codes": {"kid_thumbnail": 0.125, "recall_thumbnail": 0.5},
+        },
     }
-    assert summary.notes(metrics, enough_images, CONFIG) == [
+    assert summary.notes(metrics, enough_images, networks, CONFIG) == [
         "Level top is collapsed: its perplexity is 1.0 of 8 entries, below 25%. Its prior has little to learn.",
         "There are few validation images, so image sets are compared with training images instead.",
+        "The baseline of shuffled codes beats the samples by features of thumbnail in kid (0.125, samples 0.25): there "
+        "the priors are of no use, or the metric misses what they learned.",
         "3 samples are exact copies of training images, pixel by pixel.",
     ]
-    with_one_image = summary.notes(metrics, 1, CONFIG)
-    assert len(with_one_image) == 3 + len(COMPARISONS)
+    with_one_image = summary.notes(metrics, 1, networks, CONFIG)
+    assert len(with_one_image) == 4 + len(COMPARISONS)
     assert "KID (kid) is omitted: it needs 2 images of each set, got 1." in with_one_image
 
 
@@ -399,3 +415,98 @@ def test_missing_samples_are_refused(root):
     with pytest.raises(UserError, match=r"2 samples are missing, first number 8\.") as caught:
         samples.images(7, 10)
     assert caught.value.where == str(root / "samples") and "--stage sample --force" in caught.value.fix
+
+
+class Published(nn.Module):
+    """Feature network with the signature of the published Inception network: features only if asked for."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False) -> torch.Tensor:
+        features = nn.functional.adaptive_avg_pool2d(img, 1).flatten(1)
+        return features if return_features else features.softmax(dim=1)
+
+
+def test_second_network_has_metrics_and_neighbours_of_its_own(root, evaluated, tmp_path):
+    """The first network's metrics stay the same. The report records the SHA-256 of both files."""
+    path = tmp_path / "colours.pt"
+    torch.jit.script(Published()).save(str(path))
+    networks = {"thumbnail": str(root / "thumbnail.pt"), "colours": str(path)}
+    both = run_evaluate(root, "two_networks", networks=networks)
+    for name in COMPARED_SETS:
+        first = evaluated.metrics["compared"][name]
+        assert first.items() <= both.metrics["compared"][name].items()
+        assert {f"{metric}_colours" for metric in COMPARISONS} <= set(both.metrics["compared"][name])
+    assert list(both.metrics["neighbours"]) == ["pixels", "features", "features_colours"]
+    meta = artifact.read(both.out / "report", "report", "evaluate").meta
+    assert meta["networks"]["colours"] == both.metrics["networks"]["colours"] == artifact.sha256(path)
+    assert json.loads((both.out / "metrics.json").read_text()) == json.loads(
+        (evaluated.out / "metrics.json").read_text()
+    )
+
+
+def plant_training_images(root: Path, folder: Path, positions: list[int]) -> None:
+    """Write samples whose images are training images of these positions."""
+    context = StageContext("sample", "f" * 64, folder / "work", ClusterConfig())
+    context.work_dir.mkdir()
+    config = SampleConfig(len(positions))
+    sample.run(root / "vqvae", root / "priors", folder / "drawn", sample=config, seed=0, context=context)
+    drawn, training = artifact.read(folder / "drawn", "samples"), open_shards(root / "shards").split("train")
+    with artifact.commit_folder(folder / "samples", "samples", dict(drawn.meta)) as planted:
+        for name in drawn.files:
+            shutil.copyfile(drawn.path(name), planted / name)
+        (tar_name,) = (name for name in drawn.files if name.endswith(".tar"))
+        with tarfile.open(planted / tar_name, "w") as tar:
+            for number, position in enumerate(positions):
+                buffer = io.BytesIO()
+                Image.fromarray(training.read(position)).save(buffer, "PNG")
+                member = tarfile.TarInfo(f"{number:05d}.png")
+                member.size = len(buffer.getvalue())
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+
+
+def test_copies_of_training_images_are_found_wherever_they_are(root, tmp_path):
+    """16 of 16 samples that are training images, by pixels and by features. With a limit, only those within it."""
+    positions = [19, 3, 18, 0, 12, 7, 16, 17, 1, 2, 4, 5, 13, 14, 15, 6]
+    plant_training_images(root, tmp_path, positions)
+    for name in INPUTS[:-1]:
+        (tmp_path / name).symlink_to(root / name)
+    unlimited = run_evaluate(tmp_path, max_images=16)
+    neighbours = unlimited.metrics["neighbours"]
+    assert [neighbours[space]["samples_copies"] for space in ("pixels", "features")] == [16, 16]
+    assert [neighbours[space]["searched"] for space in ("pixels", "features")] == [20, 20]
+    assert "Searched 20 training images for the nearest to 16 samples and 16 validation images." in unlimited.messages
+    limited = run_evaluate(tmp_path, "limited", max_images=16, search_images=10)
+    within = sum(position < 10 for position in positions)
+    assert [limited.metrics["neighbours"][space]["samples_copies"] for space in ("pixels", "features")] == [within] * 2
+
+
+def test_reference_is_chosen_by_the_setting(root, evaluated):
+    """With both splits, the metrics of the first are those of it alone, and those of the second have other names."""
+    both = run_evaluate(root, "both", reference="both")
+    assert evaluated.metrics["compared"].items() <= both.metrics["compared"].items()
+    train = run_evaluate(root, "train", reference="train")
+    assert (both.metrics["reference"], train.metrics["reference"]) == ("validation", "train")
+    assert both.metrics["compared"]["samples_to_train"] == train.metrics["compared"]["samples"]
+    assert "validation_to_train_median" in train.metrics["neighbours"]["pixels"]
+    assert not any("few validation images" in message for message in train.messages)
+    html = (both.out / "report" / "report.html").read_text()
+    assert "baseline: random codes, compared with training images" in html
+
+
+def test_validation_reference_without_validation_images_is_refused(tmp_path):
+    """The error names the split and the setting."""
+    inputs = SimpleNamespace(
+        images=lambda split: range(5 if split == "train" else 0),
+        samples=SimpleNamespace(count=3),
+        samples_folder="samples",
+    )
+    with pytest.raises(UserError, match=r"got 3 samples and 0 validation images\.") as caught:
+        evaluate._plan(inputs, replace(CONFIG, reference="validation"), seed=0)
+    assert "evaluate.reference" in caught.value.fix
+
+
+def test_random_codes_are_those_of_one_draw():
+    """They are drawn in pieces, which changes nothing but the memory."""
+    grids = np.zeros((worker.CODES_ROWS + 5, 3, 2), np.uint16)
+    drawn = worker.random_codes(grids, 300, np.random.default_rng(1))
+    assert drawn.dtype == np.uint16
+    assert (drawn == np.random.default_rng(1).integers(300, size=grids.shape)).all()

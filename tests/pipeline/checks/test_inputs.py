@@ -49,10 +49,10 @@ def test_missing_images_without_a_dvc_file_are_refused(settings):
 def test_inputs_of_the_last_stages_are_checked_before_the_first(settings):
     """A run would reach them after the training. Each is checked only if its stage is to run."""
     inputs.check_late_inputs(request(settings))
-    weights = replace(settings, evaluate=replace(settings.evaluate, feature_weights="inception.pt"))
+    weights = replace(settings, evaluate=replace(settings.evaluate, networks={"inception": "inception.pt"}))
     with pytest.raises(UserError, match="feature network does not exist") as caught:
         inputs.check_late_inputs(request(weights))
-    assert caught.value.where == "evaluate.feature_weights: inception.pt" and caught.value.code == 2
+    assert caught.value.where == "evaluate.networks.inception: inception.pt" and caught.value.code == 2
     inputs.check_late_inputs(request(weights, stages=("vqvae",)))
     quantizer = replace(settings.vqvae.quantizer, mode="none")
     continuous = replace(settings, vqvae=replace(settings.vqvae, quantizer=quantizer))

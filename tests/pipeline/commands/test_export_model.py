@@ -110,7 +110,7 @@ def test_metrics_are_those_of_a_report_of_this_model(artifacts: MiniPipeline, tm
         "likelihood": {"top": {"train": {"nats_per_code": 1.75}}},
     }
     for digest, expected in ((vqvae, {"kid": 0.125, "psnr": 26.5, "nll_top": 1.75}), ("0" * 64, {})):
-        meta = {"inputs": {"vqvae": digest, **priors}, "settings": {"feature_weights": ""}}
+        meta = {"inputs": {"vqvae": digest, **priors}, "networks": {"efficientnet_lite0": "0" * 64}}
         with artifact.commit_folder(model / "report", "report", meta) as folder:
             (folder / "metrics.json").write_text(json.dumps(metrics))
         exported = export(tmp_path / f"exported-{digest[:4]}", model)

@@ -22,10 +22,11 @@ from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfCl
 from stages.metrics import codecs
 from stages.metrics.comparisons import COMPARISONS, Comparison
 from stages.metrics.distortion import DistortionSums
+from stages.metrics.networks import Network
 from stages.metrics.rate import LikelihoodSums
 
 LEVELS = {"top": Grid(16, 2, 2), "bottom": Grid(32, 4, 4)}
-NETWORK = "efficientnet_lite0"
+NETWORK = Network("efficientnet_lite0", "installed", "0" * 64)
 CURVES = {"VQ-VAE": ["mse", "psnr"], "Prior of level top": ["nll_nats_per_code", "nll_bits_per_code"]}
 PROVENANCE = "../../runs/evaluate/0123/provenance.js"
 RUNGS = ("originals", "reconstructions", "redrawn_bottom", "samples", "random_codes")
@@ -79,10 +80,12 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
         "compared": summary.comparisons(
             {name: (features["reference"], features[name]) for name in SETS}, NETWORK, EvaluateConfig(), 0
         ),
-        "neighbours": summary.memorization(distances),
+        "neighbours": summary.memorization(distances, 20),
     }
     rung_features = {**features, "redrawn_bottom": features["samples"]}
-    plan = EvaluationPlan("reference", 9, 9, 8, 4, ("bottom",), EvaluateConfig(precision_recall_k=2), 0)
+    plan = EvaluationPlan(
+        ("reference",), {}, 9, 9, 8, 4, ("bottom",), (NETWORK,), EvaluateConfig(precision_recall_k=2), 0
+    )
     metrics["ladder"] = ladder.metrics(rung_features.__getitem__, plan, LEVELS, NETWORK)
     codec_sums = codecs.measure(images(2), "jpeg", 50)
     metrics["rate_distortion"] = [
@@ -93,7 +96,7 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
     return ReportData(
         metrics=metrics,
         notes=["Level top is <collapsed>."],
-        feature_network=NETWORK,
+        networks=[NETWORK],
         image_size=side,
         levels=LEVELS,
         originals=images(8),
@@ -224,7 +227,7 @@ def test_page_shows_network_direction_and_standard_error_of_kid(html):
     """KID is shown with the feature network, its better direction, its standard error and both baselines."""
     text = Page(html).text
     for expected in (
-        NETWORK,
+        NETWORK.name,
         "KID (lower is better)",
         "baseline: random codes",
         "baseline: shuffled codes",
@@ -244,10 +247,10 @@ def test_omitted_measures_are_shown_as_a_dash():
 
 def test_added_comparison_is_computed_and_shown(monkeypatch):
     """A metric added to COMPARISONS is computed for each image set and shown with its better direction."""
-    gap = Comparison("Gap of means", "lower", lambda config: 1, lambda a, b, config, seed: float(a.mean() - b.mean()))
+    gap = Comparison("Gap of means", "lower", lambda config: 1, of_features=lambda a, b: float(a.mean() - b.mean()))
     monkeypatch.setitem(COMPARISONS, "gap", gap)
     data = report_data()
-    assert all(f"gap_{NETWORK}" in data.metrics["compared"][name] for name in SETS)
+    assert all(NETWORK.key("gap") in data.metrics["compared"][name] for name in SETS)
     assert "Gap of means (lower is better)" in Page(render(data)).text
 
 

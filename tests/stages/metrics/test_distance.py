@@ -6,25 +6,27 @@ import torch
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from stages.metrics import distance
+from stages.metrics import distance, pairs
 
 
 def _features(count: int, mean: float = 0.0, size: int = 6, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(mean, 1, (count, size)).astype(np.float32)
 
 
+def _kid(reference: np.ndarray, images: np.ndarray, seed: int) -> tuple[float, float]:
+    return distance.kid(pairs.compare(reference, images, k=1, seed=seed))
+
+
 def test_kid_equals_torchmetrics():
     """The value equals torchmetrics' unbiased estimate over all pairs."""
     reference, images = _features(40), _features(40, 0.3, seed=1)
     expected = poly_mmd(torch.from_numpy(reference).double(), torch.from_numpy(images).double()).item()
-    assert distance.kid(reference, images, seed=0)[0] == pytest.approx(expected, rel=1e-9)
+    assert _kid(reference, images, 0)[0] == pytest.approx(expected, rel=1e-9)
 
 
 def test_kid_is_unbiased_and_its_standard_error_matches_the_spread():
     """Between sets of one distribution, the values have mean 0 and a spread close to the standard errors."""
-    results = np.array(
-        [distance.kid(_features(60, seed=2 * s), _features(60, seed=2 * s + 1), seed=s) for s in range(40)]
-    )
+    results = np.array([_kid(_features(60, seed=2 * s), _features(60, seed=2 * s + 1), s) for s in range(40)])
     values, errors = results.T
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
     assert 0.5 < errors.mean() / values.std() < 2
@@ -33,12 +35,12 @@ def test_kid_is_unbiased_and_its_standard_error_matches_the_spread():
 def test_kid_is_deterministic_for_a_seed():
     """The random halves of the standard error depend on the seed only."""
     reference, images = _features(20), _features(20, seed=1)
-    assert distance.kid(reference, images, seed=3) == distance.kid(reference, images, seed=3)
+    assert _kid(reference, images, 3) == _kid(reference, images, 3)
 
 
 def test_kid_accepts_sets_of_different_sizes():
     """The value and its standard error are finite for sets of different sizes."""
-    assert np.isfinite(distance.kid(_features(7), _features(12), seed=0)).all()
+    assert np.isfinite(_kid(_features(7), _features(12), 0)).all()
 
 
 @pytest.mark.parametrize(("count", "other"), [(40, 40), (40, 60)])
@@ -59,9 +61,17 @@ def test_frechet_of_fewer_images_than_features_is_finite():
     assert distance.frechet(reference, reference + 2) == pytest.approx(4 * 50, rel=1e-6)
 
 
+def test_frechet_of_several_chunks_equals_that_of_one(monkeypatch):
+    """More images than fit into memory at once give the same distance as all at once."""
+    reference, images = _features(45), _features(45, 0.5, seed=1)
+    expected = distance.frechet(reference, images)
+    monkeypatch.setattr(distance, "CHUNK_ROWS", 7)
+    assert distance.frechet(reference, images) == pytest.approx(expected, rel=1e-9)
+
+
 def test_single_image_is_refused():
     """Both distances need two or more images of each set."""
     with pytest.raises(ValueError, match=r"Fréchet distance must have 2 or more .* got 1 reference images and 5"):
         distance.frechet(_features(1), _features(5))
     with pytest.raises(ValueError, match="KID must have 2 or more images of each set, got 1 reference images and 5"):
-        distance.kid(_features(1), _features(5), seed=0)
+        _kid(_features(1), _features(5), 0)

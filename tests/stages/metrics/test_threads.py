@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.metrics.chunks import map_chunks
+from stages.metrics.comparisons import COMPARISONS
 
 ROOT = Path(__file__).parents[3]
 PRINT_METRICS = """
@@ -17,7 +18,7 @@ import sys
 import numpy as np
 import torch
 from stages.config import EvaluateConfig
-from stages.evaluation import summary
+from stages.metrics.comparisons import compare
 from stages.metrics.threads import one_thread
 
 torch.set_num_threads(int(sys.argv[1]))
@@ -25,13 +26,13 @@ generator = np.random.default_rng(0)
 # Some more features than images, as in the demo, and more images than one chunk.
 features = [generator.normal(size=(600, 1280)).astype(np.float32) * scale for scale in (1, 0.9)]
 with one_thread():
-    print(json.dumps(summary.comparisons({"samples": tuple(features)}, "network", EvaluateConfig(), 0)))
+    print(json.dumps(compare(*features, EvaluateConfig(), 0)))
 assert torch.get_num_threads() == int(sys.argv[1])
 """
 
 
 def metrics_with_threads(threads: int) -> str:
-    """Compute KID, Fréchet distance, precision and recall in a process whose libraries use `threads` threads."""
+    """Compute all metrics of two sets in a process whose libraries use `threads` threads."""
     variables = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     return subprocess.run(
         [sys.executable, "-c", PRINT_METRICS, str(threads)],
@@ -44,9 +45,9 @@ def metrics_with_threads(threads: int) -> str:
 
 
 def test_comparisons_have_the_same_bytes_with_any_number_of_threads():
-    """KID, Fréchet distance, precision and recall are equal to the last digit with one, two and four threads."""
+    """All metrics are equal to the last digit with one, two and four threads."""
     metrics = metrics_with_threads(1)
-    assert set(json.loads(metrics)["samples"]) >= {f"{name}_network" for name in ("kid", "frechet", "precision")}
+    assert set(json.loads(metrics)) == set(COMPARISONS)
     assert metrics_with_threads(2) == metrics
     assert metrics_with_threads(4) == metrics
 
