@@ -195,7 +195,7 @@ class EvaluationResults:
         rungs = ladder.rungs(self.inputs.codes.levels)
         image_sets = {name: self.plan.reference if name == "originals" else name for name in rungs}
         return {
-            name: self._results["features", image_set][0]["shown"][: self.plan.num_ladder]
+            name: self._results["features", image_set, self.plan.networks[0].name][0]["shown"][: self.plan.num_ladder]
             for name, image_set in image_sets.items()
         }
 
