@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from pipeline.commands.plan import count
 from pipeline.dvc_yaml import Stage
 from stages.config import AugmentConfig, Params, TrainConfig
 from stages.tracking.provenance import device_kind
@@ -18,6 +17,8 @@ def compute_facts(stage: Stage, settings: Params) -> dict[str, Any]:
     train = _train_config(stage, settings)
     if train is None:
         return facts
+    from pipeline.commands.plan import count  # imports torch
+
     # Labels are looked up and added, which takes no matrix product: the number of classes does not matter.
     trainings = count(settings, classes=0)
     return facts | {

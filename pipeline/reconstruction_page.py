@@ -6,7 +6,6 @@ Such a VQ-VAE has no codes, so there are no priors, no samples and no evaluation
 import base64
 from pathlib import Path
 
-from stages.evaluation import svg
 from stages.formats import artifact, curves, html_page
 from stages.tracking.quantities import format_number
 
@@ -56,6 +55,8 @@ def _render(model: artifact.Artifact) -> str:
 
 
 def _chart(rows: curves.Rows, metric: str, label: str) -> str:
+    from stages.evaluation import svg  # imports matplotlib
+
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for step, split, value in curves.curve_points(rows, [metric]):
         x, y = lines.setdefault(SPLITS.get(split, split), ([], []))

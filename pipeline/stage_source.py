@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -81,7 +82,7 @@ def source_of(module: str, network: str = "", root: Path | None = None) -> Stage
     `network` names the file in models/priors/ that a prior uses: the other networks are ignored. `root` holds the
     packages; by default they are those that this process runs, of a checkout or an installed distribution.
     """
-    definitions = _definitions(_Sources(root or ROOT), module, network)
+    definitions = _definitions(_read_sources(root or ROOT), module, network)
     digest = _digest(json.dumps(sorted(definitions.items())))
     record = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
     return StageSource(digest, record["version"] if record else digest, record is not None, definitions)
@@ -127,13 +128,13 @@ def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, st
         current = pending.pop()
         if current not in reached and current.module not in other_networks:
             reached.add(current)
-            pending += sources.references(*current)
+            pending += sources.references(current)
             # Importing a module runs the statements of its packages.
             packages = accumulate(current.module.split("."), "{}.{}".format)
             pending += [DefinitionId(package, "") for package in packages]
     digests: dict[str, str] = {}
     for definition_id in sorted(reached):
-        digests |= sources.hash_definition(*definition_id)
+        digests |= sources.hash_definition(definition_id)
     for module_name in {definition_id.module for definition_id in reached} & RESOURCES.keys():
         for file in RESOURCES[module_name]:
             contents = sources.path(module_name).with_name(file).read_text(encoding="utf-8")
@@ -156,19 +157,44 @@ class _Module:
     imports: Mapping[str, DefinitionId]
 
 
+def _read_sources(root: Path) -> "_Sources":
+    """Return the sources below a folder. What they cache is shared by the stages, until a file changes."""
+    files = sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
+    states = ((path, path.stat()) for path in files)
+    return _cached_sources(root, tuple((path, state.st_mtime_ns, state.st_size) for path, state in states))
+
+
+@lru_cache(maxsize=2)
+def _cached_sources(root: Path, state: tuple[tuple[Path, int, int], ...]) -> "_Sources":
+    return _Sources(root)
+
+
 class _Sources:
     """Syntax trees of the packages below one folder. Nothing is imported: importing torch would take seconds."""
 
     def __init__(self, root: Path):
         self.root = root
         self._modules: dict[str, _Module] = {}
+        self._references: dict[DefinitionId, tuple[DefinitionId, ...]] = {}
+        self._hashes: dict[DefinitionId, dict[str, str]] = {}
 
     def path(self, module: str) -> Path:
         path = self.root.joinpath(*module.split("."))
         return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
-    def references(self, module: str, definition: str) -> Iterator[DefinitionId]:
-        """Yield the definitions in our packages that a definition, or the rest of a module, references."""
+    def references(self, definition_id: DefinitionId) -> tuple[DefinitionId, ...]:
+        """Return the definitions in our packages that a definition, or the rest of a module, references."""
+        if definition_id not in self._references:
+            self._references[definition_id] = tuple(self._find_references(*definition_id))
+        return self._references[definition_id]
+
+    def hash_definition(self, definition_id: DefinitionId) -> dict[str, str]:
+        """Hash one definition. Methods are hashed separately, so that a report can name the changed one."""
+        if definition_id not in self._hashes:
+            self._hashes[definition_id] = self._hash(*definition_id)
+        return self._hashes[definition_id]
+
+    def _find_references(self, module: str, definition: str) -> Iterator[DefinitionId]:
         parsed = self._parse(module)
         for statement in parsed.definitions[definition] if definition else parsed.other_statements:
             for node in _walk(statement, is_boundary=definition == "run" and module.startswith("stages.")):
@@ -179,8 +205,7 @@ class _Sources:
                 elif isinstance(node, ast.Name):
                     yield from self._resolve(module, node.id)
 
-    def hash_definition(self, module: str, definition: str) -> dict[str, str]:
-        """Hash one definition. Methods are hashed separately, so that a report can name the changed one."""
+    def _hash(self, module: str, definition: str) -> dict[str, str]:
         parsed = self._parse(module)
         statements = parsed.definitions[definition] if definition else parsed.other_statements
         name = f"{module}.{definition}" if definition else module

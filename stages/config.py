@@ -186,8 +186,8 @@ class SampleConfig:
 
     def rule(self, level: str) -> dict[str, Any]:
         """Return the sampling rule of a level: the keys of SAMPLING_RULE."""
-        own = vars(self.level_rules.get(level, LevelRule()))
-        return {name: getattr(self, name) if own[name] is None else own[name] for name in SAMPLING_RULE}
+        of_level = vars(self.level_rules.get(level, LevelRule()))
+        return {name: getattr(self, name) if of_level[name] is None else of_level[name] for name in SAMPLING_RULE}
 
     def describe_rule(self) -> dict[str, Any]:
         """Return the sampling rule as plain data, without what is neutral: for the metadata of samples."""
@@ -196,9 +196,9 @@ class SampleConfig:
     @classmethod
     def of_rule(cls, meta: Mapping[str, Any], **others: Any) -> "SampleConfig":
         """Return settings with the rule that `describe_rule` has put into metadata. Raises ValueError as the class."""
-        rule = {name: meta[name] for name in SAMPLING_RULE if name in meta}
-        level_rules = {level: LevelRule(**own) for level, own in meta.get("level_rules", {}).items()}
-        return cls(**rule, level_rules=level_rules, **others)
+        settings = {name: meta[name] for name in SAMPLING_RULE if name in meta}
+        level_rules = {level: LevelRule(**rule) for level, rule in meta.get("level_rules", {}).items()}
+        return cls(**settings, level_rules=level_rules, **others)
 
 
 @dataclass(frozen=True)

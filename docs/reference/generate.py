@@ -182,9 +182,11 @@ def _stages_by_setting() -> dict[str, list[str]]:
     """Map each key that dvc.yaml lists under `params:` to the stages that list it."""
     stages_by_setting: dict[str, list[str]] = {}
     for stage in dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml").values():
-        name = f"{stage.module}_LEVEL" if stage.level else stage.name
+        name = f"{stage.module}_{stage.key_name.upper()}" if stage.key else stage.name
         for key in stage.params:
-            names = stages_by_setting.setdefault(key.replace(f".{stage.level}", ".LEVEL") if stage.level else key, [])
+            names = stages_by_setting.setdefault(
+                key.replace(f".{stage.key}", f".{stage.key_name.upper()}") if stage.key else key, []
+            )
             if name not in names:
                 names.append(name)
     return stages_by_setting

@@ -148,7 +148,7 @@ class Prior(nn.Module):
 
     @property
     def can_be_guided(self) -> bool:
-        """Whether the prior was trained with and without labels, as classifier-free guidance needs."""
+        """True for a prior that was trained with and without labels, as classifier-free guidance needs."""
         return self.classes > 0 and self.label_dropout > 0
 
     def condition(self, coarser: Mapping[str, Grids] | None) -> Float[Tensor, "B H W C"] | None:

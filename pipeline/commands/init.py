@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import conf_layers, new_project, params, presets
+from pipeline import conf_layers, conflicts, new_project, params, presets
 from pipeline.checks.machine import gpu_count
 from pipeline.compose import compose_params
 from pipeline.composed_from import format_override
@@ -137,7 +137,7 @@ def to_chosen_preset(advice: presets.Advice) -> ChosenPreset:
 
 def source_path(data: Path, folder: Path) -> str:
     """Return the path of the images as the project names it: relative inside of its folder, absolute elsewhere."""
-    if params.URL.match(str(data)):
+    if conflicts.URL.match(str(data)):
         return str(data)  # refused by the validation of settings
     path, root = data.absolute(), folder.absolute()
     if not path.is_relative_to(root):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import params
+from pipeline import conflicts, params
 from pipeline.image_commands import (
     MODEL,
     earlier_meta,
@@ -86,7 +86,7 @@ def choose_config(
         changes: dict[str, Any] = {"count": count, "classes": tuple(classes), "level_rules": parsed, **options}
         return dataclasses.replace(settings, **changes)
     except ValueError as error:
-        key, headline, fix = params.explain(error)
+        key, headline, fix = conflicts.explain(error)
         raise UserError(headline, where=f"--{key.replace('_', '-')}", fix=fix, code=2) from None
 
 
@@ -121,7 +121,7 @@ def draw(out: Path, config: SampleConfig, *, seed: int, sheet: Path, model: Path
     labels = choose_labels(models, config)
     entries = max(grid.entries for grid in models.grids.values())
     if config.top_k > entries:
-        problem = params.top_k_problem("top_k", config.top_k, entries)
+        problem = conflicts.top_k_problem("top_k", config.top_k, entries)
         raise UserError(problem.headline, where=model / "vqvae", fix=problem.fix, code=2)
     meta = {
         "count": config.count,

@@ -23,6 +23,7 @@ from stages.metrics.rate import LikelihoodSums
 
 Metrics = dict[str, Any]  # nested, as JSON has them
 BASELINES = ("random_codes", "shuffled_codes")  # images decoded from codes that no prior made
+HEADLINE_COMPARISONS = ("kid", "frechet", "precision", "recall")  # more do not fit on a screen
 DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim")
 
 
@@ -155,7 +156,7 @@ def headline(metrics: Metrics, networks: Sequence[Network]) -> Metrics:
     samples are those of the first network, and the FID if a network is FID's own.
     """
     samples, reconstructions = metrics["compared"]["samples"], metrics["reconstruction"][metrics["reference"]]
-    keys = {name: networks[0].key(name) for name in COMPARISONS}
+    keys = {name: networks[0].key(name) for name in HEADLINE_COMPARISONS}
     keys |= {"fid": "fid"}
     compared = {name: samples[key] for name, key in keys.items() if key in samples}
     return compared | {name: reconstructions[name] for name in ("psnr", "ssim") if name in reconstructions}

@@ -28,7 +28,7 @@ def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: 
         raise TypeError(f"sampling options must be any of {', '.join(valid_names)}, got {unknown[0]}")
     given_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if level_rules := given_options.pop("level_rules", None):
-        given_options["level_rules"] = {level: LevelRule(**own) for level, own in level_rules.items()}
+        given_options["level_rules"] = {level: LevelRule(**rule) for level, rule in level_rules.items()}
     config = dataclasses.replace(defaults, **given_options)
     if config.top_k > entries:
         raise ValueError(f"top_k must be at most {entries}, the entries of the largest codebook, got {config.top_k}")

@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,3 +140,10 @@ def test_no_file_is_unpickled():
         assert not re.search(r"weights_only=False|allow_pickle=True|hydra.*instantiate|\.extract(all)?\(", text), path
         for line in re.findall(r".*torch\.load\(.*", text):
             assert path.as_posix() in readers and "weights_only=True" in line, f"{path}: {line}"
+
+
+def test_commands_import_no_slow_library():
+    """Importing torch takes seconds, which every command would wait for."""
+    modules = ", ".join(f"pipeline.commands.{name}" for name in ("run", "status", "config", "init", "demo"))
+    code = f"import sys, {modules}; print(*sorted({{'torch', 'ray', 'mlflow', 'matplotlib'}} & sys.modules.keys()))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == ""

@@ -64,7 +64,7 @@ def project(tmp_path_factory) -> Path:
         curves.write_metrics(folder / f"metrics/prior_{level}.json", {"nll": 2.0100383, "nll_train": 1.7411665})
     data = report_data()
     write_plots(folder / "plots/evaluate", dict(data.metrics), data.entry_counts)
-    curves.write_metrics(folder / "metrics/evaluate.json", summary.headline(dict(data.metrics), NETWORK))
+    curves.write_metrics(folder / "metrics/evaluate.json", summary.headline(dict(data.metrics), [NETWORK]))
     curves.write_metrics(folder / "metrics/shard.json", {"images": 3372})
     for name in IMAGES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import params
+from pipeline import conflicts, params
 from stages.config import RESERVED_LEVEL_NAMES
 from stages.errors import UserError
 from stages.formats.flatten import flatten
@@ -155,7 +155,7 @@ def test_every_number_rejects_negative_and_nan(key, value):
 )
 def test_errors_of_settings_classes_get_the_section_and_a_fix(message, section, problem):
     """A ValueError without a fix gets one from its rule."""
-    assert params.explain(ValueError(message), section) == problem
+    assert conflicts.explain(ValueError(message), section) == problem
 
 
 def test_several_errors_come_together():

@@ -8,9 +8,11 @@ import pytest
 from stages.config import EvaluateConfig
 from stages.evaluation import ladder
 from stages.evaluation.inputs import EvaluationPlan
+from stages.metrics.networks import Network
 
 LEVELS = ("top", "middle", "bottom")
-PLAN = EvaluationPlan("validation", 40, 40, 8, 20, LEVELS[1:], EvaluateConfig(), 0)
+NETWORK = Network("network", "installed", "0" * 64)
+PLAN = EvaluationPlan(("validation",), {}, 40, 40, 8, 20, LEVELS[1:], (NETWORK,), EvaluateConfig(), 0)
 
 
 def test_each_rung_adds_one_model():
@@ -35,7 +37,7 @@ def test_step_of_the_worst_model_is_the_largest():
     def features(image_set: str) -> np.ndarray:
         return generator.normal(size=(40, 6)) + shift.get(image_set, 0.0)
 
-    metrics = ladder.metrics(features, PLAN, LEVELS, "network")
+    metrics = ladder.metrics(features, PLAN, LEVELS, NETWORK)
     steps = metrics["steps"]
     assert list(steps) == ["vqvae", "prior_bottom", "prior_middle", "prior_top"]
     assert max(steps, key=lambda name: steps[name]["kid_increase"]) == "prior_middle"
@@ -55,7 +57,7 @@ def test_advice_names_the_vqvae_and_leaves_out_what_is_not_significant():
 
 def test_ladder_of_zero_images_is_left_out():
     """Without images no features are read."""
-    assert ladder.metrics({}.__getitem__, replace(PLAN, num_ladder=0), LEVELS, "network") == {}
+    assert ladder.metrics({}.__getitem__, replace(PLAN, num_ladder=0), LEVELS, NETWORK) == {}
 
 
 def test_redrawn_levels_follow_the_rule_of_the_samples():

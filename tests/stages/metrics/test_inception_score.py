@@ -5,6 +5,7 @@ import pytest
 
 from stages.metrics.features import FeatureNetwork
 from stages.metrics.inception_score import inception_score
+from stages.metrics.networks import read_networks
 
 
 def test_certain_and_varied_images_score_the_number_of_classes():
@@ -28,7 +29,7 @@ def test_score_is_the_exponential_of_the_mutual_information():
 
 def test_probabilities_are_those_of_the_packaged_network():
     """The features of the network lead to its class probabilities."""
-    network = FeatureNetwork()
+    network = FeatureNetwork(read_networks({"efficientnet_lite0": "installed"})[0])
     images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
     probabilities = network.probabilities(network(images))
     assert probabilities is not None and probabilities.shape == (2, 1000)

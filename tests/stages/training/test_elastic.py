@@ -53,7 +53,7 @@ def train(folder: Path, stage: str, arguments: dict[str, Any], world_size: int, 
 @pytest.fixture(scope="module")
 def arguments(project) -> dict[str, dict[str, Any]]:
     """Inputs and settings of each stage. Without dropout in the prior, whose random numbers differ between ranks."""
-    network = dataclasses.replace(project.priors["top"], dropout=0.0)
+    network = dataclasses.replace(project.priors["top"], dropout=0.0, label_dropout=0.0)
     return {
         "vqvae": {
             "shards": project.path("shards"),

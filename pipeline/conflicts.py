@@ -1,0 +1,151 @@
+"""Settings that are valid alone and contradict another section, and the form of every problem of settings."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from pipeline.text import capitalize
+from stages.config import Params
+from stages.errors import install_command
+
+# Artifacts with images that a classifier can be trained on, and that a rejection can select from.
+CLASSIFIED = ("shards", "vqvae", "samples", "accepted")
+REJECTED = ("samples",)
+# DVC takes a path that begins with one of its schemes for a URL, also without slashes.
+URL = re.compile(r"([a-z][\w+.-]*)://|(https?|s3|gs|azure|ssh|hdfs|webhdfs|webdavs?|oss|gdrive|remote):", re.IGNORECASE)
+
+
+class Problem(NamedTuple):
+    """One invalid setting."""
+
+    key: str  # full key, such as "cluster.workers"; "" for the settings as a whole
+    headline: str  # the violated rule and the value
+    fix: str
+
+
+def explain(error: ValueError, section: str = "") -> Problem:
+    """Convert the ValueError of a settings class, "{field} must be {rule}, got {value}[; {fix}]".
+
+    `section` becomes the prefix of the field. Without a fix the rule becomes one: "Set cluster.workers to 1 or more."
+    """
+    sentence, _, fix = str(error).partition("; ")
+    match = re.match(r"([\w.]+) must be (.+), got ", sentence)
+    fix = f"{capitalize(fix)}." if fix else ""
+    if not match:
+        return Problem(section, f"{capitalize(sentence)}.", fix or "Choose values that are valid together.")
+    key = f"{section}.{match[1]}".lstrip(".")
+    rule = f"a value {match[2]}" if match[2].startswith(("above ", "below ", "at ")) else match[2]
+    return Problem(key, f"{key}{sentence[match.end(1) :]}.", fix or f"Set {key} to {rule}.")
+
+
+def conflicts(params: Params) -> Iterator[Problem]:
+    """Yield settings that are valid alone and contradict another section."""
+    levels, priors = params.vqvae.levels, params.priors
+    yield from _not_local("dataset.source", params.dataset.source)
+    try:
+        params.vqvae.grids(params.dataset.image_size)
+    except ValueError as error:
+        yield explain(error, "dataset")
+    headline = f"priors must have the levels of vqvae.levels ({', '.join(levels)}), got {', '.join(priors) or 'none'}."
+    for level in levels:
+        if level not in priors:
+            yield Problem("priors", headline, f"Add the prior of {level}: -S '+prior@priors.{level}=pixelcnn'")
+    for level in priors:
+        if level not in levels:
+            yield Problem(
+                f"priors.{level}",
+                headline,
+                f"Add {level} to vqvae.levels, or remove its prior: -S '~prior@priors.{level}'",
+            )
+    entries = max(level.entries for level in levels.values())
+    if params.sample.top_k > entries:
+        yield top_k_problem("sample.top_k", params.sample.top_k, entries)
+    yield from _sampling_conflicts(params)
+    yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
+    for level, prior in priors.items():
+        yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
+    yield from _classifier_conflicts(params)
+
+
+def _sampling_conflicts(params: Params) -> Iterator[Problem]:
+    """Yield problems of the sampling rules of levels."""
+    levels = params.vqvae.levels
+    for level, rule in params.sample.level_rules.items():
+        key = f"sample.level_rules.{level}"
+        if level not in levels:
+            headline = f"sample.level_rules must name levels of vqvae.levels ({', '.join(levels)}), got {level}."
+            yield Problem(key, headline, f"Remove {key}, or use one of these names.")
+        elif rule.top_k and rule.top_k > levels[level].entries:
+            yield top_k_problem(f"{key}.top_k", rule.top_k, levels[level].entries)
+    for level, prior in params.priors.items():
+        guidance = params.sample.rule(level)["guidance"]
+        if guidance != 1 and not prior.network.label_dropout:
+            yield Problem(
+                f"priors.{level}.network.label_dropout",
+                f"priors.{level}.network.label_dropout must be above 0 for a guidance of {guidance:g}, got 0.",
+                f"Add: -S priors.{level}.network.label_dropout=0.1. Or set sample.guidance to 1.",
+            )
+
+
+def _classifier_conflicts(params: Params) -> Iterator[Problem]:
+    """Yield problems of classifiers and rejections, which name the artifacts that they read."""
+    for section, names in (("classifiers", CLASSIFIED), ("rejections", REJECTED)):
+        for name in getattr(params, section):
+            if name not in names:
+                headline = f"{section} must be named after artifacts with images ({', '.join(names)}), got {name}."
+                yield Problem(f"{section}.{name}", headline, f"Remove {section}.{name}, or use one of these names.")
+    if params.rejections and "shards" not in params.classifiers:
+        yield Problem(
+            "rejections",
+            "rejections need a critic, the classifier of real images, got none.",
+            "Add it: -S +classifier@classifiers.shards=small",
+        )
+    if "accepted" in params.classifiers and not params.rejections:
+        yield Problem(
+            "classifiers.accepted",
+            "classifiers.accepted needs accepted samples, got no rejection.",
+            "Add it: -S +rejection@rejections.samples=half",
+        )
+    for name, classifier in params.classifiers.items():
+        key = f"classifiers.{name}"
+        yield from _indivisible(f"{key}.train.batch_size", classifier.train.batch_size, params.cluster.workers)
+        if classifier.network.stride > params.dataset.image_size:
+            yield Problem(
+                f"{key}.network.halvings",
+                f"{key}.network must have a stride of at most dataset.image_size, which is "
+                f"{params.dataset.image_size}, got {classifier.network.stride}.",
+                f"Lower {key}.network.halvings or {key}.network.stem_stride.",
+            )
+
+
+def _not_local(key: str, path: str) -> Iterator[Problem]:
+    """Describe a path that DVC would not read on this machine: a URL, or ~, which only a shell replaces."""
+    if match := URL.match(path):
+        local = f"data/{PurePosixPath(urlsplit(path).path).name or 'images'}"
+        fix = f"Download it and track it: dvc import-url {path} {local}. Then set {key} to {local}."
+        if (match[1] or match[2]).lower() == "s3":
+            fix += f" S3 needs: {install_command('s3')}"
+        yield Problem(key, f"{key} must be a path on this machine, got the URL {path}.", fix)
+    elif re.match("~[^/]*(/|$)", path):
+        expanded = os.path.expanduser(path)  # noqa: PTH111  # Path raises an error for an unknown user
+        fix = f"Set {key} to {expanded}." if expanded != path else f"For a folder of this name: ./{path}"
+        yield Problem(key, f"{key} must be a path without ~, got {path}.", fix)
+
+
+def top_k_problem(key: str, top_k: int, entries: int) -> Problem:
+    """Describe a top-k above the number of entries of the largest codebook."""
+    headline = f"{key} must be at most {entries}, the entries of the largest codebook, got {top_k}."
+    return Problem(key, headline, f"Set {key} to 1 to {entries}, or to 0 to keep all entries.")
+
+
+def _indivisible(key: str, batch_size: int, workers: int) -> Iterator[Problem]:
+    if batch_size % workers:
+        below = batch_size // workers * workers
+        yield Problem(
+            key,
+            f"{key} must be a multiple of cluster.workers, which is {workers}, got {batch_size}.",
+            f"Set {key} to {f'{below} or ' if below else ''}{below + workers}, or change cluster.workers.",
+        )
