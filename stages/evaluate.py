@@ -24,7 +24,13 @@ from typing import Any
 from stages.config import EvaluateConfig
 from stages.errors import UserError
 from stages.evaluation import ladder, summary
-from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs, EvaluationPlan
+from stages.evaluation.inputs import (
+    COMPARED_SETS,
+    EvaluationInputs,
+    EvaluationPlan,
+    choose_references,
+    has_few_validation_images,
+)
 from stages.evaluation.part_files import feature_name, part_path, write_features
 from stages.evaluation.plots import write_plots
 from stages.evaluation.report import write_report
@@ -41,7 +47,6 @@ from stages.runtime.context import StageContext
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 COMPRESSED_PER_PART = 16  # images: AVIF is slow, and small parts keep all workers busy
-MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference
 SEARCH_IMAGES_PER_PART = 1024  # training images of a part that searches them: fewer results than images per part
 MAX_SEARCH_BYTES = 2**28  # images that are searched for, and those that a part searches: a worker holds all in memory
 RECONSTRUCTIONS_SHOWN = 8
@@ -125,10 +130,7 @@ def _write(results: EvaluationResults, out: Path, metrics: Path, plots: Path, co
 
 def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> EvaluationPlan:
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
-    too_few = sizes["validation"] < min(MIN_VALIDATION_IMAGES, sizes["train"])
-    references = {"auto": ("train",) if too_few else ("validation",), "both": ("validation", "train")}.get(
-        config.reference, (config.reference,)
-    )
+    references = choose_references(config.reference, sizes)
     num_reference = min(sizes[split] for split in references)
     num_compared = min(inputs.samples.count, num_reference, config.max_images)
     if not num_compared:
@@ -144,7 +146,7 @@ def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> Evalua
     has_ladder = num_ladder > 1  # no metric compares single images
     num_queries = max(1, min(num_compared, _images_in_memory(inputs)))
     query_sets = {"samples": num_queries}
-    if not too_few:  # validation images show which distance is normal
+    if not has_few_validation_images(sizes):  # validation images show which distance is normal
         query_sets["validation"] = min(num_queries, sizes["validation"])
     return EvaluationPlan(
         references=references,
@@ -154,7 +156,7 @@ def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> Evalua
         num_examples=min(RECONSTRUCTIONS_SHOWN, sizes[references[0]]),
         num_ladder=num_ladder if has_ladder else 0,
         redrawn_levels=tuple(inputs.codes.levels)[1:] if has_ladder else (),
-        networks=tuple(read_networks(config.networks)),
+        networks=tuple(network.absolute() for network in read_networks(config.networks)),
         config=config,
         seed=seed,
     )

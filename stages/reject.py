@@ -26,6 +26,7 @@ from models.classifier import Classifier
 from stages.config import EvaluateConfig, RejectionConfig
 from stages.errors import UserError
 from stages.evaluation import summary
+from stages.evaluation.inputs import choose_references
 from stages.evaluation.rejection import CurvePoint, accept, curve_rows, plan_curve
 from stages.formats import artifact, curves, model_file
 from stages.formats.artifact import Artifact
@@ -44,7 +45,6 @@ from stages.runtime.device import best_device
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 SAMPLES_PER_FILE = 1024
-MIN_VALIDATION_IMAGES = 64  # with fewer, the training images are the reference
 SHOWN_ROWS, SHOWN_COLUMNS = 8, 8  # of a contact sheet: samples of a class, classes
 CRITIC_STAGE = "classifier_shards"
 
@@ -73,7 +73,8 @@ def run(
     check_critic(candidates, critic_artifact)
     work = (context.work_dir / "parts").absolute()
     work.mkdir(parents=True, exist_ok=True)
-    arguments = (samples.absolute(), shards.absolute(), critic.absolute(), rejection, evaluate, work)
+    network = first_network(evaluate)
+    arguments = (samples.absolute(), shards.absolute(), critic.absolute(), network, rejection, evaluate, work)
 
     def measure(parts: list[Part]) -> list[Result]:
         return map_parts(Measure, arguments, parts, context=context, unit="image")
@@ -88,12 +89,13 @@ def run(
             fix="Lower rejections.samples.threshold, or train longer.",
             code=4,
         )
-    reference = "validation" if len(dataset.split("validation")) >= MIN_VALIDATION_IMAGES else "train"
+    sizes = {split: len(dataset.split(split)) for split in ("train", "validation")}
+    reference, *_ = choose_references(evaluate.reference, sizes)
     max_images = min(evaluate.max_images, len(dataset.split(reference)))
     points = plan_curve(scores, labels, rejection.curve, max_images, seed)
     features = _features(points, reference, measure)
     with one_thread():  # what this process computes is the same on any number of processors
-        by_rate = compare(points, features, FeatureNetwork(first_network(evaluate)), evaluate, seed)
+        by_rate = compare(points, features, FeatureNetwork(network), evaluate, seed)
     meta = {
         **candidates.artifact.meta,
         "count": len(accepted),
@@ -122,13 +124,20 @@ class Measure:
     """Mapper that scores samples with the critic, or computes features of images, with networks loaded on first use."""
 
     def __init__(
-        self, samples: Path, shards: Path, critic: Path, rejection: RejectionConfig, evaluate: EvaluateConfig, out: Path
+        self,
+        samples: Path,
+        shards: Path,
+        critic: Path,
+        network: Network,
+        rejection: RejectionConfig,
+        evaluate: EvaluateConfig,
+        out: Path,
     ):
         self.samples, self.rejection, self.evaluate, self.out = open_samples(samples), rejection, evaluate, out
         self.device = best_device()
         self.split = cache(lambda name: open_shards(shards).split(name))
         self.critic = cache(lambda: model_file.load_classifier(critic, CRITIC_STAGE)[0].to(self.device))
-        self.feature_network = cache(lambda: FeatureNetwork(first_network(evaluate), self.device))
+        self.feature_network = cache(lambda: FeatureNetwork(network, self.device))
 
     def __call__(self, part: Part) -> Result:
         path = self.out / f"{part['measure']}-{part['image_set']}-{part['number']:05d}.npz"
@@ -197,7 +206,7 @@ def _features(points: Sequence[CurvePoint], reference: str, measure: Any) -> dic
 
 def first_network(evaluate: EvaluateConfig) -> Network:
     """Return the first feature network of the evaluation."""
-    return read_networks(evaluate.networks)[0]
+    return read_networks(evaluate.networks)[0].absolute()
 
 
 def compare(

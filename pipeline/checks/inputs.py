@@ -70,12 +70,15 @@ def dvc_file_of(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
+READERS_OF_NETWORKS = ("evaluate", "reject")  # stages
+
+
 def check_late_inputs(request: Request) -> Answer:
     """Check what only the last stages read: a run may reach them after days."""
     settings, stages = request.settings, request.stages
     networks = settings.evaluate.networks
     files = [weights for weights in networks.values() if weights != INSTALLED]
-    if "evaluate" in stages and files:
+    if files and any(name.startswith(READERS_OF_NETWORKS) for name in stages):
         # PyTorch takes seconds to import, so only a network from a file is loaded and tried.
         from stages.metrics.features import check_networks
 

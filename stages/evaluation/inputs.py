@@ -21,6 +21,20 @@ from stages.metrics.networks import Network
 COMPARED_SETS = ("samples", "reconstructions", "random_codes", "shuffled_codes")
 
 
+MIN_VALIDATION_IMAGES = 64  # with fewer, and more training images, the training images are the reference
+
+
+def has_few_validation_images(sizes: Mapping[str, int]) -> bool:
+    """Return whether the validation images are too few to compare with; `sizes` are the images of each split."""
+    return sizes["validation"] < min(MIN_VALIDATION_IMAGES, sizes["train"])
+
+
+def choose_references(reference: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the splits that `evaluate.reference` stands for."""
+    automatic = "train" if has_few_validation_images(sizes) else "validation"
+    return {"auto": (automatic,), "both": ("validation", "train")}.get(reference, (reference,))
+
+
 @dataclass(frozen=True)
 class EvaluationInputs:
     """Folders of the artifacts to evaluate. Each artifact is opened on first use."""

@@ -14,7 +14,7 @@ Axes: N images, D features.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ REDRAWN = "redrawn_"  # followed by the coarsest drawn level: an image set
 IMAGES_PER_PART = 64  # drawing is slow: small parts keep all workers busy
 RUNG_IMAGES = 8  # shown of each rung
 SIGNIFICANT = 2.0  # standard errors
+MAX_VARIATION = 0.25  # between the shares of classes, 0 to 1
 
 
 def rungs(levels: Iterable[str]) -> dict[str, str]:
@@ -63,13 +64,24 @@ def sampling_config(meta: Mapping[str, Any], batch_size: int) -> SampleConfig:
     return SampleConfig.of_rule(meta, batch_size=batch_size)
 
 
+def have_same_classes(sample_labels: np.ndarray, reference_labels: np.ndarray) -> bool:
+    """Return whether two sets have their classes in nearly equal shares: a total variation of at most MAX_VARIATION."""
+    labels = np.union1d(sample_labels, reference_labels)
+    differences = [abs(np.mean(sample_labels == label) - np.mean(reference_labels == label)) for label in labels]
+    return sum(differences) / 2 <= MAX_VARIATION
+
+
 def metrics(
-    features: Callable[[str], np.ndarray], plan: EvaluationPlan, levels: Iterable[str], network: Network
+    features: Callable[[str], np.ndarray],
+    plan: EvaluationPlan,
+    levels: Sequence[str],
+    network: Network,
+    same_classes: bool = True,
 ) -> Metrics:
     """Compare the first N images of each rung with N images of the reference split that follow them.
 
-    `features` returns the features, (N or more, D), of an image set. Adds under "steps" the increase of KID by model.
-    Empty without a ladder.
+    `features` returns the features, (N or more, D), of an image set. Adds under "steps" the increase of KID by model,
+    without that of the coarsest prior if the samples have other classes than the reference. Empty without a ladder.
     """
     count = plan.num_ladder
     if not count:
@@ -78,7 +90,10 @@ def metrics(
     sets = {name: reference[:count] if name == "originals" else features(name)[:count] for name in rungs(levels)}
     pairs = {name: (reference[count : 2 * count], rung) for name, rung in sets.items()}
     compared = summary.comparisons(pairs, network, plan.config, plan.seed)
-    return {**compared, "steps": _steps(compared, rungs(levels), network.key("kid"))}
+    steps = _steps(compared, rungs(levels), network.key("kid"))
+    if not same_classes:
+        steps.pop(f"prior_{levels[0]}", None)
+    return {**compared, "steps": steps}
 
 
 def _steps(compared: Metrics, models: Mapping[str, str], kid: str) -> Metrics:
@@ -103,7 +118,7 @@ def advice(steps: Metrics) -> str:
     increase, error = steps[model]["kid_increase"], steps[model].get("kid_increase_se", 0.0)
     if increase <= SIGNIFICANT * error:
         return "No model increases KID by more than twice its standard error: more images would tell them apart."
-    total = sum(values["kid_increase"] for values in steps.values())
+    total = sum(max(0.0, values["kid_increase"]) for values in steps.values())
     share = f"KID +{increase:.4f} of +{total:.4f}"
     if model == "vqvae":
         return f"The VQ-VAE loses most ({share}): train it longer, or give it more codes or entries."

@@ -57,7 +57,9 @@ def plan_curve(
         return []
     classes, counts = np.unique(labels, return_counts=True)
     lowest = np.array([num_accepted(int(count), min(rates)) for count in counts])
-    shares = np.maximum(1, np.floor(lowest * min(1.0, max_images / lowest.sum()))).astype(int)
+    shares = np.floor(lowest * min(1.0, max_images / lowest.sum())).astype(int)
+    rare = np.flatnonzero(shares == 0)  # these have one sample each, as many of them as max_images leaves room for
+    shares[rare[: max_images - shares.sum()]] = 1
     order = np.random.default_rng(seed).permutation(len(labels))
     points = []
     for rate in sorted(set(rates), reverse=True):

@@ -57,7 +57,8 @@ class EvaluationResults:
         reconstruction = summary.reconstruction(self._distortion_sums())
         column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
         compared = summary.name_metrics(self._compared, self.plan.networks, num_compared)
-        quality_ladder = ladder.metrics(self.features, self.plan, levels, self.plan.networks[0])
+        same_classes = ladder.have_same_classes(self.inputs.samples.labels, self.inputs.images(reference).labels)
+        quality_ladder = ladder.metrics(self.features, self.plan, list(levels), self.plan.networks[0], same_classes)
         rates = summary.rates(
             levels,
             likelihood,

@@ -121,7 +121,8 @@ def _comparison_table(data: ReportData) -> Table:
     caption = (
         f"Compared with N {SPLIT_LABELS[data.metrics['reference']]} images unless stated otherwise, by features of "
         f"{', '.join(network.name for network in data.networks)}. ± is one standard error. All but KID depend on N: "
-        "compare only values of the same N."
+        "compare only values of the same N. Reconstructions are compared with their own originals, as usual, and so "
+        "seem better than independent images would; the quality ladder compares them with other images."
     )
     return Table(caption, 1, ["images", "N", *_comparison_headings()], rows)
 
@@ -139,6 +140,8 @@ def _ladder_table(data: ReportData) -> Table:
         f"{count} images of each rung, compared with {count} other {split} images by features of "
         f"{data.networks[0].name}. Drawn codes follow the sampling rule of the samples. ± is one standard error."
     )
+    if ladder_metrics["steps"] and models["samples"] not in ladder_metrics["steps"]:
+        caption += " The samples have other classes than these images, so their KID is not that of one prior."
     return Table(caption, 1, ["images", "KID increase", *_comparison_headings()], rows)
 
 

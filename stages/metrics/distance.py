@@ -1,8 +1,9 @@
 """Distances between two sets of images, computed from their features: KID and Fréchet distance. Lower is better.
 
-KID is unbiased at any number of images. The Fréchet distance has a positive bias that shrinks with the number of
-images: compare only values computed at the same number. Both depend on the feature network, so the metric's key names
-it; the Fréchet distance is FID only with the features of FID's Inception network.
+KID of independent sets is unbiased at any number of images; that of images and their own reconstructions is too low.
+The Fréchet distance has a positive bias that shrinks with the number of images: compare only values computed at the
+same number. Both depend on the feature network, so the metric's key names it; the Fréchet distance is FID only with
+the features of FID's Inception network.
 Sources: Bińkowski et al. 2018 (KID), Heusel et al. 2017 (FID).
 
 Axes: N reference images, M compared images, D features, S subset selections.
@@ -21,7 +22,8 @@ def kid(sums: SetComparison) -> tuple[float, float]:
     KID = mean k(r, r') + mean k(x, x') - 2 mean k(r, x), the squared maximum mean discrepancy with the kernel
     k(x, y) = (x . y / D + 1)^3; the first two means leave out the pairs of a vector with itself.
     The standard error is the standard deviation over random halves of both sets. This is the delete-d jackknife with
-    d = N / 2, where its correction factor is 1. It is NaN below four images.
+    d = N / 2, where its correction factor is 1. It is an upper bound: for two sets of one distribution, where KID is 0,
+    it is too large by up to the square root of 3. It is NaN below four images.
     Raises ValueError if a set has fewer than two images.
     """
     sizes = len(sums.between.images_in_ball), len(sums.between.balls_around_image)

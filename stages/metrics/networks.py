@@ -35,6 +35,10 @@ class Network(NamedTuple):
         """True for the weights that FID and the Inception score are defined by."""
         return self.digest in INCEPTION_DIGESTS
 
+    def absolute(self) -> "Network":
+        """Return the network with an absolute path: workers run in other folders."""
+        return self if self.weights == INSTALLED else self._replace(weights=str(Path(self.weights).absolute()))
+
     def key(self, metric: str) -> str:
         """Return the key of a metric: kid_NAME. A Fréchet distance is called fid only with FID's own network."""
         return "fid" if metric == "frechet" and self.is_inception else f"{metric}_{self.name}"

@@ -23,6 +23,7 @@ from stages.config import AugmentConfig, ClusterConfig, CodesConfig, DatasetConf
 from stages.errors import UserError
 from stages.evaluation import ladder, summary, worker
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs
+from stages.evaluation.summary import HEADLINE_COMPARISONS
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
@@ -240,7 +241,7 @@ def test_plots_are_csv_files_with_headers(evaluated):
 def test_headline_metrics_are_few_and_plain(evaluated):
     """The numbers that people compare have plain names, are of validation images and have 6 significant digits."""
     headline = json.loads((evaluated.out / "metrics.json").read_text())
-    assert list(headline) == [*COMPARISONS, "psnr", "ssim"]
+    assert list(headline) == [*HEADLINE_COMPARISONS, "psnr", "ssim"]
     assert headline["psnr"] == evaluated.metrics["reconstruction"]["validation"]["psnr"]
     assert headline["kid"] == evaluated.metrics["compared"]["samples"]["kid_thumbnail"]
     assert all(value == float(f"{value:.6g}") for value in headline.values())

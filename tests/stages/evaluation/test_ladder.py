@@ -64,3 +64,13 @@ def test_redrawn_levels_follow_the_rule_of_the_samples():
     """The sampling rule is read from the metadata of the samples, without other facts."""
     config = ladder.sampling_config({"count": 9, "temperature": 0.7, "top_k": 3, "top_p": 0.9, "accepted": 1.0}, 5)
     assert (config.temperature, config.top_k, config.top_p, config.batch_size) == (0.7, 3, 0.9, 5)
+
+
+def test_samples_of_other_classes_give_no_step_of_their_prior():
+    """A missing class looks like a bad prior, which longer training would not change."""
+    features = np.random.default_rng(0).normal(size=(40, 6))
+    metrics = ladder.metrics(lambda image_set: features, PLAN, LEVELS, NETWORK, same_classes=False)
+    assert list(metrics["steps"]) == ["vqvae", "prior_bottom", "prior_middle"]
+    halves = np.arange(100) % 2
+    assert ladder.have_same_classes(halves, np.arange(90) % 2) and ladder.have_same_classes(halves[:1], halves[:1])
+    assert not ladder.have_same_classes(np.zeros(100, np.int64), halves)

@@ -70,6 +70,13 @@ def test_a_curve_compares_at_most_the_reference_images():
     assert 15 <= len(points[0].compared) <= 20 and len(points[1].compared) == len(points[0].compared)
 
 
+def test_a_curve_of_more_classes_than_reference_images_leaves_classes_out():
+    """No rate compares more samples than there are reference images."""
+    labels = np.repeat(np.arange(100), 10)
+    points = plan_curve(np.random.default_rng(0).random(1000), labels, (1.0, 0.5), max_images=75, seed=0)
+    assert [len(point.compared) for point in points] == [75, 75]
+
+
 def test_a_curve_depends_on_the_seed_only_by_which_accepted_samples_are_compared():
     """Equal seeds give equal sets; another seed compares other samples, and accepts the same."""
     first, again, other = (plan_curve(SCORES, LABELS, RATES, 1000, seed)[0] for seed in (0, 0, 1))
