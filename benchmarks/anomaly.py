@@ -1,6 +1,6 @@
 """Defects found by the prior's scores and by the reconstruction error, on validation images with planted defects.
 
-    PYTHONPATH=. python benchmarks/anomaly.py --model artifacts
+    python benchmarks/anomaly.py --model artifacts
 
 Each validation image of the model's shards gets one defect. Prints the area under the ROC curve of each score, for
 telling defective images from intact ones, and defective pixels from the others of the same images. 0.5 is chance.

@@ -1,6 +1,6 @@
 """Nearest training images of queries by pixels: one part of `evaluate`, against a float32 search with exact re-ranking.
 
-    PYTHONPATH=. python benchmarks/neighbours.py --threads 2
+    python benchmarks/neighbours.py --threads 2
 
 1,365 queries and 256 training images of 256 x 256 pixels, as in a part of ImageNet's evaluation. The alternative is the
 usual way to exact distances: one matrix product in float32 selects candidates, whose differences are then computed. The

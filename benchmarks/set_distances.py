@@ -1,7 +1,7 @@
 """Five comparisons of image sets, as `evaluate` makes them, against one comparison after the other.
 
-    PYTHONPATH=. python benchmarks/set_distances.py --images 4000
-    PYTHONPATH=. python benchmarks/set_distances.py --images 50000 --features 2048 --memory
+    python benchmarks/set_distances.py --images 4000
+    python benchmarks/set_distances.py --images 50000 --features 2048 --memory
 
 Four sets are compared with a reference, and two of them with each other, by made-up features. The alternative computes
 each metric of each pair alone and from whole matrices, as metrics are usually written. `--memory` measures no time but
