@@ -12,7 +12,10 @@ from stages.metrics.networks import read_networks
 
 
 def check_images(request: Request) -> Answer:
-    """Check that the source of images exists and has images, if shards are to be written, and is not the project."""
+    """Check that the source of images exists and has images, if shards are to be written, and is not the project.
+
+    A path that does not exist is refused by `images.sources.open_source`.
+    """
     dataset = request.settings.dataset
     require_project_outside(Path(dataset.source))
     if "shard" in request.stages and not request.pull:

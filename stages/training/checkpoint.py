@@ -3,7 +3,7 @@
 Each is an artifact folder `step-000001000` in the run's work folder (see formats/artifact.py). Its manifest holds the
 step and the run's fingerprint, and a rename creates the folder once it is complete. A damaged checkpoint is renamed to
 `step-*.damaged`, and the one before it is used. With a storage, each checkpoint is also uploaded, and on nodes without
-a shared disk the storage decides which one is newest.
+a shared disk the storage decides which one is newest. What it holds: stages/training/state.py.
 """
 
 import json
