@@ -17,10 +17,12 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from pipeline import dvc_yaml, params
+from pipeline import compose, dvc_yaml, params
 from stages import errors
 
 FOLDER = Path(__file__).parent
@@ -30,6 +32,7 @@ HELP_WIDTH = 80  # columns of help texts
 CLI = "from pipeline.cli import main; main()"
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, str])  # of values, not of sections
+OPTIONAL_STAGES = "+critic=small"  # adds entries to the sections that are empty in params.yaml
 
 # Each field is set to each of these values in turn: the error messages state the allowed values.
 PROBES: dict[type, tuple[Any, ...]] = {
@@ -48,12 +51,15 @@ def settings_page() -> str:
         "Every setting of `params.yaml`. The file is composed from `conf/` by `vqvae2 run -S KEY=VALUE` or "
         "`vqvae2 config --write`. `conf/` states a value for each setting, so a default applies only to a "
         "`params.yaml` that was not composed from it.",
-        "`LEVEL` stands for the name of a level, such as `top`. *Reruns* names the stages that depend on a section. "
+        "`LEVEL` stands for the name of a level, such as `top`, and `ARTIFACT` for that of an artifact, such as "
+        "`samples`. *Reruns* names the stages that depend on a section. "
         "Later stages run again if an artifact that they read has changed.",
     )
-    reruns = _stages_by_setting()
+    with chdir(ROOT):
+        values, settings = compose.compose_settings([OPTIONAL_STAGES])
+    reruns = _stages_by_setting(values)
     sections = []
-    for key, section in _sections("", params.load(ROOT / "params.yaml")):
+    for key, section in _sections("", settings):
         if rows := list(_rows(key, section, reruns)):
             header = f"## `{key}`\n\n{inspect.getdoc(type(section))}\n\n" if key else "## Top level\n\n"
             if key:
@@ -98,21 +104,26 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _sections(key: str, section: Any) -> Iterator[tuple[str, Any]]:
-    """Walk nested settings with their keys. A mapping by level counts once, under LEVEL."""
+    """Walk nested settings with their keys.
+
+    A mapping by level or artifact counts once, under LEVEL or ARTIFACT; an empty one has a section of defaults.
+    """
     yield key, section
+    hints = get_type_hints(type(section))
     for field in dataclasses.fields(section):
         value, inner_key = getattr(section, field.name), f"{key}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(value):
             yield from _sections(inner_key, value)
-        elif isinstance(value, Mapping) and dataclasses.is_dataclass(next(iter(value.values()), None)):
-            yield from _sections(f"{inner_key}.LEVEL", next(iter(value.values())))
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(get_args(hints[field.name])[-1]):
+            entry = next(iter(value.values()), None) or get_args(hints[field.name])[-1]()
+            yield from _sections(f"{inner_key}.{params.PLACEHOLDERS[field.name]}", entry)
 
 
 def _rows(key: str, section: Any, reruns: Mapping[str, list[str]]) -> Iterator[tuple[str, ...]]:
     """Yield the table row of each single setting of a section."""
     comments, hints = _comments(type(section)), get_type_hints(type(section))
     for field in dataclasses.fields(section):
-        hint, meaning = hints[field.name], comments.get(field.name, "")
+        hint, meaning = _without_none(hints[field.name]), comments.get(field.name, "")
         if hint not in TYPES and hint not in PLAIN_MAPPINGS and get_origin(hint) not in (Literal, tuple):
             continue  # a section or a mapping of sections
         if not key:
@@ -120,6 +131,13 @@ def _rows(key: str, section: Any, reruns: Mapping[str, list[str]]) -> Iterator[t
             meaning = f"{meaning}; {stages}" if meaning else stages
         default = _default(field)
         yield f"`{field.name}`", _type(hint), _allowed(section, field.name, hint), default, meaning
+
+
+def _without_none(hint: Any) -> Any:
+    """Return T of T | None, and any other type as it is."""
+    if get_origin(hint) is UnionType:
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    return hint
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
@@ -151,6 +169,8 @@ def _allowed(section: Any, name: str, hint: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, tuple):
         return "[]" if not value else str(list(value))
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"
@@ -178,10 +198,10 @@ def _comments(settings: type) -> dict[str, str]:
     return comments_by_field
 
 
-def _stages_by_setting() -> dict[str, list[str]]:
+def _stages_by_setting(values: Mapping[str, Any]) -> dict[str, list[str]]:
     """Map each key that dvc.yaml lists under `params:` to the stages that list it."""
     stages_by_setting: dict[str, list[str]] = {}
-    for stage in dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml").values():
+    for stage in dvc_yaml.stages(values, ROOT / "dvc.yaml").values():
         name = f"{stage.module}_{stage.key_name.upper()}" if stage.key else stage.name
         for key in stage.params:
             names = stages_by_setting.setdefault(
