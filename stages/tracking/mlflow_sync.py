@@ -247,8 +247,9 @@ class MlflowUploader:
         pages = [name for name in record["outputs"] if name.endswith(".html")]
         for name in (*pages, *pictures):
             self._client.log_artifact(self._parent, str(self._folder / OUTPUTS / name))
-        if record.get("model") and not self._client.list_artifacts(self._parent, MODEL):
+        if record.get("model") and run_tags.MODEL not in self._client.get_run(self._parent).data.tags:
             self._client.log_artifacts(self._parent, str(self._folder / MODEL), MODEL)
+            self._client.set_tag(self._parent, run_tags.MODEL, "complete")
         sent = set(self._images(self._parent))
         for file in pictures:
             name = _image_name(PICTURES + Path(file).stem)

@@ -93,11 +93,11 @@ def promote(run: str, *, name: str, alias: str) -> Promotion:
     client, experiment = connect()
     pipeline_run = _find_run(client, experiment, run)
     run_id, run_name = pipeline_run.info.run_id, str(pipeline_run.info.run_name)
-    if not client.list_artifacts(run_id, MODEL):
+    if run_tags.MODEL not in pipeline_run.data.tags:  # files without the tag are those of an interrupted upload
         raise UserError(
-            f"The run {run_name} has no model.",
+            f"The run {run_name} has no complete model.",
             where=f"run {run_id} in MLflow",
-            fix="Choose a run that has finished with all stages: vqvae2 run logs its model.",
+            fix="Choose a run that has finished with all stages, or finish its upload: vqvae2 sync-metrics",
             code=2,
         )
     try:

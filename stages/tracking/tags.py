@@ -7,6 +7,7 @@ from pathlib import Path
 from stages.formats import artifact
 
 KEY = "vqvae2.key"  # identity of a run, by which it is looked up before it is created
+MODEL = "vqvae2.model"  # "complete" after the last file of a pipeline run's model has been uploaded
 STAGE, FINGERPRINT = "stage", "fingerprint"
 CACHED, CACHED_FROM = "cached", "cached.from"  # "yes" or "no"; the id of the run that computed the result
 # Followed by the path of an input without parts such as ".."; the value is its digest, and the path if that has such.

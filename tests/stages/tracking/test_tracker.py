@@ -19,6 +19,7 @@ from PIL import Image
 
 from stages.errors import UserError
 from stages.runtime.context import work_folder_name
+from stages.tracking import registry
 from stages.tracking.journal import Journal
 from stages.tracking.mlflow_store import connect, create_database, database_uri, project_folder, store_uri, user_name
 from stages.tracking.mlflow_sync import MlflowUploader, _clean_name
@@ -450,6 +451,28 @@ def test_pipeline_run_has_headline_metrics_pictures_and_report():
         "report.html",
         "evaluate.json",
     }
+
+
+def test_interrupted_upload_of_a_model_is_repeated():
+    """Until then the run has no complete model, and cannot be promoted."""
+    model = Path("model")
+    model.mkdir()
+    for name in ("MLmodel", "weights"):
+        (model / name).write_text(name)
+    with track_pipeline({}, {}) as parent, track("evaluate", parent=parent, model=model):
+        pass
+    sync_runs()
+    store = client()
+    (run,) = [run for run in all_runs() if run.data.tags["stage"] == "pipeline"]
+    run_id = run.info.run_id
+    assert run.data.tags["vqvae2.model"] == "complete"
+    (Path(run.info.artifact_uri.removeprefix("file://")) / "model/weights").unlink()
+    store.delete_tag(run_id, "vqvae2.model")
+    with pytest.raises(UserError, match=r"has no complete model[\s\S]*vqvae2 sync-metrics"):
+        registry.promote(run_id, name="vqvae2", alias="champion")
+    sync_runs()
+    assert {file.path for file in store.list_artifacts(run_id, "model")} == {"model/MLmodel", "model/weights"}
+    assert registry.promote(run_id, name="vqvae2", alias="champion").version == "1"
 
 
 def test_journal_of_an_earlier_release_is_uploaded():
