@@ -31,10 +31,9 @@ def write(work: Path, reporter: Reporter, *, model: Path = MODEL, title: str = "
         rule = sampling_rule(exported)
         settings = {"temperature": rule.temperature, "top_k": rule.top_k, "top_p": rule.top_p}
         registry.save_model(exported, target, code=CODE, classes=models.classes, rule=settings)
-    except (UserError, OSError) as error:
-        reporter.message(
-            f"The model is not uploaded to MLflow: {error.what if isinstance(error, UserError) else error}"
-        )
+    except Exception as error:  # of any kind: MLflow and the packages that it imports have many
+        problem = error.what if isinstance(error, UserError) else str(error) or type(error).__name__
+        reporter.message(f"The model is not uploaded to MLflow: {problem}")
         shutil.rmtree(target, ignore_errors=True)
     finally:
         shutil.rmtree(exported, ignore_errors=True)

@@ -150,6 +150,22 @@ def test_model_that_cannot_be_logged_does_not_fail_the_run(tmp_path: Path):
     assert not (tmp_path / "work" / registry.SAVED_MODEL).exists()
 
 
+def test_error_of_any_type_does_not_fail_the_run(
+    finished_pipeline: MiniPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as a package that MLflow does not find."""
+
+    def fail(*arguments, **options):
+        (tmp_path / registry.SAVED_MODEL).mkdir()
+        raise ImportError("no module named pandas")
+
+    monkeypatch.setattr(registry, "save_model", fail)
+    screen = Screen()
+    logged_model.write(tmp_path, screen, model=finished_pipeline.path("vqvae").parent)
+    assert "The model is not uploaded to MLflow: no module named pandas" in str(screen.messages)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_served_model_answers_a_request(run_id: str, model):
     """`mlflow models serve` draws the images that the Python API draws."""
