@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import model_folder
 from pipeline.image_commands import MODEL
 from stages.errors import UserError
-from stages.inference.folder import MODEL_IN_MLFLOW, sampling_rule
+from stages.inference.folder import MODEL_IN_MLFLOW
 from stages.runtime.context import Reporter
 from stages.tracking import registry
 
@@ -28,9 +28,7 @@ def write(work: Path, reporter: Reporter, *, model: Path = MODEL, title: str = "
         return
     try:
         models = model_folder.write(model, exported, title=title or "vqvae2", license_id="unknown")
-        rule = sampling_rule(exported)
-        settings = {"temperature": rule.temperature, "top_k": rule.top_k, "top_p": rule.top_p}
-        registry.save_model(exported, target, code=CODE, classes=models.classes, rule=settings)
+        registry.save_model(exported, target, code=CODE, classes=models.classes)
     except Exception as error:  # of any kind: MLflow and the packages that it imports have many
         problem = error.what if isinstance(error, UserError) else str(error) or type(error).__name__
         reporter.message(f"The model is not uploaded to MLflow: {problem}")

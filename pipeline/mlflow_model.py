@@ -11,7 +11,7 @@ It imports the public API only, which a checkout and an installed wheel have und
     score    image, class ("" for any)      nats, class
 
 `image` is a PNG in base64, `codes` is JSON: {"top": [[...]], "bottom": [[...]]}. The other parameters are the seed and
-the sampling rule.
+the sampling rule, of which None keeps that of the model.
 """
 
 import base64

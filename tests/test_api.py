@@ -18,12 +18,13 @@ from models.config import QuantizerConfig, VQVAEConfig
 from models.priors import Grid, nll
 from models.vqvae import VQVAE
 from pipeline.commands import sample as sample_command
-from stages.config import SampleConfig
+from stages.config import LevelRule, SampleConfig
 from stages.formats import model_file
 from stages.formats.codes import open_codes
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
 from stages.inference.inputs import check_rows
+from stages.inference.sampling_options import apply_options
 from tests.mini_pipeline import MiniPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,20 @@ def test_guidance_and_rules_of_levels_change_the_samples(model):
     likeliest = model.sample_codes(4, seed=1, level_rules={"bottom": {"top_k": 1}})
     assert equal({"top": likeliest["top"]}, {"top": plain["top"]}) and not equal(likeliest, plain)
     assert not equal(model.sample_codes(4, seed=1, guidance=1e4), plain)  # 12 steps of training teach little of labels
+
+
+def test_options_change_stored_rules_of_levels_as_the_command_line_does():
+    """An option of all levels overrides them, rules of levels are added to them, and an empty mapping removes them."""
+    stored = SampleConfig(level_rules={"bottom": LevelRule(temperature=0.5, top_k=3)})
+    options = {"temperature": 0.9, "top_p": None}
+    config = apply_options(options, stored, entries=16)
+    assert config == sample_command.choose_config(stored, stored.count, (), **options)
+    assert config.rule("bottom") == {"temperature": 0.9, "top_k": 3, "top_p": 1.0, "guidance": 1.0}
+    added = apply_options({"level_rules": {"bottom": {"top_k": 5}}}, stored, entries=16)
+    assert added == sample_command.choose_config(stored, stored.count, (), ["bottom.top_k=5"])
+    assert added.level_rules == {"bottom": LevelRule(temperature=0.5, top_k=5)}
+    assert apply_options({}, stored, entries=16) == stored
+    assert apply_options({"level_rules": {}}, stored, entries=16) == SampleConfig()
 
 
 def test_guidance_of_a_restoration_is_refused(model, pixels):

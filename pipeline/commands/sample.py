@@ -19,11 +19,12 @@ from pipeline.image_commands import (
     require_replaceable,
     safe_name,
 )
-from stages.config import SAMPLING_RULE, LevelRule, SampleConfig
+from stages.config import SAMPLING_RULE, SampleConfig
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.images.contact_sheet import contact_sheet, encode_png
 from stages.inference.folder import sampling_rule
+from stages.inference.sampling_options import merge_options
 from stages.inference.trained_models import TrainedModels, choose_labels
 from stages.runtime.device import best_device
 
@@ -48,8 +49,7 @@ def run(
     """Draw images with the options of the command line and print the paths; return the exit status."""
     settings = sampling_rule(model) if model else params.load().sample
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    given_options = {name: value for name, value in options.items() if value is not None}
-    config = choose_config(settings, count, classes, level_rules, **given_options)
+    config = choose_config(settings, count, classes, level_rules, **options)
     sheet = sheet or default_sheet(out)
     draw(out, config, seed=seed, sheet=sheet, model=model or MODEL)
     print(f"{out}\n{sheet}")
@@ -67,24 +67,21 @@ def choose_config(
     count: int,
     classes: Sequence[str],
     level_rules: Sequence[str] = (),
-    **options: float,
+    **options: float | None,
 ) -> SampleConfig:
     """Combine options of the command line with settings, which stand for options not given.
 
     `level_rules` are options of single levels, such as "bottom.temperature=0.8"; they override those of all levels,
     and an option of all levels overrides settings of single levels. Raises UserError if an option is out of range.
     """
-    rules = {
-        level: {name: value for name, value in vars(rule).items() if name not in options}
-        for level, rule in settings.level_rules.items()
-    }
+    rules: dict[str, dict[str, Any]] = {}
     for text in level_rules:
         level, name, value = _parse_level_rule(text)
         rules.setdefault(level, {})[name] = value
     try:
-        parsed = {level: LevelRule(**rule) for level, rule in rules.items()}
-        changes: dict[str, Any] = {"count": count, "classes": tuple(classes), "level_rules": parsed, **options}
-        return dataclasses.replace(settings, **changes)
+        # Without an option of a level, None keeps the settings of single levels; an empty mapping would remove them.
+        config = merge_options({**options, "level_rules": rules or None}, settings)
+        return dataclasses.replace(config, count=count, classes=tuple(classes))
     except ValueError as error:
         key, headline, fix = conflicts.explain(error)
         raise UserError(headline, where=f"--{key.replace('_', '-')}", fix=fix, code=2) from None

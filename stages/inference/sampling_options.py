@@ -14,22 +14,38 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int | None  # draw from the k likeliest entries, 0 or more; 0 keeps all
     top_p: float | None  # draw from the likeliest entries with this total probability, above 0 and at most 1
     guidance: float | None  # scale of classifier-free guidance, 0 or more; 1 is none
-    level_rules: Mapping[str, Mapping[str, float]] | None  # rules of single levels, such as {"bottom": {"top_k": 20}}
+    # rules of single levels, such as {"bottom": {"top_k": 20}}, added to those of the method's default; {} removes them
+    level_rules: Mapping[str, Mapping[str, float]] | None
 
 
-def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: int) -> SampleConfig:
-    """Return the settings of a draw: `defaults` with the options that are given.
+def merge_options(options: Mapping[str, Any], defaults: SampleConfig) -> SampleConfig:
+    """Return `defaults` with the SamplingOptions that are given, for the Python API and the command line alike.
 
-    `entries` are those of the largest codebook. Raises TypeError for an unknown option and ValueError for a value out
-    of range.
+    An option of all levels overrides the defaults of single levels. `level_rules` are added to those of the defaults
+    and override all else; an empty mapping removes those of the defaults. Raises TypeError for an unknown option and
+    ValueError for a value out of range.
     """
     valid_names = SamplingOptions.__annotations__
     if unknown := [name for name in options if name not in valid_names]:
         raise TypeError(f"sampling options must be any of {', '.join(valid_names)}, got {unknown[0]}")
-    given_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if level_rules := given_options.pop("level_rules", None):
-        given_options["level_rules"] = {level: LevelRule(**rule) for level, rule in level_rules.items()}
-    config = dataclasses.replace(defaults, **given_options)
+    changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given_rules = changes.pop("level_rules", None)
+    rules: dict[str, dict[str, Any]] = {}
+    if given_rules is None or given_rules:
+        for level, stored_rule in defaults.level_rules.items():
+            rules[level] = {name: value for name, value in vars(stored_rule).items() if name not in changes}
+    for level, rule in (given_rules or {}).items():
+        rules[level] = {**rules.get(level, {}), **rule}
+    level_rules = {level: LevelRule(**rule) for level, rule in rules.items()}
+    return dataclasses.replace(defaults, **changes, level_rules=level_rules)
+
+
+def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: int) -> SampleConfig:
+    """Return the settings of a draw: `merge_options` for models whose largest codebook has so many entries.
+
+    Raises errors as `merge_options`, and ValueError if top_k exceeds `entries`.
+    """
+    config = merge_options(options, defaults)
     if config.top_k > entries:
         raise ValueError(f"top_k must be at most {entries}, the entries of the largest codebook, got {config.top_k}")
     return config

@@ -6,7 +6,7 @@ model version of the registry is that artifact of a run; an alias such as `champ
 
 import importlib.metadata
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,11 @@ MIN_PREFIX = 6  # digits of a run's id that are enough to name it
 URI_SCHEMES = ("models:/", "runs:/")
 
 
-def save_model(exported: Path, target: Path, *, code: Path, classes: tuple[str, ...], rule: Mapping[str, Any]) -> None:
+def save_model(exported: Path, target: Path, *, code: Path, classes: tuple[str, ...]) -> None:
     """Save an exported model as a model of MLflow in the folder `target`, which must not exist.
 
     `code` is the file that MLflow runs on loading; it uses this package, which must be installed there. `classes` are
-    those of the model and `rule` is its sampling rule, the default of the parameters.
+    those of the model.
     """
     configure_mlflow()
     import mlflow.pyfunc
@@ -48,9 +48,12 @@ def save_model(exported: Path, target: Path, *, code: Path, classes: tuple[str, 
     defaults: dict[str, tuple[DataType, Any]] = {
         "method": (text, "sample"),
         "seed": (DataType.long, 0),
-        "temperature": (number, float(rule["temperature"])),
-        "top_k": (DataType.long, int(rule["top_k"])),
-        "top_p": (number, float(rule["top_p"])),
+        # MLflow passes every parameter. A default of None keeps the model's rule; a number would be an option of all
+        # levels, which overrides the rules of single levels.
+        "temperature": (number, None),
+        "top_k": (DataType.long, None),
+        "top_p": (number, None),
+        "guidance": (number, None),
     }
     mlflow.pyfunc.save_model(
         path=str(target),

@@ -20,6 +20,7 @@ from PIL import Image
 import vqvae2
 from pipeline import logged_model
 from pipeline.commands import promote
+from stages.config import LevelRule, SampleConfig
 from stages.errors import UserError
 from stages.tracking import registry
 from stages.tracking.mlflow_store import connect, store_uri
@@ -103,13 +104,25 @@ def test_pyfunc_has_the_results_of_the_python_api(pyfunc, model):
 
 
 def test_logged_model_has_signature_and_example(pyfunc):
-    """The example is a valid input, and the sampling rule is the default of the parameters."""
+    """The example is a valid input, and parameters that are not given keep the sampling rule of the model."""
     signature, example = pyfunc.metadata.signature, pyfunc.input_example
     assert {column.name for column in signature.inputs} == {"class", "image", "codes"}
     assert {param.name: param.default for param in signature.params} == {
-        "method": "sample", "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0
+        "method": "sample", "seed": 0, "temperature": None, "top_k": None, "top_p": None, "guidance": None
     }  # fmt: skip
     assert decode_png(pyfunc.predict(example)[0]["image"]).shape == (16, 16, 3)
+
+
+def test_pyfunc_keeps_stored_rules_of_levels(pyfunc, monkeypatch: pytest.MonkeyPatch):
+    """MLflow passes a value for every parameter, also for those that are not given."""
+    import pandas as pd
+
+    model = pyfunc.unwrap_python_model().model
+    monkeypatch.setattr(model, "_rule", SampleConfig(level_rules={"bottom": LevelRule(top_k=1)}))
+    codes = model.sample_codes(1, classes=["dark"], seed=5)
+    (row,) = pyfunc.predict(pd.DataFrame({"class": ["dark"]}), params={"seed": 5})
+    assert equal(codes, {level: np.array([grid]) for level, grid in json.loads(row["codes"]).items()})
+    assert not equal(codes, model.sample_codes(1, classes=["dark"], seed=5, level_rules={}))
 
 
 @pytest.mark.parametrize(
