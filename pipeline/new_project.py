@@ -166,9 +166,10 @@ def add(source: Path, folder: Path) -> list[str]:
 
 
 def initialize_git(folder: Path, names: Sequence[str]) -> bool:
-    """Create a Git repository with a commit of these files, unless the folder is in one; return whether it is new.
+    """Create a Git repository with a commit of these files, unless the folder is in one; return whether that is done.
 
-    DVC's experiments need a commit. Without Git, DVC is configured to work without.
+    DVC's experiments need a commit. A hook, or a missing key to sign with, may prevent it. Without Git, DVC is set to
+    work without.
     """
     if shutil.which("git") is None:
         config = folder / DVC_CONFIG
@@ -176,12 +177,16 @@ def initialize_git(folder: Path, names: Sequence[str]) -> bool:
         return False
     if _git(folder, "rev-parse", "--is-inside-work-tree").returncode == 0:
         return False
-    _git(folder, "init", "--quiet")
-    _git(folder, "add", "--", *names)
-    variables = {f"GIT_{role}_{key}": GIT_IDENTITY for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
-    has_identity = _git(folder, "config", "user.email").returncode == 0
-    _git(folder, "commit", "--quiet", "-m", "vqvae2 init", **({} if has_identity else variables))
-    return True
+    commands = (["init", "--quiet"], ["add", "--", *names], ["commit", "--quiet", "-m", "vqvae2 init"])
+    variables = _missing_identity(folder)
+    return all(_git(folder, *command, **variables).returncode == 0 for command in commands)
+
+
+def _missing_identity(folder: Path) -> dict[str, str]:
+    """Return the variables that give Git the name and the e-mail address that it lacks."""
+    lacking = [key for key in ("NAME", "EMAIL") if _git(folder, "config", f"user.{key.lower()}").returncode]
+    variables = [f"GIT_{role}_{key}" for role in ("AUTHOR", "COMMITTER") for key in lacking]
+    return {variable: GIT_IDENTITY for variable in variables if variable not in os.environ}
 
 
 def _git(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -76,12 +76,12 @@ def run(folder: Path, *, data: Path | None, preset: str, gpus: int | None = None
         new_project.compose(staged)
         folder.mkdir(parents=True, exist_ok=True)
         written = new_project.add(staged, folder)
-    is_new_repository = new_project.initialize_git(folder, written)
+    is_committed = new_project.initialize_git(folder, written)
     print("\n".join([*lines, f"Preset: {chosen.preset}.", *chosen.reasons, ""]))
     print(f"project   {folder}")
     if data is None:
         print(f"images    put them into {folder / source}, or set `source` in {folder}/conf/dataset/mine.yaml")
-    if not is_new_repository and (folder / ".git").exists():
+    if not is_committed and (folder / ".git").exists():
         print("commit    the new files, which dvc exp run needs: git add, git commit")
     print(f"next      cd {shlex.quote(str(folder))} && vqvae2 run")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline import completion, composed_from, dvc_experiment, params, presets
+from pipeline import completion, composed_from, dvc_experiment, new_project, params, presets
 from pipeline.commands import demo, init
 from pipeline.compose import compose_params
 from pipeline.params_drift import drift
@@ -98,6 +98,28 @@ def test_project_has_a_commit_in_a_repository_of_its_own(current_folder):
     init.run(Path("pets/inner"), data=None, preset="")
     assert not Path("pets/inner/.git").exists()
     assert params.load(Path("pets/inner/params.yaml")).dataset.source == "data/images"
+
+
+@pytest.mark.parametrize(
+    ("config", "is_committed"),
+    [
+        ("[user]\n    email = a@b\n    useConfigOnly = true\n", True),
+        ("[user]\n    name = a\n    useConfigOnly = true\n", True),
+        ("[commit]\n    gpgSign = true\n[gpg]\n    program = false\n", False),
+    ],
+    ids=["no name", "no address", "no key to sign"],
+)
+def test_commit_that_fails_is_left_to_the_user(
+    current_folder, monkeypatch: pytest.MonkeyPatch, config: str, is_committed: bool
+):
+    """What Git lacks of an identity is given for the first commit; other failures are not taken for success."""
+    Path("gitconfig").write_text(config)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(Path("gitconfig").absolute()))
+    Path("pets").mkdir()
+    Path("pets/README.md").write_text("Mine.")
+    assert new_project.initialize_git(Path("pets"), ["README.md"]) == is_committed
+    commits = subprocess.run(["git", "rev-parse", "HEAD"], cwd="pets", capture_output=True, check=False)
+    assert (commits.returncode == 0) == is_committed
 
 
 def test_no_file_is_replaced(current_folder):
