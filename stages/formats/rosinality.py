@@ -72,16 +72,13 @@ def _load(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # of many libraries, by the kind of damage
         if "argparse.Namespace" in str(error):  # PixelSNAIL checkpoints hold the arguments of their command
             raise _is_pixelsnail(path) from error
-        raise UserError(
-            f"{path.name} cannot be read as weights: {str(error).splitlines()[0] or type(error).__name__}",
-            where=path,
-            fix="Use a file that torch.load(..., weights_only=True) reads, such as vqvae_560.pt.",
-            code=5,
-        ) from error
+        raise _unreadable(path, next(iter(str(error).splitlines()), type(error).__name__)) from error
     if isinstance(state, Mapping) and ("model" in state or any("causal" in str(name) for name in state)):
         raise _is_pixelsnail(path)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise _not_a_vqvae(path, "it holds other values than tensors by name")
+    if unnamed := [name for name in state if not isinstance(name, str)]:
+        raise _unreadable(path, f"names of tensors must be text, got {unnamed[0]!r}")
     return state
 
 
@@ -127,6 +124,15 @@ def _check_values(network: VQVAE, path: Path) -> None:
             raise _not_a_vqvae(path, f"{name} holds values that are not finite")
         if name.endswith(".counts") and not tensor.sum() > 0:
             raise _not_a_vqvae(path, "its codebooks have never been used: cluster_size is 0")
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path.name} cannot be read as weights: {reason}",
+        where=path,
+        fix="Use a file that torch.load(..., weights_only=True) reads, such as vqvae_560.pt.",
+        code=5,
+    )
 
 
 def _is_pixelsnail(path: Path) -> UserError:

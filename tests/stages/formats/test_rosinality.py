@@ -98,6 +98,12 @@ def test_other_checkpoint_is_refused(tmp_path: Path, change: dict, message: str)
         rosinality.read(save(tmp_path / "a.pt", weights))
 
 
+def test_tensors_without_names_are_refused(tmp_path: Path):
+    """The error has the first key that is not text."""
+    with pytest.raises(UserError, match=r"a\.pt cannot be read as weights: names of tensors must be text, got 3"):
+        rosinality.read(save(tmp_path / "a.pt", {3: torch.zeros(1)}))
+
+
 def test_absent_and_damaged_files_are_refused(tmp_path: Path):
     """With the path."""
     with pytest.raises(UserError, match=r"absent\.pt does not exist"):
