@@ -63,7 +63,6 @@ def read(experiment: Experiment, commit: str) -> Result:
     priors = [stage.key for stage in experiment.stages.values() if stage.module == "prior"]
     nll = {level: metrics[f"prior_{level}"]["nll"] for level in priors}
     evaluated = metrics.get("evaluate", {})
-    psnr = evaluated.get("psnr", metrics["vqvae"]["psnr"])
     listing = plan.read_listing(settings.dataset)
     classes = len(listing.classes) if listing is not None and settings.dataset.labels != "none" else 0
     trained = [
@@ -72,16 +71,17 @@ def read(experiment: Experiment, commit: str) -> Result:
         if any(cost.stage == s.cli_name for s in experiment.stages.values())
     ]
     notes = read_notes(experiment.name)
-    if "sharpness" not in notes:
-        notes["sharpness"] = _sharpness(commit, settings)
-        write_notes(experiment.name, notes)
+    sharpness = notes.get("sharpness", math.nan)
+    if math.isnan(sharpness):
+        sharpness = _sharpness(commit, settings)
+        write_notes(experiment.name, notes | {"sharpness": sharpness})
     return Result(
         parameters=sum(cost.parameters for cost in trained),
         training_flops=sum(cost.training_flops for cost in trained),
         nll=nll,
         bits_per_pixel=_bits_per_pixel(settings, nll),
-        mse=PIXEL_RANGE**2 / 10 ** (psnr / 10),
-        sharpness=notes["sharpness"],
+        mse=reconstruction_mse(metrics),
+        sharpness=sharpness,
         kid=next((value for name, value in evaluated.items() if name.startswith("kid")), math.nan),
         seconds=notes.get("seconds", math.nan),
     )
@@ -95,10 +95,24 @@ def read_notes(name: str) -> dict[str, float]:
 
 
 def write_notes(name: str, notes: Mapping[str, float]) -> None:
-    """Write what this machine has measured of an experiment."""
+    """Write what this machine has measured of an experiment. NaN is left out, so that it is measured again."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with atomic_write(FOLDER / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(dict(notes)) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({key: value for key, value in notes.items() if math.isfinite(value)}) + "\n", encoding="utf-8"
+        )
+
+
+def reconstruction_mse(metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the MSE of pixels in [-1, 1] by the metrics of the stages; NaN if there is none.
+
+    The number is that of the end of the training, because a variant that ends there has no other, and `evaluate`
+    measures other images. Only an imported VQ-VAE has none; then it is the one of all variants, and `evaluate` counts.
+    """
+    psnr = next(
+        (metrics[stage]["psnr"] for stage in ("vqvae", "evaluate") if "psnr" in metrics.get(stage, {})), math.nan
+    )
+    return PIXEL_RANGE**2 / 10 ** (psnr / 10)
 
 
 def _bits_per_pixel(settings: Params, nll: Mapping[str, float]) -> float:
@@ -111,15 +125,13 @@ def _bits_per_pixel(settings: Params, nll: Mapping[str, float]) -> float:
 def _sharpness(commit: str, settings: Params) -> float:
     """Measure the sharpness of an experiment's reconstructions; NaN if DVC's cache lacks the VQ-VAE or the shards."""
     lock: Mapping[str, Any] = params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}").get("stages", {})
-    cache = dvc.cache_folder()
+    md5s = {entry["path"]: entry.get("md5", "") for stage in lock.values() for entry in stage.get("outs", [])}
     with tempfile.TemporaryDirectory() as temporary, suppress(*finished_results.UNREADABLE):
-        if cache is None:
+        outs = {out: md5s[out] for out in ("artifacts/shards", "artifacts/vqvae")}
+        if (cache := dvc.cache_folder()) is None:
             return math.nan
-        folders = {}
-        for stage, out in (("shard", "artifacts/shards"), ("vqvae", "artifacts/vqvae")):
-            md5 = next(entry["md5"] for entry in lock.get(stage, {}).get("outs", []) if entry["path"] == out)
-            folders[stage] = _link(cache, md5, Path(temporary, stage))
-        return reconstruction_sharpness(folders["shard"], folders["vqvae"], settings.evaluate)
+        shards, vqvae = (_link(cache, md5, Path(temporary, out)) for out, md5 in outs.items())
+        return reconstruction_sharpness(shards, vqvae, settings.evaluate)
     return math.nan
 
 
