@@ -1,7 +1,5 @@
 """Ablations: variants of the base settings, defined as data in conf/ablations.yaml, each one DVC experiment."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +10,11 @@ from typing import Any
 
 import pydantic
 
-from models.config import plain_settings
-from pipeline import dvc, dvc_yaml, params, stage_source
+from pipeline import dvc, dvc_yaml, params
 from pipeline.compose import compose_settings
 from pipeline.composed_from import CONF, format_override, key_of, settings_of
 from pipeline.conf_layers import PACKAGED
-from pipeline.sections import sections_of
+from pipeline.experiment_identity import ExperimentIdentities
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -26,7 +23,7 @@ from stages.formats.config_schema import adapter
 FILE = CONF / "ablations.yaml"  # of the project; without it, that of the package
 BASE = "base"  # name of the experiment of a variant without changes
 Compose = Callable[[tuple[str, ...]], tuple[dict[str, Any], Params]]  # overrides -> params.yaml and settings
-WARMUP_SHARE = 10  # with --steps, at most a tenth of the steps warm up
+MIN_STEPS_PER_WARMUP_STEP = 10  # with --steps, at most a tenth of the steps warm up
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variant of an ablation as a DVC experiment, whose name identifies its settings and its code."""
+    """Variant of an ablation as a DVC experiment, whose name identifies its settings, code and images."""
 
     ablation: str
     variant: str
@@ -90,21 +87,27 @@ def select(names: Sequence[str], ablations: Mapping[str, Ablation]) -> dict[str,
 def experiments(
     ablations: Mapping[str, Ablation], base: Sequence[str], steps: int | None = None
 ) -> Iterator[Experiment]:
-    """Yield one experiment per variant; equal settings have equal names.
+    """Yield one experiment per variant; those without changes share one name.
 
     `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Raises
-    UserError if a variant does not compose to valid settings.
+    UserError if a variant does not compose to valid settings, or changes those of a frozen stage.
     """
     compose = cache(compose_settings)  # composing takes a second, and several variants may be the base
+    identities = ExperimentIdentities()
     if steps is not None:
         base = _merge(base, _budget(compose(tuple(base))[1], steps))
     for ablation_name, ablation in ablations.items():
         for variant_name, variant in ablation.variants.items():
-            yield _experiment(ablation_name, variant_name, variant, base, compose)
+            yield _experiment(ablation_name, variant_name, variant, base, compose, identities)
 
 
 def _experiment(
-    ablation: str, variant_name: str, variant: Variant, base: Sequence[str], compose: Compose
+    ablation: str,
+    variant_name: str,
+    variant: Variant,
+    base: Sequence[str],
+    compose: Compose,
+    identities: ExperimentIdentities,
 ) -> Experiment:
     data, settings = compose(tuple(base))
     changes = [*_scaled(variant.scale, data), *variant.overrides]
@@ -116,27 +119,28 @@ def _experiment(
     target = dvc_yaml.find(variant.stage, stages).name if variant.stage else ""
     running = dvc.with_dependencies(stages, [target]) if target else set(stages)
     stages = {name: stage for name, stage in stages.items() if name in running}
+    _require_unchanged_frozen(f"{ablation}.variants.{variant_name}", stages, data, composed)
     prefix = f"{ablation}-{variant_name}" if changes else BASE
-    name = f"{prefix}-{_identity(stages, changed)}"
+    name = f"{prefix}-{identities.compute(stages, changed)}"
     return Experiment(ablation, variant_name, name, tuple(overrides), tuple(changes), changed, stages, target)
 
 
-def _identity(stages: Mapping[str, dvc_yaml.Stage], settings: Params) -> str:
-    """Hash what determines the results: settings and versions of the stages."""
-    contents = [
-        (name, plain_settings(sections_of(stage, settings)), _version(stage.module, _network(stage, settings)))
-        for name, stage in stages.items()
-    ]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
+def _require_unchanged_frozen(
+    variant: str, stages: Mapping[str, dvc_yaml.Stage], base: Mapping[str, Any], changed: Mapping[str, Any]
+) -> None:
+    """Raise UserError if a variant changes settings of a stage that DVC does not run: its result would be the base's.
 
-
-def _network(stage: dvc_yaml.Stage, settings: Params) -> str:
-    return settings.priors[stage.key].network.name if stage.module == "prior" else ""
-
-
-@cache
-def _version(module: str, network: str) -> str:
-    return stage_source.source_of(module, network).version
+    `base` and `changed` are contents of params.yaml.
+    """
+    for stage in stages.values():
+        changes = [key for key in stage.params if params.look_up(base, key) != params.look_up(changed, key)]
+        if stage.frozen and changes:
+            raise UserError(
+                f"{variant} changes {first_few(changes)}, settings of the stage {stage.cli_name}, which is frozen.",
+                where=dvc_yaml.FILE,
+                fix="Name ablations that leave them as they are. Or, to train it, delete the line `frozen: true`.",
+                code=2,
+            )
 
 
 def _merge(base: Sequence[str], changes: Sequence[str]) -> list[str]:
@@ -155,12 +159,13 @@ def _budget(settings: Params, steps: int) -> list[str]:
     """Return the overrides that set the steps of every training, with a warm-up that fits."""
     trainings = {"train_vqvae": settings.train_vqvae}
     trainings |= {f"priors.{level}.train": prior.train for level, prior in settings.priors.items()}
+    trainings |= {f"classifiers.{name}.train": config.train for name, config in settings.classifiers.items()}
     return [
         override
         for key, train in trainings.items()
         for override in (
             f"{key}.steps={steps}",
-            f"{key}.warmup_steps={min(train.warmup_steps, steps // WARMUP_SHARE)}",
+            f"{key}.warmup_steps={min(train.warmup_steps, steps // MIN_STEPS_PER_WARMUP_STEP)}",
         )
     ]
 

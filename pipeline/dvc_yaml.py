@@ -28,6 +28,7 @@ class Stage:
     metrics: tuple[str, ...]
     plots: tuple[str, ...]  # outputs in plots/; the section `plots` of dvc.yaml defines how DVC draws them
     command: str = ""
+    frozen: bool = False  # DVC does not run it
 
     @property
     def cli_name(self) -> str:
@@ -134,6 +135,7 @@ def _stage(module: str, key: str, entry: Mapping[str, Any], values: Mapping[str,
         metrics=paths("metrics"),
         plots=tuple(path for path in outs if path.startswith(PLOTS)),
         command=_resolve(entry.get("cmd", ""), values),
+        frozen=bool(entry.get("frozen", False)),
     )
 
 

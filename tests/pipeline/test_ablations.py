@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import ablation_page, ablations
+from pipeline import ablation_page, ablation_results, ablations, frozen_stage
 from pipeline.ablation_page import Row
-from pipeline.ablation_results import Result, gradient_energy, reconstruction_sharpness
+from pipeline.ablation_results import Result, gradient_energy, reconstruction_mse, reconstruction_sharpness
 from pipeline.ablations import Ablation, Variant
 from pipeline.commands.ablate import format_plan
 from stages.config import EvaluateConfig
@@ -65,6 +65,26 @@ def test_budget_of_steps_replaces_all_trainings():
     assert {(train.steps, train.warmup_steps) for train in trains} == {(5, 0)}
 
 
+def test_budget_of_steps_replaces_those_of_classifiers():
+    """They are trainings too."""
+    base = [*SMOKE, "+critic=smoke"]
+    (experiment,) = ablations.experiments({"test": Ablation("A claim.", "mse", {"base": Variant()})}, base, 5)
+    trains = [classifier.train for classifier in experiment.settings.classifiers.values()]
+    assert {(train.steps, train.warmup_steps) for train in trains} == {(5, 0)}
+
+
+def test_changes_of_a_frozen_stage_are_refused(tmp_path: Path):
+    """DVC would not train the imported VQ-VAE again; variants of other stages are left."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    line = f"  {frozen_stage.STAGE}:\n"
+    text = (ROOT / "dvc.yaml").read_text().replace(line, line + frozen_stage.FROZEN_LINE)
+    (tmp_path / "dvc.yaml").write_text(text)
+    with chdir(tmp_path):
+        assert experiments({"tanh": Variant(("priors.top.network.gate=tanh",))})
+        with pytest.raises(UserError, match=r"test\.variants\.loss changes vqvae, settings of the stage vqvae"):
+            experiments({"loss": Variant(("vqvae.quantizer.mode=loss",))})
+
+
 def test_variant_may_end_after_a_stage():
     """Only that stage and its dependencies run, so the settings of later ones do not change the experiment."""
     (experiment,) = experiments({"none": Variant(("vqvae.quantizer.mode=none",), stage="vqvae")})
@@ -111,6 +131,24 @@ def test_page_and_tables_have_the_numbers():
     assert "| base | 1.5 |" in ablation_page.to_markdown([section], "smoke")
     page = ablation_page.render([section], "experiment=smoke")
     assert "<svg" in page and "vqvae.quantizer.mode=loss" in page
+
+
+def test_distortion_is_of_one_source():
+    """Variants with and without an evaluation are comparable; an imported VQ-VAE has no metrics of a training."""
+    trained = {"vqvae": {"psnr": 20.0}}
+    assert reconstruction_mse(trained) == reconstruction_mse(trained | {"evaluate": {"psnr": 30.0}})
+    assert reconstruction_mse({"vqvae": {}, "evaluate": {"psnr": 20.0}}) == reconstruction_mse(trained)
+    assert math.isnan(reconstruction_mse({"vqvae": {}}))
+
+
+def test_sharpness_that_is_not_measured_is_measured_later(tmp_path: Path):
+    """Without the files in DVC's cache it is NaN, which is not written; the time of the experiment stays."""
+    (experiment,) = experiments({"none": Variant(("vqvae.quantizer.mode=none",), stage="vqvae")})
+    with chdir(tmp_path):
+        ablation_results.write_notes(experiment.name, {"seconds": 2.0, "sharpness": math.nan})
+        result = ablation_results.read(experiment, "0" * 40)
+        assert math.isnan(result.sharpness) and math.isnan(result.mse)
+        assert ablation_results.read_notes(experiment.name) == {"seconds": 2.0}
 
 
 def test_gradient_energy_of_a_step():
