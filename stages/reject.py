@@ -27,6 +27,7 @@ from stages.config import EvaluateConfig, RejectionConfig
 from stages.errors import UserError
 from stages.evaluation import summary
 from stages.evaluation.inputs import choose_references
+from stages.evaluation.part_files import load_or_compute
 from stages.evaluation.rejection import CurvePoint, accept, curve_rows, plan_curve
 from stages.formats import artifact, curves, model_file
 from stages.formats.artifact import Artifact
@@ -35,7 +36,7 @@ from stages.formats.samples import KIND, Samples, open_samples
 from stages.formats.shards import EncodedImage, open_shards, write_shard
 from stages.images.contact_sheet import contact_sheet, encode_png
 from stages.images.tensors import to_float
-from stages.mapping.parts import Part, Result, map_parts, pack, unpack
+from stages.mapping.parts import Part, Result, map_parts
 from stages.metrics.features import FeatureNetwork
 from stages.metrics.inception_score import inception_score
 from stages.metrics.networks import Network, read_networks
@@ -141,12 +142,8 @@ class Measure:
 
     def __call__(self, part: Part) -> Result:
         path = self.out / f"{part['measure']}-{part['image_set']}-{part['number']:05d}.npz"
-        if not artifact.has_valid_checksum(path):
-            measure = self.scores if part["measure"] == "scores" else self.features
-            with artifact.atomic_write(path) as temporary:
-                temporary.write_bytes(pack(measure(part["image_set"], part["positions"])))
-            artifact.write_checksum(path)
-        return unpack(path.read_bytes())
+        measure = self.scores if part["measure"] == "scores" else self.features
+        return load_or_compute(path, lambda: measure(part["image_set"], part["positions"]))
 
     def scores(self, image_set: str, positions: list[int]) -> Result:
         """Compute the probability of each sample's class: (N,) float32."""

@@ -112,7 +112,7 @@ def test_project_has_a_commit_in_a_repository_of_its_own(current_folder):
 def test_commit_that_fails_is_left_to_the_user(
     current_folder, monkeypatch: pytest.MonkeyPatch, config: str, is_committed: bool
 ):
-    """What Git lacks of an identity is given for the first commit; other failures are not taken for success."""
+    """An identity that Git lacks is given for the first commit; other failures are not taken for success."""
     Path("gitconfig").write_text(config)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(Path("gitconfig").absolute()))
     Path("pets").mkdir()
