@@ -19,15 +19,15 @@ from timing import arguments, measure, table
 
 from stages.config import ClusterConfig, EvaluateConfig
 from stages.evaluation import set_comparison
-from stages.evaluation.set_comparison import Pair, SetWorker, compare_sets
+from stages.evaluation.set_comparison import SetPair, SetWorker, compare_sets
 from stages.formats import artifact
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 
 NETWORK, SEED, HALVES = "made_up", 0, 100
 CONFIG = EvaluateConfig(networks={NETWORK: "made_up.pt"})
-PAIRS = {name: Pair("reference", name) for name in ("samples", "reconstructions", "random_codes", "shuffled_codes")}
-PAIRS["samples_to_reconstructions"] = Pair("reconstructions", "samples")
+PAIRS = {name: SetPair("reference", name) for name in ("samples", "reconstructions", "random_codes", "shuffled_codes")}
+PAIRS["samples_to_reconstructions"] = SetPair("reconstructions", "samples")
 
 
 def write_features(folder: Path, images: int, features: int, sets: int) -> None:
@@ -103,9 +103,9 @@ def print_memory(folder: Path, images: int) -> None:
     radii = {path.name: np.ones(images) for path in folder.glob("*.npy")}
     rows = {"network": NETWORK, "start": 0, "stop": 1024}
     parts = [
-        {"measure": "set", **rows, **Pair("reference", "")._asdict()},
-        {"measure": "pair", **rows, **PAIRS["samples"]._asdict()},
-        {"measure": "frechet", "network": NETWORK, **PAIRS["samples"]._asdict()},
+        {"task": "set", **rows, **SetPair("reference", "")._asdict()},
+        {"task": "pair", **rows, **PAIRS["samples"]._asdict()},
+        {"task": "frechet", "network": NETWORK, **PAIRS["samples"]._asdict()},
     ]
     with one_thread(), tempfile.TemporaryDirectory() as results:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -114,9 +114,7 @@ def print_memory(folder: Path, images: int) -> None:
             worker(part)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             growth, interpreter = (peak - before) / 1024, before / 1024
-            print(
-                f"{part['measure']:10}{growth:8.0f} MiB beyond the {interpreter:.0f} MiB of the interpreter", flush=True
-            )
+            print(f"{part['task']:10}{growth:8.0f} MiB beyond the {interpreter:.0f} MiB of the interpreter", flush=True)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Numbers of a finished ablation experiment: its metrics, costs, and the sharpness of its reconstructions.
 
-Metrics are those that the experiment's commit holds. The sharpness is measured here, from the VQ-VAE and the shards in
-DVC's cache. The seconds are those of `vqvae2 ablate` on this machine.
+The metrics come from the experiment's commit. The sharpness is measured here, from the VQ-VAE and the shards in DVC's
+cache. The time is that of `vqvae2 ablate` on this machine.
 
 B images, 3 channels, H rows, W columns.
 """
@@ -47,13 +47,13 @@ class Result:
     seconds: float
 
     def number(self, name: str) -> float:
-        """Return a number by the name that `y` of an ablation uses."""
+        """Return a number by its name in `Ablation.y`."""
         level = name.removeprefix("nll_")
         return self.nll.get(level, math.nan) if level != name else float(getattr(self, name))
 
 
 def read(experiment: Experiment, commit: str) -> Result:
-    """Read the numbers of an experiment from its commit; measure the sharpness if that has not been done."""
+    """Read the numbers of an experiment from its commit; measure the sharpness if this machine has not yet."""
     settings = experiment.settings
     metrics = {
         Path(path).stem: json.loads(git("show", f"{commit}:./{path}") or "{}")
@@ -68,13 +68,13 @@ def read(experiment: Experiment, commit: str) -> Result:
     trained = [
         cost
         for cost in plan.count(settings, classes)
-        if any(cost.stage == s.cli_name for s in experiment.stages.values())
+        if any(cost.stage == stage.cli_name for stage in experiment.stages.values())
     ]
-    notes = read_notes(experiment.name)
-    sharpness = notes.get("sharpness", math.nan)
+    measurements = read_measurements(experiment.name)
+    sharpness = measurements.get("sharpness", math.nan)
     if math.isnan(sharpness):
         sharpness = _sharpness(commit, settings)
-        write_notes(experiment.name, notes | {"sharpness": sharpness})
+        write_measurements(experiment.name, measurements | {"sharpness": sharpness})
     return Result(
         parameters=sum(cost.parameters for cost in trained),
         training_flops=sum(cost.training_flops for cost in trained),
@@ -83,31 +83,32 @@ def read(experiment: Experiment, commit: str) -> Result:
         mse=reconstruction_mse(metrics),
         sharpness=sharpness,
         kid=next((value for name, value in evaluated.items() if name.startswith("kid")), math.nan),
-        seconds=notes.get("seconds", math.nan),
+        seconds=measurements.get("seconds", math.nan),
     )
 
 
-def read_notes(name: str) -> dict[str, float]:
-    """Read what this machine has measured of an experiment; nothing if there is no file."""
+def read_measurements(name: str) -> dict[str, float]:
+    """Read what this machine has measured of an experiment; empty if there is no file."""
     with suppress(OSError, ValueError):
         return dict(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
     return {}
 
 
-def write_notes(name: str, notes: Mapping[str, float]) -> None:
+def write_measurements(name: str, measurements: Mapping[str, float]) -> None:
     """Write what this machine has measured of an experiment. NaN is left out, so that it is measured again."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with atomic_write(FOLDER / f"{name}.json") as temporary:
         temporary.write_text(
-            json.dumps({key: value for key, value in notes.items() if math.isfinite(value)}) + "\n", encoding="utf-8"
+            json.dumps({key: value for key, value in measurements.items() if math.isfinite(value)}) + "\n",
+            encoding="utf-8",
         )
 
 
 def reconstruction_mse(metrics: Mapping[str, Mapping[str, float]]) -> float:
     """Return the MSE of pixels in [-1, 1] by the metrics of the stages; NaN if there is none.
 
-    The number is that of the end of the training, because a variant that ends there has no other, and `evaluate`
-    measures other images. Only an imported VQ-VAE has none; then it is the one of all variants, and `evaluate` counts.
+    The value at the end of the training is preferred, because a variant that ends with the stage `vqvae` has no other,
+    and `evaluate` measures other images. An imported VQ-VAE has no training; all variants then have that of `evaluate`.
     """
     psnr = next(
         (metrics[stage]["psnr"] for stage in ("vqvae", "evaluate") if "psnr" in metrics.get(stage, {})), math.nan

@@ -1,4 +1,4 @@
-"""Ablations: variants of the base settings, defined as data in conf/ablations.yaml, each one DVC experiment."""
+"""Ablations: variants of base settings, defined in conf/ablations.yaml. Each variant is a DVC experiment."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +20,9 @@ from stages.config import Params
 from stages.errors import UserError
 from stages.formats.config_schema import adapter
 
-FILE = CONF / "ablations.yaml"  # of the project; without it, that of the package
-BASE = "base"  # name of the experiment of a variant without changes
-Compose = Callable[[tuple[str, ...]], tuple[dict[str, Any], Params]]  # overrides -> params.yaml and settings
+FILE = CONF / "ablations.yaml"  # of the project; if there is none, the package's is read
+BASE = "base"  # prefix of the experiment's name, for variants without changes
+Compose = Callable[[tuple[str, ...]], tuple[dict[str, Any], Params]]  # overrides -> contents of params.yaml, settings
 MIN_STEPS_PER_WARMUP_STEP = 10  # with --steps, at most a tenth of the steps warm up
 
 
@@ -31,17 +31,17 @@ class Variant:
     """Changes of the base settings."""
 
     overrides: tuple[str, ...] = ()
-    scale: Mapping[str, float] = field(default_factory=dict)  # pattern of settings -> factor
-    equal_rate: bool = False  # set the entries of the finest level so that the codes have the bits of the base's
-    stage: str = ""  # last stage that runs; "" for all
+    scale: Mapping[str, float] = field(default_factory=dict)  # pattern of settings -> factor of the base's value
+    equal_rate: bool = False  # set the entries of the finest level so that an image's codes have the base's bits
+    last_stage: str = ""  # the stage, and those that it depends on, run; "" for all stages
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Question, and the variants that answer it."""
+    """Claim, and the variants that test it."""
 
     claim: str
-    y: str  # number of its chart
+    y: str  # metric on the y axis of the chart, by its name in ablation_results.Result
     variants: Mapping[str, Variant]
 
 
@@ -52,11 +52,11 @@ class Experiment:
     ablation: str
     variant: str
     name: str
-    overrides: tuple[str, ...]  # all, of the base and of the variant
-    changes: tuple[str, ...]  # those of the variant
+    overrides: tuple[str, ...]  # of the base and of the variant
+    changes: tuple[str, ...]  # overrides of the variant only
     settings: Params
-    stages: Mapping[str, dvc_yaml.Stage]  # that run
-    target: str  # last stage that runs; "" for all
+    stages: Mapping[str, dvc_yaml.Stage]  # the stages that run
+    last_stage: str  # as DVC names it; "" for all stages
 
 
 def read(file: Path = FILE, packaged: Path = PACKAGED) -> dict[str, Ablation]:
@@ -87,15 +87,15 @@ def select(names: Sequence[str], ablations: Mapping[str, Ablation]) -> dict[str,
 def experiments(
     ablations: Mapping[str, Ablation], base: Sequence[str], steps: int | None = None
 ) -> Iterator[Experiment]:
-    """Yield one experiment per variant; those without changes share one name.
+    """Yield one experiment per variant; variants without changes have the same one.
 
     `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Raises
-    UserError if a variant does not compose to valid settings, or changes those of a frozen stage.
+    UserError if the settings of a variant are not valid, or if a variant changes settings of a frozen stage.
     """
-    compose = cache(compose_settings)  # composing takes a second, and several variants may be the base
+    compose = cache(compose_settings)  # composing takes a second, and variants share the base
     identities = ExperimentIdentities()
     if steps is not None:
-        base = _merge(base, _budget(compose(tuple(base))[1], steps))
+        base = _merge(base, _step_overrides(compose(tuple(base))[1], steps))
     for ablation_name, ablation in ablations.items():
         for variant_name, variant in ablation.variants.items():
             yield _experiment(ablation_name, variant_name, variant, base, compose, identities)
@@ -109,53 +109,65 @@ def _experiment(
     compose: Compose,
     identities: ExperimentIdentities,
 ) -> Experiment:
-    data, settings = compose(tuple(base))
-    changes = [*_scaled(variant.scale, data), *variant.overrides]
+    base_params, base_settings = compose(tuple(base))
+    changes = [*_scale_overrides(variant.scale, base_params), *variant.overrides]
     if variant.equal_rate:
-        changes.append(_equal_rate(settings, compose(tuple(_merge(base, changes)))[1]))
+        _, scaled_settings = compose(tuple(_merge(base, changes)))
+        changes.append(_equal_rate_override(base_settings, scaled_settings))
     overrides = _merge(base, changes)
-    composed, changed = compose(tuple(overrides))
-    stages = dvc_yaml.stages(composed)
-    target = dvc_yaml.find(variant.stage, stages).name if variant.stage else ""
-    running = dvc.with_dependencies(stages, [target]) if target else set(stages)
-    stages = {name: stage for name, stage in stages.items() if name in running}
-    _require_unchanged_frozen(f"{ablation}.variants.{variant_name}", stages, data, composed)
+    variant_params, variant_settings = compose(tuple(overrides))
+    stages = dvc_yaml.stages(variant_params)
+    last_stage = dvc_yaml.find(variant.last_stage, stages).name if variant.last_stage else ""
+    if last_stage:
+        running = dvc.with_dependencies(stages, [last_stage])
+        stages = {name: stage for name, stage in stages.items() if name in running}
+    _require_unchanged_frozen(f"{ablation}.variants.{variant_name}", stages, base_params, variant_params)
     prefix = f"{ablation}-{variant_name}" if changes else BASE
-    name = f"{prefix}-{identities.compute(stages, changed)}"
-    return Experiment(ablation, variant_name, name, tuple(overrides), tuple(changes), changed, stages, target)
+    return Experiment(
+        ablation=ablation,
+        variant=variant_name,
+        name=f"{prefix}-{identities.compute(stages, variant_settings)}",
+        overrides=tuple(overrides),
+        changes=tuple(changes),
+        settings=variant_settings,
+        stages=stages,
+        last_stage=last_stage,
+    )
 
 
 def _require_unchanged_frozen(
-    variant: str, stages: Mapping[str, dvc_yaml.Stage], base: Mapping[str, Any], changed: Mapping[str, Any]
+    variant: str,
+    stages: Mapping[str, dvc_yaml.Stage],
+    base_params: Mapping[str, Any],
+    variant_params: Mapping[str, Any],
 ) -> None:
-    """Raise UserError if a variant changes settings of a stage that DVC does not run: its result would be the base's.
-
-    `base` and `changed` are contents of params.yaml.
-    """
+    """Raise UserError if a variant changes settings of a frozen stage: DVC does not run it, so nothing would change."""
     for stage in stages.values():
-        changes = [key for key in stage.params if params.look_up(base, key) != params.look_up(changed, key)]
+        changes = [
+            key for key in stage.params if params.look_up(base_params, key) != params.look_up(variant_params, key)
+        ]
         if stage.frozen and changes:
             raise UserError(
                 f"{variant} changes {first_few(changes)}, settings of the stage {stage.cli_name}, which is frozen.",
                 where=dvc_yaml.FILE,
-                fix="Name ablations that leave them as they are. Or, to train it, delete the line `frozen: true`.",
+                fix="Choose other ablations. Or, to train the stage, delete its line `frozen: true`.",
                 code=2,
             )
 
 
 def _merge(base: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Add changes to overrides. A change replaces overrides of the same setting and of settings that it deletes."""
-    keys = {key_of(change) for change in changes}
-    deleted = tuple(f"{key_of(change).rpartition('@')[2]}." for change in changes if change.startswith("~"))
-    kept_overrides = [
+    changed_keys = {key_of(change) for change in changes}
+    deleted_prefixes = tuple(f"{key_of(change).rpartition('@')[2]}." for change in changes if change.startswith("~"))
+    remaining = [
         override
         for override in base
-        if key_of(override) not in keys and not (deleted and key_of(override).startswith(deleted))
+        if key_of(override) not in changed_keys and not key_of(override).startswith(deleted_prefixes)
     ]
-    return [*kept_overrides, *changes]
+    return [*remaining, *changes]
 
 
-def _budget(settings: Params, steps: int) -> list[str]:
+def _step_overrides(settings: Params, steps: int) -> list[str]:
     """Return the overrides that set the steps of every training, with a warm-up that fits."""
     trainings = {"train_vqvae": settings.train_vqvae}
     trainings |= {f"priors.{level}.train": prior.train for level, prior in settings.priors.items()}
@@ -170,9 +182,12 @@ def _budget(settings: Params, steps: int) -> list[str]:
     ]
 
 
-def _scaled(scale: Mapping[str, float], data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield overrides that multiply settings of the base, rounded; 1 or more stays so. Raises UserError without any."""
-    values = settings_of(data)
+def _scale_overrides(scale: Mapping[str, float], base_params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield overrides that multiply integer settings of the base and round them; one of 1 or more is not set below 1.
+
+    Raises UserError if a pattern matches no setting.
+    """
+    values = settings_of(base_params)
     for pattern, factor in scale.items():
         matching = {key: value for key, value in values.items() if fnmatchcase(key, pattern)}
         if not matching:
@@ -186,12 +201,13 @@ def _scaled(scale: Mapping[str, float], data: Mapping[str, Any]) -> Iterator[str
             yield format_override(key, max(min(value, 1), round(value * factor)))
 
 
-def _equal_rate(base: Params, changed: Params) -> str:
-    """Return the override of the finest level's entries that gives the codes as many bits as those of the base."""
-    name, finest = list(changed.vqvae.levels.items())[-1]
-    codes = {level: side**2 for level, side in changed.vqvae.grids(changed.dataset.image_size).items()}
-    others = fixed_bits(changed) - codes[name] * math.log2(finest.entries)
-    return format_override(f"vqvae.levels.{name}.entries", round(2 ** ((fixed_bits(base) - others) / codes[name])))
+def _equal_rate_override(base: Params, variant: Params) -> str:
+    """Return the override of the finest level's entries that gives an image's codes as many bits as in the base."""
+    name, finest = list(variant.vqvae.levels.items())[-1]
+    num_codes = variant.vqvae.grids(variant.dataset.image_size)[name] ** 2
+    coarser_bits = fixed_bits(variant) - num_codes * math.log2(finest.entries)
+    entries = round(2 ** ((fixed_bits(base) - coarser_bits) / num_codes))
+    return format_override(f"vqvae.levels.{name}.entries", entries)
 
 
 def fixed_bits(settings: Params) -> float:

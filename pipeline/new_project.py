@@ -7,7 +7,8 @@
     params.yaml                               composed from these
     README.md                                 commands
 
-A new project is written to a temporary folder and validated there, then added to its folder without replacing a file.
+A new project is written to a temporary folder and validated there. Its files are then added to the user's folder, where
+no existing file is replaced.
 """
 
 import configparser
@@ -26,36 +27,37 @@ from pipeline.conf_layers import PACKAGE_ROOT, PACKAGED
 from pipeline.text import first_few
 from stages.errors import UserError
 
-OWN = "mine"  # file of the project in the groups dataset and experiment
+OWN_CHOICE = "mine"  # name of the project's files in the groups dataset and experiment
 COPIED = ("dvc.yaml", ".dvc/plots/bars.json", ".dvc/plots/curves.json", ".dvc/plots/page.html")
-MERGED = (".gitignore", ".dvcignore", ".dvc/.gitignore")  # lines that an existing file lacks are added to it
-ADDED = (  # files that must not exist yet; others that exist stay as they are
+MERGED = (".gitignore", ".dvcignore", ".dvc/.gitignore")  # if the file exists, the lines that it lacks are added
+MUST_BE_NEW = (  # any other file of the user's stays as it is
     "dvc.yaml",
     "params.yaml",
-    "conf/config.yaml",  # it would hide that of the package
-    f"conf/dataset/{OWN}.yaml",
-    f"conf/experiment/{OWN}.yaml",
+    "conf/config.yaml",  # not written; an existing one would hide that of the package
+    f"conf/dataset/{OWN_CHOICE}.yaml",
+    f"conf/experiment/{OWN_CHOICE}.yaml",
 )
 DVC_CONFIG = Path(".dvc/config")
-GIT_IDENTITY = "vqvae2"  # of the first commit, if Git knows none
+GIT_IDENTITY = "vqvae2"  # author of the first commit, if Git is not configured
 
-PRIMARY = """\
-# Defaults of this project. All files of conf/ hide those of the installed vqvae2; `vqvae2 config` shows the result.
+PRIMARY_CONFIG = """\
+# Defaults of this project. A file in conf/ replaces the file of the same name in the installed vqvae2.
+# `vqvae2 config` shows the settings that result.
 
 defaults:
-  - config{choices}
+  - config{defaults}
   - _self_
 
 hydra:
   searchpath:
     - file://${{vqvae2.packaged_conf:}}
 """
-CHOICES = f"""
-  - override /dataset: {OWN}
-  - override /experiment: {OWN}"""
-EXPERIMENT = """\
+OWN_DEFAULTS = f"""
+  - override /dataset: {OWN_CHOICE}
+  - override /experiment: {OWN_CHOICE}"""
+EXPERIMENT_CONFIG = """\
 # @package _global_
-# The preset {preset}, changed by the settings below.
+# Preset of this project: {preset}. Settings below the defaults list override it.
 #
 # command   vqvae2 run
 
@@ -65,49 +67,53 @@ defaults:
 README = """\
 # {name}
 
-A project of vqvae2: VQ-VAE-2 (Razavi et al. 2019), from a folder of images to samples and a report.
+This project trains VQ-VAE-2 (Razavi et al. 2019) on a folder of images, draws samples and evaluates them.
 
-| command | does |
+| command | purpose |
 |---|---|
-| `vqvae2 data` | show the images of a run: splits, classes, sizes, doubts |
-| `vqvae2 plan --measure` | estimate the time of a run |
-| `vqvae2 run` | run the stages that are out of date, also after an interruption; ends with the path of the report |
-| `vqvae2 run -S experiment=smoke` | the smallest run of all stages, on these images |
-| `vqvae2 status --watch` | show what runs |
-| `vqvae2 sample drawn --count 16` | draw images |
+| `vqvae2 data` | show the images that a run would use: splits, classes, sizes, and interpretations that may be wrong |
+| `vqvae2 plan --measure` | estimate the time of a run on this machine |
+| `vqvae2 run` | run the stages that are out of date and print the path of the report; resumes an interrupted run |
+| `vqvae2 run -S experiment=smoke` | run all stages on these images with the smallest settings |
+| `vqvae2 status --watch` | show the progress of a run |
+| `vqvae2 sample drawn --count 16` | draw 16 images and write them to the folder `drawn` |
 | `vqvae2 config` | show all settings |
-| `dvc repro`, `dvc exp run -S seed=1`, `dvc metrics show`, `dvc plots show` | work as usual |
+| `dvc repro`, `dvc exp run -S seed=1`, `dvc metrics show`, `dvc plots show` | use DVC directly |
 
 {settings}
 """
 
 
 @contextmanager
-def staged(name: str, primary: str, settings: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files that every project has; `settings` is the paragraph of the README."""
+def temporary_project(name: str, primary_config: str, settings_text: str) -> Iterator[Path]:
+    """Yield a temporary folder with the files that all projects have. `settings_text` is a paragraph of the README."""
     with tempfile.TemporaryDirectory(prefix="vqvae2-new-") as temporary:
         folder = Path(temporary)
         for file in (*COPIED, *MERGED):
             write(folder / file, (PACKAGE_ROOT / file).read_bytes())
         config = (PACKAGE_ROOT / DVC_CONFIG).read_text(encoding="utf-8")
         write(folder / DVC_CONFIG, config.replace("[hydra]\n", f"[hydra]\n    config_name = {conf_layers.PROJECT}\n"))
-        write(folder / "conf" / f"{conf_layers.PROJECT}.yaml", primary)
-        write(folder / "README.md", README.format(name=name, settings=settings))
+        write(folder / "conf" / f"{conf_layers.PROJECT}.yaml", primary_config)
+        write(folder / "README.md", README.format(name=name, settings=settings_text))
         yield folder
 
 
 def write_settings(folder: Path, dataset: Mapping[str, Any], preset: str, changes: Mapping[str, Any]) -> None:
-    """Write the dataset and the preset of a project; `changes` are settings by section, which override the preset."""
+    """Write the project's files of the groups dataset and experiment.
+
+    `dataset` are settings that differ from those of the group's file `folder`; `changes` override the preset:
+    section -> settings.
+    """
     text = (PACKAGED / "dataset" / "folder.yaml").read_text(encoding="utf-8")
     values = {**params.parse(text), **dataset}
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    write(folder / "conf" / "dataset" / f"{OWN}.yaml", header + params.to_yaml(values))
+    write(folder / "conf" / "dataset" / f"{OWN_CHOICE}.yaml", header + params.to_yaml(values))
     settings = f"\n{params.to_yaml(changes)}" if changes else ""
-    write(folder / "conf" / "experiment" / f"{OWN}.yaml", EXPERIMENT.format(preset=preset) + settings)
+    write(folder / "conf" / "experiment" / f"{OWN_CHOICE}.yaml", EXPERIMENT_CONFIG.format(preset=preset) + settings)
 
 
 def compose(folder: Path) -> dict[str, Any]:
-    """Compose and validate params.yaml of a staged project, and write it; return its contents."""
+    """Compose, validate and write params.yaml of a project; return its contents."""
     data = compose_params(conf=folder / "conf")
     params.check(data, "the new project")
     write(folder / params.FILE, to_yaml(data))
@@ -115,21 +121,21 @@ def compose(folder: Path) -> dict[str, Any]:
 
 
 def write(path: Path, contents: str | bytes) -> None:
-    """Write a new file, and the folders above it."""
+    """Write a file, and create the folders that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
 def require_addable(folder: Path) -> None:
-    """Raise UserError if a folder has files that a new project would replace, before expensive work."""
+    """Raise UserError if a folder has files or DVC settings that a new project would replace."""
     if (folder / "conf" / f"{conf_layers.PROJECT}.yaml").is_file():
         raise UserError(
-            "This folder is a project of vqvae2 already.",
+            "This folder is already a project of vqvae2.",
             where=folder,
             fix="Change to it, then run: vqvae2 run. Or choose another folder.",
             code=2,
         )
-    clashes = [name for name in ADDED if (folder / name).exists()]
+    clashes = [name for name in MUST_BE_NEW if (folder / name).exists()]
     config = _read_dvc_config(folder)
     clashes += [
         f"{key} in {DVC_CONFIG}" for key, value in _dvc_settings().items() if config.get(key, value).lower() != value
@@ -144,7 +150,7 @@ def require_addable(folder: Path) -> None:
 
 
 def add(source: Path, folder: Path) -> list[str]:
-    """Add the files of a staged project to a folder; return their names. No existing file loses a line."""
+    """Add the files of a project to a folder; return the names of those written. No existing file loses a line."""
     require_addable(folder)
     written = []
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
@@ -166,10 +172,10 @@ def add(source: Path, folder: Path) -> list[str]:
 
 
 def initialize_git(folder: Path, names: Sequence[str]) -> bool:
-    """Create a Git repository with a commit of these files, unless the folder is in one; return whether that is done.
+    """Create a Git repository with a commit of these files, unless the folder is in one. Return whether it was created.
 
-    DVC's experiments need a commit. A hook, or a missing key to sign with, may prevent it. Without Git, DVC is set to
-    work without.
+    DVC's experiments need a commit. The commit fails if a hook refuses it or a signing key is missing. If Git is not
+    installed, DVC is configured to work without it.
     """
     if shutil.which("git") is None:
         config = folder / DVC_CONFIG
@@ -183,9 +189,9 @@ def initialize_git(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _missing_identity(folder: Path) -> dict[str, str]:
-    """Return the variables that give Git the name and the e-mail address that it lacks."""
-    lacking = [key for key in ("NAME", "EMAIL") if _git(folder, "config", f"user.{key.lower()}").returncode]
-    variables = [f"GIT_{role}_{key}" for role in ("AUTHOR", "COMMITTER") for key in lacking]
+    """Return environment variables with a name and an e-mail address, as far as Git is not configured with them."""
+    missing = [key for key in ("NAME", "EMAIL") if _git(folder, "config", f"user.{key.lower()}").returncode]
+    variables = [f"GIT_{role}_{key}" for role in ("AUTHOR", "COMMITTER") for key in missing]
     return {variable: GIT_IDENTITY for variable in variables if variable not in os.environ}
 
 
@@ -196,7 +202,7 @@ def _git(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 def _dvc_settings() -> dict[str, str]:
-    """Return the settings that `dvc exp run` and `dvc plots show` need, in lower case."""
+    """Return the settings of DVC that `dvc exp run` and `dvc plots show` need; values in lower case."""
     return {
         "hydra.enabled": "true",
         "hydra.config_name": conf_layers.PROJECT,
@@ -211,7 +217,7 @@ def _read_dvc_config(folder: Path) -> dict[str, str]:
 
 
 def _complete_dvc_config(folder: Path) -> None:
-    """Add the settings that a DVC repository of the user's lacks."""
+    """Add the settings of `_dvc_settings` that an existing DVC repository lacks."""
     from pipeline import dvc
 
     config = _read_dvc_config(folder)

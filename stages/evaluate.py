@@ -35,7 +35,7 @@ from stages.evaluation.part_files import feature_name, part_path, write_features
 from stages.evaluation.plots import write_plots
 from stages.evaluation.report import write_report
 from stages.evaluation.results import EvaluationResults
-from stages.evaluation.set_comparison import Pair, compare_sets
+from stages.evaluation.set_comparison import SetPair, compare_sets
 from stages.evaluation.worker import EvaluationWorker
 from stages.formats import artifact, curves
 from stages.formats.html_page import PROVENANCE_SCRIPT
@@ -166,13 +166,13 @@ def _images_in_memory(inputs: EvaluationInputs) -> int:
     return MAX_SEARCH_BYTES // (3 * inputs.shards.image_size**2)
 
 
-def _pairs(plan: EvaluationPlan) -> dict[str, Pair]:
+def _pairs(plan: EvaluationPlan) -> dict[str, SetPair]:
     """Return the pairs of image sets to compare, by the name of their metrics."""
-    compared = {name: Pair(plan.reference, name) for name in COMPARED_SETS}
+    compared = {name: SetPair(plan.reference, name) for name in COMPARED_SETS}
     # FID* of Razavi et al. 2019: both sides are decoder outputs, so the decoder's own error cancels.
-    compared["samples_to_reconstructions"] = Pair("reconstructions", "samples")
+    compared["samples_to_reconstructions"] = SetPair("reconstructions", "samples")
     for reference in plan.references[1:]:
-        compared |= {f"{name}_to_{reference}": Pair(reference, name) for name in COMPARED_SETS}
+        compared |= {f"{name}_to_{reference}": SetPair(reference, name) for name in COMPARED_SETS}
     return compared
 
 
@@ -214,19 +214,19 @@ def _write_features(folder: Path, results_folder: Path, parts: list[Part]) -> No
     """Write the features of each image set as one file, from those of its parts."""
     files: dict[str, list[Path]] = {}
     for part in parts:
-        if part["measure"] == "features":
+        if part["task"] == "features":
             name = feature_name(part["network"], part["image_set"])
             files.setdefault(name, []).append(part_path(results_folder, part))
     write_features(folder, files)
 
 
 def _ranges(
-    measure: str, image_set: str, size: int, images_per_part: int = IMAGES_PER_PART, **extra: str
+    task: str, image_set: str, size: int, images_per_part: int = IMAGES_PER_PART, **extra: str
 ) -> Iterator[Part]:
     for start in range(0, size, images_per_part):
         stop = min(start + images_per_part, size)
         yield {
-            "measure": measure,
+            "task": task,
             **extra,
             "image_set": image_set,
             "start": start,

@@ -1,20 +1,21 @@
-"""Accept the samples that the critic is most certain of; compare metrics over the fraction that is accepted.
+"""Accept the samples of each class that the critic scores highest; compute metrics at several acceptance rates.
 
 reads   samples  candidates                         formats/samples.py
         shards   real images, as the reference      formats/shards.py
         critic   classifier of the real images      formats/model_file.py
-writes  out      the accepted samples, as formats/samples.py; beside them
-                 scores.csv: every candidate's score; acceptance-RATE.png: samples accepted at each rate of the curve
-        metrics  numbers and mean scores            formats/curves.py
-        plots    metrics over the rate, as CSV      formats/curves.py
+writes  out      accepted samples                   formats/samples.py, and
+                 scores.csv: every candidate's score; acceptance-RATE.png: samples compared at each rate of the curve
+        metrics  counts and mean scores             formats/curves.py
+        plots    metrics by acceptance, as CSV      formats/curves.py
 
-A stage of its own, after `sample`: another rate draws nothing again, and a project that does not ask has no critic.
+This is a stage after `sample`, so that another acceptance rate needs no new samples, and a project without rejection no
+critic.
 
 Axes: N samples, H x W pixels, 3 RGB channels, D features.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ from stages.runtime.device import best_device
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 SAMPLES_PER_FILE = 1024
-SHOWN_ROWS, SHOWN_COLUMNS = 8, 8  # of a contact sheet: samples of a class, classes
-CRITIC_STAGE = "classifier_shards"
+SHEET_ROWS, SHEET_COLUMNS = 8, 8  # of a contact sheet: samples of a class, classes
+CRITIC_STAGE = "classifier_shards"  # trains the critic
 
 
 def run(
@@ -63,24 +64,25 @@ def run(
     seed: int,
     context: StageContext,
 ) -> None:
-    """Score the samples, accept the best of each class, and compare the rates of `rejection.curve`.
+    """Score the samples, accept the best of each class, and compute metrics at each rate of `rejection.curve`.
 
-    Raises UserError if an input is damaged, if the critic does not know the samples' classes, or if no sample is
-    accepted.
+    Raises UserError if an input is damaged, if the critic was trained on other classes than the samples', or if no
+    sample is accepted.
     """
     candidates, dataset = open_samples(samples), open_shards(shards)
     candidates.artifact.verify()
-    _, critic_artifact = model_file.load_classifier(critic, CRITIC_STAGE)
+    _, critic_artifact = model_file.load_classifier(critic, CRITIC_STAGE)  # fails now rather than on a worker
     check_critic(candidates, critic_artifact)
-    work = (context.work_dir / "parts").absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    results_folder = (context.work_dir / "parts").absolute()
+    results_folder.mkdir(parents=True, exist_ok=True)
     network = first_network(evaluate)
-    arguments = (samples.absolute(), shards.absolute(), critic.absolute(), network, rejection, evaluate, work)
+    inputs = (samples.absolute(), shards.absolute(), critic.absolute())
 
-    def measure(parts: list[Part]) -> list[Result]:
-        return map_parts(Measure, arguments, parts, context=context, unit="image")
+    def map_all(parts: list[Part]) -> list[Result]:
+        arguments = (*inputs, network, rejection, evaluate, results_folder)
+        return map_parts(RejectionWorker, arguments, parts, context=context, unit="image")
 
-    scores = np.concatenate([result["scores"] for result in measure(list(_parts("scores", range(candidates.count))))])
+    scores = np.concatenate([result["scores"] for result in map_all(list(_parts("scores", range(candidates.count))))])
     labels = candidates.labels
     accepted = accept(scores, labels, rejection.acceptance, rejection.threshold)
     if not len(accepted):
@@ -94,7 +96,7 @@ def run(
     reference, *_ = choose_references(evaluate.reference, sizes)
     max_images = min(evaluate.max_images, len(dataset.split(reference)))
     points = plan_curve(scores, labels, rejection.curve, max_images, seed)
-    features = _features(points, reference, measure)
+    features = _features(points, reference, map_all)
     with one_thread():  # what this process computes is the same on any number of processors
         by_rate = compare(points, features, FeatureNetwork(network), evaluate, seed)
     meta = {
@@ -121,34 +123,42 @@ def run(
     curves.write_plot(plots / f"{samples.name}.csv", *curve_rows(points, scores, by_rate))
 
 
-class Measure:
-    """Mapper that scores samples with the critic, or computes features of images, with networks loaded on first use."""
+class RejectionWorker:
+    """Mapper of parts whose `task` is "scores" (of samples, by the critic) or "features" (of an image set).
+
+    An image set is "samples" or a split of the shards. Each process loads a network on first use.
+    """
 
     def __init__(
         self,
-        samples: Path,
-        shards: Path,
-        critic: Path,
+        samples_folder: Path,
+        shards_folder: Path,
+        critic_folder: Path,
         network: Network,
         rejection: RejectionConfig,
         evaluate: EvaluateConfig,
-        out: Path,
+        results_folder: Path,
     ):
-        self.samples, self.rejection, self.evaluate, self.out = open_samples(samples), rejection, evaluate, out
+        self.samples, self.rejection, self.evaluate = open_samples(samples_folder), rejection, evaluate
+        self.results_folder = results_folder
         self.device = best_device()
-        self.split = cache(lambda name: open_shards(shards).split(name))
-        self.critic = cache(lambda: model_file.load_classifier(critic, CRITIC_STAGE)[0].to(self.device))
+        self.split_images = cache(lambda name: open_shards(shards_folder).split(name))
+        self.critic_network = cache(lambda: model_file.load_classifier(critic_folder, CRITIC_STAGE)[0].to(self.device))
         self.feature_network = cache(lambda: FeatureNetwork(network, self.device))
 
     def __call__(self, part: Part) -> Result:
-        path = self.out / f"{part['measure']}-{part['image_set']}-{part['number']:05d}.npz"
-        measure = self.scores if part["measure"] == "scores" else self.features
-        return load_or_compute(path, lambda: measure(part["image_set"], part["positions"]))
+        path = self.results_folder / f"{part['task']}-{part['image_set']}-{part['number']:05d}.npz"
+        return load_or_compute(path, lambda: self._compute(part))
 
-    def scores(self, image_set: str, positions: list[int]) -> Result:
-        """Compute the probability of each sample's class: (N,) float32."""
+    def _compute(self, part: Part) -> Result:
+        if part["task"] == "scores":
+            return self.scores(part["positions"])
+        return self.features(part["image_set"], part["positions"])
+
+    def scores(self, positions: list[int]) -> Result:
+        """Compute the probability that the critic gives to each sample's class: (N,) float32."""
         batches = [
-            class_probabilities(self.critic(), self.samples.read_images(batch), self.samples.labels[batch])
+            class_probabilities(self.critic_network(), self.samples.read_images(batch), self.samples.labels[batch])
             for batch in _batches(positions, self.rejection.batch_size)
         ]
         return {"scores": np.concatenate(batches)}
@@ -160,44 +170,46 @@ class Measure:
             if image_set == "samples":
                 images = self.samples.read_images(batch)
             else:
-                images = np.stack([self.split(image_set).read(position) for position in batch])
+                images = np.stack([self.split_images(image_set).read(position) for position in batch])
             batches.append(network(images))
         return {"features": np.concatenate(batches)}
 
 
-def class_probabilities(critic: Classifier, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute the probability that the critic gives to each image's label, (N,) float32; images are (N, H, W, 3)."""
-    device = next(critic.parameters()).device
-    probabilities = critic.probabilities(to_float(torch.from_numpy(images), device)).cpu().numpy()
+def class_probabilities(network: Classifier, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the probability of each image's label, (N,) float32; images are (N, H, W, 3) uint8."""
+    device = next(network.parameters()).device
+    probabilities = network.probabilities(to_float(torch.from_numpy(images), device)).cpu().numpy()
     return probabilities[np.arange(len(labels)), labels]
 
 
-def check_critic(candidates: Samples, critic: Artifact) -> None:
+def check_critic(candidates: Samples, critic_artifact: Artifact) -> None:
     """Raise UserError if the critic was not trained on images of the samples' classes and size."""
     expected, actual = (
         (list(candidates.classes), candidates.image_size),
-        (critic.meta["classes"], critic.meta["image_size"]),
+        (critic_artifact.meta["classes"], critic_artifact.meta["image_size"]),
     )
     if expected != actual:
         raise UserError(
             f"The critic must know the {len(expected[0])} classes of the samples, at {expected[1]} pixels, got "
             f"{len(actual[0])} classes at {actual[1]} pixels.",
-            where=critic.folder,
+            where=critic_artifact.folder,
             fix=f"Run: vqvae2 run --stage {CRITIC_STAGE}",
             code=5,
         )
 
 
-def _features(points: Sequence[CurvePoint], reference: str, measure: Any) -> dict[str, dict[int, np.ndarray]]:
-    """Compute the features of all images to compare: image set -> position -> features."""
+def _features(
+    points: Sequence[CurvePoint], reference: str, map_all: Callable[[list[Part]], list[Result]]
+) -> dict[str, dict[int, np.ndarray]]:
+    """Compute the features of all images to compare: "samples" or "reference" -> position -> features (D,)."""
     if not points:
         return {}
     numbers = np.unique(np.concatenate([point.compared for point in points]))
     parts = [*_parts("features", numbers), *_parts("features", range(len(points[0].compared)), reference)]
     features: dict[str, dict[int, np.ndarray]] = {}
-    for part, result in zip(parts, measure(parts), strict=True):
-        image_set = "samples" if part["image_set"] == "samples" else "reference"
-        features.setdefault(image_set, {}).update(zip(part["positions"], result["features"], strict=True))
+    for part, result in zip(parts, map_all(parts), strict=True):
+        role = "samples" if part["image_set"] == "samples" else "reference"
+        features.setdefault(role, {}).update(zip(part["positions"], result["features"], strict=True))
     return features
 
 
@@ -213,23 +225,23 @@ def compare(
     evaluate: EvaluateConfig,
     seed: int,
 ) -> dict[float, dict[str, Any]]:
-    """Compute the metrics of the compared samples at each rate."""
+    """Compute the metrics of the compared samples at each rate: rate -> name of the metric -> value."""
     if not points:
         return {}
     reference = np.stack(list(features["reference"].values()))
-    pairs = {
+    feature_pairs = {
         f"{point.rate}": (reference, np.stack([features["samples"][number] for number in point.compared.tolist()]))
         for point in points
     }
-    by_name = summary.comparisons(pairs, network.network, evaluate, seed)
-    for name, (_, compared) in pairs.items():
+    by_name = summary.comparisons(feature_pairs, network.network, evaluate, seed)
+    for name, (_, compared) in feature_pairs.items():
         if (probabilities := network.probabilities(compared)) is not None:
             by_name[name][f"is_{network.name}"] = inception_score(probabilities)
     return {point.rate: by_name[f"{point.rate}"] for point in points}
 
 
 def write_accepted(folder: Path, candidates: Samples, accepted: np.ndarray) -> None:
-    """Write samples under new numbers from 0, in the order of their numbers among the candidates."""
+    """Write the accepted candidates as samples, numbered from 0 in the candidates' order."""
     classes = candidates.classes
     for start in range(0, len(accepted), SAMPLES_PER_FILE):
         numbers = accepted[start : start + SAMPLES_PER_FILE]
@@ -248,7 +260,7 @@ def write_accepted(folder: Path, candidates: Samples, accepted: np.ndarray) -> N
 
 
 def write_scores(path: Path, candidates: Samples, scores: np.ndarray, accepted: np.ndarray) -> None:
-    """Write the class and the score of each candidate, and its number among the accepted ones, if it is one."""
+    """Write the class and the score of each candidate, and the number of the accepted sample that it became."""
     new_numbers = {int(number): index for index, number in enumerate(accepted)}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -258,19 +270,19 @@ def write_scores(path: Path, candidates: Samples, scores: np.ndarray, accepted: 
 
 
 def draw_by_class(candidates: Samples, numbers: np.ndarray) -> bytes:
-    """Draw the first of these samples of each class, one column per class."""
+    """Draw a contact sheet of the first of these samples of each class, one column per class."""
     by_class = [numbers[candidates.labels[numbers] == label] for label in range(len(candidates.classes))]
-    columns = [of_class for of_class in by_class if len(of_class)][:SHOWN_COLUMNS]
-    rows = min(SHOWN_ROWS, min(map(len, columns)))
+    columns = [of_class for of_class in by_class if len(of_class)][:SHEET_COLUMNS]
+    rows = min(SHEET_ROWS, min(map(len, columns)))
     shown = np.stack([of_class[:rows] for of_class in columns], axis=1)  # (rows, columns)
     return contact_sheet(candidates.read_images(shown.reshape(-1)), columns=len(columns))
 
 
-def _parts(measure: str, positions: Iterable[int], image_set: str = "samples") -> Iterator[Part]:
-    """Yield parts: computations on images at some positions of an image set, "samples" or a split."""
+def _parts(task: str, positions: Iterable[int], image_set: str = "samples") -> Iterator[Part]:
+    """Yield the parts of a task on the images at some positions of an image set."""
     for number, batch in enumerate(_batches([int(position) for position in positions], IMAGES_PER_PART)):
         yield {
-            "measure": measure, "image_set": image_set, "number": number, "positions": batch, "weight": len(batch)
+            "task": task, "image_set": image_set, "number": number, "positions": batch, "weight": len(batch)
         }  # fmt: skip
 
 

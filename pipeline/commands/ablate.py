@@ -17,8 +17,6 @@ from stages.errors import UserError
 from stages.formats.artifact import atomic_write
 from stages.tracking.tags import git
 
-FOLDER = Path("runs/ablations")
-
 
 def run(names: Sequence[str], *, overrides: Sequence[str], steps: int | None, out: Path, dry_run: bool) -> int:
     """Run the variants that have no finished experiment, then write the page and the tables; return the exit status.
@@ -49,17 +47,17 @@ def run(names: Sequence[str], *, overrides: Sequence[str], steps: int | None, ou
 
 
 def _run_experiment(experiment: Experiment, environment: Mapping[str, str], stage_status: Callable[[], int]) -> int:
-    """Run one experiment and note its time; return the exit status."""
+    """Run one experiment and write its time; return the exit status."""
     from pipeline import ablation_results
 
     started = time.monotonic()
-    targets = [experiment.target] if experiment.target else []
+    targets = [experiment.last_stage] if experiment.last_stage else []
     outcome = dvc.run_experiment(experiment.name, experiment.overrides, targets, environment)
     if outcome.status or outcome.stop_signal:
         return failure_status(outcome, stage_status())
-    # The time says nothing if trained networks come from DVC's cache; all variants share the shards.
+    # The time is not that of the experiment if DVC has restored networks from its cache. All variants share the shards.
     seconds = {} if set(outcome.restored) - {"shard"} else {"seconds": time.monotonic() - started}
-    ablation_results.write_notes(experiment.name, seconds)
+    ablation_results.write_measurements(experiment.name, seconds)
     return 0
 
 

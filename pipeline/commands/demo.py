@@ -8,7 +8,10 @@ from pipeline.commands import config, init
 from pipeline.commands.run import run as run_stages
 
 IMAGES = Path("data/fluent-emoji-64.zip")
-SETTINGS = "Settings: those of the package, which `vqvae2 config` shows. Files of `conf/` hide those of the same name."
+README_SETTINGS = (
+    "The settings are those of the package; `vqvae2 config` shows them. "
+    "A file in `conf/` replaces the file of the same name in the package."
+)
 SMOKE = ("experiment=smoke",)
 
 
@@ -36,10 +39,10 @@ def is_demo(folder: Path) -> bool:
 def create(folder: Path) -> None:
     """Create the project in a folder. Raises UserError if the folder has files that would be replaced."""
     new_project.require_addable(folder)
-    primary = new_project.PRIMARY.format(choices="")
-    with new_project.staged(init.project_name(folder), primary, SETTINGS) as staged:
-        new_project.write(staged / IMAGES, (conf_layers.PACKAGE_ROOT / IMAGES).read_bytes())
-        new_project.compose(staged)
+    primary_config = new_project.PRIMARY_CONFIG.format(defaults="")
+    with new_project.temporary_project(init.project_name(folder), primary_config, README_SETTINGS) as project:
+        new_project.write(project / IMAGES, (conf_layers.PACKAGE_ROOT / IMAGES).read_bytes())
+        new_project.compose(project)
         folder.mkdir(parents=True, exist_ok=True)
-        written = new_project.add(staged, folder)
+        written = new_project.add(project, folder)
     new_project.initialize_git(folder, written)

@@ -1,4 +1,4 @@
-"""`vqvae2 init`: a project of one's own, outside of the repository, for a folder of images."""
+"""`vqvae2 init`: create a project for a folder of images, outside of the repository."""
 
 import dataclasses
 import re
@@ -20,12 +20,12 @@ from stages.tracking.console import ConsoleReporter
 
 DEFAULT_SOURCE = "data/images"  # without --data
 DEFAULT_PRESET = "photos64"  # without images: it needs no GPU
-SETTINGS = """\
-Settings: `conf/dataset/mine.yaml` names the images, `conf/experiment/mine.yaml` the preset. After an edit,
-renew `params.yaml`: `vqvae2 config --write`. Files of `conf/` hide those of the same name in the package.
+README_SETTINGS = """\
+Settings: `conf/dataset/mine.yaml` names the images, and `conf/experiment/mine.yaml` the preset. After an edit, run
+`vqvae2 config --write` to renew `params.yaml`. A file in `conf/` replaces the file of the same name in the package.
 
-Images in this folder are best tracked by DVC: `dvc add data/images`."""
-HEADERS_READ = 200  # of images, to recommend a size
+To track images inside of this folder with DVC: `dvc add data/images`."""
+HEADERS_READ = 200  # images whose sizes are read, to recommend a preset
 
 
 class ChosenPreset(NamedTuple):
@@ -68,14 +68,14 @@ def run(folder: Path, *, data: Path | None, preset: str, gpus: int | None = None
         if not preset:
             chosen = recommend(data, listing, dataset, gpu_count() if gpus is None else gpus)
     name = project_name(folder)
-    primary = new_project.PRIMARY.format(choices=new_project.CHOICES)
-    with new_project.staged(name, primary, SETTINGS) as staged:
+    primary_config = new_project.PRIMARY_CONFIG.format(defaults=new_project.OWN_DEFAULTS)
+    with new_project.temporary_project(name, primary_config, README_SETTINGS) as project:
         image_size = compose_params([f"experiment={chosen.preset}"], conf_layers.PACKAGED)["dataset"]["image_size"]
         changes = {"dataset": {"image_size": image_size}} | chosen.changes
-        new_project.write_settings(staged, {"name": name, "source": source}, chosen.preset, changes)
-        new_project.compose(staged)
+        new_project.write_settings(project, {"name": name, "source": source}, chosen.preset, changes)
+        new_project.compose(project)
         folder.mkdir(parents=True, exist_ok=True)
-        written = new_project.add(staged, folder)
+        written = new_project.add(project, folder)
     is_committed = new_project.initialize_git(folder, written)
     print("\n".join([*lines, f"Preset: {chosen.preset}.", *chosen.reasons, ""]))
     print(f"project   {folder}")

@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROUNDING = 1e-9  # 0.1 * 30 is above 3 in floating point; a fraction is rounded up only beyond that
+ROUNDING_TOLERANCE = 1e-9  # 0.1 * 30 is above 3 in floating point, and must not be rounded up to 4
 
 
 def num_accepted(count: int, rate: float) -> int:
-    """Return how many of `count` samples of a class are accepted at a rate: at least one if there is any."""
-    return min(count, max(1, math.ceil(rate * count - ROUNDING)))
+    """Return how many of the `count` samples of a class are accepted at a rate: one or more, if there are samples."""
+    return min(count, max(1, math.ceil(rate * count - ROUNDING_TOLERANCE)))
 
 
 def accept(scores: np.ndarray, labels: np.ndarray, rate: float, threshold: float = 0.0) -> np.ndarray:
-    """Return the numbers of the best samples of each class, in ascending order.
+    """Return the numbers of the accepted samples, the best of each class, in ascending order.
 
-    `scores` and `labels` are (N,). Of equal scores the first sample is better, so a lower rate accepts a subset.
-    Samples that score below `threshold` are not accepted.
+    `scores` and `labels` are (N,). Of samples with equal scores the first ones are accepted, so a lower rate accepts a
+    subset of a higher one. Samples that score below `threshold` are not accepted.
     """
     accepted = []
     for label in np.unique(labels):
@@ -37,11 +37,11 @@ def accept(scores: np.ndarray, labels: np.ndarray, rate: float, threshold: float
 
 
 class CurvePoint(NamedTuple):
-    """Samples that are compared at one rate."""
+    """Samples that are accepted at one rate, and those of them that are compared with the reference."""
 
     rate: float
     accepted: np.ndarray  # numbers of all accepted samples
-    compared: np.ndarray  # numbers of as many of them as at every other rate, of each class
+    compared: np.ndarray  # numbers of some of them: at all rates equally many of each class
 
 
 def plan_curve(
@@ -49,24 +49,27 @@ def plan_curve(
 ) -> list[CurvePoint]:
     """Choose the samples to compare at each rate, the highest rate first.
 
-    All rates have the same number of samples of each class: that of the lowest rate, or fewer if these are more than
-    `max_images`. Most metrics depend on the number of images, and rejection leaves fewer. Which of the accepted samples
-    are compared is drawn once for all rates, so neighbouring points differ by what is rejected and not by the draw.
+    Most metrics depend on the number of images, so all rates compare equally many samples of each class: those that the
+    lowest rate accepts, or fewer if these are more than `max_images` in all. The samples are shuffled once for all
+    rates, so neighbouring points differ by what is rejected and not by the shuffle.
     """
     if not len(rates):
         return []
     classes, counts = np.unique(labels, return_counts=True)
     lowest = np.array([num_accepted(int(count), min(rates)) for count in counts])
-    shares = np.floor(lowest * min(1.0, max_images / lowest.sum())).astype(int)
-    rare = np.flatnonzero(shares == 0)  # these have one sample each, as many of them as max_images leaves room for
-    shares[rare[: max_images - shares.sum()]] = 1
-    order = np.random.default_rng(seed).permutation(len(labels))
+    compared_counts = np.floor(lowest * min(1.0, max_images / lowest.sum())).astype(int)
+    # Classes without a sample get one each, as many of these classes as max_images leaves room for.
+    empty = np.flatnonzero(compared_counts == 0)
+    compared_counts[empty[: max_images - compared_counts.sum()]] = 1
+    random_ranks = np.random.default_rng(seed).permutation(len(labels))
     points = []
     for rate in sorted(set(rates), reverse=True):
         accepted = accept(scores, labels, rate)
-        drawn = accepted[np.argsort(order[accepted])]  # in random order
-        of_classes = [drawn[labels[drawn] == label][:share] for label, share in zip(classes, shares, strict=True)]
-        points.append(CurvePoint(rate, accepted, np.sort(np.concatenate(of_classes))))
+        shuffled = accepted[np.argsort(random_ranks[accepted])]
+        by_class = [
+            shuffled[labels[shuffled] == label][:count] for label, count in zip(classes, compared_counts, strict=True)
+        ]
+        points.append(CurvePoint(rate, accepted, np.sort(np.concatenate(by_class))))
     return points
 
 

@@ -30,7 +30,7 @@ MAX_SAMPLES = 512  # on the page, over all classes
 
 
 class EvaluationResults:
-    """Results of all parts of one evaluation, by kind of part, image set and level."""
+    """Results of all parts of one evaluation, by task, image set and level or network."""
 
     def __init__(
         self,
@@ -44,9 +44,11 @@ class EvaluationResults:
         """Create the results. `compared` has metrics of pairs of image sets: network -> name of the pair -> metric."""
         self.inputs, self.plan, self._compared = inputs, plan, compared
         self._features_folder = features_folder
-        self._results: dict[tuple[str, ...], list[Result]] = {}  # (kind, image set[, level]) -> in order of images
+        self._results: dict[
+            tuple[str, ...], list[Result]
+        ] = {}  # (task, image set[, level or network]) -> in order of images
         for part, result in zip(parts, results, strict=True):
-            key = part["measure"], part["image_set"], *(part[name] for name in ("level", "network") if name in part)
+            key = part["task"], part["image_set"], *(part[name] for name in ("level", "network") if name in part)
             self._results.setdefault(key, []).append(result)
 
     def metrics(self) -> Metrics:

@@ -36,7 +36,7 @@ CODEBOOK_GRID = 4  # side in codes of the coarsest level of the grid that shows 
 
 
 class EvaluationWorker:
-    """Measures one part after another. Each process has its own copy of the networks.
+    """Mapper of the parts of an evaluation. Each process has its own copy of the networks.
 
     An image set is a split of the shards ("train", "validation"), one of COMPARED_SETS, or a rung of the quality
     ladder, such as "redrawn_bottom".
@@ -62,13 +62,13 @@ class EvaluationWorker:
     @torch.inference_mode()
     def __call__(self, part: Part) -> Result:
         path = part_path(self.results_folder, part)
-        result = load_or_compute(path, lambda: self._measure(part))
+        result = load_or_compute(path, lambda: self._compute(part))
         result.pop("features", None)  # they stay in their file
         return result
 
-    def _measure(self, part: Part) -> dict[str, Any]:
+    def _compute(self, part: Part) -> dict[str, Any]:
         image_set, start, stop = part["image_set"], part["start"], part["stop"]
-        match part["measure"]:
+        match part["task"]:
             case "distortion":
                 return self.distortion(image_set, start, stop)
             case "codecs":
@@ -85,7 +85,7 @@ class EvaluationWorker:
                 return self.examples(image_set, start, stop)
             case "codebook":
                 return self.codebook(image_set, start, stop)
-        raise ValueError(f"measure must be that of a part of `evaluate`, got {part['measure']!r}")
+        raise ValueError(f"task must be one of a part of `evaluate`, got {part['task']!r}")
 
     def distortion(self, split: str, start: int, stop: int) -> dict[str, Any]:
         """Sum the distortion of images decoded from each prefix of levels: "top/zeros" -> DistortionSums as a list."""

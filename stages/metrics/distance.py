@@ -26,13 +26,13 @@ def kid(sums: SetComparison) -> tuple[float, float]:
     it is too large by up to the square root of 3. It is NaN below four images.
     Raises ValueError if a set has fewer than two images.
     """
-    sizes = len(sums.between.images_in_ball), len(sums.between.balls_around_image)
+    sizes = len(sums.between.images_per_reference_ball), len(sums.between.reference_balls_per_image)
     _check_sizes("KID", *sizes)
-    reference, images = (_selection_sizes(size, len(sums.within_reference)) for size in sizes)
+    reference, images = (_selection_sizes(size, len(sums.kernel_sums_of_reference)) for size in sizes)
     values = (
-        sums.within_reference / np.maximum(reference * (reference - 1), 1)
-        + sums.within_images / np.maximum(images * (images - 1), 1)
-        - 2 * sums.between.kernel / np.maximum(reference * images, 1)
+        sums.kernel_sums_of_reference / np.maximum(reference * (reference - 1), 1)
+        + sums.kernel_sums_of_images / np.maximum(images * (images - 1), 1)
+        - 2 * sums.between.kernel_sums / np.maximum(reference * images, 1)
     )
     has_error = min(sizes) >= 4  # half of it has two images, the least for one value
     return float(values[0]), float(np.std(values[1:], ddof=1)) if has_error else float("nan")

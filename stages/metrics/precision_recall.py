@@ -17,23 +17,23 @@ from stages.metrics.pairs import PairSums
 
 
 def precision(sums: PairSums) -> float:
-    """Compute the share of images that lie in the ball of a reference image."""
-    return float((sums.balls_around_image > 0).mean())
+    """Compute the share of images that lie in the ball of at least one reference image."""
+    return float((sums.reference_balls_per_image > 0).mean())
 
 
 def recall(sums: PairSums) -> float:
-    """Compute the share of reference images that lie in the ball of an image."""
-    return float((sums.balls_around_reference > 0).mean())
+    """Compute the share of reference images that lie in the ball of at least one image."""
+    return float((sums.image_balls_per_reference > 0).mean())
 
 
 def density(sums: PairSums, k: int) -> float:
-    """Compute the number of reference balls around an image, on average and relative to k.
+    """Compute the mean number of reference balls that contain an image, divided by k.
 
     Its expectation is about 1 for two sets of one distribution.
     """
-    return float(sums.balls_around_image.mean() / k)
+    return float(sums.reference_balls_per_image.mean() / k)
 
 
 def coverage(sums: PairSums) -> float:
-    """Compute the share of reference images whose ball holds an image."""
-    return float((sums.images_in_ball > 0).mean())
+    """Compute the share of reference images whose ball contains at least one image."""
+    return float((sums.images_per_reference_ball > 0).mean())

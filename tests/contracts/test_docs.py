@@ -12,7 +12,7 @@ from pipeline import conf_layers, new_project
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FOLDERS = ("pipeline", "stages", "models", "conf", "tests", "benchmarks", "docs")
-FILES_OF_A_PROJECT = {f"conf/{conf_layers.PROJECT}.yaml", *new_project.ADDED}  # written by `vqvae2 init`
+FILES_OF_A_PROJECT = {f"conf/{conf_layers.PROJECT}.yaml", *new_project.MUST_BE_NEW}  # written by `vqvae2 init`
 PLACEHOLDER = re.compile(r"[A-Z]{3,}")  # NAME, LEVEL
 
 

@@ -87,8 +87,8 @@ def test_changes_of_a_frozen_stage_are_refused(tmp_path: Path):
 
 def test_variant_may_end_after_a_stage():
     """Only that stage and its dependencies run, so the settings of later ones do not change the experiment."""
-    (experiment,) = experiments({"none": Variant(("vqvae.quantizer.mode=none",), stage="vqvae")})
-    assert list(experiment.stages) == ["shard", "vqvae"] and experiment.target == "vqvae"
+    (experiment,) = experiments({"none": Variant(("vqvae.quantizer.mode=none",), last_stage="vqvae")})
+    assert list(experiment.stages) == ["shard", "vqvae"] and experiment.last_stage == "vqvae"
 
 
 def test_unknown_names_are_refused():
@@ -143,12 +143,12 @@ def test_distortion_is_of_one_source():
 
 def test_sharpness_that_is_not_measured_is_measured_later(tmp_path: Path):
     """Without the files in DVC's cache it is NaN, which is not written; the time of the experiment stays."""
-    (experiment,) = experiments({"none": Variant(("vqvae.quantizer.mode=none",), stage="vqvae")})
+    (experiment,) = experiments({"none": Variant(("vqvae.quantizer.mode=none",), last_stage="vqvae")})
     with chdir(tmp_path):
-        ablation_results.write_notes(experiment.name, {"seconds": 2.0, "sharpness": math.nan})
+        ablation_results.write_measurements(experiment.name, {"seconds": 2.0, "sharpness": math.nan})
         result = ablation_results.read(experiment, "0" * 40)
         assert math.isnan(result.sharpness) and math.isnan(result.mse)
-        assert ablation_results.read_notes(experiment.name) == {"seconds": 2.0}
+        assert ablation_results.read_measurements(experiment.name) == {"seconds": 2.0}
 
 
 def test_gradient_energy_of_a_step():

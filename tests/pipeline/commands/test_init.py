@@ -139,7 +139,7 @@ def test_no_file_is_replaced(current_folder):
     lines = Path("pets/.gitignore").read_text().splitlines()
     assert lines[0] == "/secret" and "/artifacts/" in lines
     before = contents(folder)
-    with pytest.raises(UserError, match="a project of vqvae2 already"):
+    with pytest.raises(UserError, match="already a project of vqvae2"):
         init.run(folder, data=None, preset="")
     assert contents(folder) == before
 
