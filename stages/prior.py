@@ -21,6 +21,7 @@ from stages.errors import UserError
 from stages.formats import curves, model_file
 from stages.formats.codes import Codes, open_codes
 from stages.runtime.context import StageContext
+from stages.runtime.verification import verify_once
 from stages.training.checkpoint import Checkpoints
 from stages.training.code_batches import CodeBatch, code_data
 from stages.training.distributed import DistributedContext
@@ -45,7 +46,7 @@ def run(
     Raises UserError if the codes are damaged or lack the level, or if training fails.
     """
     dataset = open_codes(codes)
-    dataset.artifact.verify()
+    verify_once(dataset.artifact)
     if level not in dataset.levels:
         raise UserError(
             f"The prior's level must be one of {', '.join(dataset.levels)}, got {level!r}.",
@@ -84,7 +85,8 @@ def train_worker(
     torch.manual_seed(seed)  # every rank initializes the same weights
     objective = PriorObjective(build_network(dataset, level, prior), level)
     checkpoints = Checkpoints.for_stage(context, prior.train.keep_checkpoints)
-    data = code_data(dataset, [*coarser_levels(dataset, level), level], prior.train, seed=seed, dist=dist)
+    levels = [*coarser_levels(dataset, level), level]
+    data = code_data(dataset, levels, prior.train, seed=seed, dist=dist, context=context)
     train(objective, data, prior.train, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter)
 
 
@@ -139,6 +141,8 @@ def count_labels(dataset: Codes) -> list[int]:
     """Count the training images of each class, without augmented copies; empty without classes."""
     if not dataset.classes:
         return []
-    training_set = dataset.split("train", levels=())
-    labels = training_set.labels[training_set.copies == 0]
-    return np.bincount(labels, minlength=len(dataset.classes)).tolist()
+    dataset.require_split("train")
+    counts = np.zeros(len(dataset.classes), np.int64)
+    for rows in dataset.by_file("train", levels=()):
+        counts += np.bincount(rows.labels[rows.copies == 0], minlength=len(dataset.classes))
+    return counts.tolist()

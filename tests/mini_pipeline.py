@@ -105,10 +105,12 @@ class MiniPipeline:
 
     def prior(self, level: str, codes: str = "codes", out: str = "priors", fingerprint: str = "f") -> None:
         settings = PriorStageConfig(PRIORS[level], TRAIN)
-        prior.run(
-            level, self.path(codes), self.path(out) / level, *self.files(f"prior_{level}"),
-            prior=settings, seed=0, context=self.run(f"prior@{level}", fingerprint),
-        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(self.folder / "cache"))
+            prior.run(
+                level, self.path(codes), self.path(out) / level, *self.files(f"prior_{level}"),
+                prior=settings, seed=0, context=self.run(f"prior@{level}", fingerprint),
+            )  # fmt: skip
 
     def sample(self, out: str = "samples", fingerprint: str = "f", **settings: Any) -> None:
         config = SampleConfig(**{"count": 10, "images_per_part": 4, "batch_size": 3} | settings)

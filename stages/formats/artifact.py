@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from stages.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest's layout
+HASH_THREADS = min(8, os.cpu_count() or 1)  # hashing releases the GIL; more do not help one disk
 ABSENCES = {  # end of the error about a missing folder of a kind
     "vqvae": ": there is no trained VQ-VAE",
     "prior": ": there is no trained prior",
@@ -65,18 +67,23 @@ class Artifact:
 
     def verify(self, *names: str) -> None:
         """Hash the named files, by default all. Raises UserError if one differs from the manifest."""
-        for name in names or self.files:
-            try:
-                intact = sha256(self.folder / name) == self.files[name]["sha256"]
-            except OSError:  # the disk fails, or the file was deleted after the manifest was read
-                intact = False
-            if not intact:
-                raise UserError(
-                    f"{name} is damaged: its contents differ from the manifest.",
-                    where=self.folder,
-                    fix=f"Delete {self.folder} and run: vqvae2 run. It regenerates or restores the folder.",
-                    code=5,
-                )
+        checked = names or tuple(self.files)
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for name, intact in zip(checked, pool.map(self._is_intact, checked), strict=True):
+                if not intact:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise UserError(
+                        f"{name} is damaged: its contents differ from the manifest.",
+                        where=self.folder,
+                        fix=f"Delete {self.folder} and run: vqvae2 run. It regenerates or restores the folder.",
+                        code=5,
+                    )
+
+    def _is_intact(self, name: str) -> bool:
+        try:
+            return sha256(self.folder / name) == str(self.files[name]["sha256"])
+        except OSError:  # the disk fails, or the file was deleted after the manifest was read
+            return False
 
 
 def sha256(path: Path) -> str:

@@ -83,14 +83,8 @@ class Codes:
         Raises UserError if the split has no codes, a page's checksum is wrong, or a code is out of range.
         """
         grids = {level: self.levels[level] for level in (self.levels if levels is None else levels)}
+        self.require_split(split)
         files = [_CodesFile(self.artifact.path(name)) for name in self.files(f"{split}-")]
-        if not files:
-            raise UserError(
-                f"There are no codes of split {split!r}.",
-                where=self.artifact.folder,
-                fix="Run: vqvae2 run --force --stage codes",
-                code=4,
-            )
         # Allocate once and fill: concatenation would double the memory, and a million images at 5,120 codes take 10 GB.
         count = sum(file.rows for file in files)
         codes = {level: np.empty((count, grid.height, grid.width), np.uint16) for level, grid in grids.items()}
@@ -107,9 +101,24 @@ class Codes:
             start += len(file_codes)
         return CodeSet(codes, labels, copies, keys)
 
-    def by_file(self, split: str) -> Iterator[CodeSet]:
+    def require_split(self, split: str) -> None:
+        """Raise UserError if there are no codes of a split."""
+        if split not in self.splits:
+            raise UserError(
+                f"There are no codes of split {split!r}.",
+                where=self.artifact.folder,
+                fix="Run: vqvae2 run --force --stage codes",
+                code=4,
+            )
+
+    def by_file(self, split: str, levels: Iterable[str] | None = None) -> Iterator[CodeSet]:
         """Read the codes of a split file by file, in the order of the images. Raises UserError as `split` does."""
-        return (_CodesFile(self.artifact.path(name)).read(self.levels) for name in self.files(f"{split}-"))
+        grids = {level: self.levels[level] for level in (self.levels if levels is None else levels)}
+        return (_CodesFile(self.artifact.path(name)).read(grids) for name in self.files(f"{split}-"))
+
+    def rows(self, split: str) -> int:
+        """Count the rows of a split, by the footers of its files."""
+        return sum(_CodesFile(self.artifact.path(name)).rows for name in self.files(f"{split}-"))
 
 
 def concatenate(sets: Sequence[CodeSet]) -> CodeSet:

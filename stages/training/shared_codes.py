@@ -1,0 +1,83 @@
+"""Codes shared by the ranks of a node: arrays that are made once from Parquet, and mapped by every rank.
+
+    CACHE/codes/DIGEST/       arrays of the codes of this digest; see formats/code_arrays.py
+    CACHE/codes/DIGEST.lock   locked shared while the arrays are in use, exclusively while they are made or deleted
+
+CACHE is the node's cache folder, or the rank's work folder if the cache cannot be written or has no room.
+"""
+
+import fcntl
+import shutil
+from pathlib import Path
+
+from stages.errors import UserError
+from stages.formats.artifact import Artifact
+from stages.formats.code_arrays import CodeArrays, array_bytes, open_arrays, split_arrays, write_arrays
+from stages.formats.codes import Codes
+from stages.runtime.context import StageContext
+from stages.runtime.storage import node_cache_dir
+from stages.runtime.verification import mark_verified, verify_once
+
+ANNOUNCED_BYTES = 1 << 29  # of arrays, which take about five seconds to make
+
+
+class SharedCodes:
+    """Arrays of codes on this node. While this object lives, no process deletes them."""
+
+    def __init__(self, codes: Codes, context: StageContext):
+        """Open the arrays of `codes`; make them unless another rank or run has done so on this node.
+
+        Raises UserError if the codes are damaged, and OSError if no disk has room for the arrays.
+        """
+        roots = [context.work_dir / "codes"]
+        try:
+            roots.insert(0, node_cache_dir("codes"))
+        except UserError:
+            roots[0].mkdir(exist_ok=True)
+        self._arrays = next(filter(None, (self._open(codes, root, root == roots[-1], context) for root in roots)))
+
+    def split(self, split: str, levels: list[str]) -> CodeArrays:
+        """Map some levels of a split."""
+        return split_arrays(self._arrays, split, levels)
+
+    def _open(self, codes: Codes, root: Path, is_last: bool, context: StageContext) -> Artifact | None:
+        """Open or make the arrays in `root`. Return None if the disk has no room, unless this is the last folder."""
+        folder = root / codes.artifact.digest
+        root.mkdir(exist_ok=True)
+        self._lock = folder.with_suffix(".lock").open("w")  # the kernel unlocks it when the process ends
+        while True:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            if arrays := _read(folder, codes):
+                return arrays
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if _read(folder, codes):  # the lock was released for an instant, and another rank has made them
+                continue
+            _delete_unused(root)
+            size = array_bytes(codes)
+            if not is_last and shutil.disk_usage(root).free < size:
+                return None
+            if size >= ANNOUNCED_BYTES:
+                context.reporter.message(f"Decoding codes to {size / 1e9:.1f} GB of arrays in {root}.")
+            write_arrays(codes, folder)
+            mark_verified(open_arrays(folder, codes))
+
+
+def _read(folder: Path, codes: Codes) -> Artifact | None:
+    """Return the arrays in `folder`; None if they are absent, incomplete or damaged: they can be made again."""
+    try:
+        arrays = open_arrays(folder, codes)
+        verify_once(arrays)
+    except UserError:
+        return None
+    return arrays
+
+
+def _delete_unused(root: Path) -> None:
+    """Delete the arrays of other codes that no process has locked."""
+    for path in root.glob("*.lock"):
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # in use, or to be made by this process
+                continue
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
