@@ -1,4 +1,4 @@
-"""Compute of one stage, for the facts of its run: devices, and of a training also data, operations and settings."""
+"""Compute of one stage, for the facts of its run: devices, and for a training also images, FLOP and settings."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from stages.tracking.provenance import device_kind
 
 
 def compute_facts(stage: Stage, settings: Params) -> dict[str, Any]:
-    """Describe the devices of a stage and, of a training, what it computes; as `provenance.record_facts` takes it."""
+    """Describe the devices of a stage and what a training computes: the argument `compute` of `record_facts`."""
     cluster = settings.cluster
     facts: dict[str, Any] = {
         "device": device_kind(has_gpu=cluster.gpus_per_worker > 0),
@@ -42,14 +42,14 @@ def _schedule(train: TrainConfig) -> str:
 
 
 def _augmentation(stage: Stage, settings: Params) -> str:
-    """Describe the augmentation; that of a prior's data is in the copies of codes of each image."""
-    augment = _describe(settings.augment)
+    """Describe the augmentation of the training data: for a prior, the copies of each image that were encoded."""
+    augment = _format_augmentation(settings.augment)
     if stage.module == "vqvae":
         return augment
     copies = settings.codes.copies
     return f"{copies} copies: 1 original, {copies - 1} with {augment}" if copies > 1 else "none"
 
 
-def _describe(augment: AugmentConfig) -> str:
+def _format_augmentation(augment: AugmentConfig) -> str:
     shift = f"shift of up to {augment.max_shift} pixels" if augment.max_shift else ""
     return ", ".join(filter(None, ("flip" if augment.flip else "", shift))) or "none"

@@ -1,4 +1,4 @@
-"""Settings that are valid alone and contradict another section, and the form of every problem of settings."""
+"""Conflicts between settings that are valid on their own, and `Problem`, which describes any invalid setting."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from pipeline.text import capitalize
 from stages.config import Params
 from stages.errors import install_command
 
-# Artifacts with images that a classifier can be trained on, and that a rejection can select from.
-CLASSIFIED = ("shards", "vqvae", "samples", "accepted")
-REJECTED = ("samples",)
+# Artifacts with images: those that a classifier can be trained on, and those that a rejection can select from.
+CLASSIFIER_ARTIFACTS = ("shards", "vqvae", "samples", "accepted")
+REJECTION_ARTIFACTS = ("samples",)
 # DVC takes a path that begins with one of its schemes for a URL, also without slashes.
 URL = re.compile(r"([a-z][\w+.-]*)://|(https?|s3|gs|azure|ssh|hdfs|webhdfs|webdavs?|oss|gdrive|remote):", re.IGNORECASE)
 
@@ -92,7 +92,7 @@ def _sampling_conflicts(params: Params) -> Iterator[Problem]:
 
 def _classifier_conflicts(params: Params) -> Iterator[Problem]:
     """Yield problems of classifiers and rejections, which name the artifacts that they read."""
-    for section, names in (("classifiers", CLASSIFIED), ("rejections", REJECTED)):
+    for section, names in (("classifiers", CLASSIFIER_ARTIFACTS), ("rejections", REJECTION_ARTIFACTS)):
         for name in getattr(params, section):
             if name not in names:
                 headline = f"{section} must be named after artifacts with images ({', '.join(names)}), got {name}."

@@ -6,11 +6,11 @@ reads   images   shards: real images                formats/shards.py
         shards   image shards                       formats/shards.py
 writes  out      the trained classifier             formats/model_file.py
         metrics  accuracy                           formats/curves.py
-        plots    its curves, in ARTIFACT.csv        formats/curves.py
+        plots    training curves, ARTIFACT.csv      formats/curves.py
 
-The classifier of the real images is the critic, by which the stage `reject` selects samples. The accuracy of the
-classifier of samples is the classification accuracy score. Source: Ravuri and Vinyals 2019, "Classification Accuracy
-Score for Conditional Generative Models", section 3.
+The classifier trained on the real images is the critic, by which the stage `reject` selects samples. The accuracy of
+the classifier trained on samples is the classification accuracy score.
+Source: Ravuri and Vinyals 2019, "Classification Accuracy Score for Conditional Generative Models", section 3.
 
 B images per rank and step, H x W pixels, K classes.
 """
@@ -30,7 +30,6 @@ from models.classifier import Classifier
 from stages.config import AugmentConfig, ClassifierStageConfig
 from stages.errors import UserError
 from stages.formats import artifact, curves, model_file
-from stages.formats.image_folder import SampleImages, open_images
 from stages.formats.shards import (
     INDEX,
     EncodedImage,
@@ -43,6 +42,7 @@ from stages.formats.shards import (
     write_shard,
 )
 from stages.formats.shards import KIND as SHARDS_KIND
+from stages.formats.training_images import SampleImages, open_images
 from stages.images.contact_sheet import encode_png
 from stages.images.tensors import to_float, to_uint8
 from stages.mapping.parts import map_parts
@@ -55,8 +55,8 @@ from stages.training.loop import train
 from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.ray_train import train_or_load
 
-TOP_K = 5  # the label may be any of this many most probable classes
-RECONSTRUCTED_AT_ONCE = 64  # images
+TOP_K = 5  # for top-5 accuracy: the label is among this many most probable classes
+RECONSTRUCTION_BATCH_SIZE = 64  # images
 
 
 def run(
@@ -114,8 +114,8 @@ def run(
     model_file.write(out, "classifier", network.state_dict(), meta, history=history, images={})
     accuracy = curves.last(history)["validation"]
     majority = np.bincount(test_labels[test_labels >= 0]).max() / np.sum(test_labels >= 0)
-    test_images = {"images": int(np.sum(test_labels >= 0)), "top1_most_frequent_class": float(majority)}
-    curves.write_metrics(metrics, {name: accuracy[name] for name in ("top1", "top5", "nats")} | test_images)
+    test_set = {"images": int(np.sum(test_labels >= 0)), "top1_most_frequent_class": float(majority)}
+    curves.write_metrics(metrics, {name: accuracy[name] for name in ("top1", "top5", "nats")} | test_set)
     curves.write_curves_plot(plots / f"{images.name}.csv", history, {"nats": "nats", "top1": "top1"}, images.name)
     if is_vqvae:
         shutil.rmtree(training_folder)
@@ -204,29 +204,30 @@ def write_reconstructions(dataset: Shards, vqvae: Path, folder: Path, context: S
     """Write the VQ-VAE's reconstructions of the training images as shards, unless an interrupted run has done so."""
     if (folder / artifact.MANIFEST).is_file():
         return
-    work = context.work_dir / "parts"
-    work.mkdir(parents=True, exist_ok=True)
+    results_folder = context.work_dir / "parts"
+    results_folder.mkdir(parents=True, exist_ok=True)
     parts = [{"shard": ref._asdict()} for ref in dataset.shard_refs() if ref.split == "train"]
-    arguments = (vqvae.absolute(), work.absolute())
+    arguments = (vqvae.absolute(), results_folder.absolute())
     results = map_parts(Reconstruct, arguments, parts, context=context, unit="shard")
     meta = {"image_size": dataset.image_size, "classes": list(dataset.classes)}
     with artifact.commit_folder(folder, SHARDS_KIND, meta) as temporary:
         for part in parts:
             name = part["shard"]["shard"]
-            artifact.link_or_copy(work / name, temporary / name)
+            artifact.link_or_copy(results_folder / name, temporary / name)
         write_index(temporary / INDEX, [[IndexRow(*row) for row in result["rows"]] for result in results])
 
 
 class Reconstruct:
     """Mapper that writes the reconstructions of one shard, with a VQ-VAE loaded once per process."""
 
-    def __init__(self, vqvae: Path, out: Path):
+    def __init__(self, vqvae_folder: Path, results_folder: Path):
         self.device = best_device()
-        self.network, self.out = model_file.load_vqvae(vqvae)[0].to(self.device), out
+        self.network = model_file.load_vqvae(vqvae_folder)[0].to(self.device)
+        self.results_folder = results_folder
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         ref = ShardRef(**part["shard"])
-        path, rows_path = self.out / ref.shard, self.out / f"{ref.shard}.json"
+        path, rows_path = self.results_folder / ref.shard, self.results_folder / f"{ref.shard}.json"
         if not (artifact.has_valid_checksum(path) and artifact.has_valid_checksum(rows_path)):
             with artifact.atomic_write(path) as temporary:
                 rows = self._write(ref, temporary)
@@ -241,8 +242,8 @@ class Reconstruct:
         """Write a shard of reconstructions under the keys of the originals; return its rows of the index."""
         images = read_shard(ref)
         encoded = []
-        for start in range(0, len(images), RECONSTRUCTED_AT_ONCE):
-            positions = range(start, min(start + RECONSTRUCTED_AT_ONCE, len(images)))
+        for start in range(0, len(images), RECONSTRUCTION_BATCH_SIZE):
+            positions = range(start, min(start + RECONSTRUCTION_BATCH_SIZE, len(images)))
             originals = torch.from_numpy(np.stack([images.read(position) for position in positions]))
             output = self.network(to_float(originals, self.device)).reconstruction.float().cpu().numpy()
             for position, image in zip(positions, to_uint8(output), strict=True):

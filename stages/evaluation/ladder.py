@@ -28,8 +28,8 @@ from stages.metrics.networks import Network
 REDRAWN = "redrawn_"  # followed by the coarsest drawn level: an image set
 IMAGES_PER_PART = 64  # drawing is slow: small parts keep all workers busy
 RUNG_IMAGES = 8  # shown of each rung
-SIGNIFICANT = 2.0  # standard errors
-MAX_VARIATION = 0.25  # between the shares of classes, 0 to 1
+MIN_STANDARD_ERRORS = 2.0  # an increase of KID below this many is not significant
+MAX_TOTAL_VARIATION = 0.25  # between the class distributions of two sets, 0 to 1
 
 
 def rungs(levels: Iterable[str]) -> dict[str, str]:
@@ -65,10 +65,10 @@ def sampling_config(meta: Mapping[str, Any], batch_size: int) -> SampleConfig:
 
 
 def have_same_classes(sample_labels: np.ndarray, reference_labels: np.ndarray) -> bool:
-    """Return whether two sets have their classes in nearly equal shares: a total variation of at most MAX_VARIATION."""
+    """Return whether the classes of two sets have nearly equal shares: their total variation distance is small."""
     labels = np.union1d(sample_labels, reference_labels)
     differences = [abs(np.mean(sample_labels == label) - np.mean(reference_labels == label)) for label in labels]
-    return sum(differences) / 2 <= MAX_VARIATION
+    return sum(differences) / 2 <= MAX_TOTAL_VARIATION
 
 
 def metrics(
@@ -116,7 +116,7 @@ def advice(steps: Metrics) -> str:
         return ""
     model = max(steps, key=lambda name: float(steps[name]["kid_increase"]))
     increase, error = steps[model]["kid_increase"], steps[model].get("kid_increase_se", 0.0)
-    if increase <= SIGNIFICANT * error:
+    if increase <= MIN_STANDARD_ERRORS * error:
         return "No model increases KID by more than twice its standard error: more images would tell them apart."
     total = sum(max(0.0, values["kid_increase"]) for values in steps.values())
     share = f"KID +{increase:.4f} of +{total:.4f}"

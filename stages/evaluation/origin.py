@@ -1,6 +1,7 @@
 """Origin of the evaluated results, from the artifacts alone: dataset, models, training steps and sampling settings.
 
-It is a function of settings and seed, as the whole report. Date, machine and commit: stages/tracking/provenance.py.
+Like the whole report, it depends on the settings and the seed only. Date, machine and commit are recorded by
+stages/tracking/provenance.py.
 """
 
 from collections.abc import Mapping

@@ -220,11 +220,13 @@ def _better_than_samples(compared: Metrics, baseline: str, network: Network) -> 
     """List the metrics by which a baseline is better than the samples, with both values."""
     better = []
     for name, comparison in COMPARISONS.items():
-        ours, theirs = (compared.get(image_set, {}).get(network.key(name)) for image_set in ("samples", baseline))
-        if ours is None or theirs is None:
+        of_samples, of_baseline = (
+            compared.get(image_set, {}).get(network.key(name)) for image_set in ("samples", baseline)
+        )
+        if of_samples is None or of_baseline is None:
             continue
-        if theirs < ours if comparison.better == "lower" else theirs > ours:
-            better.append(f"{name} ({theirs:.4g}, samples {ours:.4g})")
+        if of_baseline < of_samples if comparison.better == "lower" else of_baseline > of_samples:
+            better.append(f"{name} ({of_baseline:.4g}, samples {of_samples:.4g})")
     return better
 
 

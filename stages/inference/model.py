@@ -186,13 +186,13 @@ class Model:
 
         Raises ValueError for codes or labels that do not fit the model.
         """
-        models, maps, used = self._with_priors(), [], []
+        models, maps, used_labels = self._with_priors(), [], []
         for batch, batch_labels in self._labelled_batches(codes, labels):
             maps.append(code_nll(models, batch, batch_labels))
-            used.append(
+            used_labels.append(
                 np.full(len(next(iter(batch.values()))), -1) if batch_labels is None else batch_labels.cpu().numpy()
             )
-        return Scores(concatenate(maps), np.concatenate(used), self.image_size)
+        return Scores(concatenate(maps), np.concatenate(used_labels), self.image_size)
 
     def restore(
         self,

@@ -6,7 +6,7 @@ Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 4
 
 import numpy as np
 
-SMALLEST = 1e-12  # p log p of a probability that is 0 in float32
+LOG_OFFSET = 1e-12  # keeps p log p finite where a probability is 0 in float32
 
 
 def inception_score(probabilities: np.ndarray) -> float:
@@ -15,5 +15,5 @@ def inception_score(probabilities: np.ndarray) -> float:
     It rises with N: compare sets of equal size. All images form one split, where the source averages over ten.
     """
     p = probabilities.astype(np.float64)
-    divergences = (p * (np.log(p + SMALLEST) - np.log(p.mean(axis=0) + SMALLEST))).sum(axis=1)
+    divergences = (p * (np.log(p + LOG_OFFSET) - np.log(p.mean(axis=0) + LOG_OFFSET))).sum(axis=1)
     return float(np.exp(divergences.mean()))

@@ -1,6 +1,6 @@
-"""Feature networks by name: where their weights are, which file that is, and how metrics are named after them.
+"""Names of feature networks: the files of their weights, and the keys of their metrics.
 
-Imports no PyTorch: the commands that check settings read this.
+Imports no PyTorch, because the commands that check settings import this module.
 """
 
 import hashlib

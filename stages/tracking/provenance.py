@@ -1,9 +1,8 @@
-"""Facts of the run that computed a result: command, commit, date, duration and machine.
+"""Facts of the run that computed a result: command, commit, date, duration, machine, and compute such as device-hours.
 
-The compute of each stage, such as device-hours, is among them.
-They differ between runs of equal settings, so they are no part of an artifact. Each stage records them in its work
-folder, and `evaluate` those of the stages before it in a script that the report page loads. The copy of the report for
-MLflow holds them itself.
+The facts differ between runs of equal settings, so they are not part of an artifact. Each stage records its own in its
+work folder. `evaluate` also writes those of all stages before it to a script, which the report page loads. The copy of
+the report for MLflow contains them.
 
     runs/STAGE/FINGERPRINT/provenance.json   facts of one stage
     runs/evaluate/FINGERPRINT/provenance.js  facts of all stages of the report
@@ -43,13 +42,11 @@ def record_facts(
     choices: str,
     compute: Mapping[str, Any],
 ) -> None:
-    """Record the facts of a stage that has written the artifact `out` in `seconds`, its last attempt.
+    """Record the facts of a stage that has written the artifact `out`. Its last attempt took `seconds`.
 
-    Credentials of URLs are masked.
-
-    `inputs` are the digests of its inputs, `parent` is the folder of the pipeline run, or describes one without a
-    folder. `choices` are the preset and the overrides of its settings. `compute` names the "device" and the number of
-    "devices", and of a training "images", "flop" and settings: see COMPUTE_COLUMNS.
+    `inputs` are the digests of its inputs. `parent` is the folder of the pipeline run, or describes a run without a
+    folder. `choices` are the preset and the overrides of the settings. `compute` has the "device", the number of
+    "devices", and for a training "images", "flop" and settings: see COMPUTE_COLUMNS. Credentials in URLs are masked.
     """
     facts = redact_secrets(
         {

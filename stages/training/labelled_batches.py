@@ -31,7 +31,7 @@ class LabelledImages(Protocol):
 
 
 class LabelledBatch(NamedTuple):
-    """Images and their labels; of a dataset, one image and its label."""
+    """Images and their labels. An item of a dataset has one image and one label, without the axis B."""
 
     images: Tensor  # (B, H, W, 3) uint8
     labels: Tensor  # (B,) int64

@@ -15,9 +15,9 @@ from stages import classifier, reject
 from stages.classifier import ClassifierObjective
 from stages.errors import UserError
 from stages.formats import artifact, model_file
-from stages.formats.image_folder import open_images
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
+from stages.formats.training_images import open_images
 from stages.images.tensors import to_float, to_uint8
 from stages.training.distributed import DistributedContext
 from stages.training.labelled_batches import ImagesWithLabels, LabelledBatch
@@ -175,7 +175,7 @@ def test_rejection_does_not_depend_on_its_parts(scored, monkeypatch):
         run_stage()
     monkeypatch.undo()
     monkeypatch.setattr(reject, "IMAGES_PER_PART", 3)
-    monkeypatch.setattr(reject.Measure, "scores", None)  # would fail if it were called again
+    monkeypatch.setattr(reject.RejectionWorker, "scores", None)  # would fail if it were called again
     with without_ray():
         run_stage()
     assert digest(scored.path("again")) == digest(scored.path("accepted"))

@@ -1,4 +1,4 @@
-"""Training images of any artifact that holds images with labels: shards or samples."""
+"""Training images of a classifier: the training split of shards, or samples."""
 
 from dataclasses import dataclass
 from functools import cached_property
