@@ -56,6 +56,7 @@ from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.ray_train import train_or_load
 
 TOP_K = 5  # for top-5 accuracy: the label is among this many most probable classes
+ACCURACIES = ("top1", "balanced_accuracy", "top5", "nats")  # of the validation images, in the file of metrics
 RECONSTRUCTION_BATCH_SIZE = 64  # images
 
 
@@ -115,7 +116,7 @@ def run(
     accuracy = curves.last(history)["validation"]
     majority = np.bincount(test_labels[test_labels >= 0]).max() / np.sum(test_labels >= 0)
     test_set = {"images": int(np.sum(test_labels >= 0)), "top1_most_frequent_class": float(majority)}
-    curves.write_metrics(metrics, {name: accuracy[name] for name in ("top1", "top5", "nats")} | test_set)
+    curves.write_metrics(metrics, {name: accuracy[name] for name in ACCURACIES} | test_set)
     curves.write_curves_plot(plots / f"{images.name}.csv", history, {"nats": "nats", "top1": "top1"}, images.name)
     if is_vqvae:
         shutil.rmtree(training_folder)
@@ -134,7 +135,8 @@ def train_worker(
     """Train in one process of `dist.world_size`."""
     dataset, config = open_shards(shards), classifier.train
     torch.manual_seed(seed)  # every rank initializes the same weights
-    objective = ClassifierObjective(Classifier(classifier.network, len(dataset.classes)))
+    classes = len(dataset.classes)
+    objective = ClassifierObjective(Classifier(classifier.network, classes), classes)
     data = labelled_data(
         open_images(images, dataset),
         dataset.split("validation"),
@@ -149,16 +151,21 @@ def train_worker(
 
 
 class ClassifierObjective(Objective):
-    """Cross-entropy of the labels, and top-1 and top-5 accuracy."""
+    """Cross-entropy of the labels, top-1 and top-5 accuracy, and the balanced accuracy.
+
+    The balanced accuracy is the mean over classes of the top-1 accuracy of a class's images, its recall. A classifier
+    that gives every image the same class has 1 / K, however many images that class has.
+    """
 
     network: Classifier
 
-    def __init__(self, network: Classifier):
+    def __init__(self, network: Classifier, classes: int):
         super().__init__()
-        self.network = network
+        self.network, self.classes = network, classes
 
     def zero_metrics(self) -> MetricSums:
-        return {name: torch.zeros(1) for name in ("images", "nats", "top1", "top5")}
+        totals = {name: torch.zeros(1) for name in ("images", "nats", "top1", "top5")}
+        return totals | {name: torch.zeros(self.classes) for name in ("images_by_class", "top1_by_class")}
 
     def forward(self, batch: LabelledBatch, step: int, dist: DistributedContext) -> StepResult:
         metrics = self.measure(self.network, batch, dist)
@@ -171,10 +178,21 @@ class ClassifierObjective(Objective):
         hits = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]  # (B, k), most probable class first
         images = torch.full((1,), float(len(labels)), device=dist.device)
         nats = F.cross_entropy(logits, labels, reduction="sum")
-        return {"images": images, "nats": nats[None], "top1": count(hits[:, :1]), "top5": count(hits)}
+        one_hot = F.one_hot(labels, self.classes).float()  # (B, K)
+        return {
+            "images": images,
+            "nats": nats[None],
+            "top1": count(hits[:, :1]),
+            "top5": count(hits),
+            "images_by_class": one_hot.sum(dim=0),
+            "top1_by_class": (one_hot * hits[:, :1]).sum(dim=0),
+        }
 
     def summarize(self, sums: MetricSums) -> dict[str, float]:
-        return {name: (sums[name] / sums["images"]).item() for name in ("nats", "top1", "top5")}
+        present = sums["images_by_class"] > 0
+        recalls = sums["top1_by_class"][present] / sums["images_by_class"][present]
+        totals = {name: (sums[name] / sums["images"]).item() for name in ("nats", "top1", "top5")}
+        return totals | {"balanced_accuracy": recalls.mean().item()}
 
 
 def count(hits: Tensor) -> Tensor:

@@ -60,14 +60,29 @@ def test_a_stopped_classifier_resumes_to_equal_files(scored):
 def test_accuracy_counts_the_most_probable_classes():
     """Top-1 and top-5 of known logits; the loss is the mean cross-entropy."""
     network = torch.nn.Flatten()  # the pixels of 1 x 2 images are the logits of 6 classes
-    objective = ClassifierObjective(network)  # type: ignore[arg-type]
+    objective = ClassifierObjective(network, 6)  # type: ignore[arg-type]
     pixels = torch.tensor([[250, 200, 150, 100, 50, 0]] * 3, dtype=torch.uint8).reshape(3, 1, 1, 6)
     batch = LabelledBatch(pixels[..., :3].repeat(1, 1, 2, 1), torch.tensor([0, 1, 2]))
     batch.images[:, 0, 1] = pixels[:, 0, 0, 3:]
     logits = to_float(batch.images, "cpu").flatten(1)  # channel by channel: 250 100, 200 50, 150 0
     values = objective.summarize(objective.measure(network, batch, DistributedContext()))
     assert values["top1"] == pytest.approx(1 / 3) and values["top5"] == pytest.approx(1)
+    assert values["balanced_accuracy"] == pytest.approx(1 / 3)
     assert values["nats"] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.labels).item())
+
+
+def test_balanced_accuracy_gives_each_class_the_same_weight():
+    """Always the most frequent of three classes: top-1 is its share, the balanced accuracy 1/3; sums are additive."""
+    network = torch.nn.Flatten()  # 1 x 1 images: three logits
+    objective = ClassifierObjective(network, 4)  # type: ignore[arg-type]
+    first_class = torch.tensor([250, 100, 50], dtype=torch.uint8).expand(6, 1, 1, 3)
+    labels = torch.tensor([0, 0, 0, 0, 1, 2])  # and none of class 3
+    parts = [
+        objective.measure(network, LabelledBatch(first_class[rows], labels[rows]), DistributedContext())
+        for rows in (slice(0, 4), slice(4, 6))
+    ]
+    values = objective.summarize({name: parts[0][name] + parts[1][name] for name in parts[0]})
+    assert (values["top1"], values["balanced_accuracy"]) == pytest.approx((4 / 6, 1 / 3))
 
 
 def test_classifier_of_reconstructions_learns_from_what_the_vqvae_decodes(scored, tmp_path, monkeypatch):
@@ -99,7 +114,7 @@ def test_classifier_of_samples_is_tested_on_real_images(scored, images):
     scored.classifier(images)
     accuracy = json.loads(scored.files(f"classifier_{images}")[0].read_text())
     assert accuracy["images"] == 4 and accuracy["top1_most_frequent_class"] == 0.5
-    assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
+    assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1 and 0 <= accuracy["balanced_accuracy"] <= 1
     assert meta(scored.path("classifiers") / images)["trained_on"] == images
 
 
