@@ -27,7 +27,7 @@ RESERVED_LEVEL_NAMES = frozenset({"copy", "key", "label", "pixels", "total"})
 
 
 # Feature networks whose weights come as a Python package, and the value of evaluate.networks that selects one.
-INSTALLED_NETWORKS = ("efficientnet_lite0",)
+INSTALLED_NETWORKS = ("efficientnet_lite0", "vgg16")
 INSTALLED = "installed"
 
 
@@ -236,8 +236,8 @@ class EvaluateConfig:
     # images compressed by JPEG, WebP and AVIF for the rate-distortion chart at most, 0 or more; 0 leaves these out
     codec_images: int = 64
     # feature networks by name; the first one's metrics are those of metrics/evaluate.json. A network is a TorchScript
-    # file, or installed: the package's EfficientNet-Lite0
-    networks: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(INSTALLED_NETWORKS, INSTALLED))
+    # file, or installed: efficientnet_lite0, or vgg16, which adds the perceptual distance ST-LPIPS to PSNR and SSIM
+    networks: Mapping[str, str] = field(default_factory=lambda: {INSTALLED_NETWORKS[0]: INSTALLED})
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "max_images", "precision_recall_k", "nearest_images", "samples_shown")

@@ -8,7 +8,7 @@ from pipeline.checks.check import Answer, Request
 from stages.config import INSTALLED
 from stages.errors import UserError
 from stages.images import listing
-from stages.metrics.networks import read_networks
+from stages.metrics.networks import check_packages, read_networks
 
 
 def check_images(request: Request) -> Answer:
@@ -80,12 +80,13 @@ def check_late_inputs(request: Request) -> Answer:
     """Check what only the last stages read: a run may reach them after days."""
     settings, stages = request.settings, request.stages
     networks = settings.evaluate.networks
-    files = [weights for weights in networks.values() if weights != INSTALLED]
-    if files and any(name.startswith(READERS_OF_NETWORKS) for name in stages):
-        # PyTorch takes seconds to import, so only a network from a file is loaded and tried.
-        from stages.metrics.features import check_networks
+    if any(name.startswith(READERS_OF_NETWORKS) for name in stages):
+        check_packages(networks)
+        if any(weights != INSTALLED for weights in networks.values()):
+            # PyTorch takes seconds to import, so only a network from a file is loaded and tried.
+            from stages.metrics.features import check_networks
 
-        check_networks(read_networks(networks), settings.dataset.image_size)
+            check_networks(read_networks(networks), settings.dataset.image_size)
     if "codes" in stages and settings.vqvae.quantizer.mode == "none":
         raise UserError(
             "A VQ-VAE that does not quantize has no codes.",

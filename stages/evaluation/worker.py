@@ -24,8 +24,10 @@ from stages.images.tensors import to_float, to_uint8
 from stages.inference.trained_models import TrainedModels
 from stages.mapping.parts import Part, Result
 from stages.metrics import codecs, distortion, neighbours, rate
-from stages.metrics.distortion import DistortionSums
+from stages.metrics.distortion import Distances, DistortionSums
 from stages.metrics.features import FeatureNetwork
+from stages.metrics.networks import perceptual_network, weights_file
+from stages.metrics.vgg import VGG16
 from stages.runtime.device import best_device
 
 # Fills of the finer levels by codes of their priors: at random, and the most probable code at each position.
@@ -54,6 +56,7 @@ class EvaluationWorker:
         self.prior = cache(lambda level: self.inputs.prior(level).to(self.device))
         networks = {network.name: network for network in plan.networks}
         self.feature_network = cache(lambda name: FeatureNetwork(networks[name], self.device))
+        self.perceptual = cache(self._perceptual)
         self.trained_models = cache(self._trained_models)
         self.codes = lru_cache(maxsize=2)(self._codes)  # of 50,000 images, each takes hundreds of megabytes
         self.split_images = cache(self.inputs.images)
@@ -93,7 +96,7 @@ class EvaluationWorker:
         for first, last in self._batches(start, stop):
             images = to_float(torch.from_numpy(self.images(split, first, last)), self.device)
             for name, decoded in self._decode_prefixes(split, first, last):
-                batch_sums = distortion.measure(images, decoded)
+                batch_sums = distortion.measure(images, decoded, self.perceptual())
                 sums[name] = distortion.add([sums[name], batch_sums]) if name in sums else batch_sums
         return {name: list(prefix_sums) for name, prefix_sums in sums.items()}
 
@@ -101,7 +104,7 @@ class EvaluationWorker:
         """Compress images by each codec and quality: "jpeg/50" -> CodecSums as a list."""
         images = self.images(split, start, stop)
         return {
-            f"{codec}/{quality}": codecs.to_list(codecs.measure(images, codec, quality))
+            f"{codec}/{quality}": codecs.to_list(codecs.measure(images, codec, quality, self.perceptual()))
             for codec in codecs.available()
             for quality in codecs.QUALITIES
         }
@@ -253,6 +256,11 @@ class EvaluationWorker:
             )
             batches.append(self.vqvae().decode(drawn).float().cpu().numpy())
         return to_uint8(np.concatenate(batches))
+
+    def _perceptual(self) -> Distances | None:
+        """Return the perceptual distance, if the networks of the evaluation have one."""
+        network = perceptual_network(self.plan.networks)
+        return VGG16(weights_file(network.name, network.weights), self.device).distances if network else None
 
     def _trained_models(self) -> TrainedModels:
         codes = self.inputs.codes

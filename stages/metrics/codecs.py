@@ -15,7 +15,7 @@ import torch
 from PIL import Image, features
 
 from stages.metrics import distortion
-from stages.metrics.distortion import DistortionSums
+from stages.metrics.distortion import Distances, DistortionSums
 
 QUALITIES = (5, 10, 25, 50, 75, 90)  # Pillow's scale for all three, 0 to 100; equal numbers are not equal qualities
 GREY = 128
@@ -50,13 +50,13 @@ def available() -> list[str]:
     return [name for name, codec in CODECS.items() if features.check(codec.feature)]
 
 
-def measure(images: np.ndarray, codec: str, quality: int) -> CodecSums:
-    """Compress and decompress images, uint8 (N, H, W, 3)."""
+def measure(images: np.ndarray, codec: str, quality: int, perceptual: Distances | None = None) -> CodecSums:
+    """Compress and decompress images, uint8 (N, H, W, 3). `perceptual` computes ST-LPIPS."""
     files = [_compress(image, codec, quality) for image in images]
     decoded = np.stack([_decompress(file, codec) for file in files])
     header = len(_compress(np.full_like(images[0], GREY), codec, quality))
     left, right = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1 for batch in (images, decoded))
-    return CodecSums(sum(map(len, files)), header * len(files), distortion.measure(left, right))
+    return CodecSums(sum(map(len, files)), header * len(files), distortion.measure(left, right, perceptual))
 
 
 def to_list(sums: CodecSums) -> list[float]:

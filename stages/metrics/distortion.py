@@ -1,4 +1,4 @@
-"""Distortion of reconstructions: MSE (lower is better), PSNR and SSIM (higher is better).
+"""Distortion of reconstructions: MSE and a perceptual distance (lower is better), PSNR and SSIM (higher is better).
 
 Pixels are in [-1, 1], a range of 2, so PSNR = 10 log10(2^2 / MSE) dB. Two PSNRs differ in what they average:
 
@@ -13,12 +13,14 @@ Axes: B images, 3 channels, H rows, W columns.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from stages.metrics import vgg
 
 PIXEL_RANGE = 2.0  # from -1 to 1
 SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
@@ -34,10 +36,17 @@ class DistortionSums(NamedTuple):
     squared_error: float  # sum over values of the squared difference
     ssim: float  # sum over images of SSIM; NaN if images are smaller than its window
     psnr_8bit: float  # sum over images of the PSNR of 8-bit pixels, in dB
+    stlpips: float = math.nan  # sum over images of ST-LPIPS; NaN without its network, or if images are too small for it
 
 
-def measure(images: Tensor, reconstructions: Tensor) -> DistortionSums:
-    """Return the distortion sums of two batches, (B, 3, H, W) in [-1, 1], computed in float32."""
+Distances = Callable[[Tensor, Tensor], Tensor]  # two batches (B, 3, H, W) in [-1, 1] -> (B,)
+
+
+def measure(images: Tensor, reconstructions: Tensor, perceptual: Distances | None = None) -> DistortionSums:
+    """Return the distortion sums of two batches, (B, 3, H, W) in [-1, 1], computed in float32.
+
+    `perceptual` computes ST-LPIPS (`vgg.VGG16.distances`).
+    """
     from torchmetrics.functional.image import (
         structural_similarity_index_measure,  # slow to import; only evaluation needs it
     )
@@ -52,9 +61,12 @@ def measure(images: Tensor, reconstructions: Tensor) -> DistortionSums:
         )
         assert isinstance(per_image, Tensor)
         ssim = per_image.sum(dtype=torch.float64).item()
-    return DistortionSums(
-        len(images), images.numel(), squared_error, ssim, float(psnr_8bit(images, reconstructions).sum())
-    )
+    stlpips = math.nan
+    if perceptual and min(images.shape[2:]) >= vgg.MIN_SIZE:
+        # The decoder's floats can lie outside of the range of images, where the network was never trained.
+        stlpips = perceptual(images, reconstructions.clamp(-1, 1)).sum(dtype=torch.float64).item()
+    psnrs = psnr_8bit(images, reconstructions)
+    return DistortionSums(len(images), images.numel(), squared_error, ssim, float(psnrs.sum()), stlpips)
 
 
 def add(sums: Iterable[DistortionSums]) -> DistortionSums:
@@ -83,9 +95,10 @@ def psnr_8bit(images: Tensor, reconstructions: Tensor) -> np.ndarray:
 
 
 def summarize(sums: DistortionSums) -> dict[str, float]:
-    """Compute MSE over pixels and channels, both PSNRs in dB, and mean SSIM over images.
+    """Compute MSE over pixels and channels, both PSNRs in dB, and mean SSIM and ST-LPIPS over images.
 
-    PSNRs are left out for equal images, whose PSNR is infinite, and SSIM for images smaller than its window.
+    PSNRs are left out for equal images, whose PSNR is infinite, SSIM for images smaller than its window, and ST-LPIPS
+    if it was not measured.
     """
     mse = sums.squared_error / sums.num_values
     summary = {"mse": mse}
@@ -93,4 +106,6 @@ def summarize(sums: DistortionSums) -> dict[str, float]:
         summary |= {"psnr": psnr(mse), "psnr_8bit": sums.psnr_8bit / sums.images}
     if not math.isnan(sums.ssim):
         summary["ssim"] = sums.ssim / sums.images
+    if not math.isnan(sums.stlpips):
+        summary["stlpips"] = sums.stlpips / sums.images
     return summary

