@@ -18,6 +18,7 @@ contribution alone: images decoded from uniformly random codes, and from codes s
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def _plan(inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> Evalua
         num_compared=num_compared,
         num_searched=min(config.search_images or sizes["train"], sizes["train"]),
         num_examples=min(RECONSTRUCTIONS_SHOWN, sizes[references[0]]),
+        num_rated=min(config.codec_images or config.max_images, config.max_images, sizes[references[0]]),
         num_ladder=num_ladder if has_ladder else 0,
         redrawn_levels=tuple(inputs.codes.levels)[1:] if has_ladder else (),
         networks=tuple(network.absolute() for network in read_networks(config.networks)),
@@ -179,6 +181,7 @@ def _pairs(plan: EvaluationPlan) -> dict[str, SetPair]:
 def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
     """Yield the parts, each a computation on a range of images. The slowest come first, so workers finish together."""
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
+    cuts = {plan.reference: plan.num_rated}  # parts end there, so that sums of these images exist
     limits = {split: min(plan.config.max_images, size) for split, size in sizes.items() if size}
     for level in plan.redrawn_levels:
         redrawn = ladder.REDRAWN + level
@@ -188,11 +191,11 @@ def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
             yield from _ranges("features", image_set, count, network=network.name)
     for split, size in limits.items():
         for level in reversed(list(inputs.codes.levels)):
-            yield from _ranges("likelihood", split, size, level=level)
+            yield from _ranges("likelihood", split, size, cut=cuts.get(split), level=level)
     for split, size in limits.items():
-        yield from _ranges("distortion", split, size)
-    compressed = min(plan.config.codec_images, limits[plan.reference])
-    yield from _ranges("codecs", plan.reference, compressed, COMPRESSED_PER_PART)
+        yield from _ranges("distortion", split, size, cut=cuts.get(split))
+    if plan.config.codec_images:
+        yield from _ranges("codecs", plan.reference, plan.num_rated, COMPRESSED_PER_PART)
     yield from _ranges("nearest_pixels", "train", plan.num_searched, _search_images(inputs))
     yield from _ranges("examples", plan.reference, plan.num_examples)
     for level, grid in inputs.codes.levels.items():
@@ -221,10 +224,17 @@ def _write_features(folder: Path, results_folder: Path, parts: list[Part]) -> No
 
 
 def _ranges(
-    task: str, image_set: str, size: int, images_per_part: int = IMAGES_PER_PART, **extra: str
+    task: str,
+    image_set: str,
+    size: int,
+    images_per_part: int = IMAGES_PER_PART,
+    *,
+    cut: int | None = None,
+    **extra: str,
 ) -> Iterator[Part]:
-    for start in range(0, size, images_per_part):
-        stop = min(start + images_per_part, size)
+    """Yield parts of at most `images_per_part` images. No part has images before and after `cut`."""
+    starts = {*range(0, size, images_per_part), *([cut] if cut and cut < size else [])}
+    for start, stop in pairwise([*sorted(starts), size]):
         yield {
             "task": task,
             **extra,

@@ -10,7 +10,8 @@ from stages.evaluation.report_data import Curve, ReportData
 from stages.evaluation.tables import RATE_LABELS, SPLIT_LABELS, space_label
 from stages.formats.curves import curve_points
 
-RATE_CHARTS = {"psnr": "PSNR, dB", "ssim": "SSIM"}  # metrics of distortion
+RATE_CHARTS = {"psnr": "PSNR, dB", "ssim": "SSIM", "stlpips": "ST-LPIPS (lower is better)"}  # metrics of distortion
+OPTIONAL_CHARTS = {"stlpips"}  # drawn if it was measured
 Chart = tuple[str, str]  # title and SVG
 SAME_AS_ANOTHER = {"mse", "nll_bits_per_code"}  # metrics in other units than PSNR and nats, with the same curve
 LINE_LABELS = {**SPLIT_LABELS, "seen": "training, not augmented"}
@@ -21,7 +22,11 @@ def charts(data: ReportData) -> dict[str, list[Chart]]:
     """Draw all charts, by section of the page."""
     return {
         "codebook": _usage_charts(data),
-        "rate": [_rate_distortion_chart(data, metric, label) for metric, label in RATE_CHARTS.items()],
+        "rate": [
+            _rate_distortion_chart(data, metric, label)
+            for metric, label in RATE_CHARTS.items()
+            if metric not in OPTIONAL_CHARTS or any(metric in row for row in data.metrics["rate_distortion"])
+        ],
         "memorization": _distance_charts(data),
         "curves": _training_charts(data),
     }

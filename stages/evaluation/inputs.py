@@ -122,6 +122,7 @@ class EvaluationPlan:
     num_compared: int  # N: images of each compared set
     num_searched: int  # training images that are searched
     num_examples: int  # reconstructions shown in the report
+    num_rated: int  # images of each point of rate and distortion, the first of the reference
     num_ladder: int  # images of each rung of the quality ladder; 0 without it
     redrawn_levels: tuple[str, ...]  # coarsest drawn level of each rung whose coarser levels are real
     networks: tuple[Network, ...]  # the first one's metrics are the headline

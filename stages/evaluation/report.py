@@ -17,7 +17,7 @@ from stages.evaluation import ladder
 from stages.evaluation.charts import charts
 from stages.evaluation.pictures import COLUMNS, Picture, codebook_picture, picture, picture_list
 from stages.evaluation.report_data import NearestImages, ReportData
-from stages.evaluation.tables import SPLIT_LABELS, cards, tables
+from stages.evaluation.tables import SPLIT_LABELS, cards, space_name, tables
 from stages.formats import html_page
 from stages.images.contact_sheet import BACKGROUND, contact_sheet
 
@@ -37,7 +37,9 @@ def write_report(folder: Path, data: ReportData) -> dict[str, bytes]:
     """Write report.html and its contact sheets at full size; return the contact sheets as PNG, by name."""
     samples = np.concatenate([_pad_row(images) for images in _first_samples(data).values()])
     reconstructions = np.concatenate([data.originals, *data.reconstructions.values()])
-    nearest = np.concatenate([np.stack([row.sample, *row.by_pixels, *row.by_features]) for row in data.nearest])
+    nearest = np.concatenate(
+        [np.stack([row.sample, *np.concatenate([*row.by_space.values()])]) for row in data.nearest]
+    )
     sheets = {
         "samples": contact_sheet(samples, COLUMNS),
         "reconstructions": contact_sheet(reconstructions, len(data.originals)),
@@ -68,7 +70,8 @@ def render(data: ReportData) -> str:
         ],
         ladder_advice=ladder.advice(data.metrics["ladder"]["steps"]) if data.rungs else "",
         nearest=[_nearest_pictures(number, row) for number, row in enumerate(data.nearest, 1)],
-        nearest_count=len(data.nearest[0].by_pixels) if data.nearest else 0,
+        nearest_count=len(data.nearest[0].by_space["pixels"]) if data.nearest else 0,
+        nearest_spaces=[space_name(space) for space in data.nearest[0].by_space] if data.nearest else [],
         codebooks=[
             codebook_picture(level, images, int((data.entry_counts[level]["train"] > 0).sum()))
             for level, images in data.codebooks.items()
@@ -115,8 +118,8 @@ def _reconstruction_pictures(data: ReportData) -> list[Picture]:
 
 def _nearest_pictures(number: int, row: NearestImages) -> list[Picture]:
     alt_text = f"training images nearest to sample {number} by"
-    return [
-        picture("", row.sample[None], f"sample {number}", columns=1),
-        picture("", row.by_pixels, f"{alt_text} pixels", columns=len(row.by_pixels)),
-        picture("", row.by_features, f"{alt_text} features", columns=len(row.by_features)),
+    nearest = [
+        picture("", images, f"{alt_text} {space_name(space)}", columns=len(images))
+        for space, images in row.by_space.items()
     ]
+    return [picture("", row.sample[None], f"sample {number}", columns=1), *nearest]

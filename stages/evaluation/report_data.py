@@ -19,8 +19,7 @@ class NearestImages(NamedTuple):
     """A sample and the k training images nearest to it, nearest first; all uint8."""
 
     sample: np.ndarray  # (H, W, 3)
-    by_pixels: np.ndarray  # (k, H, W, 3)
-    by_features: np.ndarray  # (k, H, W, 3)
+    by_space: Mapping[str, np.ndarray]  # "pixels", "features", "features_NAME" -> (k, H, W, 3)
 
 
 class SamplesOfClass(NamedTuple):

@@ -44,12 +44,13 @@ class EvaluationResults:
         """Create the results. `compared` has metrics of pairs of image sets: network -> name of the pair -> metric."""
         self.inputs, self.plan, self._compared = inputs, plan, compared
         self._features_folder = features_folder
-        self._results: dict[
-            tuple[str, ...], list[Result]
-        ] = {}  # (task, image set[, level or network]) -> in order of images
+        # (task, image set[, level or network]) -> results in order of images, and the ends of their ranges of images
+        self._results: dict[tuple[str, ...], list[Result]] = {}
+        self._stops: dict[tuple[str, ...], list[int]] = {}
         for part, result in zip(parts, results, strict=True):
             key = part["task"], part["image_set"], *(part[name] for name in ("level", "network") if name in part)
             self._results.setdefault(key, []).append(result)
+            self._stops.setdefault(key, []).append(part["stop"])
 
     def metrics(self) -> Metrics:
         """Compute all metrics, as metrics.json of the report has them."""
@@ -57,19 +58,9 @@ class EvaluationResults:
         reference, num_compared = self.plan.reference, self.plan.num_compared
         likelihood = summary.likelihood(self._likelihood_sums(), levels)
         reconstruction = summary.reconstruction(self._distortion_sums())
-        column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
         compared = summary.name_metrics(self._compared, self.plan.networks, num_compared)
         same_classes = ladder.have_same_classes(self.inputs.samples.labels, self.inputs.images(reference).labels)
         quality_ladder = ladder.metrics(self.features, self.plan, list(levels), self.plan.networks[0], same_classes)
-        rates = summary.rates(
-            levels,
-            likelihood,
-            reconstruction[reference]["mse"],
-            split=reference,
-            image_size=shards.image_size,
-            column_bytes=column_bytes,
-            rows=rows,
-        )
         return {
             "seed": self.plan.seed,
             "reference": reference,
@@ -79,14 +70,35 @@ class EvaluationResults:
             "reconstruction": reconstruction,
             "codebook": summary.codebook(self.entry_counts),
             "likelihood": likelihood,
-            "rate": rates,
-            "rate_distortion": summary.rate_distortion(rates, reconstruction[reference], list(levels))
-            + summary.codec_rate_distortion(self._codec_sums(), shards.image_size),
+            "rate": self._rates(likelihood, reconstruction),
+            "rate_distortion": self._rate_distortion(),
             "networks": {network.name: network.digest for network in self.plan.networks},
             "compared": {**compared, **summary.kid_ratios(compared, self.plan.networks[0])},
             **({"ladder": quality_ladder} if quality_ladder else {}),
             "neighbours": summary.memorization(self.nearest_distances, self.plan.num_searched),
         }
+
+    def _rates(self, likelihood: Metrics, reconstruction: Metrics) -> Metrics:
+        """Compute the rates of the reference images."""
+        column_bytes, rows = rate.column_bytes(self.inputs.codes_folder / name for name in self.inputs.codes.files())
+        return summary.rates(
+            self.inputs.codes.levels,
+            likelihood,
+            reconstruction[self.plan.reference]["mse"],
+            split=self.plan.reference,
+            image_size=self.inputs.shards.image_size,
+            column_bytes=column_bytes,
+            rows=rows,
+        )
+
+    def _rate_distortion(self) -> list[Metrics]:
+        """Compute the points of the codes and those of the codecs, of the same images: the first of the reference."""
+        levels, count = self.inputs.codes.levels, self.plan.num_rated
+        reconstruction = summary.reconstruction(self._distortion_sums(count))
+        rates = self._rates(summary.likelihood(self._likelihood_sums(count), levels), reconstruction)
+        return summary.rate_distortion(
+            rates, reconstruction[self.plan.reference], list(levels)
+        ) + summary.codec_rate_distortion(self._codec_sums(), self.inputs.shards.image_size)
 
     @cached_property
     def entry_counts(self) -> dict[str, dict[str, np.ndarray]]:
@@ -211,7 +223,7 @@ class EvaluationResults:
         return images
 
     def _nearest_images(self) -> list[NearestImages]:
-        nearest = {space: self.nearest("samples", space)[1] for space in ("pixels", "features")}
+        nearest = {space: self.nearest("samples", space)[1] for space in self.spaces}
         training_images = self.inputs.images("train")
         count = min(self.plan.config.samples_shown, self.plan.query_sets["samples"])
         samples = self.inputs.samples.images(0, count)
@@ -220,14 +232,25 @@ class EvaluationResults:
             indices = nearest[space][row]
             return np.stack([training_images.read(int(index)) for index in indices])
 
-        return [NearestImages(sample, read("pixels", row), read("features", row)) for row, sample in enumerate(samples)]
+        return [
+            NearestImages(sample, {space: read(space, row) for space in nearest}) for row, sample in enumerate(samples)
+        ]
 
-    def _distortion_sums(self) -> dict[str, dict[str, DistortionSums]]:
-        """Add up the parts: split -> prefix and fill, such as "top/zeros" -> sums."""
+    def _first_parts(self, measure: str, count: int | None) -> dict[tuple[str, ...], list[Result]]:
+        """Return the results of a kind of part; with `count`, those of the first images of the reference only."""
+        return {
+            key: [
+                result for stop, result in zip(self._stops[key], results, strict=True) if count is None or stop <= count
+            ]
+            for key, results in self._results.items()
+            if key[0] == measure and (count is None or key[1] == self.plan.reference)
+        }
+
+    def _distortion_sums(self, count: int | None = None) -> dict[str, dict[str, DistortionSums]]:
+        """Add up the parts: split -> prefix and fill, such as "top/zeros" -> sums. `count` as in `_first_parts`."""
         return {
             key[1]: {name: distortion.add(DistortionSums(*result[name]) for result in results) for name in results[0]}
-            for key, results in self._results.items()
-            if key[0] == "distortion"
+            for key, results in self._first_parts("distortion", count).items()
         }
 
     def _codec_sums(self) -> dict[str, CodecSums]:
@@ -236,13 +259,11 @@ class EvaluationResults:
         names = results[0] if results else ()
         return {name: codecs.add(codecs.from_list(result[name]) for result in results) for name in names}
 
-    def _likelihood_sums(self) -> dict[str, dict[str, LikelihoodSums]]:
-        """Add up the parts: level -> split -> sums."""
+    def _likelihood_sums(self, count: int | None = None) -> dict[str, dict[str, LikelihoodSums]]:
+        """Add up the parts: level -> split -> sums. `count` as in `_first_parts`."""
         sums: dict[str, dict[str, LikelihoodSums]] = {level: {} for level in self.inputs.codes.levels}
-        for key, results in self._results.items():
-            if key[0] == "likelihood":
-                _, split, level = key
-                sums[level][split] = rate.add(LikelihoodSums(*result["sums"]) for result in results)
+        for (_, split, level), results in self._first_parts("likelihood", count).items():
+            sums[level][split] = rate.add(LikelihoodSums(*result["sums"]) for result in results)
         return sums
 
 

@@ -24,7 +24,7 @@ from stages.metrics.rate import LikelihoodSums
 Metrics = dict[str, Any]  # nested, as JSON has them
 BASELINES = ("random_codes", "shuffled_codes")  # images decoded from codes that no prior made
 HEADLINE_COMPARISONS = ("kid", "frechet", "precision", "recall")  # more do not fit on a screen
-DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim")
+DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim", "stlpips")
 
 
 def sampling(meta: Mapping[str, Any]) -> Metrics:

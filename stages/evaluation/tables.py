@@ -32,9 +32,20 @@ RATE_LABELS = {
 }
 
 
+def space_name(space: str) -> str:
+    """Name a space of nearest neighbours: "features_NAME" is "features of NAME"."""
+    return space.replace("_", " of ", 1)
+
+
 def space_label(space: str) -> str:
     """Name a space of nearest neighbours and its unit."""
-    return "pixels (RMS, 8-bit levels)" if space == "pixels" else f"{space.replace('_', ' of ', 1)} (Euclidean)"
+    return "pixels (RMS, 8-bit levels)" if space == "pixels" else f"{space_name(space)} (Euclidean)"
+
+
+PERCEPTUAL_CAPTION = (
+    "ST-LPIPS, the perceptual distance of Ghildyal and Liu 2022 with VGG-16: lower is better. It is made for "
+    "photographs of 64 pixels or more."
+)
 
 
 class Card(NamedTuple):
@@ -162,6 +173,7 @@ def _comparison_cell(values: Mapping[str, float], key: str) -> str:
 
 def _reconstruction_table(data: ReportData) -> Table:
     rows = []
+    perceptual = _perceptual_heading(data)
     for split in SPLITS:
         by_prefix = data.metrics["reconstruction"].get(split)
         for name in data.reconstructions if by_prefix else ():
@@ -172,14 +184,21 @@ def _reconstruction_table(data: ReportData) -> Table:
             values = by_prefix.get(name.replace("/", "_filled_with_"), by_prefix)
             fill_cell = MISSING if values is by_prefix else fill
             cells = [f"{values['mse']:.5f}", _format(values, "psnr", 2), _format(values, "psnr_8bit", 2)]
-            cells.append(_format(values, "ssim", 3))
+            cells += [_format(values, "ssim", 3), *(_format(values, "stlpips", 4) for _ in perceptual)]
             rows.append([SPLIT_LABELS[split], prefix.replace("+", ", "), fill_cell, *cells])
     caption = (
         "Pixels in [-1, 1]. MSE: lower is better. PSNR and SSIM: higher is better. PSNR is that of this table's MSE; "
         "8-bit PSNR is the mean of each image's PSNR after rounding to 8 bits, which most papers report."
     )
-    header = ["images", "decoded levels", "other levels", "MSE", "PSNR, dB", "8-bit PSNR, dB", "SSIM"]
+    if perceptual:
+        caption += f" {PERCEPTUAL_CAPTION}"
+    header = ["images", "decoded levels", "other levels", "MSE", "PSNR, dB", "8-bit PSNR, dB", "SSIM", *perceptual]
     return Table(caption, 3, header, rows)
+
+
+def _perceptual_heading(data: ReportData) -> list[str]:
+    """Return the heading of the perceptual distance, or nothing if it was not measured."""
+    return ["ST-LPIPS"] if "stlpips" in data.metrics["reconstruction"][data.metrics["reference"]] else []
 
 
 def _memorization_table(data: ReportData) -> Table:
@@ -252,6 +271,7 @@ def _rate_table(data: ReportData) -> Table:
 
 
 def _rate_distortion_table(data: ReportData) -> Table:
+    perceptual = _perceptual_heading(data)
     rows = [
         [
             RATE_LABELS[row["rate"]],
@@ -263,24 +283,28 @@ def _rate_distortion_table(data: ReportData) -> Table:
             _format(row, "psnr", 2),
             _format(row, "psnr_8bit", 2),
             _format(row, "ssim", 3),
+            *(_format(row, "stlpips", 4) for _ in perceptual),
         ]
         for row in data.metrics["rate_distortion"]
     ]
     header = ["rate", "levels or quality", "N", "bits/pixel", "header", "MSE", "PSNR, dB", "8-bit PSNR, dB", "SSIM"]
+    header += perceptual
     return Table(_rate_distortion_caption(data), 2, header, rows)
 
 
 def _rate_distortion_caption(data: ReportData) -> str:
     """Say what the points are, and which codecs are left out."""
     kinds = {row["rate"] for row in data.metrics["rate_distortion"]}
-    split = SPLIT_LABELS[data.metrics["reference"]]
-    caption = f"Of {split} images. Levels that are not named are zeros, as in the table of reconstructions. "
+    split, images = SPLIT_LABELS[data.metrics["reference"]], data.metrics["rate_distortion"][0]["images"]
+    caption = f"Of the first {images} {split} images, "
+    caption += "the same for all points; the rate in files is that of all images. "
+    caption += "Levels that are not named are zeros, as in the table of reconstructions. "
     missing = [codec.label for name, codec in CODECS.items() if name not in kinds]
     if len(missing) == len(CODECS):
         return caption
     caption += (
-        "Files of JPEG, WebP and AVIF are of the first of these images, without their headers, which a set of images "
-        "could share and which take most bytes of small images."
+        "Files of JPEG, WebP and AVIF are counted without their headers, which a set of images could share and which "
+        "take most bytes of small images."
     )
     if missing:
         caption += f" {', '.join(missing)}: left out, because this Pillow cannot write such files."

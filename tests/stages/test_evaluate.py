@@ -27,7 +27,7 @@ from stages.evaluation.summary import HEADLINE_COMPARISONS
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
-from stages.images.tensors import to_uint8
+from stages.images.tensors import to_float, to_uint8
 from stages.inference.trained_models import TrainedModels
 from stages.metrics.comparisons import COMPARISONS
 from stages.metrics.networks import Network
@@ -226,6 +226,20 @@ def test_codebook_usage_covers_all_images(root, evaluated):
     codes_on_disk = open_codes(root / "codes").split("train").codes["bottom"]
     assert codes_on_disk.shape[0] == 20
     assert evaluated.metrics["codebook"]["bottom"]["train"]["used_entries"] == len(np.unique(codes_on_disk))
+
+
+def test_codes_and_codecs_are_measured_on_the_same_images(root, evaluated):
+    """Their points are of the first `codec_images` images: their distortion is that of decoding these again."""
+    rows = evaluated.metrics["rate_distortion"]
+    assert {row["images"] for row in rows} == {CONFIG.codec_images}
+    assert {"fixed", "prior", "files", "jpeg"} <= {row["rate"] for row in rows}
+    network, _ = model_file.load_vqvae(root / "vqvae")
+    images = open_shards(root / "shards").split("validation")
+    first = to_float(torch.from_numpy(np.stack([images.read(index) for index in range(CONFIG.codec_images)])), "cpu")
+    with torch.inference_mode():
+        mse = (network.decode(network.encode(first)) - first).square().mean().item()
+    all_levels = [row["mse"] for row in rows if row["point"] == "top+bottom"]
+    assert all_levels == pytest.approx([mse] * 3, rel=1e-4)
 
 
 def test_plots_are_csv_files_with_headers(evaluated):

@@ -12,7 +12,7 @@ from stages.metrics.networks import Network
 
 LEVELS = ("top", "middle", "bottom")
 NETWORK = Network("network", "installed", "0" * 64)
-PLAN = EvaluationPlan(("validation",), {}, 40, 40, 8, 20, LEVELS[1:], (NETWORK,), EvaluateConfig(), 0)
+PLAN = EvaluationPlan(("validation",), {}, 40, 40, 8, 40, 20, LEVELS[1:], (NETWORK,), EvaluateConfig(), 0)
 
 
 def test_each_rung_adds_one_model():

@@ -84,7 +84,7 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
     }
     rung_features = {**features, "redrawn_bottom": features["samples"]}
     plan = EvaluationPlan(
-        ("reference",), {}, 9, 9, 8, 4, ("bottom",), (NETWORK,), EvaluateConfig(precision_recall_k=2), 0
+        ("reference",), {}, 9, 9, 8, 9, 4, ("bottom",), (NETWORK,), EvaluateConfig(precision_recall_k=2), 0
     )
     metrics["ladder"] = ladder.metrics(rung_features.__getitem__, plan, LEVELS, NETWORK)
     codec_sums = codecs.measure(images(2), "jpeg", 50)
@@ -104,7 +104,7 @@ def report_data(side: int = 16, class_name: str = "cats & dogs") -> ReportData:
         samples={class_name: SamplesOfClass(images(12), 12), "birds": SamplesOfClass(images(3), 30)},
         rungs={name: images(8) for name in RUNGS},
         codebooks={level: images(grid.entries)[:, :8, :8] for level, grid in LEVELS.items()},
-        nearest=[NearestImages(images(1)[0], images(2), images(2)) for _ in range(3)],
+        nearest=[NearestImages(images(1)[0], {"pixels": images(2), "features": images(2)}) for _ in range(3)],
         nearest_distances=distances,
         entry_counts=counts,
         curves={
