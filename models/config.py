@@ -16,19 +16,23 @@ MAX_ENTRIES = 65_536  # codes are stored as 16-bit integers
 # Key of a field's metadata: dataclasses.field(default=0, metadata={NEUTRAL: 0}) says that at 0 a result is the same as
 # before the setting existed.
 NEUTRAL = "neutral"
+# The same for a setting of how a result is computed, not of what it is: metadata={EXECUTION: True}.
+EXECUTION = "execution"
 
 
 def plain_settings(section: Any) -> Any:
     """Convert settings to plain data.
 
     A setting that a later release has added is left out at its neutral value, at which results are as they were without
-    it. So the release keeps finished results and half-finished state, and writes the same manifests.
+    it. So the release keeps finished results and half-finished state, and writes the same manifests. A setting of the
+    execution is always left out: another value continues half-finished state.
     """
     if is_dataclass(section) and not isinstance(section, type):
         return {
             item.name: plain_settings(getattr(section, item.name))
             for item in fields(section)
-            if NEUTRAL not in item.metadata or getattr(section, item.name) != item.metadata[NEUTRAL]
+            if EXECUTION not in item.metadata
+            and (NEUTRAL not in item.metadata or getattr(section, item.name) != item.metadata[NEUTRAL])
         }
     if isinstance(section, Mapping):
         return {name: plain_settings(value) for name, value in section.items()}

@@ -24,11 +24,11 @@ BLOCK_GPU = 65_536
 
 
 class BatchSlice(NamedTuple):
-    """Position of a worker's images in the global batch, and the key of the step's random numbers."""
+    """Position of some of a worker's images in the global batch, and the key of the step's random numbers."""
 
     seed: int
     step: int
-    start: int  # global index of the worker's first image, from 0
+    start: int  # global index of the first of these images, from 0
     total: int  # images in the global batch, over all workers
 
 

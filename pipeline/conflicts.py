@@ -64,9 +64,11 @@ def conflicts(params: Params) -> Iterator[Problem]:
     if params.sample.top_k > entries:
         yield top_k_problem("sample.top_k", params.sample.top_k, entries)
     yield from _sampling_conflicts(params)
-    yield from _indivisible("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
+    yield from _smaller_than_workers("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
-        yield from _indivisible(f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers)
+        yield from _smaller_than_workers(
+            f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers
+        )
     yield from _classifier_conflicts(params)
 
 
@@ -111,7 +113,7 @@ def _classifier_conflicts(params: Params) -> Iterator[Problem]:
         )
     for name, classifier in params.classifiers.items():
         key = f"classifiers.{name}"
-        yield from _indivisible(f"{key}.train.batch_size", classifier.train.batch_size, params.cluster.workers)
+        yield from _smaller_than_workers(f"{key}.train.batch_size", classifier.train.batch_size, params.cluster.workers)
         if classifier.network.stride > params.dataset.image_size:
             yield Problem(
                 f"{key}.network.halvings",
@@ -141,11 +143,10 @@ def top_k_problem(key: str, top_k: int, entries: int) -> Problem:
     return Problem(key, headline, f"Set {key} to 1 to {entries}, or to 0 to keep all entries.")
 
 
-def _indivisible(key: str, batch_size: int, workers: int) -> Iterator[Problem]:
-    if batch_size % workers:
-        below = batch_size // workers * workers
+def _smaller_than_workers(key: str, batch_size: int, workers: int) -> Iterator[Problem]:
+    if batch_size < workers:
         yield Problem(
             key,
-            f"{key} must be a multiple of cluster.workers, which is {workers}, got {batch_size}.",
-            f"Set {key} to {f'{below} or ' if below else ''}{below + workers}, or change cluster.workers.",
+            f"{key} must be at least cluster.workers, which is {workers}, got {batch_size}.",
+            f"Set {key} to {workers} or more, or lower cluster.workers.",
         )

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from stages.prior import PriorObjective
 from stages.runtime.device import best_device
 from stages.training.code_batches import CodeBatch
 from stages.training.distributed import DistributedContext
-from stages.training.loop import autocast
+from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.objective import Objective
 from stages.training.optimizer import learning_rate
 from stages.training.state import TrainableModel
@@ -65,7 +65,7 @@ class StageTimer:
         """Measure training and encoding; return the seconds of the stages vqvae and codes."""
         settings, size = self.settings, self.settings.dataset.image_size
         config, codes = settings.train_vqvae, settings.codes
-        objective = VQVAEObjective(VQVAE(settings.vqvae), np.empty(0), config.batch_size, settings.seed)
+        objective = VQVAEObjective(VQVAE(settings.vqvae), np.empty(0))
         batch = torch.randint(0, 256, (max(self._share(config), codes.batch_size), size, size, 3), dtype=torch.uint8)
         training_s = self._training(objective, lambda count: batch[:count], config, (images.other,))
         rows = images.train * codes.copies + images.other
@@ -100,18 +100,20 @@ class StageTimer:
         """
         objective.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = TrainableModel(objective.network, config)
+        gradients = GradientAccumulator(objective, replace(config, compile=False), seed=0, dist=self.dist)
 
         def train(count: int) -> None:
-            with autocast(config, self.device):
-                result = objective.train()(batch(count), 0, self.dist)
-            result.loss.backward()
+            objective.train()
+            sums, _ = gradients.accumulate(batch(count), 0, torch.zeros(1)).in_flight.wait()
             model.apply_gradients(learning_rate(config, 0), config.max_grad_norm)
-            objective.absorb(result.sums)
+            objective.absorb(sums)
             model.update_ema()
 
         def evaluate(count: int) -> None:
-            with torch.inference_mode():
-                objective.measure(objective.network.eval(), batch(count), self.dist)
+            objective.network.eval()
+            with torch.inference_mode(), autocast(config, self.device):
+                for part in split_batch(batch(count), gradients.evaluation_size):
+                    objective.measure(objective.network, part, self.dist)
 
         share = self._share(config)
         images = sum(min(count, config.evaluate_images) for count in evaluated) / self.workers
@@ -167,7 +169,7 @@ class StageTimer:
         return codes
 
     def _share(self, config: TrainConfig) -> int:
-        return config.batch_size // self.workers
+        return math.ceil(config.batch_size / self.workers)
 
     def _seconds(self, call: Callable[[int], object], count: int) -> float:
         """Return the seconds of a call with `count` images: extrapolated from fewer if it would exceed the limit."""

@@ -156,7 +156,8 @@ def check(data: Mapping[str, Any], path: Path | str = FILE) -> Params:
     try:
         params = adapter(Params).validate_json(text, strict=True)
     except ValidationError as error:
-        raise _to_user_error([_explain(dict(details)) for details in error.errors()[:MAX_ERRORS]], path) from None
+        details = _merge_unions([dict(details) for details in error.errors()])
+        raise _to_user_error([_explain(item) for item in details[:MAX_ERRORS]], path) from None
     for problem in conflicts(params):
         raise UserError(problem.headline, where=f"{path}: {problem.key}", fix=problem.fix, code=2)
     # Order priors as the levels, coarse to fine: the order in the file may differ.
@@ -192,6 +193,24 @@ def _to_user_error(problems: Sequence[Problem], path: Path | str) -> UserError:
         ]
     headline = "\n".join(problem.headline for problem in problems)
     return UserError(headline, where=path, fix="\n       ".join(fixes), code=2)
+
+
+def _merge_unions(errors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge the errors of a setting of several types: pydantic reports one for each type, whose location ends in it."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for error in errors:
+        location = tuple(error["loc"])
+        if re.fullmatch(r"int|literal\[.*\]", str(location[-1])) and _key(location[:-1]) in _keys(Params, ""):
+            rule = error["msg"].removeprefix("Input should be ")
+            error["loc"] = location[:-1]
+            if previous := merged.get(location[:-1]):
+                error["msg"] = f"{previous['msg']} or {rule}"
+        merged[tuple(error["loc"])] = error
+    return list(merged.values())
+
+
+def _key(location: Sequence[Any]) -> str:
+    return _generalize(".".join(map(str, location)))
 
 
 def _explain(error: dict[str, Any]) -> Problem:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.classifier import Classifier
+from models.quantizer import BatchSlice
 from stages.config import AugmentConfig, ClassifierStageConfig
 from stages.errors import UserError
 from stages.formats import artifact, curves, model_file
@@ -167,7 +168,7 @@ class ClassifierObjective(Objective):
         totals = {name: torch.zeros(1) for name in ("images", "nats", "top1", "top5")}
         return totals | {name: torch.zeros(self.classes) for name in ("images_by_class", "top1_by_class")}
 
-    def forward(self, batch: LabelledBatch, step: int, dist: DistributedContext) -> StepResult:
+    def forward(self, batch: LabelledBatch, batch_slice: BatchSlice, dist: DistributedContext) -> StepResult:
         metrics = self.measure(self.network, batch, dist)
         loss = (metrics["nats"] / metrics["images"]).sum()
         return StepResult(loss, {}, metrics)

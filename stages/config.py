@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.config import (
+    EXECUTION,
     NEUTRAL,
     ClassifierConfig,
     PriorConfig,
@@ -79,7 +80,7 @@ class TrainConfig:
     """Length and schedule of training, in optimizer steps over the global batch."""
 
     steps: int  # optimizer steps, 1 or more
-    batch_size: int  # images per step over all workers, a multiple of cluster.workers
+    batch_size: int  # images per step over all workers, at least cluster.workers
     learning_rate: float = 3e-4  # Adam's learning rate after warm-up, above 0
     lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to almost 0 at the last step
     # first steps, in which the learning rate rises linearly from learning_rate / warmup_steps; 0 to steps
@@ -90,6 +91,10 @@ class TrainConfig:
     )
     # dtype of matrix products and convolutions; statistics and losses stay float32
     precision: Literal["float32", "bfloat16"] = "float32"
+    # images per worker in one forward and backward pass, whose gradients add up, 1 or more; fewer need less memory of
+    # the GPU. null: a worker's whole share of the batch; auto: as many as fit. Another value continues an interrupted
+    # training and retrains nothing; results differ by rounding, and with dropout by other draws
+    microbatch: int | Literal["auto"] | None = field(default=None, metadata={EXECUTION: True})
     compile: bool = False  # use torch.compile, which takes about a minute to start; worth it on a GPU
     log_every: int = 10  # steps between logged training metrics, 1 or more
     evaluate_every: int = 500  # steps between evaluations, 1 or more
@@ -100,6 +105,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "keep_checkpoints")
         check_positive(self, "log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
+        if isinstance(self.microbatch, int):
+            check_positive(self, "microbatch")
         check_field(self, "learning_rate", self.learning_rate > 0, "above 0, such as 3e-4")
         check_not_negative(self, "warmup_steps")
         check_field(

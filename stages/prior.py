@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from models.priors import Prior, build, nll
+from models.quantizer import BatchSlice
 from stages.config import PriorStageConfig
 from stages.errors import UserError
 from stages.formats import curves, model_file
@@ -102,7 +103,7 @@ class PriorObjective(Objective):
     def zero_metrics(self) -> MetricSums:
         return {"codes": torch.zeros(1), "nats": torch.zeros(1)}
 
-    def forward(self, batch: CodeBatch, step: int, dist: DistributedContext) -> StepResult:
+    def forward(self, batch: CodeBatch, batch_slice: BatchSlice, dist: DistributedContext) -> StepResult:
         metrics = self.measure(self.network, batch, dist)
         loss = metrics["nats"].sum() / metrics["codes"].sum()
         return StepResult(loss, {}, metrics)

@@ -115,7 +115,7 @@ def train_worker(
     """Train in one process of `dist.world_size`."""
     images = open_shards(shards)
     torch.manual_seed(seed)  # every rank initializes the same weights
-    objective = VQVAEObjective(VQVAE(vqvae), preview_images(images), train_vqvae.batch_size, seed)
+    objective = VQVAEObjective(VQVAE(vqvae), preview_images(images))
     checkpoints = Checkpoints.for_stage(context, train_vqvae.keep_checkpoints)
     loader_workers = context.cluster.loader_workers
     data = image_data(images, augment, train_vqvae, seed=seed, dist=dist, loader_workers=loader_workers)
@@ -128,18 +128,16 @@ class VQVAEObjective(Objective):
     network: VQVAE
     same_rng_on_all_workers = True  # level dropout draws for the whole global batch
 
-    def __init__(self, network: VQVAE, previewed: np.ndarray, batch_size: int, seed: int):
+    def __init__(self, network: VQVAE, previewed: np.ndarray):
         super().__init__()
-        self.network, self.previewed, self.batch_size, self.seed = network, previewed, batch_size, seed
+        self.network, self.previewed = network, previewed
 
     def zero_metrics(self) -> MetricSums:
         usage = {f"usage/{name}": torch.zeros(level.entries) for name, level in self.network.config.levels.items()}
         return {"values": torch.zeros(1), "squared": torch.zeros(1), "commitment": torch.zeros(1), **usage}
 
-    def forward(self, batch: Tensor, step: int, dist: DistributedContext) -> StepResult:
+    def forward(self, batch: Tensor, batch_slice: BatchSlice, dist: DistributedContext) -> StepResult:
         images = to_float(batch, dist.device)
-        # Every rank holds an equal slice of the global batch.
-        batch_slice = BatchSlice(self.seed, step, dist.rank * len(images), self.batch_size)
         output = self.network(images, batch_slice)
         loss = self.network.objective(output, images)
         sums = {name: level.sums for name, level in output.levels.items()}

@@ -97,6 +97,14 @@ class SumsInFlight:
         return self._sums, self._vote
 
 
+def add_sums(left: Mapping[str, tuple[Tensor, ...]], right: Mapping[str, tuple[Tensor, ...]]) -> Mapping[str, Any]:
+    """Add the sums of two batches by name. Sums that `left` lacks count as zero."""
+    return {
+        name: _with_tensors(sums, [a + b for a, b in zip(left[name], sums, strict=True)]) if name in left else sums
+        for name, sums in right.items()
+    }
+
+
 def _with_tensors(example: tuple[Tensor, ...], tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Return a tuple of tensors of the same type as `example`, which may be a NamedTuple."""
     make = getattr(example, "_make", tuple)

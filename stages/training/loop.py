@@ -1,28 +1,27 @@
 """Training loop, independent of Ray: it gets batches, collectives and a reporter as arguments.
 
-    for each step:  objective(batch)  ->  loss.backward(), gradients averaged by DDP  ->  optimizer
-                    sums of the batch  ->  all-reduce during backward  ->  objective.absorb  ->  EMA
+    for each step:  objective(micro-batch)  ->  loss.backward(), gradients averaged by DDP  ->  optimizer
+                    sums of micro-batches   ->  all-reduce during backward  ->  objective.absorb  ->  EMA
 
-Besides DDP gradients, ranks exchange only sums. All randomness is a function of (seed, step, rank), so a checkpoint
-holds no generator state.
+Besides DDP gradients, ranks exchange only sums. All randomness is a function of (seed, step) and of the rank or of the
+micro-batch's first image, so a checkpoint holds no generator state.
 """
 
 import math
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from models.random import seed_from
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, StopVote, SumsInFlight, require_same_start
+from stages.training.distributed import DistributedContext, StopVote, require_same_start
+from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
 from stages.training.optimizer import learning_rate
@@ -63,7 +62,7 @@ def train(
         reporter.message(f"Resuming at step {start} of {config.steps}.")
 
     def save(step: int) -> None:
-        tensors = model.tensors() | {METRICS_SINCE_LOG: metrics_since_log.gather_by_rank()}
+        tensors = model.tensors() | gradients.tensors() | {METRICS_SINCE_LOG: metrics_since_log.gather_by_rank()}
         if dist.rank == 0:
             checkpoints.save(TrainState(step, tensors, history))
 
@@ -71,25 +70,22 @@ def train(
         history.extend({"step": step, "name": name, "value": value} for name, value in values.items())
         reporter.metrics(values, step)
 
-    wrapped = dist.wrap(objective)
-    if config.compile:
-        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    gradients = GradientAccumulator(objective, config, seed=seed, dist=dist)
+    if resumed is not None:
+        gradients.restore(resumed.tensors)
     stop_vote, log_time, log_step = StopVote(dist), time.monotonic(), start
     for step, batch in enumerate(data.training(start), start):
         inject_nan = dist.inject_fault(step)
         objective.train()
-        torch.manual_seed(seed_from(seed, step, 0 if objective.same_rng_on_all_workers else dist.rank))
-        with autocast(config, dist.device):
-            result = wrapped(batch, step, dist)
-        sums_in_flight = SumsInFlight(result.sums, stop_vote.cast(), dist)
-        (result.loss * math.nan if inject_nan else result.loss).backward()
+        step_sums = gradients.accumulate(batch, step, stop_vote.cast(), inject_nan=inject_nan)
         if step == start:
             model.require_gradients()
         model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
-        sums, votes = sums_in_flight.wait()
+        sums, votes = step_sums.in_flight.wait()
         objective.absorb(sums)
         model.update_ema()  # after `absorb`: the EMA copies the codebooks
-        metrics_since_log.add(result.metrics)
+        for microbatch_metrics in step_sums.metrics:
+            metrics_since_log.add(microbatch_metrics)
         if step == start and dist.rank == 0:  # the optimizer has all its tensors now
             checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start))
 
@@ -111,7 +107,9 @@ def train(
         if completed_steps % config.evaluate_every == 0 or is_last:
             evaluation_start = time.monotonic()
             for split, batches in data.evaluation.items():
-                values = evaluate(objective, model.evaluation_network, batches(), dist)
+                parts = (part for batch in batches() for part in split_batch(batch, gradients.evaluation_size))
+                with autocast(config, dist.device):
+                    values = evaluate(objective, model.evaluation_network, parts, dist)
                 record(completed_steps, {f"{split}/{name}": value for name, value in values.items()})
             if dist.rank == 0:
                 for name, png in objective.previews(model.evaluation_network).items():
@@ -137,11 +135,6 @@ def evaluate(
             metrics.add(objective.measure(network, batch, dist))
     network.train(was_training)
     return metrics.summarize()
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Run matrix products and convolutions in the configured precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def _remaining_checkpoints(config: TrainConfig, start: int) -> int:

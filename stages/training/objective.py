@@ -6,23 +6,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from models.quantizer import BatchSlice
 from stages.training.distributed import DistributedContext
 
 MetricSums = dict[str, Tensor]  # metric -> 1-D tensor of sums, additive over batches and over ranks
 
 
 class StepResult(NamedTuple):
-    """Loss, collective sums and metrics of one step on one rank."""
+    """Loss, collective sums and metrics of one micro-batch."""
 
     loss: Tensor
-    sums: Mapping[str, tuple[Tensor, ...]]  # summed over ranks, then passed to `absorb`
+    sums: Mapping[str, tuple[Tensor, ...]]  # summed over micro-batches and ranks, then passed to `absorb`
     metrics: MetricSums
 
 
 class Objective(nn.Module):
     """A network with its training loss and its evaluation metrics.
 
-    `forward` computes the loss of one step; DDP wraps the objective, so gradients are averaged over ranks.
+    `forward` computes the loss of a micro-batch; DDP wraps the objective, so gradients are averaged over ranks.
     """
 
     network: nn.Module
@@ -33,8 +34,8 @@ class Objective(nn.Module):
         """Return the sums of no batches: the names and lengths of what `forward` and `measure` return."""
         raise NotImplementedError
 
-    def forward(self, batch: Any, step: int, dist: DistributedContext) -> StepResult:
-        """Compute one training step on this rank's batch."""
+    def forward(self, batch: Any, batch_slice: BatchSlice, dist: DistributedContext) -> StepResult:
+        """Compute the loss of a micro-batch of this rank, a mean over its images."""
         raise NotImplementedError
 
     def absorb(self, sums: Mapping[str, Any]) -> None:
@@ -57,5 +58,7 @@ class Objective(nn.Module):
 class TrainingData:
     """Batches of this rank. Each call returns a new iterator."""
 
-    training: Callable[[int], Iterable[Any]]  # first step -> one batch per step, from that step on
+    # First step -> one batch per step, from that step on. A batch is a tensor, or a named tuple or dict of tensors,
+    # whose first axis is images.
+    training: Callable[[int], Iterable[Any]]
     evaluation: Mapping[str, Callable[[], Iterable[Any]]]  # split -> its batches

@@ -1,8 +1,8 @@
 """Data order of training: a pure function of (seed, step), the same for any number of ranks.
 
 Training reads one endless stream of images, with a new shuffle for each epoch. Step s takes the positions
-[s * batch_size, (s + 1) * batch_size) of the stream, and each rank an equal slice of them. So resuming needs only the
-step, and 1, 2 or 8 ranks see the same global batches.
+[s * batch_size, (s + 1) * batch_size) of the stream, and each rank a slice of them. So resuming needs only the step,
+and 1, 3 or 8 ranks see the same global batches.
 """
 
 from collections.abc import Iterator
@@ -35,23 +35,29 @@ class ShuffledStream:
         return SampleRef(position, int(self._permutation[offset]))
 
 
+def share_of_rank(batch_size: int, rank: int, world_size: int) -> range:
+    """Return the positions of one rank's images in the global batch. The shares differ by one image at most.
+
+    Raises ValueError if a rank would have no image.
+    """
+    if batch_size < world_size:
+        raise ValueError(f"batch_size must be at least the {world_size} workers, got {batch_size}")
+    return range(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+
+
 class GlobalBatchSampler:
     """Batch sampler for a DataLoader: one rank's slices of the global batches of `steps`.
 
-    Raises ValueError if the ranks cannot share `batch_size` evenly.
+    Raises ValueError if a rank would have no image.
     """
 
     def __init__(self, stream: ShuffledStream, batch_size: int, steps: range, rank: int = 0, world_size: int = 1):
-        if batch_size % world_size:
-            raise ValueError(f"batch_size must be a multiple of the {world_size} workers, got {batch_size}")
         self.stream, self.batch_size, self.steps = stream, batch_size, steps
-        self.local_batch_size = batch_size // world_size
-        self.first = rank * self.local_batch_size  # this rank's first position in the global batch
+        self.share = share_of_rank(batch_size, rank, world_size)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         for step in self.steps:
-            start = step * self.batch_size + self.first
-            yield [self.stream[position] for position in range(start, start + self.local_batch_size)]
+            yield [self.stream[step * self.batch_size + position] for position in self.share]

@@ -5,6 +5,7 @@ ema.n_averaged          updates of the moving average so far
 ema.module.NAME         averaged weights and buffers; absent without an EMA
 optimizer.INDEX.NAME    optimizer's state of the parameter with this index
 metrics_since_log       (ranks, numbers) sums of the metrics of the steps after the last logged one
+microbatch              the automatic size of micro-batches; absent with a fixed one
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from stages.errors import UserError
 from stages.training.optimizer import build_optimizer, state_shapes
 
 METRICS_SINCE_LOG = "metrics_since_log"
+MICROBATCH = "microbatch"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class TrainableModel:
 
         A checkpoint with intact files may still lack tensors, and Adam would silently restart its moments.
         """
-        saved_shapes = {name: tensor.shape for name, tensor in saved.items()}
+        saved_shapes = {name: tensor.shape for name, tensor in saved.items() if name != MICROBATCH}
         shapes = {name: tensor.shape for name, tensor in self._weights().items()}
         for index, weight in enumerate(self.network.parameters()):
             if weight.requires_grad:

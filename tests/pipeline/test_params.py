@@ -102,8 +102,10 @@ def test_wrong_key_or_type_is_reported_with_a_fix(key, value, expected):
         ("priors.top", REMOVED, "priors must have the levels of vqvae.levels (top, bottom), got bottom."),
         ("priors.top", REMOVED, "-S '+prior@priors.top=pixelcnn'"),
         ("vqvae.levels.top", REMOVED, "-S '~prior@priors.top'"),
-        ("cluster.workers", 3, "train_vqvae.batch_size must be a multiple of cluster.workers, which is 3, got 32."),
-        ("cluster.workers", 3, "fix: Set train_vqvae.batch_size to 30 or 33, or change cluster.workers."),
+        ("cluster.workers", 40, "train_vqvae.batch_size must be at least cluster.workers, which is 40, got 32."),
+        ("cluster.workers", 40, "fix: Set train_vqvae.batch_size to 40 or more, or lower cluster.workers."),
+        ("train_vqvae.microbatch", 0, "train_vqvae.microbatch must be 1 or more, got 0."),
+        ("train_vqvae.microbatch", "many", "train_vqvae.microbatch must be "),
     ],
 )
 def test_value_out_of_range_is_reported_with_its_rule(key, value, expected):

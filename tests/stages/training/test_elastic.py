@@ -15,7 +15,7 @@ from stages.runtime.context import StageContext
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.loop import TrainingStopped
-from stages.training.state import METRICS_SINCE_LOG, TrainState
+from stages.training.state import METRICS_SINCE_LOG, MICROBATCH, TrainState
 from tests.gloo import run_ranks
 
 TOLERANCE = 1e-6  # absolute, of weights, codebooks, moments and curves after 12 steps: a few roundings of float32
@@ -50,6 +50,15 @@ def train(folder: Path, stage: str, arguments: dict[str, Any], world_size: int, 
     return state
 
 
+def train_alone(folder: Path, stage: str, arguments: dict[str, Any]) -> TrainState:
+    """Train with a single rank in this process; return the newest state."""
+    context = StageContext(stage, "print", folder, ClusterConfig())
+    TRAIN_WORKERS[stage](dist=DistributedContext(), context=context, **arguments)
+    state = Checkpoints(folder, "print", keep=9).latest()
+    assert state is not None
+    return state
+
+
 @pytest.fixture(scope="module")
 def arguments(project) -> dict[str, dict[str, Any]]:
     """Inputs and settings of each stage. Without dropout in the prior, whose random numbers differ between ranks."""
@@ -74,7 +83,7 @@ def arguments(project) -> dict[str, dict[str, Any]]:
 def max_difference(left: TrainState, right: TrainState) -> float:
     """Return the largest absolute difference between the tensors and between the curves of two states."""
     assert left.step == right.step
-    names = [name for name in left.tensors if name != METRICS_SINCE_LOG]
+    names = [name for name in left.tensors if name not in (METRICS_SINCE_LOG, MICROBATCH)]
     weights = max((left.tensors[name].double() - right.tensors[name].double()).abs().max().item() for name in names)
     curves = max(abs(a["value"] - b["value"]) for a, b in zip(left.history, right.history, strict=True))
     return max(weights, curves)
@@ -84,7 +93,7 @@ def max_difference(left: TrainState, right: TrainState) -> float:
 def single(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainState]:
     """State of each stage after training with a single rank."""
     folder = tmp_path_factory.mktemp("single")
-    return {stage: train(folder / stage, stage, arguments[stage], 1) for stage in TRAIN_WORKERS}
+    return {stage: train_alone(folder / stage, stage, arguments[stage]) for stage in TRAIN_WORKERS}
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [("vqvae", 2), ("vqvae", 4), ("top", 2)])
@@ -93,6 +102,41 @@ def test_more_ranks_train_the_same_model(
 ):
     """Only the order of summation differs, so weights and curves are within the tolerance."""
     assert max_difference(train(tmp_path, stage, arguments[stage], world_size), single[stage]) < TOLERANCE
+
+
+def test_ranks_with_unequal_shares_train_the_same_model(tmp_path: Path, arguments):
+    """Three ranks share 16 images as 5, 5 and 6: gradients are weighted by the numbers of images."""
+    config = dataclasses.replace(arguments["vqvae"]["train_vqvae"], batch_size=16)
+    settings = arguments["vqvae"] | {"train_vqvae": config}
+    single = train_alone(tmp_path / "single", "vqvae", settings)
+    assert max_difference(train(tmp_path / "shared", "vqvae", settings, 3), single) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", TRAIN_WORKERS)
+@pytest.mark.parametrize("microbatch", [1, 2, 4])
+def test_micro_batches_train_the_same_model(
+    tmp_path: Path, arguments, single: dict[str, TrainState], stage: str, microbatch: int
+):
+    """Codebooks learn from the same sums, and dropped levels, candidates and losses are those of the whole batch."""
+    state = train_alone(tmp_path, stage, with_microbatch(stage, arguments[stage], microbatch))
+    assert max_difference(state, single[stage]) < TOLERANCE
+
+
+def test_two_ranks_with_automatic_micro_batches_train_the_same_model(
+    tmp_path: Path, arguments, single: dict[str, TrainState]
+):
+    """The ranks average their gradients without DDP, which cannot compute a step again."""
+    settings = with_microbatch("vqvae", arguments["vqvae"], "auto")
+    assert max_difference(train(tmp_path, "vqvae", settings, 2), single["vqvae"]) < TOLERANCE
+
+
+def with_microbatch(stage: str, arguments: dict[str, Any], microbatch: Any) -> dict[str, Any]:
+    """Return a stage's arguments with another micro-batch."""
+    if stage == "vqvae":
+        return arguments | {"train_vqvae": dataclasses.replace(arguments["train_vqvae"], microbatch=microbatch)}
+    prior = arguments["prior"]
+    train_config = dataclasses.replace(prior.train, microbatch=microbatch)
+    return arguments | {"prior": dataclasses.replace(prior, train=train_config)}
 
 
 def test_one_or_two_ranks_resume_what_two_ranks_began(tmp_path: Path, arguments, single: dict[str, TrainState]):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.quantizer import BatchSlice
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import fault_injection
@@ -54,7 +55,7 @@ class ToyObjective(Objective):
     def zero_metrics(self) -> MetricSums:
         return {"squared": torch.zeros(1), "images": torch.zeros(1)}
 
-    def forward(self, batch: Tensor, step: int, dist: DistributedContext) -> StepResult:
+    def forward(self, batch: Tensor, batch_slice: BatchSlice, dist: DistributedContext) -> StepResult:
         metrics = self.measure(self.network, batch, dist)
         sums = {"mean": (batch.sum(0), torch.tensor([len(batch)]))}
         return StepResult(metrics["squared"].sum() / len(batch), sums, metrics)

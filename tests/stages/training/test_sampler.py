@@ -4,10 +4,10 @@ from itertools import chain
 
 import pytest
 
-from stages.training.sampler import GlobalBatchSampler, ShuffledStream
+from stages.training.sampler import GlobalBatchSampler, ShuffledStream, share_of_rank
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_any_number_of_ranks_reads_the_same_global_batches(world_size: int):
     """The slices of all ranks, concatenated, are the batches of a single rank."""
     expected = list(GlobalBatchSampler(ShuffledStream(10, seed=3), 8, range(5)))
@@ -34,7 +34,14 @@ def test_a_later_start_continues_the_same_stream():
         assert list(sampler) == expected[start:]
 
 
-def test_a_batch_that_ranks_cannot_share_evenly_is_refused():
+def test_shares_differ_by_one_image_at_most():
+    """Also if the number of ranks does not divide the batch."""
+    for world_size in range(1, 12):
+        sizes = {len(share_of_rank(11, rank, world_size)) for rank in range(world_size)}
+        assert sizes <= {11 // world_size, -(-11 // world_size)}
+
+
+def test_a_batch_without_an_image_for_each_rank_is_refused():
     """The message has the batch size and the number of workers."""
-    with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 workers, got 9"):
-        GlobalBatchSampler(ShuffledStream(20, seed=0), 9, range(1), 0, 2)
+    with pytest.raises(ValueError, match="batch_size must be at least the 3 workers, got 2"):
+        GlobalBatchSampler(ShuffledStream(20, seed=0), 2, range(1), 0, 3)

@@ -63,7 +63,7 @@ def train_to_end(
             yield IMAGES[[sample.image_index for sample in samples]]
 
     torch.manual_seed(3)
-    objective = VQVAEObjective(VQVAE(model), PREVIEWED, config.batch_size, seed=3)
+    objective = VQVAEObjective(VQVAE(model), PREVIEWED)
     data = TrainingData(batches, {"validation": lambda: iter(VALIDATION[dist.rank :: dist.world_size].split(2))})
     checkpoints = Checkpoints(folder / ("0" if shares_checkpoints else str(dist.rank)), "print", keep=1)
     recorder = MetricsRecorder()
