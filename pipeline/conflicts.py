@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.text import capitalize
-from stages.config import Params
+from stages.config import Params, SampleConfig
 from stages.errors import install_command
 
 # Artifacts with images: those that a classifier can be trained on, and those that a rejection can select from.
@@ -60,9 +60,8 @@ def conflicts(params: Params) -> Iterator[Problem]:
                 headline,
                 f"Add {level} to vqvae.levels, or remove its prior: -S '~prior@priors.{level}'",
             )
-    entries = max(level.entries for level in levels.values())
-    if params.sample.top_k > entries:
-        yield top_k_problem("sample.top_k", params.sample.top_k, entries)
+    entries = {name: level.entries for name, level in levels.items()}
+    yield from top_k_problems(params.sample, entries, "sample.", "sample.level_rules.")
     yield from _sampling_conflicts(params)
     yield from _smaller_than_workers("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
     for level, prior in priors.items():
@@ -75,13 +74,11 @@ def conflicts(params: Params) -> Iterator[Problem]:
 def _sampling_conflicts(params: Params) -> Iterator[Problem]:
     """Yield problems of the sampling rules of levels."""
     levels = params.vqvae.levels
-    for level, rule in params.sample.level_rules.items():
+    for level in params.sample.level_rules:
         key = f"sample.level_rules.{level}"
         if level not in levels:
             headline = f"sample.level_rules must name levels of vqvae.levels ({', '.join(levels)}), got {level}."
             yield Problem(key, headline, f"Remove {key}, or use one of these names.")
-        elif rule.top_k and rule.top_k > levels[level].entries:
-            yield top_k_problem(f"{key}.top_k", rule.top_k, levels[level].entries)
     for level, prior in params.priors.items():
         guidance = params.sample.rule(level)["guidance"]
         if guidance != 1 and not prior.network.label_dropout:
@@ -137,10 +134,23 @@ def _not_local(key: str, path: str) -> Iterator[Problem]:
         yield Problem(key, f"{key} must be a path without ~, got {path}.", fix)
 
 
-def top_k_problem(key: str, top_k: int, entries: int) -> Problem:
-    """Describe a top-k above the number of entries of the largest codebook."""
-    headline = f"{key} must be at most {entries}, the entries of the largest codebook, got {top_k}."
-    return Problem(key, headline, f"Set {key} to 1 to {entries}, or to 0 to keep all entries.")
+def top_k_problems(
+    sample: SampleConfig, entries: Mapping[str, int], section: str = "", level_section: str = ""
+) -> Iterator[Problem]:
+    """Yield each top-k above the entries of its codebook, or of the largest one if it is of all levels.
+
+    `entries` are those of each level. The sections are prefixes of the keys: none for options of the command line.
+    """
+    largest = max(entries.values())
+    rules = [(f"{section}top_k", sample.top_k, largest, "the largest codebook")]
+    for level, rule in sample.level_rules.items():
+        if level in entries:  # else another problem
+            key = f"{level_section}{level}.top_k"
+            rules.append((key, rule.top_k or 0, entries[level], f"the codebook of {level}"))
+    for key, top_k, limit, codebook in rules:
+        if top_k > limit:
+            headline = f"{key} must be at most {limit}, the entries of {codebook}, got {top_k}."
+            yield Problem(key, headline, f"Set {key} to 1 to {limit}, or to 0 to keep all entries.")
 
 
 def _smaller_than_workers(key: str, batch_size: int, workers: int) -> Iterator[Problem]:

@@ -28,6 +28,7 @@ from stages.inference.sampling_options import apply_options
 from tests.mini_pipeline import MiniPipeline
 
 ROOT = Path(__file__).parents[1]
+ENTRIES = {"top": 16, "bottom": 8}  # of a codebook, by level
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +194,22 @@ def test_options_change_stored_rules_of_levels_as_the_command_line_does():
     """An option of all levels overrides them, rules of levels are added to them, and an empty mapping removes them."""
     stored = SampleConfig(level_rules={"bottom": LevelRule(temperature=0.5, top_k=3)})
     options = {"temperature": 0.9, "top_p": None}
-    config = apply_options(options, stored, entries=16)
+    config = apply_options(options, stored, entries=ENTRIES)
     assert config == sample_command.choose_config(stored, stored.count, (), **options)
     assert config.rule("bottom") == {"temperature": 0.9, "top_k": 3, "top_p": 1.0, "guidance": 1.0}
-    added = apply_options({"level_rules": {"bottom": {"top_k": 5}}}, stored, entries=16)
+    added = apply_options({"level_rules": {"bottom": {"top_k": 5}}}, stored, entries=ENTRIES)
     assert added == sample_command.choose_config(stored, stored.count, (), ["bottom.top_k=5"])
     assert added.level_rules == {"bottom": LevelRule(temperature=0.5, top_k=5)}
-    assert apply_options({}, stored, entries=16) == stored
-    assert apply_options({"level_rules": {}}, stored, entries=16) == SampleConfig()
+    assert apply_options({}, stored, entries=ENTRIES) == stored
+    assert apply_options({"level_rules": {}}, stored, entries=ENTRIES) == SampleConfig()
+
+
+def test_top_k_of_a_level_above_its_codebook_is_refused():
+    """It is compared with the codebook of its level, which may be smaller than the largest one."""
+    options = {"level_rules": {"bottom": {"top_k": 9}}}
+    with pytest.raises(ValueError, match="top_k of bottom must be at most 8, the entries of its codebook, got 9"):
+        apply_options(options, SampleConfig(), entries=ENTRIES)
+    assert apply_options({"top_k": 16}, SampleConfig(), entries=ENTRIES).top_k == 16
 
 
 def test_guidance_of_a_restoration_is_refused(model, pixels):

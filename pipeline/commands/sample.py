@@ -108,7 +108,7 @@ def draw(out: Path, config: SampleConfig, *, seed: int, sheet: Path, model: Path
     """Draw images, write each as a PNG named by its number and class to `out`, and the first ones on a contact sheet.
 
     An earlier draw in `out` is replaced. Raises UserError if `out` or `sheet` holds anything else, the models are
-    missing, or top_k exceeds their codebooks.
+    missing, or a top_k exceeds its codebook.
     """
     require_replaceable(out, KIND)
     _require_sheet(sheet, out)
@@ -116,9 +116,8 @@ def draw(out: Path, config: SampleConfig, *, seed: int, sheet: Path, model: Path
     models = TrainedModels.load(model / "vqvae", model / "priors").to(best_device())
     models.require_drawable(config, where="options" if model == MODEL else str(model))
     labels = choose_labels(models, config)
-    entries = max(grid.entries for grid in models.grids.values())
-    if config.top_k > entries:
-        problem = conflicts.top_k_problem("top_k", config.top_k, entries)
+    entries = {level: grid.entries for level, grid in models.grids.items()}
+    for problem in conflicts.top_k_problems(config, entries):
         raise UserError(problem.headline, where=model / "vqvae", fix=problem.fix, code=2)
     meta = {
         "count": config.count,

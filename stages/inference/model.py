@@ -324,7 +324,7 @@ class Model:
 
     def _apply(self, options: SamplingOptions, defaults: SampleConfig) -> SampleConfig:
         """Return the settings of a draw. Raises errors as `apply_options`, UserError if they do not fit the model."""
-        config = apply_options(options, defaults, entries=max(grid.entries for grid in self.levels.values()))
+        config = apply_options(options, defaults, entries={name: grid.entries for name, grid in self.levels.items()})
         self._models.require_drawable(config, where="sampling options")
         return config
 

@@ -40,12 +40,16 @@ def merge_options(options: Mapping[str, Any], defaults: SampleConfig) -> SampleC
     return dataclasses.replace(defaults, **changes, level_rules=level_rules)
 
 
-def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: int) -> SampleConfig:
-    """Return the settings of a draw: `merge_options` for models whose largest codebook has so many entries.
+def apply_options(options: SamplingOptions, defaults: SampleConfig, *, entries: Mapping[str, int]) -> SampleConfig:
+    """Return the settings of a draw: `merge_options` for models whose codebooks have `entries`, by level.
 
-    Raises errors as `merge_options`, and ValueError if top_k exceeds `entries`.
+    Raises errors as `merge_options`, and ValueError if top_k exceeds the largest codebook, or that of its level.
     """
-    config = merge_options(options, defaults)
-    if config.top_k > entries:
-        raise ValueError(f"top_k must be at most {entries}, the entries of the largest codebook, got {config.top_k}")
+    config, largest = merge_options(options, defaults), max(entries.values())
+    if config.top_k > largest:
+        raise ValueError(f"top_k must be at most {largest}, the entries of the largest codebook, got {config.top_k}")
+    for level, rule in config.level_rules.items():
+        limit = entries.get(level)  # without one, another error names the level
+        if limit is not None and (rule.top_k or 0) > limit:
+            raise ValueError(f"top_k of {level} must be at most {limit}, the entries of its codebook, got {rule.top_k}")
     return config

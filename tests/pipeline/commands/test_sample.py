@@ -107,6 +107,9 @@ def test_top_k_above_the_codebook_size_is_refused(artifacts, tmp_path: Path):
     draw(tmp_path / "out", 1, top_k=entries)
     with pytest.raises(UserError, match=rf"at most {entries}, .* got {entries + 1}\.[\s\S]*to 1 to {entries}, or to 0"):
         draw(tmp_path / "other", 1, top_k=entries + 1)
+    config = SampleConfig(count=1, level_rules={"bottom": LevelRule(top_k=entries + 1)})
+    with pytest.raises(UserError, match=r"bottom\.top_k must be at most .* the codebook of bottom"):
+        sample.draw(tmp_path / "other", config, seed=0, sheet=tmp_path / "other.png")
     assert not (tmp_path / "other").exists()
 
 
