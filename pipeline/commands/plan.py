@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models import cost
+from models.classifier import Classifier
 from models.priors import Grid, build
 from models.vqvae import VQVAE
 from pipeline import params, presets
@@ -29,6 +31,8 @@ from stages.errors import UserError
 from stages.images.listing import Listing, list_images
 from stages.images.overview import count_splits
 from stages.tracking.quantities import format_duration, format_number
+
+STAGE_WIDTH = 14  # characters of the column with the names of stages
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,17 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
 
 
 def _cost_lines(settings: Params, trainings: Sequence[Training], classes: int | None) -> Iterator[str]:
-    yield f"{'stage':<14}{'parameters':>13}{'GFLOP/image':>13}{'training TFLOP':>16}{'checkpoint MB':>15}"
+    width = max(STAGE_WIDTH, *(len(training.stage) + 1 for training in trainings))
+    yield f"{'stage':<{width}}{'parameters':>13}{'GFLOP/image':>13}{'training TFLOP':>16}{'checkpoint MB':>15}"
     for training in trainings:
         yield (
-            f"{training.stage:<14}{training.parameters:>13,}{format_number(training.forward_flops / 1e9, 3):>13}"
+            f"{training.stage:<{width}}{training.parameters:>13,}{format_number(training.forward_flops / 1e9, 3):>13}"
             f"{format_number(training.training_flops / 1e12, 3):>16}{training.checkpoint_bytes / 1e6:>15,.1f}"
         )
     if classes is None:
-        added = ", ".join(f"{prior.parameters_per_class:,} parameters to {prior.stage}" for prior in trainings[1:])
+        added = ", ".join(
+            f"{training.parameters_per_class:,} parameters to {training.stage}" for training in trainings[1:]
+        )
         yield f"classes: unknown and not counted, because the images are missing; each class adds {added}"
     else:
         yield f"classes: {classes}" if classes else "classes: none, because the images have no labels"
@@ -104,9 +111,14 @@ def _time_lines(settings: Params, seconds: Mapping[str, float]) -> Iterator[str]
     processors = f"{cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else f"{cluster.cpus_per_worker:g} CPU"
     yield f"time, measured on this machine for {cluster.workers} x {processors}:"
     for stage, time in seconds.items():
-        yield f"{stage:<14}{format_duration(time):>13}"
-    yield f"{'together':<14}{format_duration(sum(seconds.values())):>13}"
-    yield "Not included: evaluate, and the start of each stage, about 10 seconds."
+        yield f"{stage:<{STAGE_WIDTH}}{format_duration(time):>13}"
+    yield f"{'together':<{STAGE_WIDTH}}{format_duration(sum(seconds.values())):>13}"
+    names = [
+        "evaluate",
+        *(["classifier"] if settings.classifiers else []),
+        *(["reject"] if settings.rejections else []),
+    ]
+    yield f"Not included: {', '.join(names)}, and the start of each stage, about 10 seconds."
     load, num_processors = os.getloadavg()[0], os.cpu_count() or 1
     if load > num_processors + 1:
         busy = f"load {load:.0f} on {num_processors} processors"
@@ -122,7 +134,7 @@ def read_listing(dataset: DatasetConfig) -> Listing | None:
 
 
 def count(settings: Params, classes: int) -> Iterator[Training]:
-    """Yield the cost of the VQ-VAE and then of each prior, for labels of `classes` classes; 0 for no labels."""
+    """Yield the cost of the VQ-VAE, each prior and each classifier. `classes` is 0 for images without labels."""
     size = settings.dataset.image_size
     with torch.device("meta"):
         vqvae, image = VQVAE(settings.vqvae), torch.empty(1, 3, size, size)
@@ -138,18 +150,30 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
             network, larger = build_for(classes=classes), build_for(classes=classes + 1)
             codes, labels = torch.zeros(1, side, side, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         flops = cost.forward_flops(partial(network, codes, coarser_codes, labels if classes else None))
-        parameters, per_class = (
-            cost.count_parameters(network),
-            cost.count_parameters(larger) - cost.count_parameters(network),
-        )
+        parameters, per_class = _parameters(network, larger)
         yield _training(f"prior_{level}", parameters, per_class, flops, prior.train)
         coarser[level], coarser_codes[level] = Grid(entries, side, side), codes
+
+    for name, classifier in settings.classifiers.items():
+        least = max(classes, 1)  # a layer without outputs cannot be initialized
+        with torch.device("meta"):
+            network, larger = (Classifier(classifier.network, number) for number in (least, least + 1))
+        parameters, per_class = _parameters(network, larger)
+        parameters -= (least - classes) * per_class
+        flops = cost.forward_flops(partial(network, image))
+        yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train)
 
 
 def bytes_per_image(settings: Params) -> float:
     """Compute the bytes of an image's codes: log2(K) bits per code, as if all K entries were equally likely."""
     grids = settings.vqvae.grids(settings.dataset.image_size)
     return sum(side**2 * math.log2(settings.vqvae.levels[level].entries) for level, side in grids.items()) / 8
+
+
+def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
+    """Count the parameters of a network, and those that `larger`, the same with one more class, has besides."""
+    parameters = cost.count_parameters(network)
+    return parameters, cost.count_parameters(larger) - parameters
 
 
 def _training(stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig) -> Training:

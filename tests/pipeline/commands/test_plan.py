@@ -1,5 +1,6 @@
 """Tests of `vqvae2 plan`."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import chdir
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from models.classifier import Classifier
+from models.config import ClassifierConfig
 from pipeline import params
 from pipeline.commands import plan
-from stages.config import Params
+from stages.config import ClassifierStageConfig, Params, TrainConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,6 +74,19 @@ def test_missing_images_give_the_cost_per_class(settings, capsys):
         f"{top.parameters_per_class:,} parameters to prior_top, "
         f"{bottom.parameters_per_class:,} parameters to prior_bottom"
     )
+
+
+def test_classifiers_are_counted():
+    """Each class adds a row and a bias to the last layer; a convolution costs the same for any number of classes."""
+    small = ClassifierStageConfig(network=ClassifierConfig(channels=8, halvings=2), train=TrainConfig(10, 8))
+    settings = dataclasses.replace(params.load(ROOT / "params.yaml"), classifiers={"shards": small})
+    *_, training = plan.count(settings, 3)
+    *_, without_classes = plan.count(settings, 0)
+    assert training.stage == "classifier_shards" and training.parameters_per_class == 8 * 2**2 + 1
+    network = Classifier(small.network, 3)
+    assert training.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert without_classes.parameters == training.parameters - 3 * training.parameters_per_class
+    assert training.forward_flops > 0 and training.training_flops > 0
 
 
 def test_unlabeled_images_have_no_classes(settings, capsys):
