@@ -1,16 +1,18 @@
 """Reader of dvc.yaml: the stages of the pipeline with their inputs and outputs, templates resolved as DVC does."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import params
 from stages.errors import UserError
+from stages.formats import artifact
 
 FILE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
+ARTIFACTS = ("artifacts/*", "artifacts/priors/*", "artifacts/classifiers/*")  # patterns of their folders
 PLOTS = "plots/"  # folder of the files that DVC draws
 VERSIONS_STAGE = "result_versions"  # the stage of dvc.yaml that writes what the others depend on in place of their code
 
@@ -101,6 +103,16 @@ def read_lock() -> dict[str, Any]:
     Raises UserError if the file is not valid YAML.
     """
     return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
+
+
+def leftover_artifacts(stages: Iterable[Stage], folder: Path = Path()) -> list[str]:
+    """Return the artifacts of a project that none of its stages writes.
+
+    DVC leaves them when settings remove their stage, such as artifacts/accepted after the last entry of `rejections`.
+    """
+    found = [path.parent for pattern in ARTIFACTS for path in folder.glob(f"{pattern}/{artifact.MANIFEST}")]
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    return [name for name in names if not any(stage.writes(name) for stage in stages)]
 
 
 def find(name: str, stages: Mapping[str, Stage]) -> Stage:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline import activity, dvc, dvc_yaml, locks, params, result_versions, ru
 from pipeline.activity import Activity
 from pipeline.checks.inputs import require_project_outside
 from pipeline.params_drift import warn_drift
-from pipeline.text import format_row, wrap
+from pipeline.text import first_few, format_row, wrap
 from stages.errors import UserError
 
 WATCH_INTERVAL_S = 2.0
@@ -51,14 +51,19 @@ class Status:
 
     holder: str  # the command, or DVC, that uses the project; "" if none does
     rows: list[Row]
+    leftovers: list[str] = field(default_factory=list)  # artifacts that no stage writes
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as JSON values."""
-        return {"in_use_by": self.holder or None, "stages": [row.to_json() for row in self.rows]}
+        rows = [row.to_json() for row in self.rows]
+        return {"in_use_by": self.holder or None, "stages": rows, "leftovers": self.leftovers}
 
     def text(self) -> str:
         """Format the status as lines."""
         lines = [row.text() for row in self.rows]
+        if self.leftovers:
+            names = first_few(self.leftovers)
+            lines.append(wrap(f"Left by stages that params.yaml no longer has: {names}. Delete what you do not need."))
         return "\n".join([*lines, wrap(f"In use by {self.holder}")] if self.holder else lines)
 
     def key(self) -> Any:
@@ -112,7 +117,8 @@ class StatusReader:
                 reasons = [*reasons, pinned]
             rows.append(Row(stage.cli_name, state, reasons, stage_activity))
         owners = [stage_activity.owner for stage_activity in running.values() if stage_activity]
-        return Status(holder or next(iter(owners), self._dvc_holder), rows)
+        leftovers = dvc_yaml.leftover_artifacts(stages.values())
+        return Status(holder or next(iter(owners), self._dvc_holder), rows, leftovers)
 
     def _ask_dvc(self, owners: tuple[Any, ...]) -> None:
         """Ask DVC which stages are out of date. Writes the result versions, which DVC compares."""

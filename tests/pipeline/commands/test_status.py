@@ -129,6 +129,20 @@ def test_interrupted_stage_shows_where_it_resumes(current_project, monkeypatch, 
     assert "interrupted" not in capsys.readouterr().out
 
 
+def test_artifact_without_a_stage_is_listed(current_project, monkeypatch, capsys):
+    """Settings have removed its stage, so it must not be taken for a result of theirs."""
+    for name in ("shards", "accepted", "priors/top", "classifiers/shards"):
+        with artifact.commit_folder(Path("artifacts") / name, "kind", {}):
+            pass
+    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: {})
+    status.show(as_json=True)
+    assert json.loads(capsys.readouterr().out)["leftovers"] == ["artifacts/accepted", "artifacts/classifiers/shards"]
+    status.show(as_json=False)
+    assert "no longer has: artifacts/accepted, artifacts/classifiers/shards." in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_watch_without_a_terminal_prints_each_change_once(capsys):
     """A log file gets no repeated blocks, and JSON is one line each."""
     idle = status.Status("", [status.Row("shard", "out of date", ["it has not run yet"], None)])
