@@ -39,6 +39,7 @@ MUST_BE_NEW = (  # any other file of the user's stays as it is
 )
 DVC_CONFIG = Path(".dvc/config")
 GIT_IDENTITY = "vqvae2"  # author of the first commit, if Git is not configured
+COMMIT_HINT = "commit    the new files, which dvc exp run needs: git add, git commit"  # where Git could not
 
 PRIMARY_CONFIG = """\
 # Defaults of this project. A file in conf/ replaces the file of the same name in the installed vqvae2.

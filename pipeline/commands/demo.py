@@ -45,4 +45,6 @@ def create(folder: Path) -> None:
         new_project.compose(project)
         folder.mkdir(parents=True, exist_ok=True)
         written = new_project.add(project, folder)
-    new_project.initialize_git(folder, written)
+    is_committed = new_project.initialize_git(folder, written)
+    if not is_committed and (folder / ".git").exists():
+        print(new_project.COMMIT_HINT)

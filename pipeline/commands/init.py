@@ -82,7 +82,7 @@ def run(folder: Path, *, data: Path | None, preset: str, gpus: int | None = None
     if data is None:
         print(f"images    put them into {folder / source}, or set `source` in {folder}/conf/dataset/mine.yaml")
     if not is_committed and (folder / ".git").exists():
-        print("commit    the new files, which dvc exp run needs: git add, git commit")
+        print(new_project.COMMIT_HINT)
     print(f"next      cd {shlex.quote(str(folder))} && vqvae2 run")
     return 0
 
