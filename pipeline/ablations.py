@@ -26,6 +26,10 @@ Compose = Callable[[tuple[str, ...]], tuple[dict[str, Any], Params]]  # override
 MIN_STEPS_PER_WARMUP_STEP = 10  # with --steps, at most a tenth of the steps warm up
 
 
+class FrozenStageError(UserError):
+    """Error of a variant that changes the settings of a frozen stage."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """Changes of the base settings."""
@@ -85,12 +89,17 @@ def select(names: Sequence[str], ablations: Mapping[str, Ablation]) -> dict[str,
 
 
 def experiments(
-    ablations: Mapping[str, Ablation], base: Sequence[str], steps: int | None = None
+    ablations: Mapping[str, Ablation],
+    base: Sequence[str],
+    steps: int | None = None,
+    *,
+    leave_out: Callable[["FrozenStageError"], None] | None = None,
 ) -> Iterator[Experiment]:
     """Yield one experiment per variant; variants without changes have the same one.
 
-    `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Raises
-    UserError if the settings of a variant are not valid, or if a variant changes settings of a frozen stage.
+    `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Variants that
+    change settings of a frozen stage are refused, or with `leave_out` passed to it and left out. Raises UserError if the
+    settings of a variant are not valid, FrozenStageError if it is refused.
     """
     compose = cache(compose_settings)  # composing takes a second, and variants share the base
     identities = ExperimentIdentities()
@@ -98,7 +107,14 @@ def experiments(
         base = _merge(base, _step_overrides(compose(tuple(base))[1], steps))
     for ablation_name, ablation in ablations.items():
         for variant_name, variant in ablation.variants.items():
-            yield _experiment(ablation_name, variant_name, variant, base, compose, identities)
+            try:
+                experiment = _experiment(ablation_name, variant_name, variant, base, compose, identities)
+            except FrozenStageError as error:
+                if leave_out is None:
+                    raise
+                leave_out(error)
+            else:
+                yield experiment
 
 
 def _experiment(
@@ -141,13 +157,13 @@ def _require_unchanged_frozen(
     base_params: Mapping[str, Any],
     variant_params: Mapping[str, Any],
 ) -> None:
-    """Raise UserError if a variant changes settings of a frozen stage: DVC does not run it, so nothing would change."""
+    """Raise FrozenStageError if a variant changes settings of a frozen stage: DVC does not run it, so nothing changes."""
     for stage in stages.values():
         changes = [
             key for key in stage.params if params.look_up(base_params, key) != params.look_up(variant_params, key)
         ]
         if stage.frozen and changes:
-            raise UserError(
+            raise FrozenStageError(
                 f"{variant} changes {first_few(changes)}, settings of the stage {stage.cli_name}, which is frozen.",
                 where=dvc_yaml.FILE,
                 fix="Choose other ablations. Or, to train the stage, delete its line `frozen: true`.",

@@ -1,6 +1,7 @@
 """`vqvae2 ablate`: run ablations as DVC experiments, one after another, and write their tables and charts."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ from stages.tracking.tags import git
 def run(names: Sequence[str], *, overrides: Sequence[str], steps: int | None, out: Path, dry_run: bool) -> int:
     """Run the variants that have no finished experiment, then write the page and the tables; return the exit status.
 
-    The base settings are those of params.yaml, or `overrides`. Raises UserError for an unknown ablation, a variant that
-    cannot run on this machine, and a project without Git.
+    The base settings are those of params.yaml, or `overrides`. Without names, variants of a frozen stage are left out.
+    Raises UserError for an unknown ablation, a variant that cannot run in this project or on this machine, and a
+    project without Git.
     """
     _require_commit()
     chosen = ablations.select(names, ablations.read())
     base = list(overrides) or repeating_overrides(params.read())
-    planned = list(ablations.experiments(chosen, base, steps))
+    planned = list(ablations.experiments(chosen, base, steps, leave_out=None if names else _warn_left_out))
     commits = {experiment.name: find_experiment(experiment.name) for experiment in planned}
     if dry_run:
         print(format_plan(planned, commits))
@@ -44,6 +46,10 @@ def run(names: Sequence[str], *, overrides: Sequence[str], steps: int | None, ou
             commits[experiment.name] = find_experiment(experiment.name)
     _write(chosen, planned, commits, base, out)
     return status
+
+
+def _warn_left_out(error: ablations.FrozenStageError) -> None:
+    print(f"left out: {error.what}", file=sys.stderr)
 
 
 def _run_experiment(experiment: Experiment, environment: Mapping[str, str], stage_status: Callable[[], int]) -> int:

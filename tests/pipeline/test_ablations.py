@@ -83,6 +83,11 @@ def test_changes_of_a_frozen_stage_are_refused(tmp_path: Path):
         assert experiments({"tanh": Variant(("priors.top.network.gate=tanh",))})
         with pytest.raises(UserError, match=r"test\.variants\.loss changes vqvae, settings of the stage vqvae"):
             experiments({"loss": Variant(("vqvae.quantizer.mode=loss",))})
+        variants = {"loss": Variant(("vqvae.quantizer.mode=loss",)), "base": Variant()}
+        errors: list[UserError] = []
+        chosen = {"test": Ablation("A claim.", "mse", variants)}
+        (planned,) = ablations.experiments(chosen, SMOKE, leave_out=errors.append)
+        assert planned.variant == "base" and "test.variants.loss changes vqvae" in errors[0].what
 
 
 def test_variant_may_end_after_a_stage():
