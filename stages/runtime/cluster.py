@@ -130,6 +130,18 @@ def connection_error(error: Exception, address: str, is_private: bool) -> UserEr
     )
 
 
+def slow_start_error(error: Exception, folder: Path) -> UserError | None:
+    """Return the error for a private cluster that Ray gave up to start, 30 seconds after its processes; else None."""
+    if "timed out during startup" not in str(error):
+        return None
+    return UserError(
+        "Ray did not start within 30 s on this machine, which may be busy.",
+        where=folder / "session_latest" / "logs",
+        fix="Close other programs, or wait for them, then run the same command again.",
+        code=3,
+    )
+
+
 def set_gloo_interface() -> None:
     """Set GLOO_SOCKET_IFNAME to the network interface that leads to the other nodes, in a worker that just started.
 
@@ -156,14 +168,18 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
 
     if os.environ.get(OTHER_NODES_VARIABLE) == "0":
         _set_gloo_interface(LOOPBACK_ADDRESS, os.environ)
-    _init_ray(
-        address="local",
-        # One spare CPU, because the processes that only coordinate must never wait for the workers.
-        num_cpus=int(config.workers * config.cpus_per_worker) + 1,
-        include_dashboard=False,
-        object_store_memory=RAY_OBJECT_STORE_BYTES,
-        _temp_dir=str(sessions_parent() / "ray"),
-    )
+    folder = sessions_parent() / "ray"
+    try:
+        _init_ray(
+            address="local",
+            # One spare CPU, because the processes that only coordinate must never wait for the workers.
+            num_cpus=int(config.workers * config.cpus_per_worker) + 1,
+            include_dashboard=False,
+            object_store_memory=RAY_OBJECT_STORE_BYTES,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # Ray raises this type itself
+        raise slow_start_error(error, folder) or error from None
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -46,6 +47,14 @@ def test_cluster_of_another_version_is_reported():
     assert re.fullmatch(message, error.what)
     assert (error.where, error.code) == ("RAY_ADDRESS=host:6379", 3)
     assert error.fix == "Install the cluster's versions of Ray and Python here, or this machine's versions there."
+
+
+def test_ray_that_starts_too_slowly_is_explained(tmp_path: Path):
+    """Ray waits for 30 seconds; on a busy machine that is too short. Its other errors stay as they are."""
+    late = Exception("The current node timed out during startup. This could happen because some of the raylet failed")
+    error = cluster.slow_start_error(late, tmp_path)
+    assert error is not None and error.code == 3 and "did not start within 30 s" in error.what
+    assert cluster.slow_start_error(ValueError("num_cpus must be positive"), tmp_path) is None
 
 
 @pytest.mark.ray
