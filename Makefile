@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format docs site build constraints
+.PHONY: help setup demo test test-slow check format docs notebook site build constraints
 
 help:                ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ format: setup        ## Format the code and apply ruff's automatic fixes.
 
 docs: setup          ## Regenerate docs/reference from the code.
 	python docs/reference/generate.py
+
+notebook: setup      ## Run the tutorial's Python on artifacts/, and write docs/tutorial.ipynb with its pictures.
+	python docs/notebook.py .
 
 site: setup          ## Build the pages of docs/ as a site in site/.
 	test -x $(BIN)/zensical || $(BIN)/uv pip install -q -p $(VENV) zensical

@@ -1,10 +1,14 @@
-"""The pages for users hold: Python of the tutorial runs, commands parse, errors and pages exist."""
+"""The pages for users hold: the tutorial's notebook runs, commands parse, errors and pages exist."""
 
+import importlib.util
+import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -13,10 +17,21 @@ from typer.main import get_command
 from pipeline.cli import app
 from tests.mini_pipeline import MiniPipeline
 
+
+def _load(path: Path) -> ModuleType:
+    """Import a script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOTEBOOK = _load(DOCS / "notebook.py")
 STAND_INS = {"N": "1", "...": "x"}  # of numbers and of what a page leaves out
 
 
@@ -39,15 +54,31 @@ def test_commands_parse(page: Path):
             command.make_context(name, arguments)
 
 
-def test_python_of_the_tutorial_runs(finished_pipeline: MiniPipeline, tmp_path: Path):
-    """Block after block, as a reader types them in a project with a finished run."""
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, Any]]:
+    """The cells of the tutorial's notebook."""
+    return list(json.loads((DOCS / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"])
+
+
+def test_notebook_runs_in_a_finished_project(cells, finished_pipeline: MiniPipeline, tmp_path: Path):
+    """Cell after cell, with a picture where the notebook shows one."""
     (tmp_path / "artifacts").symlink_to(finished_pipeline.path("vqvae").parent)
-    blocks = [block for language, block in BLOCK.findall((DOCS / "tutorial.md").read_text()) if language == "python"]
-    namespace: dict[str, object] = {}
     with chdir(tmp_path):
-        for block in blocks:
-            exec(compile(block, "docs/tutorial.md", "exec"), namespace)
-    assert (tmp_path / "first.png").is_file() and len(namespace["variants"]) == 3  # type: ignore[arg-type]
+        executed = NOTEBOOK.run(cells, {})
+    assert [_output_types(cell) for cell in executed] == [_output_types(cell) for cell in cells]
+    assert sum("image/png" in _output_types(cell) for cell in cells) == 5
+
+
+def _output_types(cell: Mapping[str, Any]) -> list[str]:
+    return [name for output in cell.get("outputs", ()) for name in output.get("data", {"text": ""})]
+
+
+def test_notebook_has_the_python_of_the_tutorial(cells):
+    """Its texts and code are those of the page; `make notebook` renews them together with the pictures."""
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    assert [cell["source"] for cell in cells] == [cell["source"] for cell in NOTEBOOK.cells(page)]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code == [block.strip() for language, block in BLOCK.findall(page) if language == "python"]
 
 
 def test_errors_of_troubleshooting_exist():
