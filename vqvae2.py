@@ -18,12 +18,14 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import __name__ as _PIPELINE
 from stages import __name__ as _STAGES
 from stages.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.hub_model import HubModel as HubModel
     from stages.formats.code_table import CodeTable
     from stages.inference.model import Model
     from stages.inference.sampling_options import SamplingOptions
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
 __path__ = [str(Path(__file__).parent)]
 __all__ = ["CodeTable", "Model", "SamplingOptions", "Scores", "UserError", "codes", "load"]
 
-_MODULES = {  # relative to stages: the wheel has it below vqvae2/ (pipeline/wheel.py)
-    "CodeTable": ".formats.code_table",
-    "Model": ".inference.model",
-    "SamplingOptions": ".inference.sampling_options",
-    "Scores": ".inference.scores",
+_MODULES = {  # relative to packages that the wheel has below vqvae2/ (pipeline/wheel.py)
+    "CodeTable": (".formats.code_table", _STAGES),
+    "HubModel": (".hub_model", _PIPELINE),  # not in __all__, since it needs huggingface_hub
+    "Model": (".inference.model", _STAGES),
+    "SamplingOptions": (".inference.sampling_options", _STAGES),
+    "Scores": (".inference.scores", _STAGES),
 }
 
 
@@ -64,4 +67,4 @@ def __getattr__(name: str) -> Any:
     """Import a public class on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name], _STAGES), name)
+    return getattr(importlib.import_module(*_MODULES[name]), name)

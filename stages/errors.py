@@ -12,7 +12,7 @@ EXIT_CODES = {
     5: "a model or a checkpoint is damaged or does not match",
 }
 
-_PACKAGE_OF_EXTRA = {"s3": "dvc-s3"}
+_PACKAGE_OF_EXTRA = {"s3": "dvc-s3", "hub": "huggingface_hub"}
 _CHOOSE_OTHER_NAME = "Choose another name, or remove the existing file."
 _FREE_SPACE = "Free some space, then run the same command again."
 _OS_ERROR_FIXES = {

@@ -6,7 +6,7 @@ Axes: N images, H x W codes of a level, S pixels along each side of an image.
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class Model:
         }
 
     @classmethod
-    def open(cls, folder: Path, *, device: torch.device | str | None = None, name: str = "") -> "Model":
+    def open(cls, folder: Path, *, device: torch.device | str | None = None, name: str = "") -> Self:
         """Load the model of a folder that holds `vqvae/`, and `priors/` if it has any. It is shown as `name`."""
         models = load_parts(folder).to(best_device() if device is None else torch.device(device))
         return cls(folder, models, name)

@@ -11,12 +11,8 @@ from models.config import LevelConfig, VQVAEConfig
 from models.vqvae import VQVAE
 from pipeline.commands import export_graph
 from stages.errors import UserError
-from stages.inference.graphs import write_graph
+from stages.inference.graphs import FORMATS, write_graph
 from tests.mini_pipeline import MiniPipeline
-
-HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
-# ONNX is an extra: where it is not installed, there is nothing to test but the error.
-FORMATS = (".pt2", ".onnx") if HAS_ONNX else (".pt2",)
 
 
 @pytest.fixture(scope="module")
