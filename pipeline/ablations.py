@@ -97,9 +97,9 @@ def experiments(
 ) -> Iterator[Experiment]:
     """Yield one experiment per variant; variants without changes have the same one.
 
-    `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. Variants that
-    change settings of a frozen stage are refused, or with `leave_out` passed to it and left out. Raises UserError if the
-    settings of a variant are not valid, FrozenStageError if it is refused.
+    `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. A variant
+    that changes settings of a frozen stage is refused, or with `leave_out` passed to it and left out. Raises UserError
+    if the settings of a variant are not valid, FrozenStageError if it is refused.
     """
     compose = cache(compose_settings)  # composing takes a second, and variants share the base
     identities = ExperimentIdentities()
@@ -157,7 +157,7 @@ def _require_unchanged_frozen(
     base_params: Mapping[str, Any],
     variant_params: Mapping[str, Any],
 ) -> None:
-    """Raise FrozenStageError if a variant changes settings of a frozen stage: DVC does not run it, so nothing changes."""
+    """Raise FrozenStageError if a variant changes settings of a frozen stage: DVC does not run it."""
     for stage in stages.values():
         changes = [
             key for key in stage.params if params.look_up(base_params, key) != params.look_up(variant_params, key)

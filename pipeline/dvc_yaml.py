@@ -110,8 +110,8 @@ def leftover_artifacts(stages: Iterable[Stage], folder: Path = Path()) -> list[s
 
     DVC leaves them when settings remove their stage, such as artifacts/accepted after the last entry of `rejections`.
     """
-    found = [path.parent for pattern in ARTIFACTS for path in folder.glob(f"{pattern}/{artifact.MANIFEST}")]
-    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    artifacts = [path.parent for pattern in ARTIFACTS for path in folder.glob(f"{pattern}/{artifact.MANIFEST}")]
+    names = sorted(path.relative_to(folder).as_posix() for path in artifacts)
     return [name for name in names if not any(stage.writes(name) for stage in stages)]
 
 

@@ -157,10 +157,10 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
     for name, classifier in settings.classifiers.items():
         least = max(classes, 1)  # a layer without outputs cannot be initialized
         with torch.device("meta"):
-            network, larger = (Classifier(classifier.network, number) for number in (least, least + 1))
-        parameters, per_class = _parameters(network, larger)
+            classifiers = [Classifier(classifier.network, number) for number in (least, least + 1)]
+        parameters, per_class = _parameters(*classifiers)
         parameters -= (least - classes) * per_class
-        flops = cost.forward_flops(partial(network, image))
+        flops = cost.forward_flops(partial(classifiers[0], image))
         yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train)
 
 
