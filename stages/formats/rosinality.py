@@ -137,9 +137,10 @@ def _unreadable(path: Path, reason: str) -> UserError:
 
 def _is_pixelsnail(path: Path) -> UserError:
     return UserError(
-        f"{path.name} is a PixelSNAIL checkpoint, which does not map to the priors of this project: its shifted and "
-        "weight-normalized convolutions, its attention over the input with a background of positions, and its gates "
-        "differ.",
+        f"{path.name} is a PixelSNAIL checkpoint, which does not map to the priors of this project: it reads codes "
+        "without an embedding, both convolutions of its blocks see k x k windows that end before their position, its "
+        "attention reads the input and the output of a block and has no null key, and another network reads the top "
+        "codes.",
         where=path,
         fix="Import the VQ-VAE (vqvae_560.pt) and train priors on its codes: docs/models.md",
         code=2,
