@@ -49,6 +49,7 @@ from stages.images.tensors import to_float, to_uint8
 from stages.mapping.parts import map_parts
 from stages.runtime.context import StageContext
 from stages.runtime.device import best_device
+from stages.runtime.verification import verify_once
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.labelled_batches import LabelledBatch, labelled_data
@@ -79,7 +80,7 @@ def run(
     classes than those of the shards, or if an input is damaged.
     """
     dataset = open_shards(shards)
-    dataset.verify()
+    verify_once(dataset.artifact)
     check_classes(dataset)
     training_folder, is_vqvae = images, artifact.kind(images) == "vqvae"
     if is_vqvae:
@@ -87,7 +88,7 @@ def run(
         write_reconstructions(dataset, images, training_folder, context)
     training_images = open_images(training_folder, dataset)
     if isinstance(training_images, SampleImages):
-        training_images.verify()
+        verify_once(training_images.samples.artifact)
     if not np.any(training_images.labels >= 0):
         raise UserError(
             f"{images.name} must have labelled images to train the classifier on, got none.",

@@ -62,9 +62,11 @@ def run(
         "vqvae": model.digest,
         "shards": images.digest,
     }
-    with artifact.commit_folder(out, KIND, meta) as folder:
+    hashes: dict[str, str] = {}
+    with artifact.commit_folder(out, KIND, meta, hashes) as folder:
         for result in results:
             artifact.link_or_copy(work / result["file"], folder / result["file"])
+            hashes[result["file"]] = artifact.recorded_checksum(work / result["file"])
 
 
 class Encode:
@@ -139,5 +141,5 @@ def _parts(images: Shards, codes: CodesConfig) -> list[dict[str, Any]]:
     parts = []
     for shard in images.shard_refs():
         copies = codes.copies if shard.split == "train" else 1
-        parts.append({"shard": shard._asdict(), "copies": copies, "weight": len(read_shard(shard)) * copies})
+        parts.append({"shard": shard._asdict(), "copies": copies, "weight": shard.images * copies})
     return parts

@@ -44,6 +44,7 @@ from stages.metrics.networks import Network, read_networks
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 from stages.runtime.device import best_device
+from stages.runtime.verification import verify_once
 
 IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
 SAMPLES_PER_FILE = 1024
@@ -70,7 +71,7 @@ def run(
     sample is accepted.
     """
     candidates, dataset = open_samples(samples), open_shards(shards)
-    candidates.artifact.verify()
+    verify_once(candidates.artifact)
     _, critic_artifact = model_file.load_classifier(critic, CRITIC_STAGE)  # fails now rather than on a worker
     check_critic(candidates, critic_artifact)
     results_folder = (context.work_dir / "parts").absolute()

@@ -11,7 +11,7 @@ settings give the same bytes on any number of workers. A rerun skips finished sh
 import csv
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,9 @@ from PIL import ImageColor
 from stages.config import DatasetConfig
 from stages.errors import UserError
 from stages.formats import artifact, curves
+from stages.formats.shard_reports import ReportSummary, ShardReport
 from stages.formats.shards import INDEX, KIND, REJECTED, EncodedImage, IndexRow, write_index, write_shard
+from stages.images.compressed_tar import decompress
 from stages.images.count import format_count
 from stages.images.decode import RejectedImage, decode, encode
 from stages.images.listing import SPLITS, ListedImage, Listing, list_images
@@ -40,39 +42,47 @@ Rejections = list[tuple[str, str]]  # name, reason
 def run(source: Path, out: Path, metrics: Path, *, dataset: DatasetConfig, context: StageContext) -> None:
     """Write the shards. Raises UserError if too many images, or all training images, are rejected."""
     _check_background(dataset)
-    listing = list_images(source, dataset.labels, validation_fraction=dataset.validation_fraction)
+    decompressed = context.work_dir / "source.tar"
+    tar = decompress(source, decompressed, context.reporter.message)
+    listing = list_images(source, dataset.labels, validation_fraction=dataset.validation_fraction, decompressed=tar)
     for line in describe(listing):
         context.reporter.message(line)
 
     work = context.work_dir / "parts"
     parts = _plan(listing, dataset, work)
-    map_parts(WriteShard, (source.absolute(), work.absolute(), dataset), parts, context=context, unit="images")
+    classes, skipped = listing.classes, listing.skipped
+    num_images = len(listing.images)
+    del listing  # takes some hundred bytes per image
+    arguments = (source.absolute(), work.absolute(), dataset, tar and tar.absolute())
+    map_parts(WriteShard, arguments, parts, context=context, unit="images")
 
-    reports = [json.loads(_report_path(work, part["shard"]).read_text("utf-8")) for part in parts]
-    rejected = [(name, reason) for report in reports for name, reason in report["rejected"]]
-    _check_rejected(rejected, len(listing.images), source, dataset)
-    rows = [[IndexRow(*row) for row in report["rows"]] for report in reports]
-    counts = _count(listing, rows, rejected, reports)
+    summary = ReportSummary(classes)
+    for report in _reports(work, parts):
+        summary.add(report)
+    rejected = summary.rejected
+    _check_rejected(rejected, num_images, source, dataset)
+    counts = summary.counts(len(skipped))
     for message in _warnings(counts):
         context.reporter.message(message)
     _check_train_images(counts["images"]["train"], rejected, source)
 
     settings = {name: value for name, value in asdict(dataset).items() if name != "source"}
-    meta = {"image_size": dataset.image_size, "classes": listing.classes, "settings": settings, **counts}
-    with artifact.commit_folder(out, KIND, meta) as folder:
-        for shard in [shard_rows[0].shard for shard_rows in rows if shard_rows]:
+    meta = {"image_size": dataset.image_size, "classes": classes, "settings": settings, **counts}
+    with artifact.commit_folder(out, KIND, meta, summary.hashes) as folder:
+        for shard in summary.hashes:
             artifact.link_or_copy(work / shard, folder / shard)
-        write_index(folder / INDEX, filter(None, rows))
-        _write_rejected(folder / REJECTED, [*listing.skipped, *rejected])
+        write_index(folder / INDEX, (report.rows for report in _reports(work, parts) if report.rows))
+        _write_rejected(folder / REJECTED, [*skipped, *rejected])
 
     curves.write_metrics(metrics, {"images": sum(counts["images"].values())})
+    decompressed.unlink(missing_ok=True)
 
 
 class WriteShard:
     """Mapper that writes one shard per part: decodes, converts and encodes its images."""
 
-    def __init__(self, source: Path, work: Path, dataset: DatasetConfig):
-        self.source, self.work, self.dataset = open_source(source), work, dataset
+    def __init__(self, source: Path, work: Path, dataset: DatasetConfig, decompressed: Path | None):
+        self.source, self.work, self.dataset = open_source(source, decompressed), work, dataset
 
     def __call__(self, part: Mapping[str, Any]) -> dict[str, Any]:
         shard = part["shard"]
@@ -94,7 +104,7 @@ class WriteShard:
         rejected: Rejections = []
         conversions: Counter[str] = Counter()
         extension = "png" if self.dataset.image_format == "png" else "jpg"
-        # Read by location, so that a compressed tar is decompressed only once. Write by key.
+        # Read by location, in the order of the disk. Write by key.
         for key, member_fields, label in sorted(plan["images"], key=lambda image: Member(*image[1]).location):
             member = Member(*member_fields)
             try:
@@ -170,31 +180,9 @@ def _group_into_shards(
             yield number, split, of_split[start : start + images_per_shard]
 
 
-def _count(
-    listing: Listing, rows: list[list[IndexRow]], rejected: Rejections, reports: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Count images per split and class, conversions, and pixel-identical images within and across splits."""
-    images = Counter(row.split for shard in rows for row in shard)
-    labels = Counter((row.split, row.label) for shard in rows for row in shard)
-    splits_by_hash: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in (row for shard in rows for row in shard):
-        splits_by_hash[row.sha256][row.split] += 1
-    conversions: Counter[str] = Counter()
-    for report in reports:
-        conversions.update(report["conversions"])
-    return {
-        "images": {split: images[split] for split in SPLITS},
-        "per_class": {
-            split: {name: labels[split, label] for label, name in enumerate(listing.classes)}
-            for split in SPLITS
-            if images[split] and listing.classes
-        },
-        "rejected": len(rejected),
-        "skipped": len(listing.skipped),
-        "duplicates": sum(splits.total() - 1 for splits in splits_by_hash.values()),
-        "leaked": sum(splits["validation"] for splits in splits_by_hash.values() if splits["train"]),
-        "conversions": dict(sorted(conversions.items())),
-    }
+def _reports(work: Path, parts: list[dict[str, Any]]) -> Iterator[ShardReport]:
+    """Read the reports of all shards, one at a time."""
+    return (ShardReport.read(_report_path(work, part["shard"])) for part in parts)
 
 
 def _check_rejected(rejected: Rejections, images: int, source: Path, dataset: DatasetConfig) -> None:

@@ -28,6 +28,7 @@ from stages.images.tensors import to_float, to_uint8
 from stages.metrics import distortion
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
+from stages.runtime.verification import verify_once
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.image_batches import image_data
@@ -55,7 +56,7 @@ def run(
     Raises UserError if the shards are damaged, if their image size does not fit the levels, or if training fails.
     """
     images = open_shards(shards)
-    images.verify()
+    verify_once(images.artifact)
     try:
         grids = vqvae.grids(images.image_size)
     except ValueError as error:

@@ -16,6 +16,7 @@ from stages.formats.codes import Codes, CodeSet, concatenate, open_codes
 from stages.formats.samples import Samples, open_samples
 from stages.formats.shards import ImageSet, Shards, open_shards
 from stages.metrics.networks import Network
+from stages.runtime.verification import verify_once
 
 # Image sets that are compared with the reference images; the last two are baselines.
 COMPARED_SETS = ("samples", "reconstructions", "random_codes", "shuffled_codes")
@@ -83,7 +84,7 @@ class EvaluationInputs:
                     code=5,
                 )
         # Only the samples are verified here: the other formats verify what they read, as they read it.
-        self.samples.artifact.verify()
+        verify_once(self.samples.artifact)
 
     def images(self, split: str) -> ImageSet:
         return self.shards.split(split)

@@ -126,6 +126,11 @@ def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def recorded_checksum(path: Path) -> str:
+    """Return the hash that `write_checksum` has recorded."""
+    return _checksum_path(path).read_text(encoding="utf-8")
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link a file to `target`; copy it where the file system does not allow that, such as across disks."""
     try:
@@ -135,11 +140,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def commit_folder(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Path]:
+def commit_folder(
+    folder: Path, kind: str, meta: dict[str, Any], hashes: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder to write to; commit it as `folder` when the block ends without an error.
 
-    Replaces an existing `folder`. `meta` is written at the end, so the block may add to it. Raises OSError that names
-    `folder` if the disk is full.
+    Replaces an existing `folder`. `meta` and `hashes` are used at the end, so the block may add to them. `hashes` are
+    the SHA-256 of files that their writer has hashed: these are not read again. Raises OSError that names `folder` if
+    the disk is full.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -147,7 +155,7 @@ def commit_folder(folder: Path, kind: str, meta: dict[str, Any]) -> Iterator[Pat
     try:
         with _full_disk_errors_name(folder):
             yield temporary
-            commit(temporary, folder, kind, meta)
+            commit(temporary, folder, kind, meta, hashes or {})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -169,13 +177,23 @@ def _full_disk_errors_name(path: Path) -> Iterator[None]:
         raise
 
 
-def commit(temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
-    """Write the manifest of the files in `temporary`, then rename `temporary` to `folder`."""
+def commit(
+    temporary: Path, folder: Path, kind: str, meta: Mapping[str, Any], hashes: Mapping[str, str] | None = None
+) -> None:
+    """Write the manifest of the files in `temporary`, then rename `temporary` to `folder`.
+
+    `hashes` are as in `commit_folder`.
+    """
     paths = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name != MANIFEST)
-    files = {}
+    names = [path.relative_to(temporary).as_posix() for path in paths]
     for path in paths:
         fsync(path)
-        files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        digests = pool.map(lambda name: (hashes or {}).get(name) or sha256(temporary / name), names)
+        files = {
+            name: {"bytes": path.stat().st_size, "sha256": digest}
+            for name, path, digest in zip(names, paths, digests, strict=True)
+        }
     manifest = {"format": FORMAT, "kind": kind, "meta": dict(meta), "files": files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     fsync(temporary / MANIFEST)

@@ -17,6 +17,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +116,8 @@ class ShardRef(NamedTuple):
     split: str
     shard: str  # name of the tar
     image_size: int  # pixels
+    row_group: int  # of the index
+    images: int  # rows of the row group
 
 
 @dataclass(frozen=True)
@@ -216,14 +219,24 @@ class Shards:
         return _image_set(self.artifact.folder, self.image_size, rows)
 
     def shard_refs(self) -> list[ShardRef]:
-        """Return one reference per shard, in the order of the index."""
-        # A dict keeps the order of first occurrence, a set would not.
-        shards = dict.fromkeys(zip(self.index["split"].to_pylist(), self.index["shard"].to_pylist(), strict=True))
-        return [ShardRef(str(self.artifact.folder), split, shard, self.image_size) for split, shard in shards]
+        """Return one reference per shard, in the order of the index.
 
-    def verify(self) -> None:
-        """Hash every file. Raises UserError if one differs from the manifest."""
-        self.artifact.verify()
+        Raises UserError if the index does not have one row group per shard.
+        """
+        shards = _dictionary_encode(self.index["shard"])
+        numbers = shards.indices.to_numpy()
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))  # rows where another shard begins
+        counts = np.diff(starts, append=len(numbers)).tolist()
+        names = shards.dictionary.take(pa.array(numbers[starts])).to_pylist()
+        splits = self.index["split"].take(pa.array(starts)).to_pylist()
+        folder = self.artifact.folder
+        metadata = _read_metadata(folder)
+        if counts != [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]:
+            raise _index_error(folder, "must have one row group per shard.")
+        return [
+            ShardRef(str(folder), split, name, self.image_size, row_group, count)
+            for row_group, (split, name, count) in enumerate(zip(splits, names, counts, strict=True))
+        ]
 
 
 def open_shards(folder: Path) -> Shards:
@@ -249,48 +262,89 @@ def open_shards(folder: Path) -> Shards:
     for row in ranges.to_pylist():
         size = shards_artifact.files.get(row["shard"], {"bytes": 0})["bytes"]
         if min(row["offset_min"], row["length_min"]) < 0 or max(row["offset_max"], row["length_max"]) > size:
-            raise UserError(
-                f"{INDEX} lists images outside {printable(row['shard'])}, which has {size} bytes.",
-                where=folder,
-                fix=f"Delete {folder} and run: vqvae2 run --stage {_STAGE}",
-                code=4,
-            )
+            raise _index_error(folder, f"lists images outside {printable(row['shard'])}, which has {size} bytes.")
     return Shards(shards_artifact, index)
 
 
 def read_shard(ref: ShardRef) -> ImageSet:
     """Open the images of one shard. Raises UserError if the index is damaged."""
     folder = Path(ref.folder)
-    return _image_set(folder, ref.image_size, _read_index(folder, [("shard", "=", ref.shard)]))
+    rows = _read_index(folder, ref.row_group)
+    if rows["shard"].unique().to_pylist() != [ref.shard] or len(rows) != ref.images:
+        raise _index_error(folder, f"has other rows than the {ref.images} of {printable(ref.shard)}.")
+    return _image_set(folder, ref.image_size, rows)
 
 
-def _read_index(folder: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
+def _read_index(folder: Path, row_group: int | None = None) -> pa.Table:
+    """Read the index, or one row group of it. Raises UserError if it is damaged."""
     try:
-        table = pq.read_table(folder / INDEX, schema=SCHEMA, filters=filters, page_checksum_verification=True)
-        # Arrow reads a missing column as nulls.
-        if incomplete := [name for name in SCHEMA.names if table[name].null_count]:
+        with pq.ParquetFile(folder / INDEX, metadata=_read_metadata(folder), page_checksum_verification=True) as file:
+            table = file.read() if row_group is None else file.read_row_group(row_group)
+        absent = set(SCHEMA.names) - set(table.schema.names)
+        if incomplete := [name for name in SCHEMA.names if name in absent or table[name].null_count]:
             raise pa.ArrowInvalid(f"it has missing values of {', '.join(incomplete)}")
-        return table
+        return table.select(SCHEMA.names).cast(SCHEMA)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise _index_error(folder, f"cannot be read: {error}") from error
+
+
+def _read_metadata(folder: Path) -> pq.FileMetaData:
+    """Read the footer of the index, once per process while the file stays the same: it grows with the shards."""
+    try:
+        status = (folder / INDEX).stat()
+        return _parse_metadata(folder / INDEX, (status.st_ino, status.st_size, status.st_mtime_ns))
     except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{INDEX} cannot be read: {error}",
-            where=folder,
-            fix=f"Delete {folder} and run: vqvae2 run --stage {_STAGE}",
-            code=4,
-        ) from error
+        raise _index_error(folder, f"cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _parse_metadata(path: Path, state: tuple[int, ...]) -> pq.FileMetaData:
+    """Parse the footer of a file that is in this state, which only identifies the entry of the cache."""
+    return pq.read_metadata(path)
+
+
+def _index_error(folder: Path, problem: str) -> UserError:
+    fix = f"Delete {folder} and run: vqvae2 run --stage {_STAGE}"
+    return UserError(f"{INDEX} {problem}", where=folder, fix=fix, code=4)
 
 
 def _image_set(folder: Path, image_size: int, rows: pa.Table) -> ImageSet:
-    shards = rows["shard"].combine_chunks().dictionary_encode()
-    hashes = np.frombuffer(b"".join(rows["sha256"].to_pylist()), np.uint8).reshape(-1, 32)
+    shards = _dictionary_encode(rows["shard"])
     return ImageSet(
         folder=folder,
         image_size=image_size,
-        keys=np.array(rows["key"].to_pylist(), dtype=np.str_),
+        keys=_fixed_width(rows["key"]),
         labels=rows["label"].to_numpy().astype(np.int64),
         shards=tuple(shards.dictionary.to_pylist()),
         shard=shards.indices.to_numpy(),
         offsets=rows["offset"].to_numpy(),
         lengths=rows["length"].to_numpy(),
-        hashes=hashes,
+        hashes=_hashes(rows["sha256"]),
     )
+
+
+def _dictionary_encode(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Encode strings as the index of their first occurrence."""
+    return column.combine_chunks().dictionary_encode()
+
+
+def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
+    """Convert strings to an array of NumPy's strings, chunk by chunk: a Python object takes 60 bytes."""
+    width = pc.max(pc.utf8_length(column)).as_py() or 1
+    result = np.empty(len(column), dtype=f"U{width}")
+    start = 0
+    for chunk in column.chunks:
+        result[start : start + len(chunk)] = chunk.to_pylist()
+        start += len(chunk)
+    return result
+
+
+def _hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """Convert hashes to an array, (N, 32) uint8."""
+    result = np.empty((len(column), 32), np.uint8)
+    start = 0
+    for chunk in column.chunks:
+        values = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, 32)
+        result[start : start + len(chunk)] = values[chunk.offset : chunk.offset + len(chunk)]
+        start += len(chunk)
+    return result

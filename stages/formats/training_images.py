@@ -29,10 +29,6 @@ class SampleImages:
         samples = self.samples
         return Codes(samples.artifact, samples.levels, samples.classes, samples.vqvae).split("samples", ()).labels
 
-    def verify(self) -> None:
-        """Hash every file. Raises UserError if one differs from the manifest."""
-        self.samples.artifact.verify()
-
     def read(self, position: int) -> np.ndarray:
         """Read an image as (H, W, 3) uint8. Raises UserError if it is missing."""
         return self.samples.images(position, position + 1)[0]

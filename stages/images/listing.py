@@ -55,12 +55,13 @@ class Listing(NamedTuple):
     doubts: tuple[str, ...]  # assumptions that may be wrong
 
 
-def list_images(path: Path, labels: str, *, validation_fraction: float) -> Listing:
+def list_images(path: Path, labels: str, *, validation_fraction: float, decompressed: Path | None = None) -> Listing:
     """List the images of a folder, zip or tar. `labels` and `validation_fraction` are as in DatasetConfig.
 
-    Raises UserError if there are no (training) images, or if the folders or the labels CSV are inconsistent.
+    `decompressed` is the result of `compressed_tar.decompress`. Raises UserError if there are no (training) images, or
+    if the folders or the labels CSV are inconsistent.
     """
-    source = open_source(path)
+    source = open_source(path, decompressed)
     return _list(source, list(source.members()), path, labels, validation_fraction)
 
 

@@ -5,11 +5,8 @@ MAX_FILE_BYTES. So a member named ../x cannot be written outside, links and devi
 decompression bomb costs at most MAX_FILE_BYTES. Names in folders and tars may hold any bytes (surrogateescape).
 """
 
-import bz2
 import difflib
-import gzip
 import io
-import lzma
 import stat
 import struct
 import tarfile
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, Self
 
 from stages.errors import UserError
+from stages.images.compressed_tar import COPY_AGAIN, READ_ERRORS, damaged_tar, decompressor
 
 MAX_FILE_BYTES = 1 << 28  # 256 MiB: larger than any image worth training on
 _MAX_TAR_HEADER_BYTES = 1 << 20  # of a tar's long names, which tarfile reads into memory; real ones have hundreds
@@ -29,7 +27,6 @@ _ZIP64_RECORDS_BYTES = 56 + 20  # end record and locator of a large zip, directl
 _MAX_END_RECORD_BYTES = 22 + 65_535 + _ZIP64_RECORDS_BYTES  # with the longest comment
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 _SET_SOURCE = "Set dataset.source to a folder, a zip or a tar of images."
-_COPY_AGAIN = "Download or copy the file again."
 
 
 class Member(NamedTuple):
@@ -60,8 +57,11 @@ class Source(Protocol):
         """Read at most the first `size` bytes of a file. Raises UnreadableFile if it cannot be read."""
 
 
-def open_source(path: Path) -> Source:
-    """Open a folder, a zip or a tar, plain or compressed. Raises UserError if `path` is none of these."""
+def open_source(path: Path, decompressed: Path | None = None) -> Source:
+    """Open a folder, a zip or a tar, plain or compressed. Raises UserError if `path` is none of these.
+
+    A compressed tar is read from `decompressed`, if given.
+    """
     if not path.exists():
         fix = f"Did you mean {similar}?" if (similar := _similar_path(path)) else _SET_SOURCE
         raise UserError("The source of images does not exist.", where=path, fix=fix, code=2)
@@ -71,7 +71,7 @@ def open_source(path: Path) -> Source:
         raise _not_an_archive(path)
     with path.open("rb") as file:
         signature = file.read(4)
-    return ZipSource(path) if signature[:2] == b"PK" else TarSource(path)
+    return ZipSource(path) if signature[:2] == b"PK" else TarSource(path, decompressed)
 
 
 def _similar_path(path: Path) -> Path | None:
@@ -182,7 +182,7 @@ class ZipSource:
             if expected is not None and (len(self._infos) - expected) % 65_536:
                 raise zipfile.BadZipFile(f"it lists {len(self._infos)} files, not {expected}")
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise UserError(f"The zip is damaged: {error}.", where=path, fix=_COPY_AGAIN, code=4) from None
+            raise UserError(f"The zip is damaged: {error}.", where=path, fix=COPY_AGAIN, code=4) from None
 
     def members(self) -> Iterator[Member]:
         legacy_names = []
@@ -266,16 +266,14 @@ def _stated_entries(file: BinaryIO) -> int | None:
 
 
 class TarSource:
-    """Source of the members of a tar. Read by ascending location, a compressed tar is decompressed only once."""
+    """Source of the members of a tar. Without `decompressed`, a compressed one must be read by ascending location."""
 
     messages: Sequence[str] = ()
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, decompressed: Path | None = None):
         self.path = path
-        with path.open("rb") as file:
-            signature = file.read(6)
-        opener = next((opener for magic, opener in _COMPRESSIONS.items() if signature.startswith(magic)), open)
-        self._file: BinaryIO = opener(path, "rb")  # type: ignore[operator]
+        opener = decompressor(path)
+        self._file: BinaryIO = opener(path, "rb") if opener and not decompressed else (decompressed or path).open("rb")
 
     def members(self) -> Iterator[Member]:
         self._file.seek(0)
@@ -296,12 +294,10 @@ class TarSource:
                     yield Member(name, info.offset_data, info.size, problem)
                 while self._file.read(1 << 20):  # a compressed file is checked against its checksum at its end
                     pass
-        except (tarfile.TarError, ValueError, *_READ_ERRORS) as error:
+        except (tarfile.TarError, ValueError, *READ_ERRORS) as error:
             if not end:
                 raise _not_an_archive(self.path) from None
-            raise UserError(
-                f"The tar is damaged or truncated: {error}.", where=self.path, fix=_COPY_AGAIN, code=4
-            ) from None
+            raise damaged_tar(self.path, error) from None
 
     def read(self, member: Member) -> bytes:
         data = self.read_start(member, member.size)
@@ -313,12 +309,10 @@ class TarSource:
         try:
             self._file.seek(member.location)
             return self._file.read(min(size, member.size))
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             raise UnreadableFile(f"cannot be read from the tar: {error}") from None
 
 
-_COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by first bytes
-_READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _EXTENSION_TYPES = (  # headers whose contents tarfile reads into memory
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,

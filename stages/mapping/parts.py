@@ -51,13 +51,16 @@ def map_parts(
         return []
     results: dict[int, Result] = {}
     weights = [part.get("weight", 1) for part in parts]
+    done, total = 0, sum(weights)  # running, because a sum for each result would grow with the square of the parts
 
     def collect(number: int, result: Result) -> None:
+        nonlocal done
+        done += 0 if number in results else weights[number]
         results[number] = result
-        context.reporter.progress(sum(weights[finished] for finished in results), sum(weights), unit, {})
+        context.reporter.progress(done, total, unit, {})
 
     with cluster.connect_cluster(context.cluster):
-        context.reporter.progress(0, sum(weights), unit, {})
+        context.reporter.progress(0, total, unit, {})
         plan = None
         if context.storage:
             context.storage.check()

@@ -63,11 +63,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_gives_the_bytes_of_its_folder(tmp_path, mode: str):
+    """A compressed one is decompressed once, to a file that is deleted at the end."""
+    run_shard(make(tmp_path / "images", IMAGES), tmp_path)
+    source = tmp_path / "images.tar"
+    with tarfile.open(source, mode) as tar:
+        for folder in ("cat", "dog"):
+            tar.add(tmp_path / "images" / folder, folder)
+    screen = run_shard(source, tmp_path / "tar")
+    assert files_of(tmp_path / "tar/out") == files_of(tmp_path / "out")
+    assert not list(tmp_path.rglob("source.tar")) and not list(tmp_path.rglob(".source.tar*"))
+    assert any("Decompressing images.tar" in message for message in screen.messages) == (mode != "w")
+
+
 def test_every_image_is_written_once_with_its_class(tmp_path):
     """Pixels, classes, splits, counts and shard sizes are as configured."""
     run_shard(make(tmp_path / "images", IMAGES), tmp_path)
     shards = open_shards(tmp_path / "out")
-    shards.verify()
+    shards.artifact.verify()
     train, validation = shards.split("train"), shards.split("validation")
     assert (len(train), len(validation)) == (16, 4) and shards.classes == ("cat", "dog")
     expected = {pixels(seed).tobytes(): seed // 10 for seed in range(20)}

@@ -99,6 +99,32 @@ def test_shard_refs_cover_the_dataset(folder):
     np.testing.assert_array_equal(np.stack(pixels), PIXELS)
 
 
+def test_an_index_with_other_row_groups_is_rejected(folder):
+    """A reference reads one row group, which must be its shard."""
+    table = pq.read_table(folder / shards.INDEX)
+    meta = {"image_size": 8, "classes": []}
+    with artifact.commit_folder(folder.parent / "other", shards.KIND, meta) as other:
+        for path in folder.glob("*.tar"):
+            shutil.copy(path, other)
+        pq.write_table(table, other / shards.INDEX, row_group_size=4, write_page_checksum=True)
+    assert "one row group per shard" in refusal(open_shards(folder.parent / "other").shard_refs)
+
+
+def test_a_reference_to_another_row_group_is_rejected(folder):
+    """A reference of an earlier run must not read the images of another shard."""
+    first, second, _ = open_shards(folder).shard_refs()
+    assert "has other rows" in refusal(lambda: read_shard(first._replace(row_group=second.row_group)))
+    assert "cannot be read" in refusal(lambda: read_shard(first._replace(row_group=3)))
+
+
+def test_a_rewritten_index_is_read_again(folder):
+    """The footer is cached for the file, not for its name."""
+    open_shards(folder).shard_refs()
+    shutil.rmtree(folder)
+    make(folder, PIXELS[::-1])
+    np.testing.assert_array_equal(read_shard(open_shards(folder).shard_refs()[0]).read(0), PIXELS[-1])
+
+
 def _first(images, queue):
     queue.put(images.read(0).tobytes())
 
@@ -200,7 +226,7 @@ def test_a_flipped_bit_in_an_image_is_detected_on_reading(folder):
     message = refusal(lambda: images.read(4))
     assert "000000004" in message and "train-00001.tar" in message and "vqvae2 run --stage shard" in message
     assert (images.read(3) == PIXELS[3]).all() and (images.read(5) == PIXELS[5]).all()
-    assert "train-00001.tar" in refusal(open_shards(folder).verify)
+    assert "train-00001.tar" in refusal(open_shards(folder).artifact.verify)
 
 
 def test_a_flipped_header_bit_loses_no_image(folder):
@@ -210,7 +236,7 @@ def test_a_flipped_header_bit_loses_no_image(folder):
     data[1024 + 150] ^= 4  # inside the second member's header, its checksum
     shard.write_bytes(data)
     np.testing.assert_array_equal(read_all(folder), PIXELS)
-    assert "train-00000.tar" in refusal(open_shards(folder).verify)
+    assert "train-00000.tar" in refusal(open_shards(folder).artifact.verify)
 
 
 def test_swapped_and_foreign_shards_are_detected(folder, tmp_path):
@@ -221,7 +247,7 @@ def test_swapped_and_foreign_shards_are_detected(folder, tmp_path):
     second.write_bytes(original)
     opened = open_shards(folder)
     assert "train-00000.tar" in refusal(lambda: opened.split("train").read(0))
-    assert "train-00000.tar" in refusal(opened.verify)
+    assert "train-00000.tar" in refusal(opened.artifact.verify)
     foreign = make(tmp_path / "foreign", PIXELS[::-1].copy())
     second.write_bytes((foreign / "train-00001.tar").read_bytes())
     assert "train-00001.tar" in refusal(lambda: opened.split("train").read(3))

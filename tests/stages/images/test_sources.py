@@ -14,6 +14,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.images import sources
+from stages.images.compressed_tar import _copy, decompress
 from stages.images.sources import UnreadableFile, open_source, printable
 
 FILES = {
@@ -288,6 +289,34 @@ def test_every_flipped_bit_in_a_compressed_tar_is_detected(tmp_path, mode):
         (tmp_path / "a.tar").write_bytes(damaged)
         with pytest.raises(UserError, match=r"damaged or truncated|not a folder, a zip or a tar"):
             list(open_source(tmp_path / "a.tar").members())
+
+
+def test_a_compressed_tar_is_read_from_its_decompressed_file(tmp_path):
+    """Members and contents are equal; the file is made once, and other sources have none."""
+    path = tar(tmp_path / "a.tgz", {"a.png": b"some", "b.png": b"others"}, "w:gz")
+    messages: list[str] = []
+    decompressed = decompress(path, tmp_path / "work/a.tar", messages.append)
+    assert decompressed == decompress(path, tmp_path / "work/a.tar", messages.append) and len(messages) == 1
+    source, members = open_source(path, decompressed), list(open_source(path).members())
+    assert list(source.members()) == members
+    assert [source.read(member) for member in reversed(members)] == [b"others", b"some"]
+    for other in (tmp_path, tmp_path / "absent", tar(tmp_path / "b.tar", {"a.png": b"one"})):
+        assert decompress(other, tmp_path / "none", messages.append) is None
+
+
+def test_a_tar_that_cannot_be_decompressed_is_rejected(tmp_path):
+    """Damage and a full disk are errors with a fix; no partial file is left."""
+    path = tar(tmp_path / "a.tgz", {"a.png": os.urandom(5000)}, "w:gz")
+    with (
+        Path("/dev/full").open("wb", buffering=0) as full,
+        pytest.raises(UserError, match="cannot be decompressed: No space left") as caught,
+    ):
+        _copy(io.BytesIO(bytes(1 << 20)), full, path, tmp_path / "out.tar")
+    assert str(path) in caught.value.fix
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="damaged or truncated"):
+        decompress(path, tmp_path / "out.tar", print)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tgz"]
 
 
 def test_damage_after_listing_makes_only_that_image_unreadable(tmp_path):
