@@ -27,8 +27,9 @@ from models.sampling import draw
 from models.vqvae import VQVAE
 from stages.config import EvaluateConfig
 from stages.images.tensors import to_uint8
-from stages.metrics.comparisons import COMPARISONS
+from stages.metrics.comparisons import compare
 from stages.metrics.features import FeatureNetwork
+from stages.metrics.networks import read_networks
 
 ENTRIES, BATCH, SIDE = 256, 64, 32
 STRIDES = {"top": 8, "bottom": 4}
@@ -141,11 +142,9 @@ def model_latents(vqvae: VQVAE, training: Grids, validation: Grids, steps: int) 
 def distances(network: FeatureNetwork, reference: Tensor, images: Tensor) -> str:
     """Compare image sets as the report does."""
     features = [network(to_uint8(batch.float().numpy())) for batch in (reference, images)]
-    texts = []
-    for name in ("kid", "frechet"):
-        result = COMPARISONS[name].compute(*features, EvaluateConfig(), 0)
-        texts.append(f"{name} {result[0] if isinstance(result, tuple) else result:.4g}")
-    return ", ".join(texts)
+    values = compare(*features, EvaluateConfig(), 0)
+    (kid, error), frechet = values["kid"], values["frechet"]
+    return f"KID {kid:.4f} ± {error:.4f}, Fréchet distance {frechet:.4g}"
 
 
 def main() -> None:
