@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline import params
 from pipeline.ablation_results import Result
 from pipeline.ablations import Ablation, Experiment
 from stages.evaluation import svg
@@ -57,30 +58,36 @@ def sections(ablations: Mapping[str, Ablation], rows: Sequence[Row]) -> list[Sec
 
 def _section(name: str, ablation: Ablation, rows: Sequence[Row]) -> Section:
     levels = list(dict.fromkeys(level for row in rows for level in row.experiment.settings.vqvae.levels))
-    header = ["variant", *(f"NLL {level}" for level in levels), "bits/pixel", "MSE", "sharpness", "KID", "parameters"]
-    header += ["training TFLOP", "time"]
+    header = ["KID", "Fréchet distance", "precision", "recall", "time"]
+    if not ablation.is_of_sampling:
+        header = [*(f"NLL {level}" for level in levels), "bits/pixel", "MSE", "sharpness", "KID", "parameters"]
+        header += ["training TFLOP", "time"]
     return Section(
         name,
         ablation.claim,
-        header,
-        [[row.experiment.variant, *_cells(row.result, levels)] for row in rows],
+        ["variant", *header],
+        [[row.experiment.variant, *_cells(row.result, levels, ablation, len(header))] for row in rows],
         [", ".join(row.experiment.changes) or "the base settings" for row in rows],
         _chart(name, ablation, rows),
     )
 
 
-def _cells(result: Result | None, levels: Sequence[str]) -> Iterator[str]:
+def _cells(result: Result | None, levels: Sequence[str], ablation: Ablation, columns: int) -> Iterator[str]:
     if result is None:
-        yield from [MISSING] * (len(levels) + 7)
+        yield from [MISSING] * columns
         return
-    for level in levels:
-        yield _number(result.nll.get(level, math.nan), 4)
-    yield _number(result.bits_per_pixel, 4)
-    yield _number(result.mse, 3)
-    yield _number(result.sharpness, 3)
-    yield _number(result.kid, 3)
-    yield f"{result.parameters:,}"
-    yield _number(result.training_flops / 1e12, 3)
+    if ablation.is_of_sampling:
+        for value in (result.kid, result.frechet, result.precision, result.recall):
+            yield _number(value, 3)
+    else:
+        for level in levels:
+            yield _number(result.nll.get(level, math.nan), 4)
+        yield _number(result.bits_per_pixel, 4)
+        yield _number(result.mse, 3)
+        yield _number(result.sharpness, 3)
+        yield _number(result.kid, 3)
+        yield f"{result.parameters:,}"
+        yield _number(result.training_flops / 1e12, 3)
     yield MISSING if math.isnan(result.seconds) else format_duration(result.seconds)
 
 
@@ -89,16 +96,22 @@ def _number(value: float, digits: int) -> str:
 
 
 def _chart(name: str, ablation: Ablation, rows: Sequence[Row]) -> str:
-    """Draw one point per variant: the number `y` of the ablation by training FLOP."""
+    """Draw one point per variant: the number `y` of the ablation by training FLOP, or by its setting `x`."""
     points = {
-        row.experiment.variant: ([row.result.training_flops / 1e12], [row.result.number(ablation.y)])
+        row.experiment.variant: ([_x(ablation, row.experiment, row.result)], [row.result.number(ablation.y)])
         for row in rows
         if row.result is not None and not math.isnan(row.result.number(ablation.y))
     }
     if not points:
         return ""
     label = LABELS.get(ablation.y, ablation.y.replace("_", " "))
-    return svg.line_chart(name, f"{name}: {label}", points, x_label="training TFLOP", y_label=label)
+    return svg.line_chart(name, f"{name}: {label}", points, x_label=ablation.x or "training TFLOP", y_label=label)
+
+
+def _x(ablation: Ablation, experiment: Experiment, result: Result) -> float:
+    if not ablation.x:
+        return result.training_flops / 1e12
+    return float(params.look_up(asdict(experiment.settings), ablation.x))
 
 
 def render(all_sections: Sequence[Section], base: str) -> str:

@@ -45,6 +45,9 @@ class Result:
     sharpness: float  # gradient energy of the reconstructions, divided by that of their images
     kid: float  # of the samples
     seconds: float
+    frechet: float = math.nan  # of the samples, and so are the next two
+    precision: float = math.nan
+    recall: float = math.nan
 
     def number(self, name: str) -> float:
         """Return a number by its name in `Ablation.y`."""
@@ -84,6 +87,7 @@ def read(experiment: Experiment, commit: str) -> Result:
         sharpness=sharpness,
         kid=next((value for name, value in evaluated.items() if name.startswith("kid")), math.nan),
         seconds=measurements.get("seconds", math.nan),
+        **{name: evaluated.get(name, math.nan) for name in ("frechet", "precision", "recall")},
     )
 
 

@@ -47,6 +47,12 @@ class Ablation:
     claim: str
     y: str  # metric on the y axis of the chart, by its name in ablation_results.Result
     variants: Mapping[str, Variant]
+    x: str = ""  # setting on the other axis; "" for training FLOP
+
+    @property
+    def is_of_sampling(self) -> bool:
+        """True if the variants differ in how samples are drawn, and have the same networks."""
+        return self.x.startswith("sample.")
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,24 @@ def test_page_and_tables_have_the_numbers():
     assert "<svg" in page and "vqvae.quantizer.mode=loss" in page
 
 
+def test_curve_over_a_sampling_setting_has_numbers_of_samples():
+    """Its networks are those of the base, so the table has no others; the chart is over the setting."""
+    chosen = ablations.select(["temperature"], ablations.read())
+    planned = list(ablations.experiments(chosen, SMOKE))
+    result = Result(1, 1, {}, 1.0, 0.01, 0.9, 0.2, math.nan, 150.0, 0.4, 0.03)
+    (section,) = ablation_page.sections(chosen, [Row(planned[0], result), *(Row(other, None) for other in planned[1:])])
+    assert list(section.header) == ["variant", "KID", "Fréchet distance", "precision", "recall", "time"]
+    assert section.cells[0] == ["t-1.0", "0.2", "150", "0.4", "0.03", "-"] and section.cells[1][1:] == ["-"] * 5
+    assert "sample.temperature" in section.chart
+
+
+def test_level_is_deleted_with_the_settings_of_a_preset():
+    """The preset of the documented table sets steps of the prior that the variant without a top level deletes."""
+    chosen = {"levels": ablations.read()["levels"]}
+    bottom = list(ablations.experiments(chosen, ["experiment=ablation32"]))[1]
+    assert list(bottom.settings.priors) == ["bottom"]
+
+
 def test_distortion_is_of_one_source():
     """Variants with and without an evaluation are comparable; an imported VQ-VAE has no metrics of a training."""
     trained = {"vqvae": {"psnr": 20.0}}
