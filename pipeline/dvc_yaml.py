@@ -105,6 +105,20 @@ def read_lock() -> dict[str, Any]:
     return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
 
 
+def differences(pipeline: Mapping[str, Any], packaged: Mapping[str, Any]) -> list[str]:
+    """Return the stages of the package's dvc.yaml that a project has not, or has otherwise; "plots" for any plot.
+
+    Further stages and plots are the project's own; `frozen` is its choice.
+    """
+    stages = {
+        name: {key: value for key, value in entry.items() if key != "frozen"}
+        for name, entry in pipeline["stages"].items()
+    }
+    differing = [name for name, entry in packaged["stages"].items() if stages.get(name) != entry]
+    missing_plots = [plot for plot in packaged["plots"] if plot not in pipeline.get("plots", [])]
+    return [*differing, *(["plots"] if missing_plots else [])]
+
+
 def leftover_artifacts(stages: Iterable[Stage], folder: Path = Path()) -> list[str]:
     """Return the artifacts of a project that none of its stages writes.
 

@@ -10,6 +10,8 @@ import stages
 from pipeline import dvc, dvc_yaml, params, process
 from pipeline.checks.check import Answer
 from pipeline.checks.machine import GIB
+from pipeline.conf_layers import PACKAGE_ROOT
+from pipeline.text import first_few
 from stages.errors import UserError
 
 WARN_DISK_BYTES = 5 * GIB  # artifacts, DVC's cache and checkpoints of a small experiment
@@ -116,6 +118,17 @@ def judge_disk(free_bytes: int, folder: Path = Path()) -> Answer:
         )
     text = f"{free_bytes / GIB:.1f} GiB free in {place}"
     return Answer(text, "" if free_bytes >= WARN_DISK_BYTES else "Free some space.")
+
+
+def check_pipeline(environment: Mapping[str, str]) -> Answer:
+    """Check that dvc.yaml has the stages and plots of this package: `vqvae2 init` copied those of its version."""
+    packaged = PACKAGE_ROOT / dvc_yaml.FILE
+    if differing := dvc_yaml.differences(params.read(dvc_yaml.FILE), params.read(packaged)):
+        return Answer(
+            f"{dvc_yaml.FILE} differs from that of the installed vqvae2: {first_few(differing)}",
+            f"Take these over from {packaged}. Stages of your own, and `frozen`, may stay.",
+        )
+    return Answer(f"{dvc_yaml.FILE} has the stages of the installed vqvae2")
 
 
 def check_dvc(environment: Mapping[str, str]) -> Answer:

@@ -25,7 +25,7 @@ def show(*, as_json: bool) -> int:
 
 
 def run_checks(environment: Mapping[str, str] = os.environ) -> list[CheckResult]:
-    """Run all checks of a run, as if every stage were to run, and two that a run makes on the way."""
+    """Run all checks of a run, as if every stage were to run, and three of the project."""
     results = [result_of(name, ask, environment) for name, ask in preflight.MACHINE_CHECKS.items()]
     if any(result.state == "error" for result in results):  # the other checks import the required packages
         return results
@@ -36,6 +36,7 @@ def run_checks(environment: Mapping[str, str] = os.environ) -> list[CheckResult]
         request = Request(params.check(data), str(params.FILE), list(dvc_yaml.stages(data)), environment=environment)
     except UserError:  # an error of the check `settings`
         return results
+    results.append(result_of("pipeline", folder.check_pipeline, environment))
     results.append(result_of("dvc", folder.check_dvc, environment))
     results += [result_of(name, ask, request) for name, ask in preflight.SETTINGS_CHECKS.items()]
     return results

@@ -1,5 +1,6 @@
 """Reader of dvc.yaml."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,14 @@ def test_templates_are_resolved():
     stage = STAGES["prior@top"]
     assert (stage.outs, stage.params) == (("artifacts/priors/top",), ("priors.top", "seed"))
     assert STAGES["shard"].deps == (SETTINGS.dataset.source,)
+
+
+def test_stages_that_differ_from_the_packages_are_listed():
+    """A project keeps the file of the version that made it. Stages of its own and frozen ones are no difference."""
+    packaged = params.read(ROOT / "dvc.yaml")
+    project = copy.deepcopy(packaged)
+    project["stages"] |= {"publish": {"cmd": "true"}, "vqvae": {**project["stages"]["vqvae"], "frozen": True}}
+    assert dvc_yaml.differences(project, packaged) == []
+    project["stages"]["sample"]["deps"].pop()
+    del project["stages"]["evaluate"], project["plots"][0]
+    assert dvc_yaml.differences(project, packaged) == ["sample", "evaluate", "plots"]

@@ -17,7 +17,18 @@ def test_healthy_machine_passes_all_checks(project):
     """The JSON output has every check, and the exit status is 0."""
     done = project.command("doctor", "--json")
     results = {result["name"]: result["state"] for result in json.loads(done.stdout)}
-    required = ("settings", "images", "packages", "dvc", "folder", "permissions", "ray", "mlflow", "storage")
+    required = (
+        "settings",
+        "images",
+        "packages",
+        "pipeline",
+        "dvc",
+        "folder",
+        "permissions",
+        "ray",
+        "mlflow",
+        "storage",
+    )
     assert {results[name] for name in required} == {"ok"}
     assert done.returncode == 0
 
