@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.priors.layers import BlockStyle, GatedBlock
+from models.priors.layers import BlockStyle, GatedBlock, dropout
 
 
 class StrictAttention(nn.Module):
@@ -58,7 +58,7 @@ class StrictAttention(nn.Module):
             attended = self._attend_with_dropout(split_queries, keys, values)
         else:
             if self.training and self.dropout:
-                values = values * F.dropout(torch.ones_like(values[..., :1]), self.dropout)
+                values = values * dropout(torch.ones_like(values[..., :1]), self.dropout, True)
             attended = F.scaled_dot_product_attention(split_queries, keys, values, is_causal=True)
         return self.merge(x, attended.transpose(1, 2).reshape(x.shape))
 
@@ -71,7 +71,7 @@ class StrictAttention(nn.Module):
         """Attend with dropout of single logits or weights of the attention matrix, which this holds in memory."""
         logits = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
         if self.dropout_of == "logits":
-            logits = F.dropout(logits, self.dropout)
+            logits = dropout(logits, self.dropout, True)
         hidden = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).triu(1)
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        return (F.dropout(weights, self.dropout) if self.dropout_of == "weights" else weights) @ values
+        return (dropout(weights, self.dropout, True) if self.dropout_of == "weights" else weights) @ values

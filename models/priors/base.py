@@ -17,7 +17,7 @@ from models.config import PriorConfig
 from models.precision import autocast_disabled
 from models.priors.attention import StrictAttention
 from models.priors.conditioning import ConditioningStack, Grid, Grids
-from models.priors.layers import NO_LABEL, BlockStyle, GatedBlock, RasterConv, vertical
+from models.priors.layers import NO_LABEL, BlockStyle, GatedBlock, RasterConv, elu, vertical
 
 
 class VerticalStack(nn.Module):
@@ -176,7 +176,7 @@ class Prior(nn.Module):
         for output_block in self.output:
             x = output_block(x)
         with autocast_disabled(x.device.type):
-            return self.head(F.elu(x).to(self.head.weight.dtype)).permute(0, 3, 1, 2)
+            return self.head(elu(x).to(self.head.weight.dtype)).permute(0, 3, 1, 2)
 
     def attention_after(self, block: int) -> StrictAttention | None:
         """Return the attention that follows a block, if any."""

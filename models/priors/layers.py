@@ -85,6 +85,28 @@ def embed_labels(embedding: nn.Embedding, labels: Int64[Tensor, " B"]) -> Float[
     return embedding(labels.clamp(min=0)) * (labels != NO_LABEL)[:, None]
 
 
+def elu(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Compute ELU so that its backward pass needs the output only, which the next layer keeps anyway.
+
+    That of F.elu keeps the input as well, and computes all exponentials again.
+    """
+    return F.elu(x.clone(), inplace=True)
+
+
+def dropout(x: Float[Tensor, "*axes"], probability: float, training: bool) -> Float[Tensor, "*axes"]:
+    """Apply dropout; on CPUs with 16 random bits per element, so `probability` is a multiple of 2^-16 there.
+
+    F.dropout draws a number per element on CPUs, and takes twice as long in all.
+    """
+    if not training or not probability:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # fused into one kernel
+        return F.dropout(x, probability)
+    integers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # 64 random bits each
+    bits = integers.view(torch.int16)[: x.numel()].view(x.shape)  # uniform from -2^15 on
+    return x * ((bits >= round(probability * 2**16) - 2**15) / (1 - probability)).to(x.dtype)
+
+
 First = TypeVar("First", RasterConv, nn.Linear)
 
 
@@ -152,12 +174,12 @@ class GatedBlock(nn.Module, Generic[First]):
         condition: Float[Tensor, "B H W D"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B H W C"]:
-        hidden = self.first(F.elu(x))
+        hidden = self.first(elu(x))
         if self.auxiliary is not None and auxiliary is not None:
-            hidden = hidden + self.auxiliary(F.elu(auxiliary))
-        gates = self.second(F.dropout(F.elu(hidden), self.dropout, self.training))
+            hidden = hidden + self.auxiliary(elu(auxiliary))
+        gates = self.second(dropout(elu(hidden), self.dropout, self.training))
         if self.condition is not None:
             gates = gates + self.condition(condition)
         if self.label is not None and labels is not None:
             gates = gates + embed_labels(self.label, labels)[:, None, None]
-        return F.dropout(x + self.gate(gates), self.dropout_after, self.training)
+        return dropout(x + self.gate(gates), self.dropout_after, self.training)
