@@ -81,7 +81,12 @@ class TrainConfig:
 
     steps: int  # optimizer steps, 1 or more
     batch_size: int  # images per step over all workers, at least cluster.workers
-    learning_rate: float = 3e-4  # Adam's learning rate after warm-up, above 0
+    # "adam", as in the paper; "adamw" adds weight decay; "muon" orthogonalizes the updates of hidden layers' matrices,
+    # and leaves the rest to AdamW
+    optimizer: Literal["adam", "adamw", "muon"] = field(default="adam", metadata={NEUTRAL: "adam"})
+    # decoupled weight decay of adamw and muon, relative to the learning rate, 0 or more
+    weight_decay: float = field(default=0.0, metadata={NEUTRAL: 0.0})
+    learning_rate: float = 3e-4  # learning rate after warm-up, above 0
     lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to almost 0 at the last step
     # first steps, in which the learning rate rises linearly from learning_rate / warmup_steps; 0 to steps
     warmup_steps: int = 0
@@ -108,6 +113,14 @@ class TrainConfig:
         if isinstance(self.microbatch, int):
             check_positive(self, "microbatch")
         check_field(self, "learning_rate", self.learning_rate > 0, "above 0, such as 3e-4")
+        check_not_negative(self, "weight_decay")
+        check_field(
+            self,
+            "weight_decay",
+            self.optimizer != "adam" or not self.weight_decay,
+            "0 with optimizer adam",
+            "set optimizer to adamw, or weight_decay to 0",
+        )
         check_not_negative(self, "warmup_steps")
         check_field(
             self,

@@ -1,20 +1,51 @@
-"""Optimizer, its learning-rate schedule, and the tensors of its state that a checkpoint must have."""
+"""Optimizers, their learning-rate schedule, and the tensors of their state that a checkpoint must have."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from stages.config import TrainConfig
+from stages.training.muon import Muon
+
+OUTPUT_LAYERS = ("head", "logits")  # names of the layers that compute logits
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build Adam over all parameters of a network."""
-    return torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+def build_optimizers(network: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Build the optimizers of a network, which together have all of its parameters.
+
+    Muon is for hidden layers: with it, AdamW updates embeddings, biases and the output layer, as its authors advise.
+    """
+    # Fused: one pass over each parameter instead of ten.
+    if config.optimizer == "adam":
+        return [torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)]
+    decay = config.weight_decay
+    matrices = list(hidden_matrices(network)) if config.optimizer == "muon" else []
+    chosen = set(matrices)
+    others = [weight for weight in network.parameters() if weight not in chosen]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr=config.learning_rate, weight_decay=decay))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=decay, fused=True))
+    return optimizers
 
 
-def state_shapes(weight: nn.Parameter) -> dict[str, torch.Size]:
-    """Return the names and shapes of Adam's state of a trained parameter."""
+def hidden_matrices(network: nn.Module) -> Iterator[nn.Parameter]:
+    """Find the weights of linear layers and convolutions, without those of output layers."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in OUTPUT_LAYERS:
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim >= 2:
+            yield weight
+
+
+def state_shapes(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, torch.Size]:
+    """Return the names and shapes of an optimizer's state of a trained parameter."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": weight.shape}
     return {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
 
 

@@ -1,9 +1,9 @@
-"""State of a training run: weights, their moving average (EMA) and the optimizer as one flat dict of tensors.
+"""State of a training run: weights, their moving average (EMA) and the optimizers as one flat dict of tensors.
 
 network.NAME            weights and buffers
 ema.n_averaged          updates of the moving average so far
 ema.module.NAME         averaged weights and buffers; absent without an EMA
-optimizer.INDEX.NAME    optimizer's state of the parameter with this index
+optimizer.INDEX.NAME    state that an optimizer has of the network's parameter with this index
 metrics_since_log       (ranks, numbers) sums of the metrics of the steps after the last logged one
 microbatch              the automatic size of micro-batches; absent with a fixed one
 """
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stages.config import TrainConfig
 from stages.errors import UserError
-from stages.training.optimizer import build_optimizer, state_shapes
+from stages.training.optimizer import build_optimizers, state_shapes
 
 METRICS_SINCE_LOG = "metrics_since_log"
 MICROBATCH = "microbatch"
@@ -34,11 +34,12 @@ class TrainState:
 
 
 class TrainableModel:
-    """A network with its optimizer and, if configured, an EMA copy of its weights."""
+    """A network with its optimizers and, if configured, an EMA copy of its weights."""
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         self.network = network
-        self.optimizer = build_optimizer(network, config)
+        self.optimizers = build_optimizers(network, config)
+        self._index: dict[Tensor, int] = {weight: index for index, weight in enumerate(network.parameters())}
         self.ema_model: AveragedModel | None = None
         if config.ema_decay:
             self.ema_model = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -51,12 +52,13 @@ class TrainableModel:
 
     def apply_gradients(self, learning_rate: float, max_grad_norm: float) -> None:
         """Clip the gradients, take one optimizer step and reset the gradients."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         if max_grad_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def update_ema(self) -> None:
         """Move the EMA copy towards the current weights."""
@@ -66,8 +68,9 @@ class TrainableModel:
     def tensors(self) -> dict[str, Tensor]:
         """Return everything to save, by the names above. The tensors are not copied."""
         tensors = self._weights()
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        for optimizer in self.optimizers:
+            for weight, state in optimizer.state.items():
+                tensors |= {f"optimizer.{self._index[weight]}.{name}": tensor for name, tensor in state.items()}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -79,18 +82,24 @@ class TrainableModel:
         for name, tensor in select_prefix(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for optimizer in self.optimizers:
+            indices = [self._index[weight] for group in optimizer.param_groups for weight in group["params"]]
+            # An optimizer's own state dict counts its parameters from 0.
+            own_state = {number: state[index] for number, index in enumerate(indices) if index in state}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": own_state})
 
     def mismatch(self, saved: Mapping[str, Tensor], num_metrics: int) -> str:
         """Describe how saved tensors differ from what this model needs; "" if names and shapes match.
 
-        A checkpoint with intact files may still lack tensors, and Adam would silently restart its moments.
+        A checkpoint with intact files may still lack tensors, and an optimizer would silently restart its moments.
         """
         saved_shapes = {name: tensor.shape for name, tensor in saved.items() if name != MICROBATCH}
         shapes = {name: tensor.shape for name, tensor in self._weights().items()}
-        for index, weight in enumerate(self.network.parameters()):
-            if weight.requires_grad:
-                shapes |= {f"optimizer.{index}.{name}": shape for name, shape in state_shapes(weight).items()}
+        for optimizer in self.optimizers:
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                if weight.requires_grad:
+                    prefix = f"optimizer.{self._index[weight]}."
+                    shapes |= {prefix + name: shape for name, shape in state_shapes(optimizer, weight).items()}
         # One row per rank of the run that saved it, which may have had another number of ranks.
         shapes[METRICS_SINCE_LOG] = torch.Size([*saved_shapes.get(METRICS_SINCE_LOG, [])[:1], num_metrics])
         names = sorted(
@@ -104,7 +113,7 @@ class TrainableModel:
     def require_gradients(self) -> None:
         """Raise UserError if a trainable parameter has no gradient. Call before the first optimizer step.
 
-        Otherwise no checkpoint would be complete, since Adam has no moments of such a parameter.
+        Otherwise no checkpoint would be complete, since an optimizer has no moments of such a parameter.
         """
         for name, weight in self.network.named_parameters():
             if weight.requires_grad and weight.grad is None:
