@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,14 @@ def connect_cluster(config: ClusterConfig) -> Iterator[None]:
             yield
         return
     runtime_env = {}
-    is_private = PRIVATE_CLUSTER_VARIABLE in os.environ
+    private = is_private()
     try:
         # The token of a private cluster is inherited; asking with it takes half a second.
-        address = check_address(address, ask_with_token=(lambda *_: "") if is_private else None)
+        address = check_address(address, ask_with_token=(lambda *_: "") if private else None)
     except UserError as error:
-        error.fix = RESTART_FIX if is_private else error.fix
+        error.fix = RESTART_FIX if private else error.fix
         raise
-    if not is_private:
+    if not private:
         # Other machines have neither this code nor this environment.
         runtime_env = {
             "py_modules": [str(PACKAGE_ROOT)] if IS_WHEEL else [str(PACKAGE_ROOT / package) for package in CODE],
@@ -102,7 +103,7 @@ def connect_cluster(config: ClusterConfig) -> Iterator[None]:
     try:
         _init_ray(address=address, runtime_env=runtime_env)
     except Exception as error:  # Ray raises many types, with texts that are not meant for users
-        raise connection_error(error, address, is_private) from error
+        raise connection_error(error, address, private) from error
     try:
         check_resources(config)
         yield
@@ -170,20 +171,45 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         _set_gloo_interface(LOOPBACK_ADDRESS, os.environ)
     folder = sessions_parent() / "ray"
     try:
-        _init_ray(
-            address="local",
-            # One spare CPU, because the processes that only coordinate must never wait for the workers.
-            num_cpus=int(config.workers * config.cpus_per_worker) + 1,
-            include_dashboard=False,
-            object_store_memory=RAY_OBJECT_STORE_BYTES,
-            _temp_dir=str(folder),
-        )
+        with _omit_monitors():
+            _init_ray(
+                address="local",
+                # One spare CPU, because the processes that only coordinate must never wait for the workers.
+                num_cpus=int(config.workers * config.cpus_per_worker) + 1,
+                include_dashboard=False,
+                object_store_memory=RAY_OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
     except Exception as error:  # Ray raises this type itself
         raise slow_start_error(error, folder) or error from None
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _omit_monitors() -> Iterator[None]:
+    """Let `ray.init` start neither the log monitor nor the autoscaler's monitor during the block.
+
+    Both are processes that poll for as long as the cluster lives. One forwards output of workers, which is kept off the
+    terminal; the other asks for machines, of which a private cluster has one. `ray start` has options for both, and
+    `ray.init` has not.
+    """
+    import ray
+
+    parameter: Any = ray._private.parameter
+    original = parameter.RayParams
+    parameter.RayParams = partial(original, include_log_monitor=False, no_monitor=True)
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
+
+
+def is_private(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the cluster of a stage is, or would be, one that was started here."""
+    return PRIVATE_CLUSTER_VARIABLE in environment or not environment.get("RAY_ADDRESS")
 
 
 def _init_ray(**options: Any) -> None:
