@@ -43,12 +43,17 @@ class SharedCluster:
     def __enter__(self) -> "SharedCluster":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+    def stop(self) -> None:
+        """End the cluster without waiting for that; no stage runs any more."""
         if self._server:
             assert self._server.stdin
             self._server.stdin.close()
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self.stop()
+        if self._server:
             try:
                 self._server.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:

@@ -193,6 +193,7 @@ def _run_dvc(
                         only=only,
                         pull=pull,
                     )
+                cluster.stop()  # it ends while the rest is recorded
                 _track_cached_stages(outcome, settings, stages, parent[tracker.PARENT_RUN_VARIABLE])
                 if not outcome.stop_signal:
                     require_cached(outcome)
