@@ -28,6 +28,7 @@ from stages.errors import UserError
 from stages.formats import curves
 from stages.formats.flatten import flatten
 from stages.runtime.context import StageContext, work_folder_name
+from stages.runtime.control import start_in_thread
 from stages.tracking import provenance, registry, tracker
 from stages.tracking.mlflow_sync import SUMMARY_STAGE
 
@@ -116,6 +117,8 @@ def _run(name: str, folder: Path) -> None:
 
 
 def _restore(stage: dvc_yaml.Stage, work: Path) -> bool:
+    if not any(map(finished_results.exists, work.parent.glob("*"))):
+        return False  # without asking DVC for its cache, which takes half a second
     cache = dvc.cache_folder()
     return cache is not None and finished_results.restore(stage, work, cache)
 
@@ -139,8 +142,10 @@ def _call(
     data: Mapping[str, Any],
 ) -> None:
     """Call the stage's function with paths and settings, and track it."""
-    os.environ.update(shared_cluster.cluster_environment())
+    # A cluster takes seconds to start, and so do imports. Ray is imported later: it reads the environment.
+    cluster_environment = start_in_thread(shared_cluster.cluster_environment, "cluster")
     function = importlib.import_module(f"{STAGES}.{stage.module}").run
+    os.environ.update(cluster_environment.result())
     parent = os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data)
     start = time.monotonic()
     with tracker.track_stage(

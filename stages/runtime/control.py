@@ -8,13 +8,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 
 POLL_INTERVAL_S = 0.5  # between two looks for new reports
+T = TypeVar("T")
 SHUTDOWN_TIMEOUT_S = 15.0  # for the last reports: a dead cluster may never answer
 
 
@@ -131,6 +133,20 @@ def stop_requested(control: Any) -> Callable[[], bool]:
 
     pending_stop = control.wait_for_stop.remote()
     return lambda: bool(ray.wait([pending_stop], timeout=0)[0])
+
+
+def start_in_thread(call: Callable[[], T], name: str) -> "Future[T]":
+    """Call in a daemon thread, so that the main thread can handle signals and the process can exit."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return future
 
 
 @contextmanager

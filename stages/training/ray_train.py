@@ -5,7 +5,6 @@ without a shared disk, inputs and checkpoints go through the storage, and each w
 """
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -26,6 +25,7 @@ from stages.runtime.control import (
     fail_without_retry,
     forward_reports,
     start_control_actor,
+    start_in_thread,
     stop_requested,
 )
 from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
@@ -40,6 +40,10 @@ SAVE_POLL_INTERVAL_S = 0.1
 COLLECTIVE_TIMEOUT_S = 300  # a rank gives up on its peers after this
 UPLOAD_TIMEOUT_S = 3600  # the same with a storage, where peers may wait for rank 0 to upload a checkpoint
 INPUTS_TIMEOUT_S = 12 * 3600  # until the slowest rank has fetched its inputs from the storage
+# Callbacks of Ray Train that start an actor: for shards of Ray Data, which no stage passes to training; and for the
+# placement groups of a controller that has died, which it asks the dashboard about. A private cluster has no dashboard:
+# there every question fails, each second, and training waits for it at both ends.
+UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 MAX_CONTROLLER_FAILURES = 3  # Ray Train's default restarts a failing controller without limit
 
 # Function of a module that each worker calls with `dist`, `context` and its own arguments by name. It calls loop.train.
@@ -55,7 +59,7 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     config = context.cluster
     with cluster.connect_cluster(config), _ray_storage(context) as storage_settings:
@@ -67,7 +71,7 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
             }
         control = start_control_actor()
         remote_context = replace(context, reporter=RemoteReporter(control))
-        trainer = TorchTrainer(
+        trainer = _trainer_class()(
             worker_main,
             train_loop_config={
                 "train_worker": train_worker,
@@ -93,10 +97,24 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
         )
         try:
             with forward_reports(control, context.reporter):
-                _wait_or_stop(_start_in_thread(trainer.fit), control)
+                _wait_or_stop(start_in_thread(trainer.fit, "fit"), control)
         # RayActorError: the node of the training controller is gone.
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             raise training_error(error, context) from error
+
+
+def _trainer_class() -> Any:
+    """Return Ray's TorchTrainer without the callbacks that start a process and are not needed."""
+    from ray.train.torch import TorchTrainer
+
+    omitted = UNUSED_CALLBACKS if cluster.is_private() else UNUSED_CALLBACKS[:1]
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+            return [callback for callback in callbacks if type(callback).__name__ not in omitted]
+
+    return Trainer
 
 
 def train_or_load(
@@ -152,20 +170,6 @@ def _ray_storage(context: StageContext) -> Iterator[dict[str, Any]]:
     finally:
         with suppress(Exception):  # a few hundred bytes are not worth failing a finished training for
             files.rm(path, recursive=True)
-
-
-def _start_in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Call in a daemon thread, so that the main thread can handle signals and the process can exit."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="fit", daemon=True).start()
-    return future
 
 
 def _wait_or_stop(training: Future[Any], control: Any) -> None:
