@@ -1,7 +1,8 @@
 """Tracking of runs: a run writes to a journal in its work folder, and a thread uploads the journal to MLflow.
 
 Training never waits for MLflow. While a server does not answer, metrics stay in the journal; `sync_runs` uploads them
-later.
+later. In `vqvae2 run`, its process uploads the journals of all stages (pipeline_upload.py); otherwise each stage
+uploads its own.
 
     runs/pipeline/KEY/journal.jsonl                a run of the whole pipeline; resumed if it did not finish
     runs/pipeline/KEY/cached/STAGE/journal.jsonl   a stage that did not run in it, with a link to the run that did
@@ -9,7 +10,6 @@ later.
 """
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,9 @@ from stages.tracking.console import CompositeReporter, ConsoleReporter
 from stages.tracking.journal import JOURNAL_FILE, Journal, resume_or_create_run
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, REPRO_PREFIX, MlflowUploader
+from stages.tracking.pipeline_upload import CACHED, PipelineUploadThread, register_stage
 from stages.tracking.progress_file import ProgressFile
-from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, SyncResult, UploaderFactory, upload_journals
+from stages.tracking.sync_runs import UploaderFactory
 from stages.tracking.upload_thread import DEFAULT_TIMING, UploadThread, UploadTiming
 
 PARENT_RUN_VARIABLE = "VQVAE2_PARENT_RUN"  # environment variable: folder of the pipeline run that a stage belongs to
@@ -73,7 +74,8 @@ def track_stage(
     """
     parent_folder = Path(parent) if isinstance(parent, str) else None
     pipeline_run = UNDESCRIBED_RUN if isinstance(parent, str) else parent
-    configure_mlflow()
+    if not parent_folder:
+        configure_mlflow()
     with ExitStack() as stack:
         screen = screen or stack.enter_context(ConsoleReporter(stage))
         folder = stack.enter_context(resume_or_create_run(work_dir / "tracked", fingerprint))
@@ -89,8 +91,9 @@ def track_stage(
             parent_params=pipeline_run.params,
             parent_tags=run_tags.code_tags() | dict(pipeline_run.tags),
         )
-        parent_uploader = uploader(parent_folder) if parent_folder else None
-        thread = UploadThread(journal, screen, uploader(folder), parent_uploader, timing)
+        if parent_folder:
+            register_stage(parent_folder, stage, folder)
+        thread = UploadThread(journal, screen, None if parent_folder else uploader(folder), timing)
         thread.start()
         with _record_end(
             journal,
@@ -124,27 +127,21 @@ def track_pipeline(
             folder.name, PIPELINE_STAGE, digest, params, {**run_tags.code_tags(), **tags}, inputs={}, parent=""
         )
 
-        def upload(*, failed: bool) -> None:
-            journal.close()
-            configure_mlflow()
-            result = SyncResult()
-            paths = (folder / JOURNAL_FILE, *sorted(folder.glob(f"cached/*/{JOURNAL_FILE}")))
-            thread = threading.Thread(
-                target=upload_journals,
-                args=([path.parent for path in paths], result),
-                kwargs={"uploader": uploader},
-                daemon=True,
-            )
-            thread.start()
-            thread.join(timing.failed_shutdown_timeout_s if failed else timing.shutdown_timeout_s)
-            if result.error or thread.is_alive():
-                with ConsoleReporter(PIPELINE_STAGE) as screen:
-                    screen.message(
-                        f"MLflow has not received all of this run ({result.error or TIMED_OUT}). {SYNC_HINT}"
-                    )
+        thread = PipelineUploadThread(folder, uploader, timing, _show)
+        thread.start()
 
-        with _record_end(journal, upload, tags=run_tags.lock_tag):
+        def finish(*, failed: bool) -> None:
+            journal.close()
+            thread.finish(failed=failed)
+
+        with _record_end(journal, finish, tags=run_tags.lock_tag):
             yield str(folder.resolve())
+
+
+def _show(text: str) -> None:
+    """Print a message about a pipeline run."""
+    with ConsoleReporter(PIPELINE_STAGE) as screen:
+        screen.message(text)
 
 
 def record_cached_stage(
@@ -165,7 +162,7 @@ def record_cached_stage(
 
     `parent` is the folder of the pipeline run, `curves` are (step, name, value). Call it inside `track_pipeline`.
     """
-    folder = Path(parent) / "cached" / stage
+    folder = Path(parent) / CACHED / stage
     if (folder / JOURNAL_FILE).exists():
         return
     journal = Journal(folder)

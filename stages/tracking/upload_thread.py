@@ -28,20 +28,18 @@ class UploadThread(threading.Thread):
     """Thread that uploads a journal every few seconds and samples system metrics into it.
 
     If MLflow does not answer, the run continues: the first failure is shown on `screen`, and the upload is tried again.
+    Without an uploader, another process uploads the journal.
     """
 
     def __init__(
         self,
         journal: Journal,
         screen: Reporter,
-        uploader: MlflowUploader,
-        parent_uploader: MlflowUploader | None = None,
+        uploader: MlflowUploader | None,
         timing: UploadTiming = DEFAULT_TIMING,
     ):
         super().__init__(name="tracking", daemon=True)
         self._journal, self._screen, self._uploader, self._timing = journal, screen, uploader, timing
-        # The pipeline's own process uploads its journal only at the end; until then its stages do.
-        self._parent_uploader = parent_uploader
         self._system_metrics = SystemMetrics(journal)
         self._finishing = threading.Event()
         self._error: Exception | None = None  # of the last upload
@@ -68,7 +66,7 @@ class UploadThread(threading.Thread):
         if not self.is_alive():
             self._journal.close()
         if self._error or self.is_alive():
-            missing = self._uploader.missing_points()
+            missing = self._uploader.missing_points() if self._uploader else 0
             if missing or self._error or not failed:
                 subject = f"{missing} points are" if missing else "The end of this run is"
                 reason = describe_error(self._error)
@@ -82,10 +80,12 @@ class UploadThread(threading.Thread):
             )
 
     def _upload(self) -> None:
+        if not self._uploader:
+            with suppress(OSError):  # the journal reports it when it is closed
+                self._journal.sync()
+            return
         try:
             self._journal.sync()
-            if self._parent_uploader:
-                self._parent_uploader.flush()
             self._uploader.flush()
             self._error = None
         except Exception as error:  # no failure of MLflow may stop the run

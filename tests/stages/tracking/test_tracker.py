@@ -74,6 +74,10 @@ def all_runs(uri=None):
     return store.search_runs([experiment.experiment_id], order_by=["start_time DESC"]) if experiment else []
 
 
+def statuses_of_experiment(name):
+    return [run.info.status for run in all_runs() if run.data.tags.get("experiment") == name]
+
+
 def client(uri=None):
     from mlflow import MlflowClient
 
@@ -362,10 +366,11 @@ def test_pipeline_run_has_its_stages_as_children():
         reporter.metrics({"images": 100.0}, 1)
     producer = stage_runs()[0]
     Path("shard.json").write_text('{"images": 100}')
-    with track_pipeline({"seed": 0, "vqvae.beta": 0.25}, {"experiment": "smoke"}) as parent:
+    timing = UploadTiming(interval_s=0.2)
+    with track_pipeline({"seed": 0, "vqvae.beta": 0.25}, {"experiment": "smoke"}, timing=timing) as parent:
         with track("vqvae", "b" * 64, inputs={"artifacts/shards": "2" * 64}, parent=parent) as reporter:
             reporter.metrics({"mse": 0.5}, 1)
-        assert [run.info.status for run in all_runs() if run.data.tags.get("experiment") == "smoke"] == ["RUNNING"]
+        wait_until(lambda: statuses_of_experiment("smoke") == ["RUNNING"])  # uploaded while the run goes on
         Path("dvc.lock").write_text("after")
         record_cached_stage(
             parent,

@@ -1,0 +1,100 @@
+"""Thread that uploads the journals of a pipeline run and of its stages to MLflow, while the run goes on.
+
+One process uploads for all stages, so no stage imports MLflow, waits for its requests, or waits for an upload at its
+end. Stages are processes that DVC starts; each leaves the place of its journal in the folder of the pipeline run:
+
+    runs/pipeline/KEY/journal.jsonl                the pipeline run
+    runs/pipeline/KEY/stages/STAGE-KEY             relative path to the folder of a stage's journal
+    runs/pipeline/KEY/cached/STAGE/journal.jsonl   a stage that did not run in it
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from stages.formats.artifact import atomic_write
+from stages.tracking.journal import JOURNAL_FILE
+from stages.tracking.mlflow_store import configure_mlflow
+from stages.tracking.mlflow_sync import MlflowUploader
+from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, UploaderFactory, describe_error, describe_failure
+from stages.tracking.upload_thread import UploadTiming
+
+STAGES, CACHED = "stages", "cached"  # folders in that of a pipeline run
+
+
+def register_stage(pipeline_run: Path, stage: str, folder: Path) -> None:
+    """Let the process of the pipeline run upload the journal in a stage's `folder`."""
+    path = pipeline_run / STAGES / f"{stage}-{folder.name}"
+    path.parent.mkdir(exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(os.path.relpath(folder.resolve(), pipeline_run.resolve()), encoding="utf-8")
+
+
+class PipelineUploadThread(threading.Thread):
+    """Thread that uploads every few seconds; after a failure it tries again.
+
+    `show` prints a message: the first failure, and at the end what MLflow does not have.
+    """
+
+    def __init__(self, folder: Path, uploader: UploaderFactory, timing: UploadTiming, show: Callable[[str], None]):
+        super().__init__(name="tracking", daemon=True)
+        self._folder, self._uploader, self._timing, self._show = folder, uploader, timing, show
+        self._uploaders: dict[Path, MlflowUploader] = {}
+        self._finishing = threading.Event()
+        self._error: Exception | None = None  # the first one of the last upload
+        self._warned = False
+
+    def run(self) -> None:
+        # The first upload waits as well: the process that starts DVC must not fork while a thread imports MLflow.
+        while not self._finishing.wait(self._timing.interval_s):
+            self._upload()
+        self._upload(is_last=True)
+
+    def finish(self, *, failed: bool) -> None:
+        """Upload the rest; show what is not uploaded within the timeout.
+
+        `failed` says that the run has failed or was killed. Its own error is then the message to read.
+        """
+        self._finishing.set()
+        timeout_s = self._timing.shutdown_timeout_s
+        if failed or self._error:
+            timeout_s = min(timeout_s, self._timing.failed_shutdown_timeout_s)
+        self.join(timeout_s)
+        if not self._error and not self.is_alive():
+            return
+        reason = TIMED_OUT if self._error is None else describe_error(self._error)
+        missing = sum(uploader.missing_points() for uploader in list(self._uploaders.values()))
+        if missing:
+            self._show(f"{missing} points are not in MLflow yet ({reason}), but saved in runs/. {SYNC_HINT}")
+        else:
+            self._show(f"MLflow has not received all of this run ({reason}). {SYNC_HINT}")
+
+    def _journals(self) -> Iterator[Path]:
+        """Yield the folders of the journals, the pipeline run first: it is created by its own journal."""
+        yield self._folder
+        for path in sorted(self._folder.glob(f"{STAGES}/*-*")):
+            folder = self._folder / path.read_text(encoding="utf-8")
+            if (folder / JOURNAL_FILE).is_file():  # not deleted since an earlier attempt of this run
+                yield folder
+        yield from sorted(path.parent for path in self._folder.glob(f"{CACHED}/*/{JOURNAL_FILE}"))
+
+    def _upload(self, *, is_last: bool = False) -> None:
+        """Upload the new records of every journal. A failure does not stop the rest."""
+        configure_mlflow()
+        first_error = None
+        for folder in self._journals():
+            if self._finishing.is_set() and not is_last:
+                return
+            uploader = self._uploaders.setdefault(folder, self._uploader(folder))
+            try:
+                uploader.flush()
+            except Exception as error:  # no failure of MLflow may stop the run
+                first_error = first_error or error
+        self._error = first_error
+        if first_error and not self._warned and not is_last:
+            self._warned = True
+            self._show(
+                f"{describe_failure(first_error)} The run continues; its metrics are saved and will be sent when "
+                "MLflow accepts them."
+            )
