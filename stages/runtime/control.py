@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 
-POLL_INTERVAL_S = 0.5  # between two looks for new reports
 T = TypeVar("T")
+
+POLL_INTERVAL_S = 0.5  # between two looks for new reports
 SHUTDOWN_TIMEOUT_S = 15.0  # for the last reports: a dead cluster may never answer
 
 

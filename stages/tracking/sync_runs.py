@@ -1,13 +1,13 @@
-"""Upload of the journals of runs that have ended, for `vqvae2 sync-metrics` and at the end of a pipeline run."""
+"""Upload of the journals of runs that have ended, for `vqvae2 sync-metrics`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import UserError
-from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, redact_secrets, try_lock
+from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, read_records, redact_secrets, try_lock
 from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
-from stages.tracking.mlflow_sync import MlflowUploader
+from stages.tracking.mlflow_sync import PIPELINE_STAGE, MlflowUploader
 from stages.tracking.store_check import StoreUnavailableError, check_store, short_reason
 
 UploaderFactory = Callable[..., MlflowUploader]
@@ -23,7 +23,7 @@ class SyncResult:
     """Counts of an upload, and the last error."""
 
     completed_runs: int = 0  # are complete in MLflow
-    active_runs: int = 0  # are still running, and upload their own journals
+    active_runs: int = 0  # are still running, or are stages of a run that is: those upload their journals
     sent_points: int = 0
     missing_points: int = 0  # are still not in MLflow
     error: str = ""
@@ -54,34 +54,37 @@ def sync_runs(runs: Path = Path("runs"), *, uploader: UploaderFactory = MlflowUp
     result = SyncResult()
     for path in sorted(runs.rglob(JOURNAL_FILE)):
         with try_lock(path.parent) as acquired:
-            if not acquired:
+            if not acquired or _is_uploaded_by_its_run(path, runs):
                 result.active_runs += 1
                 continue
             if not end_status(path):
                 journal = Journal(path.parent)
                 journal.end("KILLED", error="The process ended unexpectedly.")
                 journal.close()
-            upload_journals([path.parent], result, recreate_deleted=False, uploader=uploader)
+            _upload_journal(path.parent, result, uploader)
     return result
 
 
-def upload_journals(
-    folders: Sequence[Path],
-    result: SyncResult,
-    *,
-    recreate_deleted: bool = True,
-    uploader: UploaderFactory = MlflowUploader,
-) -> None:
-    """Upload journals one after the other and update `result`. A failure does not stop the rest."""
-    for folder in folders:
-        upload = uploader(folder, recreate_deleted=recreate_deleted)
-        try:
-            upload.flush()
-            result.completed_runs += 1
-        except Exception as error:
-            result.error = describe_error(error)
-        result.sent_points += upload.sent_points
-        result.missing_points += upload.missing_points()
+def _is_uploaded_by_its_run(journal: Path, runs: Path) -> bool:
+    """Return whether a journal is that of a stage of a pipeline run that goes on."""
+    begin, _ = next(read_records(journal), ({}, 0))
+    pipeline_run = runs / PIPELINE_STAGE / (begin.get("parent") or "none")
+    if not pipeline_run.is_dir():
+        return False
+    with try_lock(pipeline_run) as acquired:
+        return not acquired
+
+
+def _upload_journal(folder: Path, result: SyncResult, uploader: UploaderFactory) -> None:
+    """Upload a journal and update `result`. A failure is the last error of the result."""
+    upload = uploader(folder, recreate_deleted=False)
+    try:
+        upload.flush()
+        result.completed_runs += 1
+    except Exception as error:
+        result.error = describe_error(error)
+    result.sent_points += upload.sent_points
+    result.missing_points += upload.missing_points()
 
 
 def describe_failure(error: Exception) -> str:

@@ -71,7 +71,7 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
             }
         control = start_control_actor()
         remote_context = replace(context, reporter=RemoteReporter(control))
-        trainer = _trainer_class()(
+        trainer = trainer_class()(
             worker_main,
             train_loop_config={
                 "train_worker": train_worker,
@@ -103,7 +103,7 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
             raise training_error(error, context) from error
 
 
-def _trainer_class() -> Any:
+def trainer_class() -> Any:
     """Return Ray's TorchTrainer without the callbacks that start a process and are not needed."""
     from ray.train.torch import TorchTrainer
 

@@ -265,10 +265,14 @@ def test_sync_closes_run_of_a_killed_process():
 
 
 def test_sync_skips_active_run():
-    """A running process uploads its own journal."""
+    """A running process uploads its own journal, and that of a pipeline run the journals of its stages."""
     with track():
         result = sync_runs()
         assert (result.active_runs, result.completed_runs) == (1, 0)
+    with track_pipeline({}, {}) as parent:
+        with track("codes", "c" * 64, parent=parent):
+            pass
+        assert sync_runs().active_runs == 2
 
 
 def test_run_deleted_while_it_goes_on_is_reported():

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray.util
 import torch
+from ray.train.torch import TorchTrainer
 
 from models.vqvae import VQVAE
 from stages import vqvae
@@ -21,7 +22,7 @@ from stages.errors import UserError
 from stages.runtime.cluster import connect_cluster
 from stages.runtime.context import Reporter, StageContext
 from stages.training.distributed import DistributedContext
-from stages.training.ray_train import fit, train_or_load
+from stages.training.ray_train import UNUSED_CALLBACKS, fit, train_or_load, trainer_class
 from tests.screen import Screen
 
 pytestmark = pytest.mark.ray
@@ -109,6 +110,25 @@ def test_a_private_cluster_listens_on_the_loopback_interface_only(cluster):
             connections = process.net_connections("tcp")
             addresses |= {socket.laddr.ip for socket in connections if socket.status == psutil.CONN_LISTEN}
     assert addresses and all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in addresses)
+
+
+def test_a_private_cluster_runs_nothing_without_use(cluster):
+    """Ray also starts processes that forward output of workers and that ask a cloud for machines."""
+    lines = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+    assert any("gcs_server" in line for line in lines) and not any("monitor.py" in line for line in lines)
+
+
+def test_training_starts_no_actor_without_use(cluster, monkeypatch):
+    """Ray Train has these callbacks by default, under these names. A cluster of the user keeps the second one."""
+    plain = TorchTrainer(print)._create_default_callbacks()
+    assert {type(callback).__name__ for callback in plain} >= set(UNUSED_CALLBACKS)
+    for address, expected in (("", []), ("host:1", ["PlacementGroupCleanerCallback"])):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        callbacks = [type(callback).__name__ for callback in trainer_class()(print)._create_default_callbacks()]
+        assert [name for name in callbacks if name in UNUSED_CALLBACKS] == expected
 
 
 def test_two_workers_train_what_one_does_and_a_killed_one_is_replaced(cluster, arguments, project, tmp_path: Path):
