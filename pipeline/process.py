@@ -30,6 +30,9 @@ DEFAULTS = {
     HEARTBEAT_TIMEOUT_VARIABLE: str(HEARTBEAT_TIMEOUT_S),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Ray measures the processes of a private cluster once a minute instead of every 5 s, for a dashboard that does not
+    # run.
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 PROJECT_NAME = "vqvae2"  # in pyproject.toml
 # Signals that ask a process to end: from a service manager, Ctrl-C, and a closed terminal.
