@@ -152,7 +152,7 @@ def test_curve_over_a_sampling_setting_has_numbers_of_samples():
 def test_level_is_deleted_with_the_settings_of_a_preset():
     """The preset of the documented table sets steps of the prior that the variant without a top level deletes."""
     chosen = {"levels": ablations.read()["levels"]}
-    bottom = list(ablations.experiments(chosen, ["experiment=ablation32"]))[1]
+    bottom = list(ablations.experiments(chosen, ["experiment=ablation16"]))[1]
     assert list(bottom.settings.priors) == ["bottom"]
 
 
