@@ -1,6 +1,7 @@
 """Defects found by the prior's scores and by the reconstruction error, on validation images with planted defects.
 
     python benchmarks/anomaly.py --model artifacts
+    python benchmarks/anomaly.py --model artifacts --picture anomaly.png    # draw one example per defect instead
 
 Each validation image of the model's shards gets one defect. Prints the area under the ROC curve of each score, for
 telling defective images from intact ones, and defective pixels from the others of the same images. 0.5 is chance.
@@ -26,8 +27,11 @@ from torchmetrics.functional.classification import binary_auroc
 
 import vqvae2
 from stages.formats.shards import open_shards
+from stages.images.contact_sheet import contact_sheet
+from stages.inference.heat_map import draw_heat_maps
 
 RESTORATIONS = 4  # averaged
+EXAMPLES = (3, 40, 90)  # defective image that is drawn of each defect
 VISIBLE_CHANGE = 256  # sum over pixels of the mean difference of the channels, such as 16 pixels by 16 levels
 
 
@@ -113,6 +117,32 @@ def measure(model: vqvae2.Model, images: np.ndarray) -> dict[str, tuple[np.ndarr
     }
 
 
+def draw(model: vqvae2.Model, images: np.ndarray, seed: int) -> bytes:
+    """Draw one example per defect, in rows, as PNG.
+
+    Columns: intact, defective, reconstruction, its error, scores of the codes, restoration, its change.
+    """
+    rows = []
+    for number, defect in enumerate(DEFECTS):
+        defective, _, indices = plant(images, defect, seed)
+        chosen = [EXAMPLES[number] % len(defective)]
+        measured = measure(model, defective[chosen])
+        codes = model.encode(defective[chosen])
+        heat_map = draw_heat_maps(model.score_codes(codes), model.levels)["total"]
+        error, change = (_grey(measured[name][1]) for name in ("reconstruction", "restoration"))
+        reconstruction = model.decode(codes, format="numpy")
+        restored = model.restore(defective[chosen], format="numpy")
+        intact = images[indices[chosen]]
+        rows += [intact, defective[chosen], reconstruction, error, heat_map, restored, change]
+    return contact_sheet(np.concatenate(rows), columns=len(rows) // len(DEFECTS), enlarge=3)
+
+
+def _grey(maps: np.ndarray) -> np.ndarray:
+    """Convert (N, S, S) numbers to grey images, white at the largest of each."""
+    scaled = maps / np.maximum(maps.max((1, 2), keepdims=True), 1e-12)
+    return np.repeat((255 * scaled).astype(np.uint8)[..., None], 3, axis=-1)
+
+
 def area(positives: np.ndarray, negatives: np.ndarray) -> float:
     """Compute the area under the ROC curve."""
     scores = torch.from_numpy(np.concatenate([positives.ravel(), negatives.ravel()]))
@@ -122,15 +152,19 @@ def area(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def main() -> None:
-    """Print a table of areas per defect."""
+    """Print a table of areas per defect, or draw examples."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("artifacts"), help="folder with shards/, vqvae/ and priors/")
     parser.add_argument("--count", type=int, default=1000, help="validation images at most")
     parser.add_argument("--seed", type=int, default=0, help="of the defects")
+    parser.add_argument("--picture", type=Path, help="draw examples to this PNG file, and measure nothing")
     options = parser.parse_args()
     model = vqvae2.load(options.model)
     split = open_shards(model.folder / "shards").split("validation")
     images = np.stack([split.read(position) for position in range(min(options.count, len(split)))])
+    if options.picture:
+        options.picture.write_bytes(draw(model, images, options.seed))
+        return
     intact = measure(model, images)
     print(f"{'defect':10}{'score':18}{'images':>8}{'pixels':>8}")
     for defect in DEFECTS:
