@@ -1,5 +1,8 @@
 """System metrics: load of processors, memory, disk, network and GPUs, under the names that MLflow gives them.
 
+    system/cpu_utilization_percentage          this machine
+    system/NODE/cpu_utilization_percentage     a node of a cluster of several, measured by Ray
+
 MLflow's own monitors read the same numbers from psutil. Importing them imports MLflow, which takes seconds, and a stage
 of `vqvae2 run` needs nothing else of it. Only its monitor of GPUs is used, where NVIDIA's library is installed.
 """
@@ -12,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from stages.runtime.node_metrics import NodeMetrics
 from stages.tracking.journal import SYSTEM_PREFIX, Journal, read_points
 
 SAMPLE_INTERVAL_S = 10.0
@@ -24,6 +28,7 @@ class SystemMetrics:
     def __init__(self, journal: Journal):
         self._journal = journal
         self._gpu_monitor = _gpu_monitor()
+        self._node_metrics = NodeMetrics()
         self._network = psutil.net_io_counters()  # since the machine was booted
         psutil.cpu_percent()  # the next call returns the load since this one
         last_steps = [max(curve) for name, curve in read_points(journal.path).items() if name.startswith(SYSTEM_PREFIX)]
@@ -40,6 +45,7 @@ class SystemMetrics:
             self._gpu_monitor.collect_metrics()
             values |= self._gpu_monitor.aggregate_metrics()
             self._gpu_monitor.clear_metrics()
+        values |= self._node_metrics.take()
         self._journal.metrics({SYSTEM_PREFIX + name: float(value) for name, value in values.items()}, self._step)
         self._step += 1
 

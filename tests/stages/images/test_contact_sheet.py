@@ -32,6 +32,16 @@ def test_small_images_are_enlarged_by_a_whole_factor():
     assert (page[::2, ::2] == image[0]).all() and (page[1::2, 1::2] == image[0]).all()
 
 
+def test_a_large_page_is_reduced_to_four_megapixels():
+    """Blocks of pixels are averaged; a page that is small enough keeps its pixels."""
+    images = np.zeros((8, 1024, 1024, 3), dtype=np.uint8)
+    images[:, ::2] = 100
+    page = _page(contact_sheet(images, 4))
+    assert page.shape == (2 * (512 + 2) + 2, 4 * (512 + 2) + 2, 3)
+    assert page[:, :, 0].size <= 4_000_000 and (page[2:514, 2:514] == 50).all()
+    assert _page(contact_sheet(images[:3], 3)).shape == (1028, 3 * 1026 + 2, 3)
+
+
 def test_equal_images_give_equal_bytes():
     """The PNG depends only on the pixels."""
     images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
