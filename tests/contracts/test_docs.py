@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,16 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def _definitions() -> Iterator[str]:
-    for package in ("pipeline", "stages", "models"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    yield node.name
+@cache
+def _definitions() -> set[str]:
+    """Return the names of all functions and classes."""
+    return {
+        node.name
+        for package in ("pipeline", "stages", "models")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_page_id)
@@ -62,11 +66,11 @@ def test_paths_exist(page):
 def test_functions_exist(page):
     """Each function in code style, such as `train()`, is defined in the code."""
     names = set(re.findall(r"`(\w+)\(\)`", page.read_text(encoding="utf-8")))
-    assert names <= set(_definitions())
+    assert names <= _definitions()
 
 
 @pytest.mark.parametrize("page", ["architecture.md", "glossary.md"])
 def test_classes_exist(page):
     """Each class that the page names, such as `Objective`, is defined in the code."""
     names = set(re.findall(r"`(_?[A-Z][a-z]+[A-Za-z]+)`", (ROOT / "docs" / page).read_text(encoding="utf-8")))
-    assert names and names <= set(_definitions())
+    assert names and names <= _definitions()

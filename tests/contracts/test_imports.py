@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def _source_files() -> Iterator[Path]:
 FILES = tuple(_source_files())
 
 
+@cache
 def _imports(path: Path) -> set[str]:
     """Return the modules that a file imports, also inside functions.
 
@@ -78,6 +80,7 @@ def _imports(path: Path) -> set[str]:
     return modules
 
 
+@cache
 def _imported_files(path: Path) -> set[Path]:
     """Return the files of our packages that a file imports. A package counts only if its __init__.py has content."""
     imported = set()

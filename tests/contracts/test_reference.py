@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -12,7 +13,13 @@ REFERENCE = ROOT / "docs/reference"
 VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*_?")
 
 
-def _environment_names() -> Iterator[str]:
+@cache
+def _environment_names() -> set[str]:
+    """Return the names of environment variables in the code."""
+    return set(_find_environment_names())
+
+
+def _find_environment_names() -> Iterator[str]:
     """Yield names of environment variables: arguments of os.environ, and every text such as "RAY_ADDRESS"."""
     for package in ("pipeline", "stages", "models"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -44,7 +51,7 @@ def test_generated_pages_are_current():
 def test_every_environment_variable_is_documented():
     """Each variable that the code names is in environment.md; a prefix counts if one of its variables is there."""
     text = (REFERENCE / "environment.md").read_text(encoding="utf-8")
-    names = set(_environment_names())
+    names = _environment_names()
     assert {"RAY_ADDRESS", "PYTHONPATH"} <= names
     assert not sorted(name for name in names if f"`{name}" not in text)
 
@@ -52,4 +59,4 @@ def test_every_environment_variable_is_documented():
 def test_every_documented_variable_exists():
     """Each variable of ours in environment.md is named in the code."""
     text = (REFERENCE / "environment.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"VQVAE2_[A-Z0-9_]+", text)) <= set(_environment_names())
+    assert set(re.findall(r"VQVAE2_[A-Z0-9_]+", text)) <= _environment_names()
