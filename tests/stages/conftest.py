@@ -1,5 +1,6 @@
 """Fixtures of the pipeline that runs in this process."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> MiniPipeline:
-    """Artifacts of every stage up to samples. Tests must not change them."""
-    with without_ray():
-        return MiniPipeline.build(tmp_path_factory.mktemp("project"))
+def project(finished_pipeline: MiniPipeline, tmp_path_factory: pytest.TempPathFactory) -> MiniPipeline:
+    """A copy of the finished pipeline, to which tests may add results. They must not change those that it has."""
+    folder = tmp_path_factory.mktemp("project")
+    return MiniPipeline(shutil.copytree(finished_pipeline.folder, folder, dirs_exist_ok=True))
