@@ -15,7 +15,6 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of Jordan et al.: singular values reach 0.7 to 1.2 in few iterations
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7  # a matrix of zeros has no direction
-ADAM_RMS = 0.2  # root mean square of the numbers of Adam's typical update, relative to the learning rate
 
 
 class Muon(torch.optim.Optimizer):
@@ -23,7 +22,8 @@ class Muon(torch.optim.Optimizer):
 
     It differs from torch.optim.Muon in speed: that one orthogonalizes one matrix after another in bfloat16, which takes
     longer than the rest of a step on processors without such arithmetic. This one takes all matrices of one shape at
-    once, in float32. An update is scaled to the size of Adam's, so that both learn at the same learning rate.
+    once, in float32. The root mean square of an update's numbers is the learning rate, as in Adam's first updates, so
+    that one rate suits both; Liu et al. take 0.2 of it.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                     update = self._momentum(weight, group["momentum"]).flatten(1)
                     by_shape.setdefault(update.shape, []).append((weight, update))
             for (rows, columns), pairs in by_shape.items():
-                size = group["lr"] * ADAM_RMS * max(rows, columns) ** 0.5
+                size = group["lr"] * max(rows, columns) ** 0.5  # an orthogonal matrix has the inverse root as its RMS
                 updates = orthogonalize(torch.stack([update for _, update in pairs]))
                 for (weight, _), update in zip(pairs, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
