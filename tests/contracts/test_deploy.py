@@ -20,7 +20,8 @@ PROGRAMS = {  # in place of those of a Slurm cluster
     "srun": 'echo "srun $*" >> "$CALLS"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "hostname": "echo 10.0.0.1 fe80::1",
     "ray": 'echo "ray $*" >> "$CALLS"; echo $$ >> "$CALLS.pids"; exec sleep 60',
-    "python": 'cat > /dev/null; exit "${JOIN_STATUS:-0}"',
+    "python": 'cat > /dev/null; until [[ $(cat "$CALLS.pids" 2> /dev/null | wc -l) == 2 ]]; do sleep 0.05; done; '
+    'exit "${JOIN_STATUS:-0}"',
     "vqvae2": 'echo "vqvae2 $* on $RAY_ADDRESS" >> "$CALLS"; stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"; '
     "$COMMAND & trap 'kill $!; sleep 0.2; exit 143' TERM; wait $!",
 }
