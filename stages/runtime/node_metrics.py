@@ -84,7 +84,8 @@ def read_gauges(page: str) -> dict[str, float]:
     from prometheus_client.parser import text_string_to_metric_families
 
     values = {}
-    for family in text_string_to_metric_families(page):
+    gauges = "\n".join(line for line in page.splitlines() if line.startswith(tuple(GAUGES)))  # of some thousand lines
+    for family in text_string_to_metric_families(gauges):
         for sample in family.samples:
             if sample.name in GAUGES:
                 name, factor = GAUGES[sample.name]

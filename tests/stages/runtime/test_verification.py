@@ -40,6 +40,8 @@ def test_a_verified_artifact_is_not_hashed_again(thing, monkeypatch):
 
 def test_a_file_that_has_just_changed_is_hashed_again(thing, monkeypatch):
     """A clock that ticks every few milliseconds could hide a second change."""
+    changed = thing.path("file").stat().st_ctime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: changed + 1)
     assert hashed(thing, monkeypatch) == ["file"] == hashed(thing, monkeypatch)
 
 
