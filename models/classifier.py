@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.config import ClassifierConfig
+from models.recompute import RecomputableBlock
 
 MAX_GROUPS = 32  # of group normalization, as in its source
 
@@ -48,7 +49,7 @@ class Classifier(nn.Module):
         return F.softmax(self(images).float(), dim=1)
 
 
-class NormalizedBlock(nn.Module):
+class NormalizedBlock(RecomputableBlock):
     """Pre-activation residual block: two 3x3 convolutions, each after normalization and ReLU."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:

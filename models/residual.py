@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.recompute import RecomputableBlock
 
-class ResidualBlock(nn.Module):
+
+class ResidualBlock(RecomputableBlock):
     """Residual block: x + conv1x1(relu(conv3x3(relu(x)))). Source: van den Oord et al. 2017, section 4.1."""
 
     def __init__(self, channels: int, residual_channels: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from models.priors import Grid, Prior, build
+from models.recompute import recompute_activations
 from models.sampling import Sampler
 from models.vqvae import VQVAE
 from stages.config import Params, TrainConfig
@@ -99,6 +100,8 @@ class StageTimer:
         `evaluated` are the images of the splits.
         """
         objective.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.recompute_activations:
+            recompute_activations(objective.network)
         model = TrainableModel(objective.network, config)
         gradients = GradientAccumulator(objective, replace(config, compile=False), seed=0, dist=self.dist)
 

@@ -100,6 +100,9 @@ class TrainConfig:
     # the GPU. null: a worker's whole share of the batch; auto: as many as fit. Another value continues an interrupted
     # training and retrains nothing; results differ by rounding, and with dropout by other draws
     microbatch: int | Literal["auto"] | None = field(default=None, metadata={EXECUTION: True})
+    # compute activations inside of residual and gated blocks again in the backward pass instead of keeping them: much
+    # less memory, about a third more time, and the same result. A change retrains nothing
+    recompute_activations: bool = field(default=False, metadata={EXECUTION: True})
     compile: bool = False  # use torch.compile, which takes about a minute to start; worth it on a GPU
     log_every: int = 10  # steps between logged training metrics, 1 or more
     evaluate_every: int = 500  # steps between evaluations, 1 or more

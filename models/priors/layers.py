@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from models.config import PriorConfig
+from models.recompute import RecomputableBlock
 
 
 class RasterConv(nn.Module):
@@ -132,7 +133,7 @@ def tanh_gate(gates: Float[Tensor, "*B C2"]) -> Float[Tensor, "*B C"]:
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.glu, "tanh": tanh_gate}
 
 
-class GatedBlock(nn.Module, Generic[First]):
+class GatedBlock(RecomputableBlock, Generic[First]):
     """Gated residual block: x + a * sigmoid(b), or with the gate "tanh" x + tanh(a) * sigmoid(b).
 
     (a, b) are the output of two layers, the second of which is 1x1. An auxiliary stream (PixelSNAIL's term) is added

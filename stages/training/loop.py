@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.recompute import recompute_activations
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
@@ -49,6 +50,8 @@ def train(
     has no gradient, or the disk is too small.
     """
     objective.to(dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.recompute_activations:
+        recompute_activations(objective.network)
     model = TrainableModel(objective.network, config)
     resumed = checkpoints.latest()
     start, history = (resumed.step, resumed.history) if resumed is not None else (0, [])

@@ -118,7 +118,7 @@ def test_micro_batches_train_the_same_model(
     tmp_path: Path, arguments, single: dict[str, TrainState], stage: str, microbatch: int
 ):
     """Codebooks learn from the same sums, and dropped levels, candidates and losses are those of the whole batch."""
-    state = train_alone(tmp_path, stage, with_microbatch(stage, arguments[stage], microbatch))
+    state = train_alone(tmp_path, stage, with_settings(stage, arguments[stage], microbatch=microbatch))
     assert max_difference(state, single[stage]) < TOLERANCE
 
 
@@ -126,17 +126,24 @@ def test_two_ranks_with_automatic_micro_batches_train_the_same_model(
     tmp_path: Path, arguments, single: dict[str, TrainState]
 ):
     """The ranks average their gradients without DDP, which cannot compute a step again."""
-    settings = with_microbatch("vqvae", arguments["vqvae"], "auto")
+    settings = with_settings("vqvae", arguments["vqvae"], microbatch="auto")
     assert max_difference(train(tmp_path, "vqvae", settings, 2), single["vqvae"]) < TOLERANCE
 
 
-def with_microbatch(stage: str, arguments: dict[str, Any], microbatch: Any) -> dict[str, Any]:
-    """Return a stage's arguments with another micro-batch."""
+@pytest.mark.parametrize("stage", TRAIN_WORKERS)
+def test_recomputed_activations_change_no_bit(tmp_path: Path, arguments, single: dict[str, TrainState], stage: str):
+    """Weights, moments, codebooks and curves."""
+    state = train_alone(tmp_path, stage, with_settings(stage, arguments[stage], recompute_activations=True))
+    assert state.history == single[stage].history
+    assert all(torch.equal(state.tensors[name], tensor) for name, tensor in single[stage].tensors.items())
+
+
+def with_settings(stage: str, arguments: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Return a stage's arguments with other settings of its training."""
     if stage == "vqvae":
-        return arguments | {"train_vqvae": dataclasses.replace(arguments["train_vqvae"], microbatch=microbatch)}
+        return arguments | {"train_vqvae": dataclasses.replace(arguments["train_vqvae"], **settings)}
     prior = arguments["prior"]
-    train_config = dataclasses.replace(prior.train, microbatch=microbatch)
-    return arguments | {"prior": dataclasses.replace(prior, train=train_config)}
+    return arguments | {"prior": dataclasses.replace(prior, train=dataclasses.replace(prior.train, **settings))}
 
 
 def test_one_or_two_ranks_resume_what_two_ranks_began(tmp_path: Path, arguments, single: dict[str, TrainState]):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,6 @@ from stages.training.distributed import CheckpointMismatch, DistributedContext, 
 from stages.training.loop import TrainingStopped, train
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import MetricSums, Objective, StepResult, TrainingData
-from stages.training.optimizer import learning_rate
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
 from stages.training.state import TrainState
 
@@ -337,11 +335,3 @@ def test_images_per_second_exclude_evaluation(tmp_path: Path, monkeypatch: pytes
         seed=0, dist=DistributedContext(), checkpoints=Checkpoints(tmp_path, "print", keep=3), reporter=RateRecorder(),
     )  # fmt: skip
     assert rates == [4.0] * 10
-
-
-def test_the_learning_rate_rises_then_falls_almost_to_zero():
-    """Linear warm-up, then half a cosine."""
-    rates = [learning_rate(CONFIG, step) for step in range(20)]
-    assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4])
-    assert all(later < earlier for earlier, later in pairwise(rates[3:]))
-    assert rates[-1] < 0.02 * CONFIG.learning_rate

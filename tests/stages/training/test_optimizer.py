@@ -1,6 +1,7 @@
 """Optimizers: updates equal torch's own, every parameter has one optimizer, and runs resume bit-identical."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models.config import PriorConfig
 from models.priors import Grid, build
 from stages.config import TrainConfig
 from stages.training.muon import Muon, orthogonalize
-from stages.training.optimizer import build_optimizers
+from stages.training.optimizer import build_optimizers, learning_rate
 from stages.training.state import TrainableModel
 
 ADAM = TrainConfig(steps=20, batch_size=4, learning_rate=0.01, ema_decay=0.9)
@@ -142,3 +143,12 @@ def test_weight_decay_with_adam_is_refused():
     """Adam of the paper has none, and would ignore the setting."""
     with pytest.raises(ValueError, match=r"weight_decay must be 0 with optimizer adam, got 0\.1"):
         dataclasses.replace(ADAM, weight_decay=0.1)
+
+
+def test_the_learning_rate_rises_then_falls_almost_to_zero():
+    """Linear warm-up, then half a cosine."""
+    config = TrainConfig(steps=20, batch_size=4, lr_schedule="cosine", warmup_steps=3)
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4])
+    assert all(later < earlier for earlier, later in pairwise(rates[3:]))
+    assert rates[-1] < 0.02 * config.learning_rate
