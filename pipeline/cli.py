@@ -198,8 +198,9 @@ def plan(
 ) -> None:
     """Estimate the cost of a run before it starts, and recommend a preset.
 
-    Counts the parameters, FLOPs and checkpoint bytes of each network without computing anything. The preset depends on
-    the size and number of images, and on the GPUs of this machine.
+    Counts the parameters, FLOPs and checkpoint bytes of each network without computing anything. If the cluster has
+    GPUs, it also counts the memory that training needs on each, and which micro-batch fits 24, 40 and 80 GB. The preset
+    depends on the size and number of images, and on the GPUs of this machine.
 
     Example:  vqvae2 plan -S dataset=folder -S dataset.source=path/to/images -S dataset.image_size=64
 

@@ -1,6 +1,7 @@
 """`vqvae2 plan`: parameters, FLOPs and bytes of a run, the preset that fits the images, and the time of each stage.
 
-Costs are counted on the meta device without computing anything; times are measured on request (pipeline/measure.py).
+Costs are counted without computing anything, and for GPUs also the memory of training. Times are measured on request
+(pipeline/measure.py).
 
 A level has a grid of side x side codes; side**2 codes per image.
 """
@@ -20,7 +21,7 @@ from models import cost
 from models.classifier import Classifier
 from models.priors import Grid, build
 from models.vqvae import VQVAE
-from pipeline import params, presets
+from pipeline import params, presets, training_memory
 from pipeline.checks.machine import gpu_count
 from pipeline.compose import compose_settings
 from pipeline.composed_from import describe_source
@@ -63,6 +64,7 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
     images = count_splits(listing) if listing is not None else None
     num_train_images = images["train"] if images is not None else None
     advice = presets.try_advise(data, settings, gpus=gpu_count(), num_train_images=num_train_images)
+    memories = training_memory.count_all(settings, classes or 0) if settings.cluster.gpus_per_worker else None
     seconds = measure_stages(settings, listing, classes or 0) if measure else None
     if as_json:
         result = {
@@ -74,9 +76,14 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
             "fits": advice.fit.fits if advice else None,
             "recommended": advice.command if advice else None,
         }
+        if memories is not None:
+            result["memory"] = [memory.to_json() for memory in memories]
         print(json.dumps(result | ({"seconds": seconds} if seconds is not None else {}), indent=1))
         return 0
     print("\n".join(_cost_lines(settings, trainings, classes)))
+    if memories is not None:
+        for line in training_memory.lines(memories):  # counting takes seconds for each large network
+            print(line, flush=True)
     if advice is not None:
         print("\n".join(advice.lines()))
     if seconds is not None:

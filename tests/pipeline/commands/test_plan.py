@@ -43,7 +43,7 @@ def printed_plan(capsys: pytest.CaptureFixture[str]) -> dict:
 
 def test_paper_model_has_its_size(project):
     """The VQ-VAE of the paper's ImageNet run, without images and without computing anything."""
-    done = project.command("plan", "-S", "experiment=imagenet256", "--json")
+    done = project.command("plan", "-S", "experiment=imagenet256", "-S", "cluster=local", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["trainings"][0]["stage"] == "vqvae" and result["trainings"][0]["parameters"] == 1_782_339
