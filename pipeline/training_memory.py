@@ -39,7 +39,7 @@ class TrainingMemory:
     stage: str
     weights: int  # parameters and buffers, which include the codebooks
     gradients: int  # with DDP's copy for the exchange, if there are several workers
-    optimizer: int  # Adam's two moments
+    optimizer: int  # Adam's two moments; Muon has one of its weights, so this is an upper bound
     ema: int  # averaged weights
     first_image: int  # activations of a micro-batch of one image
     next_image: int  # activations of each further image
