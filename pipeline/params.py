@@ -200,7 +200,11 @@ def _merge_unions(errors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for error in errors:
         location = tuple(error["loc"])
-        if re.fullmatch(r"int|literal\[.*\]", str(location[-1])) and _key(location[:-1]) in _keys(Params, ""):
+        if (
+            location
+            and re.fullmatch(r"int|literal\[.*\]", str(location[-1]))
+            and _key(location[:-1]) in _keys(Params, "")
+        ):
             rule = error["msg"].removeprefix("Input should be ")
             error["loc"] = location[:-1]
             if previous := merged.get(location[:-1]):

@@ -46,6 +46,7 @@ class Checkpoints:
         self.storage = storage
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}  # of the state that is being written, reused for the next one
 
     @classmethod
     def for_stage(cls, context: StageContext, keep: int) -> "Checkpoints":
@@ -214,17 +215,31 @@ class Checkpoints:
         Raises UserError if a tensor is not finite, or if the previous checkpoint could not be written.
         """
         self.wait()
-        # A copy on the CPU, because the next steps change the tensors in place. Contiguous, because safetensors
-        # stores no strides. Each tensor has its own memory, because safetensors refuses shared memory.
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()}
+        if name := find_not_finite(state.tensors):
+            raise UserError(
+                f"{name} must be finite, but is not at step {state.step}; this state is not saved.",
+                where=self.folder,
+                fix="Lower learning_rate, or set max_grad_norm, then run again.",
+            )
+        copied = TrainState(state.step, self._copy(state.tensors), list(state.history))
+        self._pending = self._writer.submit(self._write, copied)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the CPU, because the next steps change them in place.
+
+        The copies stay: first use of new memory costs more than the copy itself. Copies from a GPU are in page-locked
+        memory and run at once. A copy is contiguous, because safetensors stores no strides, and has its own memory,
+        because safetensors refuses shared memory.
+        """
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise UserError(
-                    f"{name} must be finite, but is not at step {state.step}; this state is not saved.",
-                    where=self.folder,
-                    fix="Lower learning_rate, or set max_grad_norm, then run again.",
-                )
-        self._pending = self._writer.submit(self._write, TrainState(state.step, tensors, list(state.history)))
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[name] = copy
+            copy.copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return {name: self._copies[name] for name in tensors}
 
     def wait(self) -> None:
         """Wait until every saved state is on disk and in the storage. Raises UserError if writing failed."""
@@ -255,6 +270,19 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:09d}"
+
+
+def find_not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of a tensor with a value that is not finite, "" if there is none. Computes on their device."""
+    floating = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # A sum is not finite if a value is not, and takes a fraction of the time of `isfinite`, which writes a tensor. It
+    # may also overflow, so then the values decide. The host waits for a device once.
+    suspects: list[str] = []
+    for device in {tensor.device for tensor in floating.values()}:
+        names = [name for name, tensor in floating.items() if tensor.device == device]
+        finite = torch.stack([floating[name].sum().double() for name in names]).isfinite().tolist()
+        suspects += [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    return next((name for name in suspects if not floating[name].isfinite().all()), "")
 
 
 def _step(folder: Path) -> int:

@@ -144,6 +144,8 @@ def test_curve_over_a_sampling_setting_has_numbers_of_samples():
     planned = list(ablations.experiments(chosen, SMOKE))
     result = Result(1, 1, {}, 1.0, 0.01, 0.9, 0.2, math.nan, 150.0, 0.4, 0.03)
     (section,) = ablation_page.sections(chosen, [Row(planned[0], result), *(Row(other, None) for other in planned[1:])])
+    demo = next(iter(ablations.experiments(chosen, []))).settings.sample
+    assert demo.temperature == 1.0 and not demo.level_rules  # rules of levels would hide the temperature
     assert list(section.header) == ["variant", "KID", "Fréchet distance", "precision", "recall", "time"]
     assert section.cells[0] == ["t-1.0", "0.2", "150", "0.4", "0.03", "-"] and section.cells[1][1:] == ["-"] * 5
     assert "sample.temperature" in section.chart

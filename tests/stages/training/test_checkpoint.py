@@ -10,7 +10,7 @@ import torch
 
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
-from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint import Checkpoints, find_not_finite
 from stages.training.state import TrainState
 from tests.mounts import mount_prefix
 
@@ -161,6 +161,17 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_previous_one(tmp_path: Path, lim
     assert what == "The checkpoint could not be written: No space left on device." and code == "3"
     assert fix.startswith("Free some space") and fix.endswith("it continues from the previous checkpoint.")
     assert rest.split() == [str(tmp_path), "5", "step-000000005"]
+
+
+def test_finite_values_whose_sum_overflows_are_saved(checkpoints: Checkpoints):
+    """The quick check of sums alone would refuse them; one value that is not finite is still found."""
+    large = torch.full((4,), 3e38)
+    checkpoints.save(TrainState(15, {"large": large, "step": torch.tensor(3)}, []))
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    assert latest is not None and torch.equal(latest.tensors["large"], large)
+    large[2] = -torch.inf
+    assert find_not_finite({"step": torch.tensor(3), "weight": torch.ones(2), "large": large}) == "large"
 
 
 def test_later_steps_do_not_change_a_saved_state(tmp_path: Path):

@@ -1,0 +1,50 @@
+"""Seconds for which saving a checkpoint stalls training, beside the plain way: copy to new memory, then `isfinite`.
+
+    python benchmarks/checkpoint_stall.py --mib 1024
+
+Three checkpoints, each after the one before is on the disk, as with steps between them. The first one pays for new
+memory. Writing and hashing, which run in a thread, are shown for comparison.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from stages.training.checkpoint import MIB, Checkpoints
+from stages.training.state import TrainState
+
+
+def main() -> None:
+    """Print one row per checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=1024, help="size of the state, in tensors of 16 MiB")
+    parser.add_argument("--threads", type=int, default=1, help="threads torch may use")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tensors = {f"network.{index}": torch.randn(4 * MIB) for index in range(options.mib // 16)}
+    print(f"{'checkpoint':<12}{'stall s':>9}{'CPU s':>7}{'plain s':>9}{'CPU s':>7}{'written after s':>17}")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), "print", keep=1)
+        for step in range(1, 4):
+            wall, processor = time.perf_counter(), time.thread_time()
+            checkpoints.save(TrainState(step, tensors, []))
+            stall, stall_cpu = time.perf_counter() - wall, time.thread_time() - processor
+            checkpoints.wait()
+            written = time.perf_counter() - wall
+            plain, plain_cpu = _save_plainly(tensors)
+            print(f"{step:<12}{stall:>9.2f}{stall_cpu:>7.2f}{plain:>9.2f}{plain_cpu:>7.2f}{written:>17.2f}", flush=True)
+
+
+def _save_plainly(tensors: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Return the seconds, of the clock and of the processor, to copy a state to new memory and check it."""
+    wall, processor = time.perf_counter(), time.thread_time()
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    assert all(torch.isfinite(tensor).all() for tensor in copies.values())
+    return time.perf_counter() - wall, time.thread_time() - processor
+
+
+if __name__ == "__main__":
+    main()
