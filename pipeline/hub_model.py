@@ -38,7 +38,7 @@ class HubModel(Model, ModelHubMixin):
     """
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # our options by name
         cls,
         *,
         model_id: str,
