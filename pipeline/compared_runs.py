@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline import dvc, dvc_yaml, finished_results, params
 from pipeline.completion import runs as list_runs
+from pipeline.last_run import Change
 from pipeline.text import first_few
 from stages.errors import UserError
 from stages.formats.flatten import flatten, flatten_numbers
@@ -30,6 +31,7 @@ PICTURES = ("samples", "reconstructions")  # of the report
 REPORT = Path("artifacts/report")
 METRICS = Path("metrics")
 PIPELINE_RUNS = Path("runs/pipeline")
+WAITING, FAILED = "stash", "failed"  # refs in refs/exps/celery, whose reflogs list the experiments of DVC's queue
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
         unanswered = f" MLflow does not answer ({describe_error(error)}), so that ids of its runs are unknown."
     if key and (run := _of_key(name, key)):
         return run
+    if queue := find_queued(name):
+        is_failed = queue == FAILED
+        raise UserError(
+            f"{name} is a DVC experiment that {'failed' if is_failed else 'waits in the queue'}, so it has no results.",
+            where=Path.cwd(),
+            fix=f"See why: dvc queue logs {name}" if is_failed else "Run the experiments of the queue: dvc queue start",
+            code=2,
+        )
     names = list(list_runs({}))
     options = (
         f"Use one of: {first_few(names, 8)}, or {WORKSPACE}"
@@ -94,11 +104,14 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
 def _of_project(folder: Path, name: str) -> ComparedRun:
     """Read the files of a project as they are now."""
     values = params.read(folder / params.FILE)
-    written = written_metrics(lambda: params.read(folder / dvc_yaml.FILE), values)
+    stages = _stages(lambda: params.read(folder / dvc_yaml.FILE), values)
+    written = metric_names(stages)
     paths = (path for path in sorted((folder / METRICS).glob("*.json")) if path.stem in written)
     run = ComparedRun(
         name, "the present files", _settings(values), _numbers({path.stem: path.read_bytes() for path in paths})
     )
+    lock = _parse_lock(_read(folder / dvc_yaml.LOCK).decode(errors="replace"))
+    _note_other_settings(run, stages, lock, values, command="vqvae2 run")
     _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "To make them:", "vqvae2 run")
     return run
 
@@ -126,12 +139,13 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
             f"{name} has no {params.FILE}.", where=f"commit {commit[:7]}", fix="Use a later revision.", code=2
         )
     values = params.parse(text)
-    stems = written_metrics(lambda: params.parse(git("show", f"{commit}:./{dvc_yaml.FILE}")), values)
-    files = {stem: git("show", f"{commit}:./{METRICS}/{stem}.json").encode() for stem in stems}
+    stages = _stages(lambda: params.parse(git("show", f"{commit}:./{dvc_yaml.FILE}")), values)
+    files = {stem: git("show", f"{commit}:./{METRICS}/{stem}.json").encode() for stem in metric_names(stages)}
     date = git("show", "-s", "--format=%cs", commit)
     run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(values), _numbers(files))
-    lock = params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}")
-    outs = lock.get("stages", {}).get("evaluate", {}).get("outs", [])
+    lock = _parse_lock(git("show", f"{commit}:./{dvc_yaml.LOCK}"))
+    _note_other_settings(run, stages, lock, values)
+    outs = lock.get("evaluate", {}).get("outs", [])
     md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
     listing: Mapping[str, str] = {}
     cache = cache_folder()
@@ -145,15 +159,47 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
     return run
 
 
-def written_metrics(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files in metrics/ that stages write, without those of removed stages.
+def metric_names(stages: Mapping[str, dvc_yaml.Stage]) -> list[str]:
+    """Return the names of the files in metrics/ that stages write."""
+    return [Path(path).stem for stage in stages.values() for path in stage.metrics]
 
-    There are none if dvc.yaml is missing or not valid.
-    """
+
+def _stages(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str, Any]) -> Mapping[str, dvc_yaml.Stage]:
+    """Return the stages of a pipeline; none if dvc.yaml is missing or not valid."""
     with suppress(UserError, OSError):
-        stages = dvc_yaml.parse(read_pipeline(), values)
-        return [Path(path).stem for stage in stages.values() for path in stage.metrics]
-    return []
+        return dvc_yaml.parse(read_pipeline(), values)
+    return {}
+
+
+def _parse_lock(text: str) -> Mapping[str, Any]:
+    """Return the entries of dvc.lock by stage name in DVC; none if it is missing or not valid."""
+    with suppress(*finished_results.UNREADABLE):
+        return params.parse(text or "{}").get("stages", {})
+    return {}
+
+
+def _note_other_settings(
+    run: ComparedRun,
+    stages: Mapping[str, dvc_yaml.Stage],
+    lock: Mapping[str, Any],
+    values: Mapping[str, Any],
+    command: str = "",
+) -> None:
+    """Add a note if numbers were computed with settings other than those of params.yaml, which are compared."""
+    changes: dict[str, Change] = {}
+    for name in stages.keys() & lock.keys():
+        recorded = lock[name].get("params", {}).get(params.FILE.as_posix(), {})
+        for section, entries in recorded.items():
+            now = flatten({section: params.look_up(values, section)})
+            changes |= {
+                key: Change(key, before, now[key])
+                for key, before in flatten({section: entries}).items()
+                if key in now and before != now[key]  # absent: a setting of another release
+            }
+    if changes:
+        shown = first_few([str(changes[key]) for key in sorted(changes)])
+        text = f"Numbers of {run.name} were computed before settings of its {params.FILE} changed: {shown}."
+        run.notes.append(Note(f"{text} To compute them:" if command else text, command))
 
 
 def _find_key(name: str) -> str:
@@ -218,6 +264,15 @@ def find_experiment(name: str) -> str:
         commit, ref = line.split()
         if ref.count("/") == 4 and ref.rpartition("/")[2] == name:  # refs/exps/ab/cdef.../NAME
             return commit
+    return ""
+
+
+def find_queued(name: str) -> str:
+    """Return whether a DVC experiment is WAITING in the queue or has FAILED; "" if neither."""
+    for queue in (WAITING, FAILED):
+        messages = git("log", "--walk-reflogs", "--format=%gs", f"refs/exps/celery/{queue}", "--")
+        if name in {message.rpartition(":")[2] for message in messages.splitlines()}:  # dvc-exp:REV:BASELINE:NAME
+            return queue
     return ""
 
 

@@ -28,8 +28,13 @@ class MetricPair:
         if self.difference is None or not math.isfinite(self.difference):
             return a, b, "", ""
         sign = "+" if self.difference > 0 else ""
-        relative = f"{sign}{100 * self.difference / abs(self.a):.1f}%" if self.a and self.difference else ""
+        relative = _format_percent(100 * self.difference / abs(self.a)) if self.a and self.difference else ""
         return a, b, f"{sign}{format_number(self.difference, 3)}" if self.difference else "equal", relative
+
+
+def _format_percent(percent: float) -> str:
+    """Format with one decimal; a smaller difference with one digit that is not 0."""
+    return f"{percent:+.1f}%" if abs(percent) >= 0.05 else f"{percent:+.1g}%"
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,40 @@ def test_experiment_of_dvc_is_found_by_its_name(project):
     assert run.pictures["reconstructions"] == png("blue")
 
 
+@pytest.mark.parametrize(
+    ("ref", "headline", "fix"),
+    [
+        ("stash", "waits in the queue", "dvc queue start"),
+        ("failed", "failed", "dvc queue logs lumpy-bird"),
+    ],
+)
+def test_experiment_without_results_is_no_unknown_name(project, ref, headline, fix):
+    """DVC's queue and its failed experiments are reflogs; the older entry is no reference of its own."""
+    for name in ("lumpy-bird", "tidy-fish"):
+        message = f"commit: dvc-exp:{'0' * 40}:{'1' * 40}:{name}"
+        head = subprocess.run([*GIT, "commit-tree", "HEAD^{tree}", "-m", name], capture_output=True, check=True).stdout
+        update = ["update-ref", "--create-reflog", "-m", message, f"refs/exps/celery/{ref}", head.decode().strip()]
+        subprocess.run([*GIT, *update], check=True)
+    with pytest.raises(UserError, match=rf"^lumpy-bird is a DVC experiment that {headline}, so") as caught:
+        find("lumpy-bird")
+    assert caught.value.fix.endswith(fix)
+
+
+def test_numbers_of_other_settings_are_named(project):
+    """Settings that have changed since the run are not those of its numbers; those of other releases are left out."""
+    recorded = {"params.yaml": {"priors.top": {"train": {"steps": 8, "former": 1}}, "seed": 0}}
+    YAML(typ="safe", pure=True).dump({"stages": {"evaluate": {"params": recorded}}}, Path("dvc.lock"))
+    (note,) = find(WORKSPACE).notes
+    assert note.text.startswith("Numbers of workspace were computed before settings of its params.yaml changed: ")
+    assert note.text.endswith("priors.top.train.steps 8 -> 12. To compute them:") and note.command == "vqvae2 run"
+    subprocess.run([*GIT, "commit", "-qam", "not run"], check=True)
+    (note, _) = find("trunk").notes  # the other one: no pictures
+    assert note.text.endswith("priors.top.train.steps 8 -> 12.") and not note.command
+    recorded["params.yaml"]["priors.top"]["train"]["steps"] = 12
+    YAML(typ="safe", pure=True).dump({"stages": {"evaluate": {"params": recorded}}}, Path("dvc.lock"))
+    assert find(WORKSPACE).notes == []
+
+
 def test_report_folder_has_the_settings_of_its_project(project, tmp_path_factory):
     """A copied report has pictures only."""
     report = find("artifacts/report")
@@ -276,6 +310,14 @@ def test_number_that_is_not_finite_has_no_difference(value):
     """NaN is a value of a metric that could not be computed."""
     assert MetricPair("psnr", 1.0, value).cells() == ("1", f"{value:g}", "", "")
     assert MetricPair("psnr", value, value).cells() == (f"{value:g}", f"{value:g}", "", "")
+
+
+@pytest.mark.parametrize(
+    ("b", "percent"), [(1.5, "+50.0%"), (0.9, "-10.0%"), (0.99974, "-0.03%"), (2000.0, "+199900.0%")]
+)
+def test_small_difference_is_not_rounded_to_zero(b, percent):
+    """Equal numbers are called equal; "-0.0%" would say neither."""
+    assert MetricPair("psnr", 1.0, b).cells()[3] == percent
 
 
 def test_credentials_are_masked(capsys, project):
