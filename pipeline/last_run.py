@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import composed_from, params
+from pipeline.process import is_temporary_copy
 from pipeline.text import format_value, shorten
 from stages.errors import UserError
 from stages.formats.flatten import flatten
@@ -113,7 +114,7 @@ def record_run(data: Mapping[str, Any]) -> None:
     A repeated run, such as one that resumes, keeps the changes that were recorded for it.
     """
     record = _read()
-    if record.get("settings") == data or _is_copy():
+    if record.get("settings") == data or is_temporary_copy():
         return
     changes = [list(change) for change in since_last_run(data)]
     RECORD.parent.mkdir(exist_ok=True)
@@ -125,7 +126,7 @@ def _read() -> Mapping[str, Any]:
 
     An experiment in a temporary copy of the project uses the record of the project.
     """
-    path = Path(os.environ.get("DVC_ROOT", "."), RECORD) if _is_copy() else RECORD
+    path = Path(os.environ.get("DVC_ROOT", "."), RECORD) if is_temporary_copy() else RECORD
     with suppress(OSError, UserError):
         record = params.read(path)
         settings, recorded = record.get("settings"), record.get("changes")
@@ -136,9 +137,3 @@ def _read() -> Mapping[str, Any]:
         if isinstance(settings, Mapping) and are_changes:
             return record
     return {}
-
-
-def _is_copy() -> bool:
-    """Return whether `dvc exp run --temp` or the queue runs this process in a temporary copy of the project."""
-    root = os.environ.get("DVC_ROOT")
-    return bool(root) and Path(str(root), ".dvc").resolve() in Path.cwd().parents

@@ -71,6 +71,23 @@ def is_copy_of_project(folder: Path) -> bool:
         return False
 
 
+def is_temporary_copy() -> bool:
+    """Return whether `dvc exp run --temp` or the queue runs this process in a copy, which DVC deletes afterwards."""
+    root = os.environ.get("DVC_ROOT")
+    return bool(root) and Path(str(root), ".dvc").resolve() in Path.cwd().parents
+
+
+def stopped(number: int) -> int:
+    """Print which signal ended the work; return the exit status."""
+    advice = (
+        "DVC deletes this copy of the project, so the stage resumes only if cluster.storage is set."
+        if is_temporary_copy()
+        else "Run the same command again to resume."
+    )
+    print(f"Stopped by {signal.Signals(number).name}. {advice}", file=sys.stderr)
+    return 128 + number
+
+
 def _use_code_of_current_folder() -> None:
     # `dvc exp run --queue` runs in a copy of the project, while an editable install points to the original. Without
     # this, the original's code would run under the copy's settings and be recorded as the copy's.

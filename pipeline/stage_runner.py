@@ -18,7 +18,7 @@ from pipeline.compute_facts import compute_facts
 from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.locks import exclusive_lock
-from pipeline.process import die_with_parent, not_ignored, require_project
+from pipeline.process import die_with_parent, not_ignored, require_project, stopped
 from pipeline.run_name import EXPERIMENT_VARIABLE, run_params, run_tags
 from pipeline.sections import sections_of
 from pipeline.text import first_few
@@ -339,9 +339,3 @@ def _repeat_ignored_stop(ignored: "sys.UnraisableHookArgs") -> None:
         signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
     else:
         sys.__unraisablehook__(ignored)
-
-
-def stopped(number: int) -> int:
-    """Print which signal ended the work; return the exit status."""
-    print(f"Stopped by {signal.Signals(number).name}. Run the same command again to resume.", file=sys.stderr)
-    return 128 + number

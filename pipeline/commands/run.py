@@ -28,7 +28,7 @@ from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
 from pipeline.fingerprint import digest_inputs, identify, work_folder
 from pipeline.params_drift import warn_drift, warn_reverted_overrides
-from pipeline.process import STOP_SIGNALS, handle_signals
+from pipeline.process import STOP_SIGNALS, handle_signals, stopped
 from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
 from pipeline.text import first_few
@@ -119,7 +119,7 @@ def _require_inputs(targets: Sequence[str], stages: Mapping[str, dvc_yaml.Stage]
 def _stop(number: int, frame: object) -> None:
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)  # a second signal must not interrupt the restoring of params.yaml
-    raise SystemExit(stage_runner.stopped(number))
+    raise SystemExit(stopped(number))
 
 
 @contextmanager
@@ -228,7 +228,7 @@ def failure_status(outcome: dvc.Outcome, stage_status: int) -> int:
     DVC.
     """
     if outcome.stop_signal:
-        return stage_runner.stopped(outcome.stop_signal)
+        return stopped(outcome.stop_signal)
     if outcome.status < 0:
         raise UserError(
             f"DVC was killed by {signal.Signals(-outcome.status).name}.",

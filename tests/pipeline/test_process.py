@@ -1,6 +1,7 @@
 """Tests of the process setup of a command."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,18 @@ def test_closed_output_is_not_an_error(project):
     done = subprocess.run(program, cwd=project.folder, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_advice_after_a_signal_is_true_in_a_temporary_copy(tmp_path, monkeypatch, capsys):
+    """DVC deletes the copy of an interrupted experiment with its checkpoints, so only a storage resumes it."""
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "copy"
+    copy.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    for folder, advice in (
+        (tmp_path, "Run the same command again to resume."),
+        (copy, "only if cluster.storage is set."),
+    ):
+        monkeypatch.chdir(folder)
+        assert process.stopped(signal.SIGINT) == 130
+        text = capsys.readouterr().err
+        assert text.startswith("Stopped by SIGINT. ") and text.endswith(f"{advice}\n")
