@@ -28,7 +28,11 @@ COMPANIONS = {
     "+rejection@rejections.samples=half": ["+classifier@classifiers.shards=small"],
     "+rejection@rejections.samples=strict": ["+classifier@classifiers.shards=small"],
     "vqvae=three_level": ["+prior@priors.middle=pixelcnn"],
-    "cluster=gpus64": ["experiment=imagenet256"],  # batch sizes that are multiples of 64
+    "cluster=gpus64": ["experiment=imagenet256"],  # batches of 64 images or more
+    **{  # the demo has fewer steps than their warm-up
+        f"prior@priors.top={name}": ["priors.top.train.steps=100000"]
+        for name in ("ffhq_bottom", "ffhq_middle", "ffhq_top", "imagenet_bottom", "imagenet_top")
+    },
 }
 
 

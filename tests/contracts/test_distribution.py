@@ -34,7 +34,7 @@ PRIVATE = (
     "notebook.ipynb",
     "runs/shard/0123/part",
 )
-SOURCES = ("pipeline", "stages", "models", "hydra_plugins", "conf", "tests", "benchmarks", "docs")
+SOURCES = ("pipeline", "stages", "models", "hydra_plugins", "conf", "tests", "benchmarks", "docs", "deploy")
 
 
 @pytest.fixture(scope="module")

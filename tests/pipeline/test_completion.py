@@ -43,10 +43,10 @@ def test_shells_complete_stages_and_settings(project, shell):
 
 def test_settings_are_presets_choices_and_keys(current_project):
     """Presets come first. A key is offered with its present value, for editing."""
-    assert candidates("setting", "exp")[0] == "experiment=clothing128"
+    assert candidates("setting", "exp")[0] == "experiment=ablation16"
     assert "prior@priors.top=pixelcnn" in candidates("setting", "prior@")
     assert candidates("setting", "priors.top.train.lear") == ["priors.top.train.learning_rate=0.002"]
-    assert candidates("setting", "+exp")[0] == "+experiment=clothing128"
+    assert candidates("setting", "+exp")[0] == "+experiment=ablation16"
     assert candidates("setting", "dataset.labels") == ["dataset.labels=folders"]
     assert candidates("setting", "nothing") == candidates("setting", "composed_from") == []
 

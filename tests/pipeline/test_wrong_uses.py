@@ -165,7 +165,7 @@ CASES = {
     "top_k_too_large": (_nothing, ["run", "-S", "sample.top_k=999"], 2),
     "temperature_infinite": (_nothing, ["sample", "drawn", "--temperature", "inf"], 2),
     "two_errors": (_nothing, ["run", "-S", "seed=abc", "-S", "cluster.workers=0"], 2),
-    "batch_not_divisible": (_nothing, ["run", "-S", "cluster.workers=3"], 2),
+    "batch_smaller_than_workers": (_nothing, ["run", "-S", "cluster.workers=33"], 2),
     "image_size_not_divisible": (_nothing, ["run", "-S", "dataset.image_size=30"], 2),
     "reserved_level_name": (_reserved_level_name, RUN, 2),
     "level_without_prior": (_nothing, ["run", "-S", "vqvae=three_level"], 2),
