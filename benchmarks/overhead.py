@@ -49,7 +49,7 @@ IMPORTS = {
 
 @dataclass
 class Process:
-    """What was seen of one process. Times are seconds since the start of the run."""
+    """Observations of one process. Times are seconds since the start of the run."""
 
     kind: str
     first: float
