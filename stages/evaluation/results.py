@@ -236,14 +236,14 @@ class EvaluationResults:
             NearestImages(sample, {space: read(space, row) for space in nearest}) for row, sample in enumerate(samples)
         ]
 
-    def _first_parts(self, measure: str, count: int | None) -> dict[tuple[str, ...], list[Result]]:
-        """Return the results of a kind of part; with `count`, those of the first images of the reference only."""
+    def _first_parts(self, task: str, count: int | None) -> dict[tuple[str, ...], list[Result]]:
+        """Return the results of a task; with `count`, those of the first images of the reference only."""
         return {
             key: [
                 result for stop, result in zip(self._stops[key], results, strict=True) if count is None or stop <= count
             ]
             for key, results in self._results.items()
-            if key[0] == measure and (count is None or key[1] == self.plan.reference)
+            if key[0] == task and (count is None or key[1] == self.plan.reference)
         }
 
     def _distortion_sums(self, count: int | None = None) -> dict[str, dict[str, DistortionSums]]:

@@ -9,7 +9,6 @@ end. Stages are processes that DVC starts; each leaves the place of its journal 
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from stages.formats.artifact import atomic_write
 from stages.tracking.journal import JOURNAL_FILE
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import MlflowUploader
-from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, UploaderFactory, describe_error, describe_failure
-from stages.tracking.upload_thread import UploadTiming
+from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, UploaderFactory, describe_error
+from stages.tracking.upload_thread import RetryingThread, UploadTiming
 
 STAGES, CACHED = "stages", "cached"  # folders in that of a pipeline run
 
@@ -31,19 +30,13 @@ def register_stage(pipeline_run: Path, stage: str, folder: Path) -> None:
         temporary.write_text(os.path.relpath(folder.resolve(), pipeline_run.resolve()), encoding="utf-8")
 
 
-class PipelineUploadThread(threading.Thread):
-    """Thread that uploads every few seconds; after a failure it tries again.
-
-    `show` prints a message: the first failure, and at the end what MLflow does not have.
-    """
+class PipelineUploadThread(RetryingThread):
+    """Thread that uploads the journals of a pipeline run."""
 
     def __init__(self, folder: Path, uploader: UploaderFactory, timing: UploadTiming, show: Callable[[str], None]):
-        super().__init__(name="tracking", daemon=True)
-        self._folder, self._uploader, self._timing, self._show = folder, uploader, timing, show
+        super().__init__(show, timing)
+        self._folder, self._uploader = folder, uploader
         self._uploaders: dict[Path, MlflowUploader] = {}
-        self._finishing = threading.Event()
-        self._error: Exception | None = None  # the first one of the last upload
-        self._warned = False
 
     def run(self) -> None:
         # The first upload waits as well: the process that starts DVC must not fork while a thread imports MLflow.
@@ -56,11 +49,7 @@ class PipelineUploadThread(threading.Thread):
 
         `failed` says that the run has failed or was killed. Its own error is then the message to read.
         """
-        self._finishing.set()
-        timeout_s = self._timing.shutdown_timeout_s
-        if failed or self._error:
-            timeout_s = min(timeout_s, self._timing.failed_shutdown_timeout_s)
-        self.join(timeout_s)
+        self._wait_for_rest(failed=failed)
         if not self._error and not self.is_alive():
             return
         reason = TIMED_OUT if self._error is None else describe_error(self._error)
@@ -92,9 +81,5 @@ class PipelineUploadThread(threading.Thread):
             except Exception as error:  # no failure of MLflow may stop the run
                 first_error = first_error or error
         self._error = first_error
-        if first_error and not self._warned and not is_last:
-            self._warned = True
-            self._show(
-                f"{describe_failure(first_error)} The run continues; its metrics are saved and will be sent when "
-                "MLflow accepts them."
-            )
+        if first_error and not is_last:
+            self._warn_once(first_error)

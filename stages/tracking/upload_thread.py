@@ -1,6 +1,7 @@
-"""Thread that uploads a journal to MLflow while its run goes on."""
+"""Threads that upload to MLflow while a run goes on: what they have in common, and the one of a stage."""
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,10 +25,40 @@ class UploadTiming:
 DEFAULT_TIMING = UploadTiming()
 
 
-class UploadThread(threading.Thread):
-    """Thread that uploads a journal every few seconds and samples system metrics into it.
+class RetryingThread(threading.Thread):
+    """Thread that uploads every few seconds until it is stopped; after a failure it tries again.
 
-    If MLflow does not answer, the run continues: the first failure is shown on `screen`, and the upload is tried again.
+    If MLflow does not answer, the run continues. `show` prints a message.
+    """
+
+    def __init__(self, show: Callable[[str], None], timing: UploadTiming):
+        super().__init__(name="tracking", daemon=True)
+        self._show, self._timing = show, timing
+        self._finishing = threading.Event()
+        self._error: Exception | None = None  # of the last upload
+        self._warned = False
+
+    def _wait_for_rest(self, *, failed: bool) -> None:
+        """Let the thread upload the rest, and wait for that until the timeout, which is shorter after a failure."""
+        self._finishing.set()
+        timeout_s = self._timing.shutdown_timeout_s
+        if failed or self._error:
+            timeout_s = min(timeout_s, self._timing.failed_shutdown_timeout_s)
+        self.join(timeout_s)
+
+    def _warn_once(self, error: Exception) -> None:
+        """Show the first failure."""
+        if not self._warned:
+            self._warned = True
+            self._show(
+                f"{describe_failure(error)} The run continues; its metrics are saved and will be sent when MLflow "
+                "accepts them."
+            )
+
+
+class UploadThread(RetryingThread):
+    """Thread that uploads a journal and samples system metrics into it.
+
     Without an uploader, another process uploads the journal.
     """
 
@@ -38,12 +69,9 @@ class UploadThread(threading.Thread):
         uploader: MlflowUploader | None,
         timing: UploadTiming = DEFAULT_TIMING,
     ):
-        super().__init__(name="tracking", daemon=True)
-        self._journal, self._screen, self._uploader, self._timing = journal, screen, uploader, timing
+        super().__init__(screen.message, timing)
+        self._journal, self._uploader = journal, uploader
         self._system_metrics = SystemMetrics(journal)
-        self._finishing = threading.Event()
-        self._error: Exception | None = None  # of the last upload
-        self._warned = False
 
     def run(self) -> None:
         while not self._finishing.is_set():
@@ -58,11 +86,7 @@ class UploadThread(threading.Thread):
 
         `failed` says that the run has failed or was killed. Its own error is then the message to read.
         """
-        self._finishing.set()
-        timeout_s = self._timing.shutdown_timeout_s
-        if failed or self._error:
-            timeout_s = min(timeout_s, self._timing.failed_shutdown_timeout_s)
-        self.join(timeout_s)
+        self._wait_for_rest(failed=failed)
         if not self.is_alive():
             self._journal.close()
         if self._error or self.is_alive():
@@ -70,11 +94,9 @@ class UploadThread(threading.Thread):
             if missing or self._error or not failed:
                 subject = f"{missing} points are" if missing else "The end of this run is"
                 reason = describe_error(self._error)
-                self._screen.message(
-                    f"{subject} not in MLflow yet ({reason}), but saved in {self._journal.path}. {SYNC_HINT}"
-                )
+                self._show(f"{subject} not in MLflow yet ({reason}), but saved in {self._journal.path}. {SYNC_HINT}")
         if self._journal.write_error:
-            self._screen.message(
+            self._show(
                 f"Some metrics, images or messages of this run are lost: writing {self._journal.path} failed "
                 f"({self._journal.write_error})."
             )
@@ -90,9 +112,4 @@ class UploadThread(threading.Thread):
             self._error = None
         except Exception as error:  # no failure of MLflow may stop the run
             self._error = error
-            if not self._warned:
-                self._warned = True
-                self._screen.message(
-                    f"{describe_failure(error)} The run continues; its metrics are saved and will be sent when MLflow "
-                    "accepts them."
-                )
+            self._warn_once(error)
