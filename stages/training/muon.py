@@ -22,8 +22,8 @@ class Muon(torch.optim.Optimizer):
 
     torch.optim.Muon refuses the weights of convolutions. It also orthogonalizes one matrix after another in bfloat16,
     which takes longer than the rest of a step on processors without such arithmetic. This one takes all matrices of one
-    shape at once, in float32. The root mean square of an update's numbers is the learning rate, as in Adam's first updates, so
-    that one rate suits both; Liu et al. take 0.2 of it.
+    shape at once, in float32. The root mean square of an update's numbers is the learning rate, as in Adam's first
+    updates, so that one rate suits both; Liu et al. take 0.2 of it.
     """
 
     def __init__(
