@@ -4,12 +4,14 @@ The dataclasses of models/config.py and stages/config.py declare the settings. A
 the value, and suggests the nearest valid key for an unknown one.
 """
 
+import copy
 import dataclasses
 import difflib
 import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -92,6 +94,12 @@ def read(path: Path = FILE) -> dict[str, Any]:
 
 def parse(text: str, path: Path = FILE) -> dict[str, Any]:
     """Parse the text of a YAML mapping. `path` is the location shown in errors. Raises UserError as `read`."""
+    return copy.deepcopy(_parse(text, path))
+
+
+@lru_cache(maxsize=16)
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """Parse a text once per process: a command reads the same few files many times, and each takes 0.1 s."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _NoAliases
     try:

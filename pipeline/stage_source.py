@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import models
 from models.config import PriorConfig
+from pipeline import source_cache, syntax
 
 PACKAGES = ("stages", "models")
-PREFIX = "vqvae2."  # of these names in imports of the wheel (pipeline/wheel.py); removed, so that its hashes are equal
 ROOT = Path(models.__file__).parents[1]  # folder of the running packages
 TABLE = Path(__file__).with_name("known_versions.json")
 HASH_LENGTH = 16  # hexadecimal digits; 64 bits: no collision among a few hundred hashes
@@ -54,9 +54,8 @@ EXCLUDED_FROM_STAGE = {
 }
 # Files other than Python code that determine a result, by the module that reads them.
 RESOURCES = {"stages.evaluation.report": ("report.html.j2", "report.js"), "stages.formats.html_page": ("page.css",)}
+PARSERS = (Path(__file__), Path(syntax.__file__))  # modules that decide a hash
 NETWORKS = get_args(get_type_hints(PriorConfig)["name"])  # each is a file in models/priors/
-
-_ANNOTATIONS = frozenset({"annotation", "returns"})  # fields of syntax trees
 
 
 class DefinitionId(NamedTuple):
@@ -82,16 +81,24 @@ def source_of(module: str, network: str = "", root: Path | None = None) -> Stage
     `network` names the file in models/priors/ that a prior uses: the other networks are ignored. `root` holds the
     packages; by default they are those that this process runs, of a checkout or an installed distribution.
     """
-    definitions = _definitions(_read_sources(root or ROOT), module, network)
+    key = f"{module}.{network}" if network else module
+    if root is None:
+        definitions = source_cache.load_or_compute(PARSERS, _source_files(), ROOT, _all_definitions)[key]
+    else:
+        definitions = _definitions(_read_sources(root), module, network)
     digest = _digest(json.dumps(sorted(definitions.items())))
-    record = read_table()["versions"].get(f"{module}.{network}" if network else module, {}).get(digest)
+    record = read_table()["versions"].get(key, {}).get(digest)
     return StageSource(digest, record["version"] if record else digest, record is not None, definitions)
 
 
 def source_of_key(key: str, root: Path | None = None) -> StageSource:
     """Hash the source of a key of the table, such as vqvae or prior.pixelcnn; `root` as in `source_of`."""
+    return source_of(*_split(key), root)
+
+
+def _split(key: str) -> tuple[str, str]:
     module, _, network = key.partition(".")
-    return source_of(module, network, root)
+    return module, network
 
 
 def table_keys() -> list[str]:
@@ -119,6 +126,22 @@ def changed_definitions(definitions: Mapping[str, str]) -> list[str]:
     return sorted(name for name, digest in definitions.items() if recorded.get(name) != digest)
 
 
+def _source_files() -> list[Path]:
+    """List the files of the running packages that can determine a result."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return files + [_resource(ROOT, module, name) for module, names in RESOURCES.items() for name in names]
+
+
+def _resource(root: Path, module: str, name: str) -> Path:
+    return root.joinpath(*module.split(".")).with_name(name)
+
+
+def _all_definitions() -> dict[str, dict[str, str]]:
+    """Hash the definitions of every key of the table, in the running packages."""
+    sources = _read_sources(ROOT)
+    return {key: _definitions(sources, *_split(key)) for key in table_keys()}
+
+
 def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, str]:
     """Hash every definition that `stages.{module}.run` reaches, by dotted name."""
     other_networks = {f"models.priors.{name}" for name in NETWORKS if network and name != network}
@@ -137,7 +160,7 @@ def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, st
         digests |= sources.hash_definition(definition_id)
     for module_name in {definition_id.module for definition_id in reached} & RESOURCES.keys():
         for file in RESOURCES[module_name]:
-            contents = sources.path(module_name).with_name(file).read_text(encoding="utf-8")
+            contents = _resource(sources.root, module_name, file).read_text(encoding="utf-8")
             digests[f"{module_name}: {file}"] = _digest(contents)
     return {name: digest for name, digest in digests.items() if not is_excluded(name, module)}
 
@@ -197,7 +220,7 @@ class _Sources:
     def _find_references(self, module: str, definition: str) -> Iterator[DefinitionId]:
         parsed = self._parse(module)
         for statement in parsed.definitions[definition] if definition else parsed.other_statements:
-            for node in _walk(statement, is_boundary=definition == "run" and module.startswith("stages.")):
+            for node in syntax.walk(statement, is_boundary=definition == "run" and module.startswith("stages.")):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     target = parsed.imports.get(node.value.id)
                     if target and not target.definition:
@@ -211,7 +234,7 @@ class _Sources:
         name = f"{module}.{definition}" if definition else module
         if len(statements) == 1 and isinstance(statements[0], ast.ClassDef):
             return _hash_class(name, statements[0])
-        return {name: _digest("".join(map(serialize, statements)))} if statements else {}
+        return {name: _digest("".join(map(syntax.serialize, statements)))} if statements else {}
 
     def _parse(self, module: str) -> _Module:
         if module not in self._modules:
@@ -219,14 +242,18 @@ class _Sources:
         return self._modules[module]
 
     def _parse_file(self, module: str) -> _Module:
-        tree = _Normalize().visit(ast.parse(self.path(module).read_text(encoding="utf-8")))
+        tree = syntax.parse(self.path(module).read_text(encoding="utf-8"))
         definitions: dict[str, list[ast.stmt]] = {}
         other_statements: list[ast.stmt] = []
         for statement in tree.body:
-            names = list(_defined_names(statement))
+            names = list(syntax.defined_names(statement))
             for name in names:
                 definitions.setdefault(name, []).append(statement)
-            if not names and not isinstance(statement, ast.Import | ast.ImportFrom) and not _is_docstring(statement):
+            if (
+                not names
+                and not isinstance(statement, ast.Import | ast.ImportFrom)
+                and not syntax.is_docstring(statement)
+            ):
                 other_statements.append(statement)
         return _Module(definitions, other_statements, dict(self._imports(tree)))
 
@@ -252,109 +279,16 @@ class _Sources:
                 yield target
 
 
-class _Normalize(ast.NodeTransformer):
-    """Removes arguments of UserError and of raised ValueError, which reach no artifact, and PREFIX of imports."""
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
-        return ast.ImportFrom((node.module or "").removeprefix(PREFIX), node.names, node.level)
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        if isinstance(node.func, ast.Name) and node.func.id == "UserError":
-            return ast.Call(node.func, [], [])
-        return self.generic_visit(node)
-
-    def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        error = node.exc
-        if isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id == "ValueError":
-            return ast.Raise(error.func)
-        return self.generic_visit(node)
-
-
 def _hash_class(name: str, node: ast.ClassDef) -> dict[str, str]:
     methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
     digests: dict[str, str] = {}
     for method in methods:  # a property and its setter share a name
-        digests[f"{name}.{method.name}"] = _digest(digests.get(f"{name}.{method.name}", "") + serialize(method))
+        digests[f"{name}.{method.name}"] = _digest(digests.get(f"{name}.{method.name}", "") + syntax.serialize(method))
     rest = [item for item in node.body if item not in methods]
     class_without_methods = ast.ClassDef(
         name=node.name, bases=node.bases, keywords=node.keywords, body=rest, decorator_list=node.decorator_list
     )
-    return {**digests, name: _digest(serialize(class_without_methods))}
-
-
-def _defined_names(statement: ast.stmt) -> Iterator[str]:
-    match statement:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            yield statement.name
-        case ast.Assign():
-            for target in statement.targets:
-                yield from (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
-        case ast.AnnAssign() if isinstance(statement.target, ast.Name):
-            yield statement.target.id
-
-
-def _walk(node: ast.AST, *, is_boundary: bool) -> Iterator[ast.AST]:
-    """Walk a syntax tree, including annotations only at boundaries.
-
-    Boundaries are the parameters of a stage's `run`, and class fields. Elsewhere, the code that creates an object names
-    its class.
-    """
-    yield node
-    for name, field in ast.iter_fields(node):
-        for child in field if isinstance(field, list) else [field]:
-            if not isinstance(child, ast.AST):
-                continue
-            if name not in _ANNOTATIONS:
-                is_parameter = is_boundary and isinstance(child, ast.arguments | ast.arg)
-                is_field = isinstance(node, ast.ClassDef) and isinstance(child, ast.AnnAssign)
-                yield from _walk(child, is_boundary=is_parameter or is_field)
-            elif is_boundary:
-                yield from _walk_annotation(child)
-
-
-def _walk_annotation(annotation: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.walk(annotation):
-        yield node
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            yield ast.Name(node.value, ast.Load())  # written as a string, such as "Shards"
-
-
-def serialize(node: ast.AST) -> str:
-    """Write a syntax tree as text, without what cannot affect a result.
-
-    The text is the same for every Python version: empty fields are left out, and so are fields that later versions
-    added.
-    """
-    return json.dumps(_to_json(node), separators=(",", ":"))
-
-
-_SKIPPED_FIELDS = _ANNOTATIONS | frozenset({"type_comment", "type_params", "ctx", "kind", "type_ignores"})
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, ast.AST):
-        fields = [(name, getattr(value, name, None)) for name in value._fields if name not in _SKIPPED_FIELDS]
-        pairs = [
-            [name, _to_json(_without_docstrings(value, field) if name == "body" else field)] for name, field in fields
-        ]
-        return [type(value).__name__, *(pair for pair in pairs if pair[1] not in (None, []))]
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return value if isinstance(value, str | int | bool | None) else repr(value)
-
-
-def _without_docstrings(node: ast.AST, statements: Any) -> Any:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [statement for statement in statements if not _is_docstring(statement)]
-    return statements
-
-
-def _is_docstring(statement: ast.stmt) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
+    return {**digests, name: _digest(syntax.serialize(class_without_methods))}
 
 
 def _digest(text: str) -> str:

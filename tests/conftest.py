@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ for name in (
     "VQVAE2_RUN",
     "VQVAE2_FRESH",
     "VQVAE2_PARENT_RUN",
+    "PYTHONDONTWRITEBYTECODE",  # every command that a test runs would compile all code again
 ):
     os.environ.pop(name, None)
+sys.dont_write_bytecode = False
 # A shell script starts background processes with SIGINT ignored, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import stage_source
-from pipeline.stage_source import serialize, source_of
+from pipeline.stage_source import source_of
+from pipeline.syntax import serialize
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''"""A stage."""

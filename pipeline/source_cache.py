@@ -1,0 +1,53 @@
+"""File that saves what was computed from source code, beside Python's compiled files.
+
+Parsing the source takes two seconds, and every command and every stage needs its hashes.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from stages.formats.artifact import atomic_write
+
+DIGITS = 32  # hexadecimal digits of a hash in a file's name
+
+
+def load_or_compute(parsers: Sequence[Path], files: Sequence[Path], root: Path, compute: Callable[[], Any]) -> Any:
+    """Return what `compute` returns, from an earlier process if one saved it for the same source. It must be JSON data.
+
+    `files` below `root` are the source, `parsers` are the modules that parse it; the saved file lies beside the first.
+    Its name is a hash of the contents of all, so what it holds is never out of date.
+    """
+    state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (*parsers, *files))
+    return _load_or_compute(parsers[0], state, root, compute)
+
+
+@lru_cache(maxsize=2)
+def _load_or_compute(
+    parser: Path, state: tuple[tuple[Path, int, int], ...], root: Path, compute: Callable[[], Any]
+) -> Any:
+    digest = hashlib.sha256()
+    for path, *_ in state:
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        contents = path.read_bytes()
+        digest.update(f"{name}\0{len(contents)}\0".encode())
+        digest.update(contents)
+    compiled = Path(importlib.util.cache_from_source(str(parser)))  # stage_source.cpython-311.pyc
+    saved = compiled.with_name(f"{compiled.stem}-{digest.hexdigest()[:DIGITS]}.json")
+    with suppress(OSError, ValueError):
+        return json.loads(saved.read_text(encoding="utf-8"))
+    result = compute()
+    if not sys.dont_write_bytecode:
+        with suppress(OSError):
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(saved) as temporary:
+                temporary.write_text(json.dumps(result), encoding="utf-8")
+            for other in set(saved.parent.glob(f"{compiled.stem}-*.json")) - {saved}:  # of other revisions
+                other.unlink(missing_ok=True)
+    return result
