@@ -26,6 +26,7 @@ from stages.training.sampler import share_of_rank
 from stages.training.state import MICROBATCH
 
 Sums = Mapping[str, tuple[Tensor, ...]]
+BUCKET_BYTES = 25 * 2**20  # of gradients in one collective, as in DDP
 
 
 class StepSums(NamedTuple):
@@ -145,13 +146,9 @@ class GradientAccumulator:
 
     def _average_gradients(self) -> None:
         """Average the gradients over ranks, as DDP does: weights of `_backward` contain the number of ranks."""
-        waits = []
-        for parameter in self.objective.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= self.dist.world_size
-                waits.append(self.dist.start_all_reduce(parameter.grad))
-        for wait in waits:
-            wait()
+        if self.dist.world_size > 1:
+            gradients = [weight.grad for weight in self.objective.parameters() if weight.grad is not None]
+            average_in_buckets(gradients, self.dist)
 
     def _out_of_memory(self) -> UserError:
         images = f"{self.size} image{'s' * (self.size > 1)}"
@@ -163,6 +160,30 @@ class GradientAccumulator:
             else "Use a device with more memory, or a smaller network.",
             code=3,
         )
+
+
+def average_in_buckets(tensors: Iterable[Tensor], dist: DistributedContext) -> None:
+    """Average tensors over ranks in place. A few large collectives cost less than one per tensor."""
+    in_flight = []
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).div_(dist.world_size)
+        in_flight.append((bucket, flat, dist.start_all_reduce(flat)))
+    for bucket, flat, wait in in_flight:
+        wait()
+        for tensor, average in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(average.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group tensors in their order, each group with BUCKET_BYTES or one tensor more."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(item.nbytes for item in bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """Micro-batches: the same model from any number of images per pass, in less memory."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from models.quantizer import BatchSlice
 from stages.config import TrainConfig
 from stages.errors import UserError
+from stages.training import gradient_accumulation
 from stages.training.code_batches import CodeBatch
 from stages.training.distributed import DistributedContext
-from stages.training.gradient_accumulation import GradientAccumulator, split_batch
+from stages.training.gradient_accumulation import GradientAccumulator, average_in_buckets, split_batch
 from stages.training.objective import MetricSums, StepResult
 from stages.training.state import MICROBATCH, TrainState
 from tests.stages.training.test_loop import CONFIG, IMAGES, Killed, ToyObjective, assert_equal, run
@@ -126,6 +128,32 @@ def test_all_ranks_halve_the_micro_batch_if_one_runs_out_of_memory():
     # Half of the global batch is here; the gradients of failed attempts do not count.
     for left, right in zip(objective.parameters(), alone.objective.parameters(), strict=True):
         torch.testing.assert_close(2 * left.grad, right.grad)
+
+
+def test_gradients_are_exchanged_in_few_collectives(monkeypatch: pytest.MonkeyPatch):
+    """Buckets of 25 MiB hold all of small tensors; smaller buckets give the same averages."""
+    tensors = [torch.randn(size) for size in (3, 40, 1, 50, 7)]
+    tensors.append(torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last))
+    expected = [tensor * 1.5 for tensor in tensors]
+
+    def average(bucket_bytes: int) -> tuple[list[int], list[Tensor]]:
+        collectives: list[int] = []
+
+        def start_all_reduce(flat: Tensor) -> Callable[[], Any]:
+            collectives.append(flat.numel())
+            return lambda: flat.mul_(3)  # two other ranks: their gradients sum to twice those of this one
+
+        averages = [tensor.clone() for tensor in tensors]
+        monkeypatch.setattr(gradient_accumulation, "BUCKET_BYTES", bucket_bytes)
+        average_in_buckets(averages, DistributedContext(0, 2, start_all_reduce=start_all_reduce))
+        return collectives, averages
+
+    for bucket_bytes, sizes in ((gradient_accumulation.BUCKET_BYTES, [301]), (160, [43, 51, 207])):
+        collectives, averages = average(bucket_bytes)
+        assert collectives == sizes
+        for left, right in zip(averages, expected, strict=True):
+            torch.testing.assert_close(left, right)
+            assert left.stride() == right.stride()
 
 
 @pytest.mark.parametrize(("microbatch", "fix"), [("auto", "a device with more memory"), (2, "Set microbatch in")])
