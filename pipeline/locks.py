@@ -46,16 +46,24 @@ def exclusive_lock(folder: Path, refusal: str = "Another process runs this stage
 
 
 @contextmanager
-def exclusive_project(runs: Path) -> Iterator[None]:
+def exclusive_project(runs: Path, *, temporary: bool = False) -> Iterator[None]:
     """Lock the project for this command, because stages read params.yaml when they start.
 
-    `runs` is the folder with one folder per stage. Raises UserError if another command or stage is running.
+    `runs` is the folder with one folder per stage. If this creates it and `temporary` is set, it is deleted at the end.
+    Raises UserError if another command or stage is running.
     """
+    delete = temporary and not runs.exists()
     with exclusive_lock(runs, BUSY):
         for lock in sorted(runs.glob("*/lock")):
             if holder := owner(lock.parent):  # a stage started by `dvc repro` or `vqvae2 stage`
                 raise UserError(f"{BUSY}: {holder}.", where=lock, fix=RETRY_LATER, code=3)
-        yield
+        try:
+            yield
+        finally:
+            if delete:
+                (runs / LOCK_FILE).unlink()
+                with suppress(OSError):  # not empty
+                    runs.rmdir()
 
 
 def _command_line() -> str:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pipeline import (
@@ -28,6 +28,7 @@ from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
 from pipeline.fingerprint import digest_inputs, identify, work_folder
 from pipeline.params_drift import warn_drift, warn_reverted_overrides
+from pipeline.preserved_files import preserve_files
 from pipeline.process import STOP_SIGNALS, handle_signals, stopped
 from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
@@ -57,9 +58,12 @@ def run(
         raise UserError(
             "--only requires a stage.", where="--only", fix="Add a stage, such as --stage evaluate.", code=2
         )
-    lock = locks.exclusive_project(stage_runner.RUNS) if overrides or not dry_run else nullcontext()
+    lock: AbstractContextManager[None] = nullcontext()
+    if overrides or not dry_run:
+        lock = locks.exclusive_project(stage_runner.RUNS, temporary=dry_run)
     with handle_signals(_stop), lock:
-        with _apply_settings(overrides, keep=not dry_run) as settings:
+        with preserve_files(params.FILE, result_versions.FILE) as keep_changes:
+            settings = _apply_settings(overrides)
             require_project_outside(Path(settings.dataset.source))  # else DVC fails with an error about .dvcignore
             stages = dvc_yaml.stages(params.read())
             targets = [dvc_yaml.find(name, stages).name for name in names]
@@ -87,8 +91,9 @@ def run(
             if reasons:
                 where = describe_source(overrides) if overrides else str(params.FILE)
                 preflight.check(settings, reasons, where, pull=pull)
-        if dry_run:
-            return 0
+            if dry_run:
+                return 0
+            keep_changes()
         if not reasons:
             _report_reconstructions(settings, targets)
             return 0
@@ -122,39 +127,17 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(stopped(number))
 
 
-@contextmanager
-def _apply_settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
-    """Write composed settings to params.yaml, where DVC reads them.
-
-    Without overrides, params.yaml is used as it is. The former params.yaml is restored unless `keep` is set and the
-    block succeeds.
-    """
+def _apply_settings(overrides: Sequence[str]) -> Params:
+    """Write composed settings to params.yaml, where DVC reads them. Without overrides it is used as it is."""
     if not overrides:
         settings = params.load()
         warn_drift()
-        yield settings
-        return
+        return settings
     data, settings = compose_settings(overrides)
     warn_reverted_overrides(overrides, data)
     presets.warn_kept(data, settings)
-    before = params.FILE.read_bytes() if params.FILE.is_file() else None
-    time_ns = params.FILE.stat().st_mtime_ns if before is not None else 0
-    succeeded = False
-    try:
-        params.write(to_yaml(data).encode())
-        yield settings
-        succeeded = True
-    finally:
-        if not (succeeded and keep):
-            _restore_params(before, time_ns)
-
-
-def _restore_params(contents: bytes | None, time_ns: int) -> None:
-    if contents is None:
-        params.FILE.unlink()
-    else:
-        params.write(contents)
-        os.utime(params.FILE, ns=(time_ns, time_ns))  # `drift` compares it with the times of conf/
+    params.write(to_yaml(data).encode())
+    return settings
 
 
 class ReproFailedError(Exception):

@@ -20,14 +20,52 @@ from tests.mounts import mount_prefix
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
 
 
-def test_dry_run_prints_reasons_and_changes_nothing(project):
-    """--dry-run with overrides prints their effect and restores params.yaml."""
-    before = (project.folder / "params.yaml").read_text()
-    done = project.command("run", "--dry-run", "-S", "experiment=smoke")
+def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return the times and contents of a project's files, without DVC's temporary files and without linked code."""
+    paths = (path for path in folder.rglob("*") if path.relative_to(folder).parts[:2] != (".dvc", "tmp"))
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"")
+        for path in paths
+        if not path.is_symlink()
+    }
+
+
+@pytest.mark.parametrize("overrides", [[], ["-S", "experiment=smoke"]], ids=["params", "composed"])
+@pytest.mark.parametrize("versions", [None, 'shard: "0123456789abcdef"\n'], ids=["new", "older_code"])
+def test_dry_run_prints_reasons_and_changes_nothing(project, overrides, versions):
+    """Settings, result versions and locks are as before; DVC itself writes only below .dvc/tmp."""
+    if versions:
+        (project.folder / "result_versions.yaml").write_text(versions)
+    before = _files(project.folder)
+    done = project.command("run", "--dry-run", *overrides)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == STAGES
     assert "shard         would run: it has not run yet" in done.stdout
-    assert (project.folder / "params.yaml").read_text() == before
+    assert _files(project.folder) == before
+
+
+def test_dry_run_keeps_the_journals_of_earlier_runs(project):
+    """Only what it has created itself is deleted."""
+    (project.folder / "runs/pipeline").mkdir(parents=True)
+    assert project.command("run", "--dry-run", "-S", "experiment=smoke").returncode == 0
+    assert (project.folder / "runs/pipeline").is_dir() and (project.folder / "runs/lock").is_file()
+
+
+def test_refused_run_changes_nothing(project):
+    """Neither settings nor result versions."""
+    before = _files(project.folder)
+    done = project.command("run", "-S", "experiment=smoke", "-S", "sample.classes=[flag]")
+    assert done.returncode == 2, done.stderr
+    after = _files(project.folder)
+    assert {name for name in after if before.get(name) != after[name]} == {"runs", "runs/lock"}
+
+
+def test_status_changes_nothing(project):
+    """DVC compares the present result versions, and the file is as before afterwards."""
+    (project.folder / "result_versions.yaml").write_text('shard: "0123456789abcdef"\n')
+    before = _files(project.folder)
+    assert project.command("status").returncode == 0
+    assert _files(project.folder) == before
 
 
 def test_run_without_quantization_ends_after_the_vqvae(project):
