@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline import dvc, dvc_yaml, finished_results, params
+from pipeline import dvc, dvc_yaml, finished_results, params, unfinished_experiment
 from pipeline.completion import runs as list_runs
 from pipeline.last_run import Change
 from pipeline.text import first_few
@@ -31,7 +31,6 @@ PICTURES = ("samples", "reconstructions")  # of the report
 REPORT = Path("artifacts/report")
 METRICS = Path("metrics")
 PIPELINE_RUNS = Path("runs/pipeline")
-WAITING, FAILED = "stash", "failed"  # refs in refs/exps/celery, whose reflogs list the experiments of DVC's queue
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,8 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
         unanswered = f" MLflow does not answer ({describe_error(error)}), so that ids of its runs are unknown."
     if key and (run := _of_key(name, key)):
         return run
-    if queue := find_queued(name):
-        is_failed = queue == FAILED
-        raise UserError(
-            f"{name} is a DVC experiment that {'failed' if is_failed else 'waits in the queue'}, so it has no results.",
-            where=Path.cwd(),
-            fix=f"See why: dvc queue logs {name}" if is_failed else "Run the experiments of the queue: dvc queue start",
-            code=2,
-        )
+    if explanation := unfinished_experiment.explain(name):
+        raise explanation
     names = list(list_runs({}))
     options = (
         f"Use one of: {first_few(names, 8)}, or {WORKSPACE}"
@@ -264,15 +257,6 @@ def find_experiment(name: str) -> str:
         commit, ref = line.split()
         if ref.count("/") == 4 and ref.rpartition("/")[2] == name:  # refs/exps/ab/cdef.../NAME
             return commit
-    return ""
-
-
-def find_queued(name: str) -> str:
-    """Return whether a DVC experiment is WAITING in the queue or has FAILED; "" if neither."""
-    for queue in (WAITING, FAILED):
-        messages = git("log", "--walk-reflogs", "--format=%gs", f"refs/exps/celery/{queue}", "--")
-        if name in {message.rpartition(":")[2] for message in messages.splitlines()}:  # dvc-exp:REV:BASELINE:NAME
-            return queue
     return ""
 
 

@@ -32,7 +32,8 @@ KEY_VALUE_SEPARATOR = "="  # Hydra's default for the setting that calls the reso
 def record_composition(*, _root_: DictConfig) -> str:
     """Add the section `composed_from` to a composition that Hydra has just finished.
 
-    Ends the process if this is `dvc exp run` and the dataset or the preset would change unasked.
+    Ends the process if this is `dvc exp run` and a setting is invalid, or the dataset or the preset would change
+    unasked. DVC itself would queue such an experiment.
     """
     chosen = reversed(_root_.hydra.runtime.choices.items())  # as in the defaults list of conf/config.yaml
     choices = {group: choice for group, choice in chosen if not group.startswith("hydra/")}
@@ -45,7 +46,9 @@ def record_composition(*, _root_: DictConfig) -> str:
         try:
             if PRESETS in settings and (mistake := group_files.explain(CONF, choices)):
                 raise mistake
-            dvc_experiment.require_asked({**settings, composed_from.SECTION: section})
+            composed = {**settings, composed_from.SECTION: section}
+            params.check(composed, describe_source(composed_from.overrides_of(composed)))
+            dvc_experiment.require_asked(composed)
         except UserError as error:  # Hydra would wrap it, and DVC would ask to report a bug
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.code) from None

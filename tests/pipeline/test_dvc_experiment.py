@@ -71,6 +71,8 @@ def test_refused_experiment_leaves_the_project_as_it_was(tmp_path: Path):
         command = " ".join(("dvc exp run -S experiment=smoke", *place, "-S seed=1 result_versions"))
         assert f"To keep them: {command}\n" in done.output
         assert file.read_bytes() == before
+    done = project.call("dvc", "exp", "run", "--queue", "-S", SMOKE, "-S", "train_vqvae.steps=some", status=2)
+    assert "error: train_vqvae.steps must be a valid integer" in done.output and "Traceback" not in done.output
     assert "No experiment" in project.call("dvc", "queue", "status").output
 
     first = project.call("dvc", "exp", "run", "-S", SMOKE, "-S", "seed=1", versions_stage)

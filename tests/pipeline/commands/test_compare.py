@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -142,6 +143,48 @@ def test_experiment_without_results_is_no_unknown_name(project, ref, headline, f
     with pytest.raises(UserError, match=rf"^lumpy-bird is a DVC experiment that {headline}, so") as caught:
         find("lumpy-bird")
     assert caught.value.fix.endswith(fix)
+
+
+def write_run_file(state: int, location: str, process: dict[str, int | None] | None) -> None:
+    """Write what DVC writes beside an experiment that it runs; only those of the queue have a process."""
+    folder = Path(".dvc/tmp/exps/run/0123")
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder, "0123.run").write_text(json.dumps({"name": "lumpy-bird", "location": location, "status": state}))
+    if process:
+        Path(folder, "0123.json").write_text(json.dumps(process))
+
+
+@pytest.mark.parametrize(
+    ("location", "fix"),
+    [
+        ("dvc-task", "dvc queue logs -f lumpy-bird"),
+        ("workspace", "vqvae2 status"),
+        ("tempdir", "Wait until it ends."),
+    ],
+)
+def test_running_experiment_is_no_unknown_name(project, location, fix):
+    """The error says how to look at it."""
+    in_queue = location == "dvc-task"
+    write_run_file(2, location, {"pid": os.getpid(), "returncode": None} if in_queue else None)
+    with pytest.raises(UserError, match=r"^lumpy-bird is a DVC experiment that is running, so") as caught:
+        find("lumpy-bird")
+    assert caught.value.fix.endswith(fix) and caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "process"),
+    [
+        (6, {"pid": os.getpid(), "returncode": None}),
+        (2, {"pid": 2**22 + 1, "returncode": None}),
+        (2, {"pid": 1, "returncode": -9}),
+    ],
+    ids=["finished", "killed", "ended"],
+)
+def test_ended_experiment_is_not_called_running(project, state, process):
+    """DVC does not correct the file of an experiment whose process was killed."""
+    write_run_file(state, "dvc-task", process)
+    with pytest.raises(UserError, match="lumpy-bird is not a run"):
+        find("lumpy-bird")
 
 
 def test_numbers_of_other_settings_are_named(project):
