@@ -62,24 +62,28 @@ class PipelineUploadThread(RetryingThread):
     def _journals(self) -> Iterator[Path]:
         """Yield the folders of the journals, the pipeline run first: it is created by its own journal."""
         yield self._folder
-        for path in sorted(self._folder.glob(f"{STAGES}/*-*")):
+        for path in sorted(self._folder.glob(f"{STAGES}/[!.]*-*")):  # not a file that is being written
             folder = self._folder / path.read_text(encoding="utf-8")
             if (folder / JOURNAL_FILE).is_file():  # not deleted since an earlier attempt of this run
                 yield folder
         yield from sorted(path.parent for path in self._folder.glob(f"{CACHED}/*/{JOURNAL_FILE}"))
 
     def _upload(self, *, is_last: bool = False) -> None:
-        """Upload the new records of every journal. A failure does not stop the rest."""
-        configure_mlflow()
-        first_error = None
-        for folder in self._journals():
-            if self._finishing.is_set() and not is_last:
-                return
-            uploader = self._uploaders.setdefault(folder, self._uploader(folder))
-            try:
-                uploader.flush()
-            except Exception as error:  # no failure of MLflow may stop the run
-                first_error = first_error or error
-        self._error = first_error
-        if first_error and not is_last:
-            self._warn_once(first_error)
+        """Upload the new records of every journal. A failure stops neither the other journals nor the run."""
+        errors: list[Exception] = []
+        try:
+            configure_mlflow()
+            for folder in self._journals():
+                if self._finishing.is_set() and not is_last:
+                    return
+                try:
+                    if folder not in self._uploaders:
+                        self._uploaders[folder] = self._uploader(folder)
+                    self._uploaders[folder].flush()
+                except Exception as error:
+                    errors.append(error)
+        except Exception as error:
+            errors.append(error)
+        self._error = errors[0] if errors else None
+        if self._error and not is_last:
+            self._warn_once(self._error)

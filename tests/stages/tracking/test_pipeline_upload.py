@@ -79,6 +79,25 @@ def test_failed_upload_of_a_stage_stops_no_other_and_is_counted(pipeline_run):
     assert message.endswith("vqvae2 sync-metrics")
 
 
+def test_file_that_is_being_written_is_no_stage(pipeline_run):
+    """A stage that starts renames its file from a temporary one, which may vanish at any time."""
+    (pipeline_run / "stages" / ".codes-attempt.123").symlink_to("vanished")
+    uploaded, messages = finish(pipeline_run)
+    assert len(uploaded) == 3 and messages == []
+
+
+def test_any_failure_is_told_and_stops_no_run(pipeline_run):
+    """Also one of the file system, or of the start of an upload, which are no failures of MLflow."""
+    (pipeline_run / "stages" / "codes-attempt").mkdir()
+    messages = []
+    thread = PipelineUploadThread(
+        pipeline_run, lambda folder: FakeUploader(folder, []), UploadTiming(interval_s=60), messages.append
+    )
+    thread.start()
+    thread.finish(failed=False)
+    assert "MLflow has not received all of this run" in messages[0]
+
+
 def test_stage_of_a_pipeline_run_does_not_import_mlflow(tmp_path):
     """The import alone takes longer than a short stage."""
     script = """
