@@ -9,7 +9,7 @@ from stages.tracking.provenance import device_kind
 
 def compute_facts(stage: Stage, settings: Params) -> dict[str, Any]:
     """Describe the devices of a stage and what a training computes: the argument `compute` of `record_facts`."""
-    cluster = settings.cluster
+    cluster = settings.cluster.for_stage(stage.cli_name)
     facts: dict[str, Any] = {
         "device": device_kind(has_gpu=cluster.gpus_per_worker > 0),
         "devices": cluster.workers * (cluster.gpus_per_worker or 1),

@@ -3,12 +3,13 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.text import capitalize
-from stages.config import Params, SampleConfig
+from stages.config import ClusterConfig, Params, SampleConfig
 from stages.errors import install_command
 
 # Artifacts with images: those that a classifier can be trained on, and those that a rejection can select from.
@@ -63,11 +64,7 @@ def conflicts(params: Params) -> Iterator[Problem]:
     entries = {name: level.entries for name, level in levels.items()}
     yield from top_k_problems(params.sample, entries, "sample.", "sample.level_rules.")
     yield from _sampling_conflicts(params)
-    yield from _smaller_than_workers("train_vqvae.batch_size", params.train_vqvae.batch_size, params.cluster.workers)
-    for level, prior in priors.items():
-        yield from _smaller_than_workers(
-            f"priors.{level}.train.batch_size", prior.train.batch_size, params.cluster.workers
-        )
+    yield from _cluster_conflicts(params)
     yield from _classifier_conflicts(params)
 
 
@@ -110,7 +107,6 @@ def _classifier_conflicts(params: Params) -> Iterator[Problem]:
         )
     for name, classifier in params.classifiers.items():
         key = f"classifiers.{name}"
-        yield from _smaller_than_workers(f"{key}.train.batch_size", classifier.train.batch_size, params.cluster.workers)
         if classifier.network.stride > params.dataset.image_size:
             yield Problem(
                 f"{key}.network.halvings",
@@ -153,10 +149,44 @@ def top_k_problems(
             yield Problem(key, headline, f"Set {key} to 1 to {limit}, or to 0 to keep all entries.")
 
 
-def _smaller_than_workers(key: str, batch_size: int, workers: int) -> Iterator[Problem]:
-    if batch_size < workers:
-        yield Problem(
-            key,
-            f"{key} must be at least cluster.workers, which is {workers}, got {batch_size}.",
-            f"Set {key} to {workers} or more, or lower cluster.workers.",
-        )
+def stage_names(params: Params) -> list[str]:
+    """List the names that cluster.stages accepts: kinds of stages, and the stages of levels and artifacts."""
+    return [
+        *("shard", "vqvae", "codes", "prior", *(f"prior_{level}" for level in params.vqvae.levels)),
+        *("sample", "evaluate", "classifier", *(f"classifier_{name}" for name in CLASSIFIER_ARTIFACTS)),
+        *("reject", *(f"reject_{name}" for name in REJECTION_ARTIFACTS)),
+    ]
+
+
+def _cluster_conflicts(params: Params) -> Iterator[Problem]:
+    """Yield names in cluster.stages that are no stages, and batches with fewer images than workers."""
+    names = stage_names(params)
+    for name in params.cluster.stages:
+        if name not in names:
+            key = f"cluster.stages.{name}"
+            close = get_close_matches(name, names, n=1)
+            fix = f"Did you mean cluster.stages.{close[0]}?" if close else f"Remove {key}, or use one of these names."
+            yield Problem(key, f"cluster.stages must name stages ({', '.join(names)}), got {name}.", fix)
+    trainings = {"vqvae": ("train_vqvae", params.train_vqvae)}
+    trainings |= {f"prior_{level}": (f"priors.{level}.train", prior.train) for level, prior in params.priors.items()}
+    trainings |= {
+        f"classifier_{name}": (f"classifiers.{name}.train", classifier.train)
+        for name, classifier in params.classifiers.items()
+    }
+    for stage, (section, train) in trainings.items():
+        workers, workers_key = params.cluster.for_stage(stage).workers, _workers_key(params.cluster, stage)
+        if train.batch_size < workers:
+            key = f"{section}.batch_size"
+            yield Problem(
+                key,
+                f"{key} must be at least {workers_key}, which is {workers}, got {train.batch_size}.",
+                f"Set {key} to {workers} or more, or lower {workers_key}.",
+            )
+
+
+def _workers_key(cluster: ClusterConfig, stage: str) -> str:
+    """Return the key of the setting that a stage has its number of workers from."""
+    for name in (stage, stage.partition("_")[0]):
+        if name in cluster.stages and cluster.stages[name].workers is not None:
+            return f"cluster.stages.{name}.workers"
+    return "cluster.workers"

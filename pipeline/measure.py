@@ -1,6 +1,6 @@
 """Measured time of each stage: a few training steps on made-up images and codes, in this process, without Ray.
 
-A worker of the cluster is measured with its share of the batch and its processors; the workers are assumed not to slow
+A worker of the stage is measured with its share of the batch and its processors; the workers are assumed not to slow
 each other down. torch.compile is left out, because it takes a minute to start.
 
 B images, H x W pixels or codes.
@@ -57,7 +57,6 @@ class StageTimer:
 
     def __init__(self, settings: Params, classes: int, device: torch.device, budget_s: float):
         self.settings, self.classes, self.device = settings, classes, device
-        self.workers = settings.cluster.workers
         self.dist = DistributedContext(device=device)
         # The VQ-VAE trains, evaluates and encodes; a prior trains, evaluates and draws twice.
         self.limit_s = budget_s / (3 + 4 * len(settings.priors))
@@ -67,33 +66,45 @@ class StageTimer:
         settings, size = self.settings, self.settings.dataset.image_size
         config, codes = settings.train_vqvae, settings.codes
         objective = VQVAEObjective(VQVAE(settings.vqvae), np.empty(0))
-        batch = torch.randint(0, 256, (max(self._share(config), codes.batch_size), size, size, 3), dtype=torch.uint8)
-        training_s = self._training(objective, lambda count: batch[:count], config, (images.other,))
+        with _one_worker(settings, "vqvae") as workers:
+            share = max(_share(config, workers), codes.batch_size)
+            batch = torch.randint(0, 256, (share, size, size, 3), dtype=torch.uint8)
+            training_s = self._training(objective, lambda count: batch[:count], config, (images.other,), workers)
         rows = images.train * codes.copies + images.other
 
         def encode(count: int) -> None:
             with torch.inference_mode():
                 objective.network.eval().encode(to_float(batch[:count], self.device))
 
-        codes_s = self._seconds(encode, codes.batch_size) / codes.batch_size * rows / self.workers
+        with _one_worker(settings, "codes") as workers:
+            codes_s = self._seconds(encode, codes.batch_size) / codes.batch_size * rows / workers
         return {"vqvae": training_s, "codes": codes_s}
 
     def prior(self, level: str, images: Workload) -> dict[str, float]:
         """Measure training and drawing codes; return the seconds of the prior and its part of the stage sample."""
         config = self.settings.priors[level].train
         network = self._build_prior(level)
-        codes = {name: grids.to(torch.uint16) for name, grids in self._random_codes(self._share(config), level).items()}
-        labels = torch.zeros(self._share(config), dtype=torch.int64)
+        with _one_worker(self.settings, f"prior_{level}") as workers:
+            share = _share(config, workers)
+            codes = {name: grids.to(torch.uint16) for name, grids in self._random_codes(share, level).items()}
+            labels = torch.zeros(share, dtype=torch.int64)
 
-        def batch(count: int) -> CodeBatch:
-            grids = {name: grids[:count] for name, grids in codes.items()}
-            return CodeBatch(grids, labels[:count] if self.classes else None)
+            def batch(count: int) -> CodeBatch:
+                grids = {name: grids[:count] for name, grids in codes.items()}
+                return CodeBatch(grids, labels[:count] if self.classes else None)
 
-        training_s = self._training(PriorObjective(network, level), batch, config, (images.train, images.other))
-        return {f"prior_{level}": training_s, "sample": self._sampling(network, level)}
+            evaluated = (images.train, images.other)
+            training_s = self._training(PriorObjective(network, level), batch, config, evaluated, workers)
+        with _one_worker(self.settings, "sample") as workers:
+            return {f"prior_{level}": training_s, "sample": self._sampling(network, level, workers)}
 
     def _training(
-        self, objective: Objective, batch: Callable[[int], Any], config: TrainConfig, evaluated: tuple[int, ...]
+        self,
+        objective: Objective,
+        batch: Callable[[int], Any],
+        config: TrainConfig,
+        evaluated: tuple[int, ...],
+        workers: int,
     ) -> float:
         """Return the seconds of a training with its evaluations. `batch` returns a batch of any number of images.
 
@@ -118,12 +129,12 @@ class StageTimer:
                 for part in split_batch(batch(count), gradients.evaluation_size):
                     objective.measure(objective.network, part, self.dist)
 
-        share = self._share(config)
-        images = sum(min(count, config.evaluate_images) for count in evaluated) / self.workers
+        share = _share(config, workers)
+        images = sum(min(count, config.evaluate_images) for count in evaluated) / workers
         evaluation_s = self._seconds(evaluate, share) / share * images
         return config.steps * self._seconds(train, share) + config.steps / config.evaluate_every * evaluation_s
 
-    def _sampling(self, network: Prior, level: str) -> float:
+    def _sampling(self, network: Prior, level: str, workers: int) -> float:
         """Return the seconds to draw the codes of all samples. Only the last rows of a batch are drawn."""
         config = self.settings.sample
         batch_size = min(config.batch_size, config.count)
@@ -146,7 +157,7 @@ class StageTimer:
         rows_s = self._seconds(partial(draw, rows), batch_size) - self._seconds(partial(draw, 0), batch_size)
         parts = math.ceil(config.count / config.images_per_part)
         batches = math.ceil(config.count / batch_size)
-        return max(0.0, rows_s) / rows * network.height * batches / min(self.workers, parts)
+        return max(0.0, rows_s) / rows * network.height * batches / min(workers, parts)
 
     def _build_prior(self, level: str) -> Prior:
         vqvae, size = self.settings.vqvae, self.settings.dataset.image_size
@@ -171,9 +182,6 @@ class StageTimer:
                 break
         return codes
 
-    def _share(self, config: TrainConfig) -> int:
-        return math.ceil(config.batch_size / self.workers)
-
     def _seconds(self, call: Callable[[int], object], count: int) -> float:
         """Return the seconds of a call with `count` images: extrapolated from fewer if it would exceed the limit."""
         call(1)  # a warm-up
@@ -192,6 +200,11 @@ class StageTimer:
         return time.monotonic() - start
 
 
+def measured_stages(settings: Params) -> list[str]:
+    """List the stages that `measure` can measure."""
+    return ["shard", "vqvae", "codes", *(f"prior_{level}" for level in settings.priors), "sample"]
+
+
 def measure(settings: Params, listing: Listing | None, classes: int, *, budget_s: float = BUDGET_S) -> dict[str, float]:
     """Return the seconds of each stage that can be measured, by name. `budget_s` limits all measurements.
 
@@ -202,15 +215,14 @@ def measure(settings: Params, listing: Listing | None, classes: int, *, budget_s
     seconds: dict[str, float] = {}
     if listing is not None:
         seconds |= _decoding(settings, listing)
-    with _threads(settings):
-        timer = StageTimer(settings, classes, best_device(), budget_s)
-        seconds |= timer.vqvae(images)
-        if listing is None:
-            del seconds["codes"]
-        for level in settings.priors:
-            times = timer.prior(level, images)
-            sample_s = seconds.pop("sample", 0.0) + times.pop("sample")
-            seconds |= times | {"sample": sample_s}
+    timer = StageTimer(settings, classes, best_device(), budget_s)
+    seconds |= timer.vqvae(images)
+    if listing is None:
+        del seconds["codes"]
+    for level in settings.priors:
+        times = timer.prior(level, images)
+        sample_s = seconds.pop("sample", 0.0) + times.pop("sample")
+        seconds |= times | {"sample": sample_s}
     return seconds
 
 
@@ -223,16 +235,21 @@ def _decoding(settings: Params, listing: Listing) -> dict[str, float]:
         with suppress(UnreadableFile, RejectedImage):
             encode(decode(source.read(image.member), dataset).pixels, dataset)
             decoded += 1
-    seconds = time.monotonic() - start
-    return {"shard": seconds / decoded * len(listing.images) / settings.cluster.workers} if decoded else {}
+    seconds, workers = time.monotonic() - start, settings.cluster.for_stage("shard").workers
+    return {"shard": seconds / decoded * len(listing.images) / workers} if decoded else {}
+
+
+def _share(config: TrainConfig, workers: int) -> int:
+    """Return the images per step of the worker that has most."""
+    return math.ceil(config.batch_size / workers)
 
 
 @contextmanager
-def _threads(settings: Params) -> Iterator[None]:
-    """Compute with the processors of one worker."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(settings.cluster.cpus_per_worker)))
+def _one_worker(settings: Params, stage: str) -> Iterator[int]:
+    """Compute with the processors of one worker of a stage; yield the number of its workers."""
+    cluster, threads = settings.cluster.for_stage(stage), torch.get_num_threads()
+    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     try:
-        yield
+        yield cluster.workers
     finally:
         torch.set_num_threads(threads)

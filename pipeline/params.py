@@ -43,6 +43,7 @@ PLACEHOLDERS = {
     "levels": "LEVEL",
     "priors": "LEVEL",
     "level_rules": "LEVEL",
+    "stages": "STAGE",
     "classifiers": "ARTIFACT",
     "rejections": "ARTIFACT",
 }

@@ -7,7 +7,7 @@ asks those of QUICK_CHECKS.
 import os
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,22 +52,30 @@ def check_quickly(environment: Mapping[str, str] = os.environ) -> None:
 def check_resources(request: Request) -> Answer:
     """Check the GPUs of this machine and the classes of the samples."""
     if not request.pull:
-        check_gpus(request.settings.cluster, request.where, request.environment)
+        check_gpus(request.settings.cluster, request.stages, request.where, request.environment)
     writes_shards = "shard" in request.stages
     if "sample" in request.stages and not (request.pull and writes_shards):
         check_classes(request.settings, request.where, from_source=writes_shards)
     return Answer(f"{request.where} is valid and fits this machine")
 
 
-def check_gpus(cluster: ClusterConfig, where: object, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError if this machine has fewer GPUs than its private cluster would need."""
-    required, available = cluster.gpus_per_worker * cluster.workers, machine.gpu_count()
+def check_gpus(
+    cluster: ClusterConfig, stages: Iterable[str], where: object, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Raise UserError if this machine has fewer GPUs than its private cluster would need for any of the stages."""
+    configs = {stage: cluster.for_stage(stage) for stage in map(dvc_yaml.cli_name, stages)}
+    gpus = {stage: config.gpus_per_worker * config.workers for stage, config in configs.items()}
+    stage = max(gpus, key=gpus.__getitem__, default="")
+    required, available = gpus.get(stage, 0), machine.gpu_count()
     if required <= available or environment.get("RAY_ADDRESS"):
         return
-    overrides = [override for override in _repeating_overrides() if not override.startswith("cluster")]
+    user = f" for {stage}" if cluster.stages else ""  # otherwise all stages need the same
+    overrides = [
+        override for override in _repeating_overrides() if composed_from.key_of(override).partition(".")[0] != "cluster"
+    ]
     options = " ".join(f"-S {shlex.quote(override)}" for override in (*overrides, "cluster=local"))
     raise UserError(
-        f"cluster requires {required:g} GPU{'s' * (required != 1)}, and this machine has {available}.",
+        f"cluster requires {required:g} GPU{'s' * (required != 1)}{user}, and this machine has {available}.",
         where=f"{where}: cluster.gpus_per_worker",
         fix=f"Use {options}, or set RAY_ADDRESS to a Ray cluster with GPUs.",
         code=3,

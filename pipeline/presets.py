@@ -132,7 +132,7 @@ def advise(
         )
     if fit.fits:
         chosen = overrides_of(data)
-        if settings.cluster.gpus_per_worker and not gpus:
+        if any(config.gpus_per_worker for config in settings.cluster.variants()) and not gpus:
             others, _ = _photo_preset(data, gpus, conf)
             remarks.append(f"It needs a GPU, which this machine does not have. Without one: {_command(others)}")
     else:

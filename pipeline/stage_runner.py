@@ -107,7 +107,7 @@ def _run(name: str, folder: Path) -> None:
         else:
             _require_not_pinned(stage, settings, folder)
             if os.environ.get(FORCE_RESTART):
-                _clear(StageContext(stage.name, fingerprint, work, settings.cluster))
+                _clear(StageContext(stage.name, fingerprint, work, settings.cluster.for_stage(stage.cli_name)))
             _call(stage, fingerprint, work.absolute(), settings, inputs, data)
             _refuse_edited_source(stage, settings, version, work)
             finished_results.record(stage, work)
@@ -161,7 +161,7 @@ def _call(
         model=work / registry.SAVED_MODEL,
         parent=parent,
     ) as reporter:
-        context = StageContext(stage.name, fingerprint, work, settings.cluster, reporter)
+        context = StageContext(stage.name, fingerprint, work, settings.cluster.for_stage(stage.cli_name), reporter)
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
         _refuse_edits(stage, data)
         if stage.module == SUMMARY_STAGE:

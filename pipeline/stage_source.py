@@ -35,6 +35,7 @@ EXCLUDED = {
     "stages.errors": "texts of errors",
     "stages.config.*.__post_init__": "validation of settings",
     "stages.config.ClusterConfig": "where a stage runs, not what it computes",
+    "stages.config.StageClusterConfig": "where a stage runs, not what it computes",
     "models.config.*.__post_init__": "validation of settings",
     "models.config.check_*": "validation of settings",
     "stages.images.count": "texts of messages",

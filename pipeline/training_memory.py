@@ -73,23 +73,23 @@ class TrainingMemory:
 
 def count_all(settings: Params, classes: int) -> Iterator[TrainingMemory]:
     """Count the training of the VQ-VAE, each prior and each classifier, for labels of `classes` classes; 0 for none."""
-    size, workers = settings.dataset.image_size, settings.cluster.workers
+    size, cluster = settings.dataset.image_size, settings.cluster
 
     def vqvae(images: int) -> tuple[nn.Module, Callable[[], Tensor]]:
         network, batch = VQVAE(settings.vqvae), torch.zeros(images, 3, size, size)
         return network, lambda: network.objective(network(batch, BatchSlice(0, 0, 0, images)), batch).total
 
-    yield count("vqvae", vqvae, settings.train_vqvae, workers)
+    yield count("vqvae", vqvae, settings.train_vqvae, cluster.for_stage("vqvae").workers)
     coarser: dict[str, Grid] = {}
     for level, side in settings.vqvae.grids(size).items():
         prior, grid = settings.priors[level], Grid(settings.vqvae.levels[level].entries, side, side)
         builder = _prior_builder(prior.network, grid, dict(coarser), classes)
-        yield count(f"prior_{level}", builder, prior.train, workers)
+        stage = f"prior_{level}"
+        yield count(stage, builder, prior.train, cluster.for_stage(stage).workers)
         coarser[level] = grid
     for name, classifier in settings.classifiers.items():
-        yield count(
-            f"classifier_{name}", _classifier_builder(classifier.network, size, classes), classifier.train, workers
-        )
+        stage, builder = f"classifier_{name}", _classifier_builder(classifier.network, size, classes)
+        yield count(stage, builder, classifier.train, cluster.for_stage(stage).workers)
 
 
 def count(stage: str, build_loss: LossBuilder, config: TrainConfig, workers: int) -> TrainingMemory:

@@ -7,7 +7,7 @@ never what it computes. A field's comment is its entry in the reference of setti
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from models.config import (
@@ -280,6 +280,25 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class StageClusterConfig:
+    """Settings of the cluster for one stage, where they differ; null: the same."""
+
+    workers: int | None = None  # as cluster.workers
+    cpus_per_worker: float | None = None  # as cluster.cpus_per_worker
+    gpus_per_worker: float | None = None  # as cluster.gpus_per_worker
+    loader_workers: int | None = None  # as cluster.loader_workers
+    max_failures: int | None = None  # as cluster.max_failures
+    storage: str | None = None  # as cluster.storage
+
+    def __post_init__(self) -> None:
+        ClusterConfig(**self.overrides())  # checks the ranges
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings that are not null."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Resources of a stage. A change reruns nothing."""
 
@@ -289,6 +308,9 @@ class ClusterConfig:
     loader_workers: int = 0  # DataLoader processes per training worker, 0 or more; 0 loads in the worker itself
     max_failures: int = 2  # restarts of a failed worker group before the stage fails, 0 or more
     storage: str = ""  # URL for nodes without a shared disk, such as s3://bucket/prefix; empty: all share this folder
+    # these settings for single stages, such as {shard: {workers: 16, gpus_per_worker: 0}}. The settings of prior are
+    # those of all priors, and the settings of prior_top go before them; others stay as above
+    stages: Mapping[str, StageClusterConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_positive(self, "workers")
@@ -300,6 +322,17 @@ class ClusterConfig:
         )
         check_field(self, "cpus_per_worker", self.cpus_per_worker > 0, "above 0")
         check_not_negative(self, "gpus_per_worker", "loader_workers", "max_failures")
+
+    def for_stage(self, stage: str) -> "ClusterConfig":
+        """Return the settings of a stage by its name in commands, such as vqvae or prior_top, without `stages`."""
+        settings: dict[str, Any] = {"stages": {}}
+        for name in (stage.partition("_")[0], stage):
+            settings |= self.stages[name].overrides() if name in self.stages else {}
+        return replace(self, **settings)
+
+    def variants(self) -> list["ClusterConfig"]:
+        """Return the settings of stages without their own, and those of each stage that has its own."""
+        return [replace(self, stages={}), *map(self.for_stage, self.stages)]
 
 
 @dataclass(frozen=True)

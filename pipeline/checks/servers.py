@@ -41,7 +41,8 @@ def check_mlflow(environment: Mapping[str, str]) -> Answer:
 def check_loader_sockets(request: Request) -> Answer:
     """Check that the sockets of DataLoader processes fit into the temporary folder."""
     folder = request.environment.get("TMPDIR", "")
-    if request.settings.cluster.loader_workers and len(folder.encode(errors="surrogateescape")) > MAX_SOCKET_FOLDER:
+    loads = any(config.loader_workers for config in request.settings.cluster.variants())
+    if loads and len(folder.encode(errors="surrogateescape")) > MAX_SOCKET_FOLDER:
         raise UserError(
             f"TMPDIR must have at most {MAX_SOCKET_FOLDER} bytes for cluster.loader_workers, because it holds sockets.",
             where=f"TMPDIR={folder}",
@@ -52,21 +53,22 @@ def check_loader_sockets(request: Request) -> Answer:
 
 
 def check_storage(request: Request, timeout_s: float = STORAGE_TIMEOUT_S) -> Answer:
-    """Check that the object store for nodes without a shared disk can be written to."""
-    url = request.settings.cluster.storage
-    if not url:
+    """Check that the object stores for nodes without a shared disk can be written to."""
+    urls = list(dict.fromkeys(filter(None, (config.storage for config in request.settings.cluster.variants()))))
+    for url in urls:
+        bounded(
+            Storage(url).check,
+            timeout_s,
+            UserError(
+                f"The storage does not work: no answer within {timeout_s:g} s.",
+                where=f"cluster.storage: {url}",
+                fix="Check the URL and the endpoint in the environment, such as AWS_ENDPOINT_URL.",
+                code=3,
+            ),
+        )
+    if not urls:
         return Answer("none: all nodes share this folder")
-    bounded(
-        Storage(url).check,
-        timeout_s,
-        UserError(
-            f"The storage does not work: no answer within {timeout_s:g} s.",
-            where=f"cluster.storage: {url}",
-            fix="Check the URL and the endpoint in the environment, such as AWS_ENDPOINT_URL.",
-            code=3,
-        ),
-    )
-    return Answer(f"{redact_secrets(url)} can be written to")
+    return Answer(f"{redact_secrets(', '.join(urls))} can be written to")
 
 
 def bounded(call: Callable[[], object], timeout_s: float, timeout_error: UserError) -> None:

@@ -26,8 +26,9 @@ from pipeline.checks.machine import gpu_count
 from pipeline.compose import compose_settings
 from pipeline.composed_from import describe_source
 from pipeline.measure import measure as measure_stages
+from pipeline.measure import measured_stages
 from pipeline.preflight import check_gpus
-from stages.config import DatasetConfig, Params, TrainConfig
+from stages.config import ClusterConfig, DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
 from stages.images.listing import Listing, list_images
 from stages.images.overview import count_splits
@@ -55,7 +56,9 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
     """
     data, settings = compose_settings(overrides) if overrides else (params.read(), params.load())
     if measure:
-        check_gpus(settings.cluster, describe_source(overrides) if overrides else params.FILE)
+        check_gpus(
+            settings.cluster, measured_stages(settings), describe_source(overrides) if overrides else params.FILE
+        )
     listing = read_listing(settings.dataset)
     classes = len(listing.classes) if listing is not None else None
     if settings.dataset.labels == "none":
@@ -64,7 +67,8 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
     images = count_splits(listing) if listing is not None else None
     num_train_images = images["train"] if images is not None else None
     advice = presets.try_advise(data, settings, gpus=gpu_count(), num_train_images=num_train_images)
-    memories = training_memory.count_all(settings, classes or 0) if settings.cluster.gpus_per_worker else None
+    uses_gpus = any(settings.cluster.for_stage(training.stage).gpus_per_worker for training in trainings)
+    memories = training_memory.count_all(settings, classes or 0) if uses_gpus else None
     seconds = measure_stages(settings, listing, classes or 0) if measure else None
     if as_json:
         result = {
@@ -114,11 +118,11 @@ def _cost_lines(settings: Params, trainings: Sequence[Training], classes: int | 
 
 
 def _time_lines(settings: Params, seconds: Mapping[str, float]) -> Iterator[str]:
-    cluster = settings.cluster
-    processors = f"{cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else f"{cluster.cpus_per_worker:g} CPU"
-    yield f"time, measured on this machine for {cluster.workers} x {processors}:"
+    usual = _describe_workers(settings.cluster)
+    yield f"time, measured on this machine for {usual}:"
     for stage, time in seconds.items():
-        yield f"{stage:<{STAGE_WIDTH}}{format_duration(time):>13}"
+        workers = _describe_workers(settings.cluster.for_stage(stage))
+        yield f"{stage:<{STAGE_WIDTH}}{format_duration(time):>13}{f'  for {workers}' if workers != usual else ''}"
     yield f"{'together':<{STAGE_WIDTH}}{format_duration(sum(seconds.values())):>13}"
     names = [
         "evaluate",
@@ -130,6 +134,12 @@ def _time_lines(settings: Params, seconds: Mapping[str, float]) -> Iterator[str]
     if load > num_processors + 1:
         busy = f"load {load:.0f} on {num_processors} processors"
         yield f"Other programs use this machine ({busy}), so these times are too long."
+
+
+def _describe_workers(cluster: ClusterConfig) -> str:
+    """Describe the workers of a stage, such as `8 x 1 GPU`."""
+    gpus, cpus = cluster.gpus_per_worker, cluster.cpus_per_worker
+    return f"{cluster.workers} x " + (f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU")
 
 
 def read_listing(dataset: DatasetConfig) -> Listing | None:

@@ -174,8 +174,7 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         with _omit_monitors():
             _init_ray(
                 address="local",
-                # One spare CPU, because the processes that only coordinate must never wait for the workers.
-                num_cpus=int(config.workers * config.cpus_per_worker) + 1,
+                num_cpus=private_cpus(config),
                 include_dashboard=False,
                 object_store_memory=RAY_OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
@@ -186,6 +185,14 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def private_cpus(config: ClusterConfig) -> int:
+    """Return the CPUs of a private cluster: as many as the stage needs that needs most, and a spare one.
+
+    The processes that only coordinate must never wait for the workers.
+    """
+    return 1 + max(int(variant.workers * variant.cpus_per_worker) for variant in config.variants())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import dvc_yaml, params, result_versions, stage_runner
 from pipeline.compose import compose_params
+from pipeline.conflicts import stage_names
 from stages.formats.flatten import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,12 @@ def test_result_versions_are_written_each_time():
 def test_no_stage_depends_on_the_cluster():
     """Another cluster reruns nothing."""
     assert not any("cluster" in stage.params for stage in STAGES.values())
+
+
+def test_every_stage_can_have_its_own_cluster_settings():
+    """cluster.stages accepts each kind of stage, each stage by its name in commands, and no others."""
+    expected = {stage.module for stage in STAGES.values()} | {stage.cli_name for stage in STAGES.values()}
+    assert set(stage_names(SETTINGS)) == expected | {"classifier_accepted"}  # which these settings do not have
 
 
 def test_every_level_has_a_prior():

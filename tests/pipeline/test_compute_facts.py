@@ -17,6 +17,8 @@ def test_facts_of_the_demo():
     facts = {name: compute_facts(dvc_yaml.find(name, stages), settings) for name in ("vqvae", "prior@top", "sample")}
     costs = {training.stage: training.training_flops for training in count(settings, classes=9)}
     assert facts["sample"] == {"device": "CPU", "devices": 2}
+    data["cluster"]["stages"] = {"sample": {"workers": 5}}
+    assert compute_facts(stages["sample"], params.check(data))["devices"] == 5
     assert facts["vqvae"] == {
         "device": "CPU",
         "devices": 2,

@@ -9,6 +9,7 @@ import pytest
 from pipeline import params, preflight, shared_cluster
 from pipeline.checks import machine
 from pipeline.commands import config
+from stages.config import StageClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
 
@@ -70,10 +71,31 @@ def test_missing_gpus_are_refused_unless_results_may_be_pulled(settings):
     assert """-S experiment=smoke -S 'dataset.name='"'"'a b'"'"'' -S cluster=local, or set""" in caught.value.fix
 
 
+def test_gpus_are_required_for_the_stages_that_run(settings):
+    """A stage without GPUs runs on a machine that has none, and the error names the stage that needs most."""
+    stages = {"shard": StageClusterConfig(gpus_per_worker=0), "prior": StageClusterConfig(workers=3)}
+    cluster = replace(settings.cluster, workers=2, gpus_per_worker=500, stages=stages)
+    settings = replace(settings, cluster=cluster)
+    preflight.check_gpus(cluster, ["shard"], "params.yaml", {})
+    preflight.check_gpus(cluster, [], "params.yaml", {})
+    with pytest.raises(UserError, match="cluster requires 1000 GPUs for vqvae, and"):
+        preflight.check_gpus(cluster, ["shard", "vqvae"], "params.yaml", {})
+    with pytest.raises(UserError, match="cluster requires 1500 GPUs for prior_top, and"):
+        preflight.check(settings, ["shard", "vqvae", "prior@top"], "params.yaml")
+
+
+def test_advice_on_missing_gpus_repeats_no_setting_of_the_cluster(settings):
+    """`-S cluster=local` would not undo it."""
+    config.run(["experiment=smoke", "+cluster.stages.vqvae.gpus_per_worker=500"], write=True)
+    with pytest.raises(UserError, match="for vqvae") as caught:
+        preflight.check(params.load(), ["vqvae"], "params.yaml")
+    assert caught.value.fix.startswith("Use -S experiment=smoke -S cluster=local, or set")
+
+
 def test_gpus_of_a_named_cluster_are_not_checked(settings):
     """The machine of the command may have no GPU if RAY_ADDRESS names a cluster."""
     cluster = replace(settings.cluster, gpus_per_worker=500)
-    preflight.check_gpus(cluster, "params.yaml", {"RAY_ADDRESS": "127.0.0.1:6379"})
+    preflight.check_gpus(cluster, ["vqvae"], "params.yaml", {"RAY_ADDRESS": "127.0.0.1:6379"})
 
 
 def unused_address():

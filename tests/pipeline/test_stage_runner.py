@@ -34,6 +34,7 @@ class ToyStage:
 
     def __call__(self, source: Path, out: Path, metrics: Path, *, dataset, context: StageContext) -> None:
         self.calls += 1
+        self.context = context
         with artifact.commit_folder(out, "shards", {}) as folder:
             (folder / "train-00000.tar").write_bytes(b"images")
         metrics.write_text("{}")
@@ -61,6 +62,17 @@ def test_settings_edited_while_a_stage_runs_are_refused(toy: ToyStage):
     toy.project.edit(lambda data: data["dataset"].update(background="#000000"))
     with pytest.raises(UserError, match=r'dataset.image_size \d+ -> 64, dataset.resize_mode "crop" -> "pad"\.'):
         run()
+
+
+def test_stage_runs_with_its_own_settings_of_the_cluster(toy: ToyStage):
+    """A later change of them leaves its result valid."""
+    settings = {"workers": 3, "gpus_per_worker": 0.0}
+    toy.project.edit(lambda data: data["cluster"].update(gpus_per_worker=1.0, stages={"shard": settings}))
+    run()
+    assert toy.context.cluster == ClusterConfig(3, 1.0)
+    toy.project.edit(lambda data: data["cluster"].update(stages={}))
+    run()
+    assert toy.calls == 1
 
 
 @pytest.mark.parametrize("arguments", [("prior", "top"), ("prior_top",), ("prior@top",)], ids=" ".join)

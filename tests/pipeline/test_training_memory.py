@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import params
 from pipeline.training_memory import GB, TrainingMemory, count_all, lines
-from stages.config import ClassifierStageConfig, ClusterConfig, Params, PriorStageConfig
+from stages.config import ClassifierStageConfig, ClusterConfig, Params, PriorStageConfig, StageClusterConfig
 from tests.mini_pipeline import CLASSIFIER, NETWORK, PRIORS, TRAIN
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,19 @@ def test_state_grows_with_the_settings_that_need_it():
         assert (shared.gradients, shared.optimizer, shared.ema) == (2 * weights, 2 * weights, 0)
         assert alone.state == 5 * weights == shared.state
         assert (alone.share, shared.share) == (4, 2)
+
+
+def test_share_is_that_of_the_stages_own_workers():
+    """One worker trains a prior of two levels; the other trainings have two."""
+    settings = small_settings(2)
+    cluster = dataclasses.replace(settings.cluster, stages={"prior_top": StageClusterConfig(workers=1)})
+    counted = count_all(dataclasses.replace(settings, cluster=cluster), 2)
+    assert {memory.stage: memory.share for memory in counted} == {
+        "vqvae": 2,
+        "prior_top": 4,
+        "prior_bottom": 2,
+        "classifier_shards": 2,
+    }
 
 
 def test_every_training_is_counted_and_recomputing_needs_less():

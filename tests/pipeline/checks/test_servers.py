@@ -9,6 +9,7 @@ import pytest
 from pipeline import params
 from pipeline.checks import servers
 from pipeline.checks.check import Answer, Request, result_of
+from stages.config import StageClusterConfig
 from stages.errors import UserError
 
 
@@ -51,6 +52,9 @@ def test_storage_that_does_not_work_is_refused_in_time(settings, tmp_path):
     servers.check_storage(request(f"file://{tmp_path}/store"))
     with pytest.raises(UserError, match="The storage cannot be opened"):
         servers.check_storage(request("nosuch://bucket"))
+    of_one = replace(settings.cluster, stages={"vqvae": StageClusterConfig(storage="nosuch://bucket")})
+    with pytest.raises(UserError, match="The storage cannot be opened"):
+        servers.check_storage(Request(replace(settings, cluster=of_one), "params.yaml", ()))
 
 
 def test_result_of_a_check_has_no_credentials():
@@ -82,5 +86,8 @@ def test_long_temporary_folder_is_refused_for_loader_processes(settings):
     with pytest.raises(UserError, match="TMPDIR must have at most 75 bytes") as caught:
         servers.check_loader_sockets(Request(parallel, "params.yaml", (), environment=environment))
     assert "cluster.loader_workers to 0" in caught.value.fix
+    of_one = replace(settings.cluster, stages={"vqvae": StageClusterConfig(loader_workers=2)})
+    with pytest.raises(UserError, match="TMPDIR must have"):
+        servers.check_loader_sockets(Request(replace(settings, cluster=of_one), "p", (), environment=environment))
     with pytest.raises(OSError, match="too long"), socket.socket(socket.AF_UNIX) as server:
         server.bind("/tmp/" + "x" * 103)

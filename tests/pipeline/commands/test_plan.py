@@ -124,3 +124,21 @@ def test_measured_times_are_printed_per_stage(settings, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "time, measured on this machine for 1 x 1 CPU:" in lines
     assert sum(line.startswith(("vqvae ", "together ")) for line in lines) == 3
+
+
+def test_stages_are_measured_with_their_own_workers(settings, capsys):
+    """One with other workers says so, and its time is that of its share of the images."""
+    Path("conf").symlink_to(ROOT / "conf")
+    overrides = ["experiment=smoke", "dataset.source=missing", "+cluster.stages.sample.workers=2"]
+    plan.show(overrides, as_json=False, measure=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "time, measured on this machine for 1 x 1 CPU:" in lines
+    assert [line.split()[0] for line in lines if line.endswith("  for 2 x 1 CPU")] == ["sample"]
+
+
+def test_memory_is_counted_if_any_training_has_gpus(settings, capsys):
+    """Other stages with GPUs need none of this."""
+    Path("conf").symlink_to(ROOT / "conf")
+    for stage, is_counted in (("prior_top", True), ("sample", False)):
+        plan.show(["experiment=smoke", f"+cluster.stages.{stage}.gpus_per_worker=1"], as_json=False)
+        assert ("GB per GPU" in capsys.readouterr().out) == is_counted

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from stages.config import ClusterConfig
+from stages.config import ClusterConfig, StageClusterConfig
 from stages.errors import UserError
 from stages.runtime import cluster
 from tests.mounts import mount_prefix
@@ -104,6 +104,30 @@ def test_private_cluster_requires_a_token(settings: dict[str, str]):
         assert tokens == (None, None)
     else:
         assert tokens[0] != tokens[1] and len(tokens[0]) == 64
+
+
+def test_settings_of_a_stage_go_before_those_of_its_kind_and_of_the_cluster():
+    """Each setting counts by itself: one that a stage does not have comes from `prior`, then from the cluster."""
+    overrides = {"prior": StageClusterConfig(workers=4, max_failures=0), "prior_top": StageClusterConfig(workers=1)}
+    config = ClusterConfig(workers=8, gpus_per_worker=1, stages=overrides)
+    assert config.for_stage("prior_top") == ClusterConfig(workers=1, gpus_per_worker=1, max_failures=0)
+    assert config.for_stage("prior_bottom") == ClusterConfig(workers=4, gpus_per_worker=1, max_failures=0)
+    assert config.for_stage("vqvae") == ClusterConfig(workers=8, gpus_per_worker=1)
+
+
+def test_zero_and_the_empty_text_are_settings_of_a_stage():
+    """They are no missing values: a stage without GPUs or storage beside others that have them."""
+    override = StageClusterConfig(gpus_per_worker=0, storage="")
+    config = ClusterConfig(gpus_per_worker=1, storage="s3://bucket/prefix", stages={"shard": override})
+    assert config.for_stage("shard") == ClusterConfig()
+
+
+def test_private_cluster_has_room_for_the_stage_that_needs_most():
+    """All stages of a run share the cluster, and one CPU is left for the processes that only coordinate."""
+    stages = {"shard": StageClusterConfig(workers=16, cpus_per_worker=0.5), "sample": StageClusterConfig(workers=1)}
+    config = ClusterConfig(workers=2, cpus_per_worker=2, stages=stages)
+    assert [cluster.private_cpus(variant) for variant in config.variants()] == [5, 9, 3]
+    assert cluster.private_cpus(config) == 9
 
 
 @pytest.mark.parametrize(
