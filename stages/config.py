@@ -26,7 +26,6 @@ from models.config import (
 # Columns of the files of codes, and rows of the metrics, beside those of the levels.
 RESERVED_LEVEL_NAMES = frozenset({"copy", "key", "label", "pixels", "total"})
 
-
 # Feature networks whose weights come as a Python package, and the value of evaluate.networks that selects one.
 INSTALLED_NETWORKS = ("efficientnet_lite0", "vgg16")
 INSTALLED = "installed"
@@ -107,7 +106,7 @@ class TrainConfig:
     log_every: int = 10  # steps between logged training metrics, 1 or more
     evaluate_every: int = 500  # steps between evaluations, 1 or more
     evaluate_images: int = 1024  # images per split and evaluation at most, 1 or more
-    checkpoint_every: int = 500  # steps between checkpoints, 1 or more
+    checkpoint_every: int = 500  # steps between checkpoints, 1 or more; see also cluster.checkpoint_every_minutes
     keep_checkpoints: int = 2  # newest checkpoints that are kept, 1 or more
 
     def __post_init__(self) -> None:
@@ -289,6 +288,7 @@ class StageClusterConfig:
     loader_workers: int | None = None  # as cluster.loader_workers
     max_failures: int | None = None  # as cluster.max_failures
     storage: str | None = None  # as cluster.storage
+    checkpoint_every_minutes: float | None = None  # as cluster.checkpoint_every_minutes
 
     def __post_init__(self) -> None:
         ClusterConfig(**self.overrides())  # checks the ranges
@@ -308,8 +308,9 @@ class ClusterConfig:
     loader_workers: int = 0  # DataLoader processes per training worker, 0 or more; 0 loads in the worker itself
     max_failures: int = 2  # restarts of a failed worker group before the stage fails, 0 or more
     storage: str = ""  # URL for nodes without a shared disk, such as s3://bucket/prefix; empty: all share this folder
-    # these settings for single stages, such as {shard: {workers: 16, gpus_per_worker: 0}}. The settings of prior are
-    # those of all priors, and the settings of prior_top go before them; others stay as above
+    # minutes after which training saves a checkpoint, beside those every so many steps, 0 or more; 0 saves none by time
+    checkpoint_every_minutes: float = 0
+    # these settings for single stages, such as {shard: {workers: 9}}; those of prior_top go before those of prior
     stages: Mapping[str, StageClusterConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -321,7 +322,7 @@ class ClusterConfig:
             "a URL such as s3://bucket/prefix, or '' if all nodes share this folder",
         )
         check_field(self, "cpus_per_worker", self.cpus_per_worker > 0, "above 0")
-        check_not_negative(self, "gpus_per_worker", "loader_workers", "max_failures")
+        check_not_negative(self, "gpus_per_worker", "loader_workers", "max_failures", "checkpoint_every_minutes")
 
     def for_stage(self, stage: str) -> "ClusterConfig":
         """Return the settings of a stage by its name in commands, such as vqvae or prior_top, without `stages`."""

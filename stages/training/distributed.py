@@ -4,10 +4,11 @@ Every collective runs at a point that depends only on the step number or on a va
 A collective behind a condition that one rank alone computes would leave the other ranks waiting for ever.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed
@@ -16,6 +17,25 @@ from torch import Tensor, nn
 
 class CheckpointMismatch(Exception):
     """The ranks' newest checkpoints are of different steps."""
+
+
+class CheckpointTimer:
+    """Timer of rank 0 for checkpoints by time. With an interval of 0 it is never due."""
+
+    def __init__(self, interval_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.interval_s, self._clock = interval_s, clock
+        self._start = clock()
+
+    def is_due(self) -> bool:
+        """Return whether the interval is over. Returns True once: the checkpoint is saved a step later."""
+        if not self.interval_s or self._clock() - self._start < self.interval_s:
+            return False
+        self.restart()
+        return True
+
+    def restart(self) -> None:
+        """Begin an interval: a checkpoint was saved."""
+        self._start = self._clock()
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class DistributedContext:
     start_all_reduce: Callable[[Tensor], Callable[[], Any]] = lambda tensor: lambda: None
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # DDP: averages gradients over ranks
     stop_requested: Callable[[], bool] = lambda: False
+    checkpoint_timer: CheckpointTimer = field(default_factory=CheckpointTimer)  # only that of rank 0 has an interval
     inject_fault: Callable[[int], bool] = lambda step: False  # before a step; True makes the step's loss NaN
 
 
@@ -71,30 +92,30 @@ def require_same_start(start: int, dist: DistributedContext) -> None:
 
 
 class SumsInFlight:
-    """Codebook sums and stop vote of one step, summed over ranks as one tensor while the backward pass runs.
+    """Codebook sums and votes of one step, summed over ranks as one tensor while the backward pass runs.
 
     One large collective costs less than many small ones: each has a latency of its own. Every rank starts it once per
     step, before its backward pass.
     """
 
-    def __init__(self, sums: Mapping[str, tuple[Tensor, ...]], vote: Tensor, dist: DistributedContext) -> None:
-        self._sums, self._vote = sums, vote
+    def __init__(self, sums: Mapping[str, tuple[Tensor, ...]], votes: Tensor, dist: DistributedContext) -> None:
+        self._sums, self._votes = sums, votes
         self._wait = lambda: None
         if dist.world_size > 1:
             tensors = [tensor for level_sums in sums.values() for tensor in level_sums]
-            self._flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), vote])
+            self._flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), votes])
             self._wait = dist.start_all_reduce(self._flat)
-            views = iter(self._flat.split([*(tensor.numel() for tensor in tensors), 1]))
+            views = iter(self._flat.split([*(tensor.numel() for tensor in tensors), len(votes)]))
             self._sums = {
                 level: _with_tensors(level_sums, [next(views).view_as(tensor) for tensor in level_sums])
                 for level, level_sums in sums.items()
             }
-            self._vote = next(views)
+            self._votes = next(views)
 
     def wait(self) -> tuple[Mapping[str, tuple[Tensor, ...]], Tensor]:
-        """Return the sums over all ranks, and the number of ranks that voted to stop."""
+        """Return the sums and the votes over all ranks."""
         self._wait()
-        return self._sums, self._vote
+        return self._sums, self._votes
 
 
 def add_sums(left: Mapping[str, tuple[Tensor, ...]], right: Mapping[str, tuple[Tensor, ...]]) -> Mapping[str, Any]:
@@ -111,33 +132,42 @@ def _with_tensors(example: tuple[Tensor, ...], tensors: list[Tensor]) -> tuple[T
     return cast("tuple[Tensor, ...]", make(tensors))
 
 
-class StopVote:
-    """Stop requests of all ranks, combined so that every rank stops after the same step.
+class StepDecision(NamedTuple):
+    """Decision of all ranks after a step."""
 
-    The votes of a step are read after the next one. Their copy to the CPU then overlaps the work of the GPU instead of
-    stalling it.
+    stop: bool  # save and stop
+    save: bool  # save a checkpoint
+
+
+class StepVote:
+    """Votes of all ranks to stop or to save, combined so that every rank does so after the same step.
+
+    Any rank may ask to stop. Only rank 0 asks to save, because clocks differ. The votes of a step are read after the
+    next one. Their copy to the CPU then overlaps the work of the GPU instead of stalling it.
     """
 
     def __init__(self, dist: DistributedContext) -> None:
         self.dist = dist
-        self._votes = torch.zeros(1)  # ranks that voted to stop in the step before
+        self._votes = torch.zeros(2)  # ranks that voted to stop, and to save, in the step before
         self._copied: torch.cuda.Event | None = None
 
     def cast(self) -> Tensor:
-        """Return this rank's vote, to be summed over ranks: (1,), 1 to stop."""
+        """Return this rank's votes, to be summed over ranks: (2,), 1 to stop, 1 to save."""
         # A single process reads its vote at once, which on a GPU would wait for the device.
         device = self.dist.device if self.dist.world_size > 1 else torch.device("cpu")
-        return torch.full((1,), float(self.dist.stop_requested()), device=device)
+        votes = (self.dist.stop_requested(), self.dist.checkpoint_timer.is_due())
+        # Filled on the device: a copy of numbers to it would wait for all its work.
+        return torch.cat([torch.full((1,), float(vote), device=device) for vote in votes])
 
-    def count(self, votes: Tensor) -> bool:
-        """Take the votes of this step; return whether to stop after it. Every rank calls this once per step."""
+    def count(self, votes: Tensor) -> StepDecision:
+        """Take the votes of this step; return what to do after it. Every rank calls this once per step."""
         if self.dist.world_size == 1:
-            return bool(votes)
+            return StepDecision(*map(bool, votes))
         if self._copied is not None:
             self._copied.synchronize()
-        stop = bool(self._votes)
+        decision = StepDecision(*map(bool, self._votes))
         self._votes = votes.to("cpu", non_blocking=True)
         if votes.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return stop
+        return decision

@@ -32,7 +32,7 @@ BUCKET_BYTES = 25 * 2**20  # of gradients in one collective, as in DDP
 class StepSums(NamedTuple):
     """Sums of one step beside its gradients."""
 
-    in_flight: SumsInFlight  # codebook sums and stop votes, which the ranks are exchanging
+    in_flight: SumsInFlight  # codebook sums and votes, which the ranks are exchanging
     metrics: list[MetricSums]  # of each micro-batch of this rank
 
 
@@ -67,14 +67,14 @@ class GradientAccumulator:
         if self.is_automatic and MICROBATCH in tensors:
             self.size = min(self.size, int(tensors[MICROBATCH]))
 
-    def accumulate(self, batch: Any, step: int, vote: Tensor, *, inject_nan: bool = False) -> StepSums:
+    def accumulate(self, batch: Any, step: int, votes: Tensor, *, inject_nan: bool = False) -> StepSums:
         """Compute the gradients of a step, averaged over the global batch, from this rank's batch.
 
         Raises UserError if a micro-batch does not fit into the memory of the device.
         """
         if not self.is_automatic:
             try:
-                return self._accumulate_and_reduce(batch, step, vote, inject_nan)
+                return self._accumulate_and_reduce(batch, step, votes, inject_nan)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory() from error
         while (result := self._try_accumulate(batch, step, inject_nan)) is None:
@@ -85,17 +85,17 @@ class GradientAccumulator:
                 raise self._out_of_memory()
             self.size //= 2
         sums, metrics = result
-        in_flight = SumsInFlight(sums, vote, self.dist)
+        in_flight = SumsInFlight(sums, votes, self.dist)
         self._average_gradients()
         return StepSums(in_flight, metrics)
 
-    def _accumulate_and_reduce(self, batch: Any, step: int, vote: Tensor, inject_nan: bool) -> StepSums:
+    def _accumulate_and_reduce(self, batch: Any, step: int, votes: Tensor, inject_nan: bool) -> StepSums:
         """Run the passes of a step; DDP averages the gradients over ranks during the last backward pass."""
         *others, (last, last_slice) = self._split(batch, step)
         with self._without_reduction():
             sums, metrics = self._run(others, inject_nan)
         result = self._forward(last, last_slice)
-        in_flight = SumsInFlight(add_sums(sums, result.sums), vote, self.dist)
+        in_flight = SumsInFlight(add_sums(sums, result.sums), votes, self.dist)
         self._backward(result.loss, count_images(last), inject_nan)
         return StepSums(in_flight, [*metrics, detach(result.metrics)])
 

@@ -21,7 +21,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, StopVote, require_same_start
+from stages.training.distributed import DistributedContext, StepVote, require_same_start
 from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
@@ -55,6 +55,7 @@ def train(
     model = TrainableModel(objective.network, config)
     resumed = checkpoints.latest()
     start, history = (resumed.step, resumed.history) if resumed is not None else (0, [])
+    saved_step = start
     require_same_start(start, dist)
     metrics_since_log = MetricAccumulator(objective, dist)
     if resumed is not None:
@@ -65,6 +66,9 @@ def train(
         reporter.message(f"Resuming at step {start} of {config.steps}.")
 
     def save(step: int) -> None:
+        nonlocal saved_step
+        saved_step = step
+        dist.checkpoint_timer.restart()
         tensors = model.tensors() | gradients.tensors() | {METRICS_SINCE_LOG: metrics_since_log.gather_by_rank()}
         if dist.rank == 0:
             checkpoints.save(TrainState(step, tensors, history))
@@ -76,11 +80,11 @@ def train(
     gradients = GradientAccumulator(objective, config, seed=seed, dist=dist)
     if resumed is not None:
         gradients.restore(resumed.tensors)
-    stop_vote, log_time, log_step = StopVote(dist), time.monotonic(), start
+    step_vote, log_time, log_step = StepVote(dist), time.monotonic(), start
     for step, batch in enumerate(data.training(start), start):
         inject_nan = dist.inject_fault(step)
         objective.train()
-        step_sums = gradients.accumulate(batch, step, stop_vote.cast(), inject_nan=inject_nan)
+        step_sums = gradients.accumulate(batch, step, step_vote.cast(), inject_nan=inject_nan)
         if step == start:
             model.require_gradients()
         model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
@@ -90,9 +94,9 @@ def train(
         for microbatch_metrics in step_sums.metrics:
             metrics_since_log.add(microbatch_metrics)
         if step == start and dist.rank == 0:  # the optimizer has all its tensors now
-            checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start))
+            checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start, dist))
 
-        completed_steps, stopping = step + 1, stop_vote.count(votes)
+        completed_steps, decision = step + 1, step_vote.count(votes)
         is_last = completed_steps == config.steps
         if completed_steps % config.log_every == 0 or is_last:
             values = metrics_since_log.summarize()
@@ -118,9 +122,11 @@ def train(
                 for name, png in objective.previews(model.evaluation_network).items():
                     reporter.image(name, png, completed_steps)
             log_time += time.monotonic() - evaluation_start  # images/s is the rate of training alone
-        if completed_steps % config.checkpoint_every == 0 or is_last or stopping:
+        # A vote to save is read one step later. A checkpoint of the step in between has done what it asks for.
+        is_due = decision.save and saved_step < step
+        if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_due:
             save(completed_steps)
-        if stopping and not is_last:
+        if decision.stop and not is_last:
             checkpoints.wait()
             raise TrainingStopped(f"stopped at step {completed_steps}")
     checkpoints.wait()
@@ -140,7 +146,10 @@ def evaluate(
     return metrics.summarize()
 
 
-def _remaining_checkpoints(config: TrainConfig, start: int) -> int:
+def _remaining_checkpoints(config: TrainConfig, start: int, dist: DistributedContext) -> int:
+    """Return the number of checkpoints to come; by time there may be one after each step."""
+    if dist.checkpoint_timer.interval_s:
+        return config.steps - start
     every = config.checkpoint_every
     return config.steps // every - start // every + (config.steps % every > 0)
 

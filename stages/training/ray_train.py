@@ -30,7 +30,7 @@ from stages.runtime.control import (
 )
 from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
+from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.failures import failure_callback, training_error
 from stages.training.loop import TrainingStopped
 from stages.training.state import trained_weights
@@ -202,6 +202,7 @@ def worker_main(config: dict[str, Any]) -> None:
     ray_context = ray.train.get_context()
     context: StageContext = config["context"]
     control = config["control"]
+    is_rank_0 = ray_context.get_world_rank() == 0  # its clock counts for all
     arguments: dict[str, Any] = config["arguments"]
     torch.set_num_threads(max(1, int(context.cluster.cpus_per_worker)))
     parallel = ray_context.get_world_size() > 1
@@ -214,6 +215,7 @@ def worker_main(config: dict[str, Any]) -> None:
         start_all_reduce=start_all_reduce,
         wrap=wrap_ddp if parallel else lambda module: module,
         stop_requested=stop_requested(control),
+        checkpoint_timer=CheckpointTimer(60 * context.cluster.checkpoint_every_minutes if is_rank_0 else 0),
         inject_fault=lambda step: fault_injection.inject_faults(context.stage, dist.rank, step, marker_folder),
     )
     if dist.rank > 0:  # only rank 0 reports

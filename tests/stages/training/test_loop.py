@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from stages.runtime import fault_injection
 from stages.runtime.context import Reporter
 from stages.training import loop
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import CheckpointMismatch, DistributedContext, StopVote
+from stages.training.distributed import CheckpointMismatch, CheckpointTimer, DistributedContext, StepVote
 from stages.training.loop import TrainingStopped, train
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import MetricSums, Objective, StepResult, TrainingData
@@ -241,6 +242,75 @@ def test_several_ranks_stop_one_step_after_a_request(tmp_path: Path):
         run(tmp_path, dist=dist)
 
 
+class FakeClock:
+    """Clock that moves only when a test moves it, in seconds."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def saved_steps(folder: Path, config: TrainConfig, timer: CheckpointTimer, clock: FakeClock, **dist: Any) -> list[int]:
+    """Train with steps of ten seconds; return the steps of all checkpoints."""
+
+    def take_step(step: int) -> bool:
+        clock.now_s += 10
+        return False
+
+    context = DistributedContext(checkpoint_timer=timer, inject_fault=take_step, **dist)
+    checkpoints = Checkpoints(folder, "print", keep=100)
+    train(ToyObjective(), toy_data(), config, seed=0, dist=context, checkpoints=checkpoints, reporter=Reporter())
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def test_checkpoints_are_saved_by_time_and_by_steps(tmp_path: Path):
+    """Every checkpoint begins a new interval. With several ranks, one by time comes one step after the vote."""
+    clock = FakeClock()
+    only_last = dataclasses.replace(CONFIG, checkpoint_every=20)
+    assert saved_steps(tmp_path / "a", only_last, CheckpointTimer(60, clock), clock) == [6, 12, 18, 20]
+    assert saved_steps(tmp_path / "b", only_last, CheckpointTimer(60, clock), clock, world_size=2) == [7, 14, 20]
+    by_steps = dataclasses.replace(CONFIG, checkpoint_every=8)
+    assert saved_steps(tmp_path / "c", by_steps, CheckpointTimer(60, clock), clock) == [6, 8, 14, 16, 20]
+    assert saved_steps(tmp_path / "d", by_steps, CheckpointTimer(0, clock), clock) == [8, 16, 20]
+
+
+def test_vote_to_save_is_dropped_if_a_checkpoint_was_saved_since(tmp_path: Path):
+    """Several ranks read it one step later, which may be the step after a checkpoint by steps."""
+    clock = FakeClock()
+    every_six = dataclasses.replace(CONFIG, checkpoint_every=6)
+    timer = CheckpointTimer(60, clock)
+    assert saved_steps(tmp_path, every_six, timer, clock, world_size=2) == [6, 12, 18, 20]
+
+
+def test_run_that_ends_between_checkpoints_by_time_resumes_bit_identical(tmp_path: Path, unbroken: TrainState):
+    """No state depends on the clock."""
+    clock, only_last = FakeClock(), dataclasses.replace(CONFIG, checkpoint_every=20)
+
+    def take_step(step: int) -> bool:
+        clock.now_s += 10
+        return False
+
+    def context() -> DistributedContext:
+        return DistributedContext(checkpoint_timer=CheckpointTimer(30, clock), inject_fault=take_step)
+
+    with pytest.raises(Killed):
+        run(tmp_path, 11, context(), only_last)
+    assert newest_state(tmp_path).step == 9
+    assert_equal(run(tmp_path, dist=context(), config=only_last), unbroken)
+
+
+def test_free_space_is_that_of_checkpoints_by_time(tmp_path: Path, monkeypatch):
+    """There may be one after each step, so as many as are kept must fit."""
+    size = sum(tensor.nbytes for tensor in run(tmp_path / "measured").tensors.values())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=7 * size // 2))
+    once = dataclasses.replace(CONFIG, checkpoint_every=20)
+    run(tmp_path / "steps", config=once)
+    with pytest.raises(UserError, match="too small for 4 more checkpoints"):
+        run(tmp_path / "time", config=once, dist=DistributedContext(checkpoint_timer=CheckpointTimer(60)))
+
+
 def test_ranks_with_different_checkpoints_do_not_start(tmp_path: Path):
     """Their gradients would be averaged without an error, over different weights."""
     with pytest.raises(Killed):
@@ -269,9 +339,18 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_after_one_step(tmp_path
 @pytest.mark.gpu
 def test_a_vote_on_a_gpu_is_read_one_step_later():
     """The result is read from the copy on the CPU, not from the device."""
-    stop_requested = iter([False, True, False]).__next__
-    vote = StopVote(DistributedContext(world_size=2, device=torch.device("cuda"), stop_requested=stop_requested))
-    assert [vote.count(vote.cast()) for _ in range(3)] == [False, False, True]
+    stop_requested = iter([False, True, False, False]).__next__
+    timer = CheckpointTimer(10, clock=count(step=4).__next__)  # due at the third question
+    dist = DistributedContext(
+        world_size=2, device=torch.device("cuda"), stop_requested=stop_requested, checkpoint_timer=timer
+    )
+    vote = StepVote(dist)
+    assert [vote.count(vote.cast()) for _ in range(4)] == [
+        (False, False),
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_metrics_since_the_last_log_are_restored_by_fewer_and_by_more_ranks():

@@ -16,7 +16,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
+from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.loop import TrainingStopped, train
 from stages.training.objective import TrainingData
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
@@ -52,6 +52,7 @@ def train_to_end(
     model: VQVAEConfig = MODEL,
     config: TrainConfig = CONFIG,
     shares_checkpoints: bool = False,
+    keep: int = 1,
 ) -> dict[str, Tensor]:
     """Train; return weights and codebooks, and all metrics as one more tensor, "metrics"."""
 
@@ -65,7 +66,7 @@ def train_to_end(
     torch.manual_seed(3)
     objective = VQVAEObjective(VQVAE(model), PREVIEWED)
     data = TrainingData(batches, {"validation": lambda: iter(VALIDATION[dist.rank :: dist.world_size].split(2))})
-    checkpoints = Checkpoints(folder / ("0" if shares_checkpoints else str(dist.rank)), "print", keep=1)
+    checkpoints = Checkpoints(folder / ("0" if shares_checkpoints else str(dist.rank)), "print", keep)
     recorder = MetricsRecorder()
     train(objective, data, config, seed=3, dist=dist, checkpoints=checkpoints, reporter=recorder)
     state = {name: tensor.contiguous() for name, tensor in objective.network.state_dict().items()}
@@ -123,6 +124,35 @@ def test_two_ranks_train_the_vqvae_as_one_does(tmp_path: Path):
     for name in codebooks:
         torch.testing.assert_close(rank0[name], single[name], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rank0["metrics"], single["metrics"], rtol=1e-4, atol=1e-6)
+
+
+def train_rank_with_clock(rank: int, folder: Path) -> None:
+    """Train as one of two ranks with checkpoints by time, and without; save both results.
+
+    A step takes ten seconds on the clock of rank 0. That of rank 1 stands still.
+    """
+    dist = DistributedContext(
+        rank, 2, all_reduce=distributed.all_reduce, start_all_reduce=start_all_reduce, wrap=wrap_ddp
+    )
+    now_s = [0.0]
+
+    def take_step(step: int) -> bool:
+        now_s[0] += 10 if rank == 0 else 0
+        return False
+
+    timer = CheckpointTimer(20, lambda: now_s[0])
+    timed = replace(dist, checkpoint_timer=timer, inject_fault=take_step)
+    save_file(train_to_end(folder / "timed", timed, keep=10), folder / f"timed-{rank}.safetensors")
+    save_file(train_to_end(folder / "untimed", dist), folder / f"untimed-{rank}.safetensors")
+
+
+def test_clock_of_rank_0_decides_when_both_save(tmp_path: Path):
+    """Saving is a collective, so ranks that disagree would wait for each other. The result does not depend on it."""
+    run_ranks(train_rank_with_clock, tmp_path, world_size=2)
+    for rank in (0, 1):
+        timed, untimed = (load_file(tmp_path / f"{name}-{rank}.safetensors") for name in ("timed", "untimed"))
+        assert all(torch.equal(timed[name], untimed[name]) for name in timed)
+    assert sorted(path.name[-1] for path in (tmp_path / "timed" / "0").iterdir()) == ["3", "6", "7"]
 
 
 def train_rank_in_two_runs(rank: int, folder: Path) -> None:
