@@ -1,4 +1,4 @@
-"""Memory of a training step, counted on fake tensors: shapes and lifetimes without data, so any network fits.
+"""Memory of a training step, counted on fake tensors. They have shapes and lifetimes but no data, so any network fits.
 
     with count_memory() as counter:
         network = ...                # its parameters are fake tensors too
@@ -6,7 +6,7 @@
         loss.backward()
     counter.peak_bytes
 
-What a device's allocator adds, such as fragments, workspaces of its kernels and the context, is not counted.
+Not counted: fragmentation of the allocator, workspaces of kernels, and the CUDA context.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Adds up the bytes of all storages that operations create, until the storages are freed."""
+    """Dispatch mode that counts the bytes of the storages that operations have created and nothing has freed yet."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Activation checkpointing: blocks whose activations are computed again in the backward pass instead of being kept.
+"""Activation checkpointing: blocks that recompute their activations in the backward pass instead of storing them.
 
-Only a block's inputs stay in memory between the passes. Outputs and gradients are exactly those without it, also with
-dropout, and a step takes about a third longer.
+Only a block's inputs stay in memory between the passes. Outputs and gradients have the same bits as without it, even
+with dropout. A step takes about a third longer.
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 """
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class RecomputableBlock(nn.Module):
-    """Block that can compute its activations again in the backward pass, while training."""
+    """Block that recomputes its activations in the backward pass of training, if `recomputes` is set."""
 
     recomputes = False
 
@@ -24,7 +24,7 @@ class RecomputableBlock(nn.Module):
 
 
 def recompute_activations(network: nn.Module) -> None:
-    """Let every block of a network that can do so compute its activations again in the backward pass."""
+    """Set `recomputes` on every RecomputableBlock of a network."""
     for module in network.modules():
         if isinstance(module, RecomputableBlock):
             module.recomputes = True

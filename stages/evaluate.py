@@ -46,10 +46,12 @@ from stages.metrics.networks import read_networks
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 
-IMAGES_PER_PART = 256  # what an interrupted run computes again at most, per worker
+IMAGES_PER_PART = 256  # after an interruption, each worker computes at most this many images again
 COMPRESSED_PER_PART = 16  # images: AVIF is slow, and small parts keep all workers busy
-SEARCH_IMAGES_PER_PART = 1024  # training images of a part that searches them: fewer results than images per part
-MAX_SEARCH_BYTES = 2**28  # images that are searched for, and those that a part searches: a worker holds all in memory
+# Training images of one part of a nearest-neighbour search: larger than other parts, because the result of a part has
+# k neighbours per query, however few images it searches.
+SEARCH_IMAGES_PER_PART = 1024
+MAX_SEARCH_BYTES = 2**28  # of the query images, and of the training images of one part: a worker holds both in memory
 RECONSTRUCTIONS_SHOWN = 8
 QUERY_LABELS = {"samples": "samples", "validation": "validation images"}
 PLOTTED_SHEETS = ("samples", "reconstructions")  # contact sheets that `dvc plots show` shows
@@ -91,7 +93,7 @@ def run(
         features_folder, results_folder, names, _pairs(plan), plan.num_compared, evaluate, seed, context
     )
 
-    with one_thread():  # what this process computes is the same on any number of processors
+    with one_thread():  # so that results do not depend on the number of processors
         _write(
             EvaluationResults(inputs, plan, [*parts, *search_parts], results, features_folder, compared),
             out.absolute(),
@@ -181,7 +183,7 @@ def _pairs(plan: EvaluationPlan) -> dict[str, SetPair]:
 def _parts(inputs: EvaluationInputs, plan: EvaluationPlan) -> Iterator[Part]:
     """Yield the parts, each a computation on a range of images. The slowest come first, so workers finish together."""
     sizes = {split: len(inputs.images(split)) for split in ("train", "validation")}
-    cuts = {plan.reference: plan.num_rated}  # parts end there, so that sums of these images exist
+    cuts = {plan.reference: plan.num_rated}  # a part ends here, so that parts sum over exactly the rated images
     limits = {split: min(plan.config.max_images, size) for split, size in sizes.items() if size}
     for level in plan.redrawn_levels:
         redrawn = ladder.REDRAWN + level

@@ -22,7 +22,7 @@ def num_accepted(count: int, rate: float) -> int:
 
 
 def accept(scores: np.ndarray, labels: np.ndarray, rate: float, threshold: float = 0.0) -> np.ndarray:
-    """Return the numbers of the accepted samples, the best of each class, in ascending order.
+    """Return the indices of the accepted samples, the best of each class, in ascending order.
 
     `scores` and `labels` are (N,). Of samples with equal scores the first ones are accepted, so a lower rate accepts a
     subset of a higher one. Samples that score below `threshold` are not accepted.
@@ -37,11 +37,11 @@ def accept(scores: np.ndarray, labels: np.ndarray, rate: float, threshold: float
 
 
 class CurvePoint(NamedTuple):
-    """Samples that are accepted at one rate, and those of them that are compared with the reference."""
+    """Samples that are accepted at one rate, and the subset that is compared with the reference."""
 
     rate: float
-    accepted: np.ndarray  # numbers of all accepted samples
-    compared: np.ndarray  # numbers of some of them: at all rates equally many of each class
+    accepted: np.ndarray  # indices of all accepted samples
+    compared: np.ndarray  # indices of a subset of them, which has the same number of samples of each class at all rates
 
 
 def plan_curve(
@@ -49,9 +49,9 @@ def plan_curve(
 ) -> list[CurvePoint]:
     """Choose the samples to compare at each rate, the highest rate first.
 
-    Most metrics depend on the number of images, so all rates compare equally many samples of each class: those that the
-    lowest rate accepts, or fewer if these are more than `max_images` in all. The samples are shuffled once for all
-    rates, so neighbouring points differ by what is rejected and not by the shuffle.
+    Most metrics depend on the number of images, so all rates compare the same number of samples of each class: as many
+    as the lowest rate accepts, scaled down if these are more than `max_images` in all. One shuffle serves all rates, so
+    neighbouring points differ only by which samples are rejected.
     """
     if not len(rates):
         return []

@@ -1,11 +1,12 @@
-"""Codes as memory-mapped arrays: what training reads at random, made from the Parquet files of an artifact of codes.
+"""Codes as memory-mapped arrays, for training to read at random: a decoded copy of an artifact of codes (Parquet).
 
     {split}-{level}.npy     (N, H, W) uint16, the rows of all files of the split in order
     {split}-label.npy       (N,) int64; -1 without classes
     {split}-copy.npy        (N,) uint16; 0: the original image
     manifest.json           meta: digest of the codes; see formats/artifact.py
 
-All processes of a node that map the same file share its pages in memory. No stage writes arrays: they are a cache.
+All processes of a node that map the same file share its pages in memory. The arrays are a cache, not the output of a
+stage.
 
 Axes: N rows, H x W grid of codes of a level.
 """
@@ -39,6 +40,7 @@ class CodeArrays:
 
 def array_bytes(codes: Codes) -> int:
     """Return the size of the arrays of all splits."""
+    # Codes are uint16; beside them a row has a label (int64) and a copy (uint16).
     bytes_per_row = 2 * sum(grid.height * grid.width for grid in codes.levels.values()) + 8 + 2
     return bytes_per_row * sum(map(codes.rows, codes.splits))
 
@@ -52,6 +54,7 @@ def write_arrays(codes: Codes, folder: Path) -> None:
         for split in codes.splits:
             rows = codes.rows(split)
             shapes = {level: (rows, grid.height, grid.width) for level, grid in codes.levels.items()}
+            # Streams rather than writable memory maps: a full disk raises OSError here, and SIGBUS there.
             with ExitStack() as stack:
                 files = {}
                 for name, shape in {**shapes, "label": (rows,), "copy": (rows,)}.items():

@@ -33,7 +33,7 @@ _MAX_CLASS_NAME_LENGTH = 255  # as of a folder
 _SHOWN_CHARACTERS = 40  # of a long class name
 _SHOWN_TABLES = 3  # in the error about a missing table
 CHECKED_FILES = 20_000  # that `check_source` lists in a fraction of a second
-# Of a tar, up to which `check_source` looks for an image: it is decompressed in a second or two.
+# First bytes of a tar, in which `check_source` looks for an image; decompressing them takes a second or two.
 _CHECKED_BYTES = 1 << 27
 
 
@@ -85,7 +85,8 @@ def check_source(path: Path, labels: str) -> None:
             problems.append((member.name, member.problem))
         elif is_image(member.name):
             break
-        # The next header of a compressed tar is behind these bytes. In other sources, location is no offset.
+        # To reach the next header, a compressed tar has to be decompressed up to this offset. In a folder or a zip the
+        # location is not an offset, and only a file larger than the bound ends the search early.
         if number >= CHECKED_FILES or member.location + member.size > _CHECKED_BYTES:
             break
     else:
@@ -101,7 +102,7 @@ def check_source(path: Path, labels: str) -> None:
             data = (path / name).read_bytes()
     else:
         data = next((_read(source, member, name) for member in source.members() if member.name == name), b"")
-    if data:  # else one per split folder
+    if data:  # otherwise each split folder may have a table of this name
         labels_table.read_table(data, path / name)
 
 
@@ -161,7 +162,7 @@ def _list(source: Source, members: list[Member], path: Path, labels: str, valida
 
 
 def _check_lengths(classes: Iterable[str], path: Path) -> None:
-    """Raise UserError if the name of a class is a text, such as a caption in the column of classes."""
+    """Raise UserError if the name of a class is too long for a name, such as a caption in the column of classes."""
     for name in classes:
         if len(name) > _MAX_CLASS_NAME_LENGTH:
             raise UserError(

@@ -1,6 +1,6 @@
 """Upload of a journal to MLflow. An upload can be repeated: it sends only what MLflow does not have.
 
-Each run has a key of ours in a tag, and is looked up by that key before it is created. A point has the time of its
+Each run has our own key in a tag, by which the uploader looks it up before creating it. A point has the time of its
 journal record, so a repeated point is the same row in MLflow. Records are uploaded in the journal's order.
 """
 
@@ -22,7 +22,7 @@ PIPELINE_STAGE = "pipeline"  # stage name of a run of the whole pipeline
 # Prefix of the key of a pipeline run that `dvc repro` started: no process of ours opens and closes that run.
 REPRO_PREFIX = "repro-"
 SUMMARY_STAGE = "evaluate"  # reports on all stages before it
-PICTURES = "pictures/"  # of the names of a pipeline run's images; MLflow shows this group before the metrics
+PICTURES = "pictures/"  # prefix of the images of a pipeline run; MLflow shows this group before the metrics
 
 # MLflow's limits: items per request, and characters of a text.
 MAX_POINTS_PER_REQUEST = 1000
@@ -34,7 +34,7 @@ class MlflowUploader:
     """Uploader of one journal. After a failure, the next `flush` continues at the record that failed."""
 
     def __init__(self, folder: Path, *, recreate_deleted: bool = True):
-        """`recreate_deleted` creates a run again that was deleted in MLflow; otherwise such a run stays deleted."""
+        """Create an uploader. With `recreate_deleted`, it creates runs again that were deleted in MLflow."""
         self.sent_points = 0  # by this object
         self._folder = folder
         self._path = folder / JOURNAL_FILE

@@ -1,7 +1,7 @@
 """Thread that uploads the journals of a pipeline run and of its stages to MLflow, while the run goes on.
 
 One process uploads for all stages, so no stage imports MLflow, waits for its requests, or waits for an upload at its
-end. Stages are processes that DVC starts; each leaves the place of its journal in the folder of the pipeline run:
+end. Stages are processes that DVC starts; each writes the path of its journal to the folder of the pipeline run:
 
     runs/pipeline/KEY/journal.jsonl                the pipeline run
     runs/pipeline/KEY/stages/STAGE-KEY             relative path to the folder of a stage's journal
@@ -19,11 +19,11 @@ from stages.tracking.mlflow_sync import MlflowUploader
 from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, UploaderFactory, describe_error
 from stages.tracking.upload_thread import RetryingThread, UploadTiming
 
-STAGES, CACHED = "stages", "cached"  # folders in that of a pipeline run
+STAGES, CACHED = "stages", "cached"  # subfolders of the folder of a pipeline run
 
 
 def register_stage(pipeline_run: Path, stage: str, folder: Path) -> None:
-    """Let the process of the pipeline run upload the journal in a stage's `folder`."""
+    """Register the journal in a stage's `folder` for upload by the process of the pipeline run."""
     path = pipeline_run / STAGES / f"{stage}-{folder.name}"
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as temporary:
@@ -35,7 +35,7 @@ class PipelineUploadThread(RetryingThread):
 
     def __init__(self, folder: Path, uploader: UploaderFactory, timing: UploadTiming, show: Callable[[str], None]):
         super().__init__(show, timing)
-        self._folder, self._uploader = folder, uploader
+        self._folder, self._create_uploader = folder, uploader
         self._uploaders: dict[Path, MlflowUploader] = {}
 
     def run(self) -> None:
@@ -47,7 +47,7 @@ class PipelineUploadThread(RetryingThread):
     def finish(self, *, failed: bool) -> None:
         """Upload the rest; show what is not uploaded within the timeout.
 
-        `failed` says that the run has failed or was killed. Its own error is then the message to read.
+        `failed` shortens the timeout: the user of a run that has failed or was killed waits for its error message.
         """
         self._wait_for_rest(failed=failed)
         if not self._error and not self.is_alive():
@@ -60,7 +60,7 @@ class PipelineUploadThread(RetryingThread):
             self._show(f"MLflow has not received all of this run ({reason}). {SYNC_HINT}")
 
     def _journals(self) -> Iterator[Path]:
-        """Yield the folders of the journals, the pipeline run first: it is created by its own journal."""
+        """Yield the folders of the journals. That of the pipeline run comes first, because it creates the run."""
         yield self._folder
         for path in sorted(self._folder.glob(f"{STAGES}/[!.]*-*")):  # not a file that is being written
             folder = self._folder / path.read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ class PipelineUploadThread(RetryingThread):
                     return
                 try:
                     if folder not in self._uploaders:
-                        self._uploaders[folder] = self._uploader(folder)
+                        self._uploaders[folder] = self._create_uploader(folder)
                     self._uploaders[folder].flush()
                 except Exception as error:
                     errors.append(error)

@@ -1,4 +1,4 @@
-"""Threads that upload to MLflow while a run goes on: what they have in common, and the one of a stage."""
+"""Threads that upload to MLflow during a run: their base class, and the thread of a stage."""
 
 import threading
 from collections.abc import Callable
@@ -26,7 +26,7 @@ DEFAULT_TIMING = UploadTiming()
 
 
 class RetryingThread(threading.Thread):
-    """Thread that uploads every few seconds until it is stopped; after a failure it tries again.
+    """Base class of threads that upload every few seconds until `finish`, and try again after a failure.
 
     If MLflow does not answer, the run continues. `show` prints a message.
     """
@@ -84,7 +84,8 @@ class UploadThread(RetryingThread):
     def finish(self, *, failed: bool) -> None:
         """Upload the rest and close the journal; show on the screen what is not uploaded within the timeout.
 
-        `failed` says that the run has failed or was killed. Its own error is then the message to read.
+        `failed` shortens the timeout: the user of a run that has failed or was killed waits for its error message. If
+        only the end of such a run is not uploaded, nothing is shown.
         """
         self._wait_for_rest(failed=failed)
         if not self.is_alive():

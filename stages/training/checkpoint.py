@@ -2,8 +2,9 @@
 
 Each is an artifact folder `step-000001000` in the run's work folder (see formats/artifact.py). Its manifest holds the
 step and the run's fingerprint, and a rename creates the folder once it is complete. A damaged checkpoint is renamed to
-`step-*.damaged`, and the one before it is used. With a storage, each checkpoint is also uploaded, and on nodes without
-a shared disk the storage decides which one is newest. What it holds: stages/training/state.py.
+`step-*.damaged`, and training continues from the one before it. With a storage, each checkpoint is also uploaded, and
+on nodes without a shared disk the storage decides which one is newest. The fields of a checkpoint are defined in
+stages/training/state.py.
 """
 
 import json
@@ -139,7 +140,7 @@ class Checkpoints:
         self.storage.fetch(self.path(step).name, self.path(step), KIND)
 
     def remove_except(self, step: int) -> None:
-        """Remove all checkpoints of the folder but one: other ranks cannot have those that the storage lacks."""
+        """Remove all checkpoints of the folder but that of `step`: other ranks cannot fetch what the storage lacks."""
         for folder in self._local_folders():
             if _step(folder) != step:
                 shutil.rmtree(folder)
@@ -227,9 +228,9 @@ class Checkpoints:
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors to the CPU, because the next steps change them in place.
 
-        The copies stay: first use of new memory costs more than the copy itself. Copies from a GPU are in page-locked
-        memory and run at once. A copy is contiguous, because safetensors stores no strides, and has its own memory,
-        because safetensors refuses shared memory.
+        The next state reuses the memory of the copies, because the first use of new memory takes longer than the copy
+        itself. Copies from a GPU go to pinned memory and overlap. A copy is contiguous, because safetensors stores no
+        strides, and has its own memory, because safetensors refuses shared memory.
         """
         for name, tensor in tensors.items():
             copy = self._copies.get(name)
@@ -275,8 +276,8 @@ class Checkpoints:
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Return the name of a tensor with a value that is not finite, "" if there is none. Computes on their device."""
     floating = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    # A sum is not finite if a value is not, and takes a fraction of the time of `isfinite`, which writes a tensor. It
-    # may also overflow, so then the values decide. The host waits for a device once.
+    # A sum is not finite if any value is not, and takes a fraction of the time of `isfinite`, which writes a tensor.
+    # Finite values may overflow it, so each value of a suspect is checked. The host waits for a device once.
     suspects: list[str] = []
     for device in {tensor.device for tensor in floating.values()}:
         names = [name for name, tensor in floating.items() if tensor.device == device]

@@ -1,10 +1,11 @@
-"""Gradients of one step: forward and backward passes over the micro-batches of a rank's images.
+"""Gradient accumulation: the forward and backward passes of one step, over the micro-batches of a rank's images.
 
 A micro-batch is the images of one forward and backward pass, so its size bounds the memory of activations. Gradients,
-codebook sums and metrics add up over micro-batches, and ranks exchange them once per step.
+codebook sums and metrics add up over micro-batches. Ranks exchange gradients and codebook sums once per step.
 
-The loss is a mean over the global batch of B images, and a micro-batch returns the mean over its own n images. DDP
-divides by the R ranks, so a micro-batch has the weight n R / B: exactly 1 for all images of one of several equal ranks.
+The loss of a step is the mean over the global batch of B images; that of a micro-batch is the mean over its n images.
+DDP averages over R ranks, so the loss of a micro-batch is multiplied by n R / B. This factor is exactly 1 if the
+micro-batch is a rank's whole share and all shares are equal.
 """
 
 import math
@@ -30,9 +31,9 @@ BUCKET_BYTES = 25 * 2**20  # of gradients in one collective, as in DDP
 
 
 class StepSums(NamedTuple):
-    """Sums of one step beside its gradients."""
+    """Sums of one step, apart from its gradients."""
 
-    in_flight: SumsInFlight  # codebook sums and votes, which the ranks are exchanging
+    in_flight: SumsInFlight  # pending all-reduce of codebook sums and votes
     metrics: list[MetricSums]  # of each micro-batch of this rank
 
 
@@ -40,8 +41,8 @@ class GradientAccumulator:
     """Forward and backward passes of one rank, over micro-batches of `size` images at most.
 
     With `microbatch: auto` the size starts at the largest share of a rank. If any rank runs out of device memory in a
-    step, all ranks halve the size and compute the step again. They agree on this by one more sum per step, before their
-    gradients.
+    step, all ranks halve the size and compute the step again. An all-reduce after the passes tells them of it; only
+    then do they exchange gradients.
     """
 
     def __init__(self, objective: Objective, config: TrainConfig, *, seed: int, dist: DistributedContext) -> None:
@@ -55,22 +56,23 @@ class GradientAccumulator:
 
     @property
     def evaluation_size(self) -> int:
-        """Images that one call measures at most."""
+        """Largest number of images in one forward pass of an evaluation."""
         return self.config.batch_size if self.config.microbatch is None else self.size
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what to save: an automatic size."""
+        """Return the tensors to save: the size, if it is automatic."""
         return {MICROBATCH: torch.tensor(self.size)} if self.is_automatic else {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue with the automatic size of a checkpoint, possibly of another number of ranks."""
+        """Restore an automatic size from a checkpoint. With more ranks now, it is at most the new share of a rank."""
         if self.is_automatic and MICROBATCH in tensors:
             self.size = min(self.size, int(tensors[MICROBATCH]))
 
     def accumulate(self, batch: Any, step: int, votes: Tensor, *, inject_nan: bool = False) -> StepSums:
         """Compute the gradients of a step, averaged over the global batch, from this rank's batch.
 
-        Raises UserError if a micro-batch does not fit into the memory of the device.
+        Raises UserError if a micro-batch does not fit into the memory of the device: of `size` images, or of a single
+        image if the size is automatic.
         """
         if not self.is_automatic:
             try:
@@ -120,8 +122,8 @@ class GradientAccumulator:
         return sums, metrics
 
     def _forward(self, part: Any, batch_slice: BatchSlice) -> StepResult:
-        # The seed of a rank's whole share has the rank, that of a micro-batch its first image: then random numbers do
-        # not depend on the number of ranks, if the micro-batches are the same.
+        # A rank's whole share is seeded with the rank, a micro-batch with the index of its first image. So equal
+        # micro-batches get equal random numbers on any number of ranks.
         source = self.dist.rank if self.config.microbatch is None else batch_slice.start
         torch.manual_seed(
             seed_from(self.seed, batch_slice.step, 0 if self.objective.same_rng_on_all_workers else source)
@@ -145,7 +147,7 @@ class GradientAccumulator:
         return self._wrapped.no_sync() if isinstance(self._wrapped, DistributedDataParallel) else nullcontext()
 
     def _average_gradients(self) -> None:
-        """Average the gradients over ranks, as DDP does: weights of `_backward` contain the number of ranks."""
+        """Average the gradients over ranks, as DDP does: the weights in `_backward` have the factor `world_size`."""
         if self.dist.world_size > 1:
             gradients = [weight.grad for weight in self.objective.parameters() if weight.grad is not None]
             average_in_buckets(gradients, self.dist)
@@ -187,7 +189,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Run matrix products and convolutions in the configured precision."""
+    """Return a context that runs matrix products and convolutions in the configured precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
@@ -199,7 +201,7 @@ def slice_batch(batch: Any, images: slice) -> Any:
         return {name: slice_batch(value, images) for name, value in batch.items()}
     if isinstance(batch, tuple):
         return type(batch)(*(slice_batch(value, images) for value in batch))
-    return batch  # None, in place of labels
+    return batch  # None: a batch without labels
 
 
 def split_batch(batch: Any, size: int) -> Iterator[Any]:
@@ -215,5 +217,5 @@ def count_images(batch: Any) -> int:
 
 
 def detach(metrics: MetricSums) -> MetricSums:
-    """Detach metrics from the graph, whose memory they would keep until the end of the step."""
+    """Detach metrics from the graph, which they would otherwise keep in memory until the end of the step."""
     return {name: sums.detach() for name, sums in metrics.items()}

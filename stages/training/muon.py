@@ -1,6 +1,6 @@
-"""Muon: momentum whose matrices are orthogonalized before each update, so that all directions learn equally fast.
+"""Muon: SGD with momentum that orthogonalizes each update, so that all directions of a matrix learn equally fast.
 
-M weights of one shape, each a matrix of A x B numbers; a convolution's weight is a matrix of outputs x all others.
+Axes: M matrices of one shape, A rows, B columns. A convolution's weight is a matrix with one row per output channel.
 Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv 2502.16982
 (scale of the update).
 """
@@ -12,18 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of Jordan et al.: singular values reach 0.7 to 1.2 in few iterations
+# Of the Newton-Schulz polynomial, as Jordan et al. tuned them: singular values reach 0.7 to 1.2 in few iterations.
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
-SMALLEST_NORM = 1e-7  # a matrix of zeros has no direction
+SMALLEST_NORM = 1e-7  # a matrix of zeros stays zero instead of becoming NaN
 
 
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, for weights of two axes or more.
 
-    torch.optim.Muon refuses the weights of convolutions. It also orthogonalizes one matrix after another in bfloat16,
-    which takes longer than the rest of a step on processors without such arithmetic. This one takes all matrices of one
-    shape at once, in float32. The root mean square of an update's numbers is the learning rate, as in Adam's first
-    updates, so that one rate suits both; Liu et al. take 0.2 of it.
+    torch.optim.Muon rejects the weights of convolutions. It also orthogonalizes one matrix after another in bfloat16,
+    which takes longer than the rest of a step on processors without bfloat16 instructions. This class orthogonalizes
+    all matrices of one shape as one batch, in float32. An update has the learning rate as its root mean square, as
+    Adam's first update does, so the same learning rate suits both. Liu et al. scale it to 0.2 of that.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class Muon(torch.optim.Optimizer):
                     update = self._momentum(weight, group["momentum"]).flatten(1)
                     by_shape.setdefault(update.shape, []).append((weight, update))
             for (rows, columns), pairs in by_shape.items():
-                size = group["lr"] * max(rows, columns) ** 0.5  # an orthogonal matrix has the inverse root as its RMS
+                size = group["lr"] * max(rows, columns) ** 0.5  # an orthogonal matrix has RMS max(rows, columns)**-0.5
                 updates = orthogonalize(torch.stack([update for _, update in pairs]))
                 for (weight, _), update in zip(pairs, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(update.view(weight.shape), alpha=-size)
 
     def _momentum(self, weight: Tensor, momentum: float) -> Tensor:
-        """Add the gradient to the moving average; return the average as it would be after the same gradient again."""
+        """Update the moving average; return Nesterov's look-ahead, the average after one more such gradient."""
         assert weight.grad is not None
         state = self.state[weight]
         if not state:
@@ -62,8 +63,9 @@ def orthogonalize(matrices: Float[Tensor, "M A B"]) -> Float[Tensor, "M A B"]:
     """Replace the singular values of each matrix by values near 1, by Newton-Schulz iterations."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.float()
-    x = x.mT.contiguous() if is_tall else x  # the products below are over the shorter side
-    x = x / x.flatten(1).norm(dim=1).clamp(min=SMALLEST_NORM)[:, None, None]  # the iterations need values up to 1
+    x = x.mT.contiguous() if is_tall else x  # so that the Gram matrix below has the shorter side
+    # The iterations converge for singular values up to 1, which the Frobenius norm bounds.
+    x = x / x.flatten(1).norm(dim=1).clamp(min=SMALLEST_NORM)[:, None, None]
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -15,10 +15,11 @@ OUTPUT_LAYERS = ("head", "logits")  # names of the layers that compute logits
 def build_optimizers(network: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Build the optimizers of a network, which together have all of its parameters.
 
-    Muon is for hidden layers: with it, AdamW updates embeddings, biases and the output layer, as its authors advise.
+    Muon updates only the matrices of hidden layers. AdamW updates embeddings, biases and the output layer, as Muon's
+    authors advise.
     """
-    # Fused: one pass over each parameter instead of ten. On CPUs it reads tensors in the order of memory, and those
-    # of a restored state or of a gradient may have another order than the parameter.
+    # A fused kernel makes one pass over each parameter instead of ten. Not on CPUs: its CPU version ignores strides,
+    # and a gradient or a restored state may have another memory format than its parameter.
     fused = all(weight.is_cuda for weight in network.parameters())
     if config.optimizer == "adam":
         return [torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=fused)]
@@ -35,7 +36,7 @@ def build_optimizers(network: nn.Module, config: TrainConfig) -> list[torch.opti
 
 
 def hidden_matrices(network: nn.Module) -> Iterator[nn.Parameter]:
-    """Find the weights of linear layers and convolutions, without those of output layers."""
+    """Yield the weights of linear layers and convolutions, except those of output layers."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in OUTPUT_LAYERS:
             continue
@@ -45,14 +46,14 @@ def hidden_matrices(network: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def state_shapes(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, torch.Size]:
-    """Return the names and shapes of an optimizer's state of a trained parameter."""
+    """Return the name and shape of each tensor that an optimizer has as its state of a trained parameter."""
     if isinstance(optimizer, Muon):
         return {"momentum_buffer": weight.shape}
     return {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then constant or half a cosine.
+    """Return the learning rate of a step: linear warm-up, then constant or cosine decay.
 
     Warm-up starts at learning_rate / warmup_steps. The cosine would reach 0 at the step after the last.
     """

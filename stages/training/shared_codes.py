@@ -1,7 +1,7 @@
-"""Codes shared by the ranks of a node: arrays that are made once from Parquet, and mapped by every rank.
+"""Codes shared by the ranks of a node: one rank decodes the Parquet files to arrays, and every rank maps these.
 
     CACHE/codes/DIGEST/       arrays of the codes of this digest; see formats/code_arrays.py
-    CACHE/codes/DIGEST.lock   locked shared while the arrays are in use, exclusively while they are made or deleted
+    CACHE/codes/DIGEST.lock   shared lock of those who read the arrays, exclusive lock of one who writes or deletes them
 
 CACHE is the node's cache folder, or the rank's work folder if the cache cannot be written or has no room.
 """
@@ -18,7 +18,7 @@ from stages.runtime.context import StageContext
 from stages.runtime.storage import node_cache_dir
 from stages.runtime.verification import mark_verified, verify_once
 
-ANNOUNCED_BYTES = 1 << 29  # of arrays, which take about five seconds to make
+ANNOUNCED_BYTES = 1 << 29  # arrays of this size take about five seconds to write, so a message says so
 
 
 class SharedCodes:
@@ -63,7 +63,7 @@ class SharedCodes:
 
 
 def _read(folder: Path, codes: Codes) -> Artifact | None:
-    """Return the arrays in `folder`; None if they are absent, incomplete or damaged: they can be made again."""
+    """Return the arrays in `folder`; None if they are absent, incomplete or damaged, and must be written."""
     try:
         arrays = open_arrays(folder, codes)
         verify_once(arrays)

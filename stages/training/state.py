@@ -87,7 +87,7 @@ class TrainableModel:
             # An optimizer's own state dict counts its parameters from 0.
             own_state = {number: state[index] for number, index in enumerate(indices) if index in state}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": own_state})
-            for weight, restored in optimizer.state.items():  # in the order of memory that the first step gave them
+            for weight, restored in optimizer.state.items():  # in the weight's memory format, as the first step made it
                 for name, tensor in restored.items():
                     if tensor.shape == weight.shape:
                         restored[name] = torch.empty_like(weight).copy_(tensor)
