@@ -12,9 +12,9 @@ from stages.formats import artifact
 
 FILE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
-ARTIFACTS = ("artifacts/*", "artifacts/priors/*", "artifacts/classifiers/*")  # patterns of their folders
+ARTIFACTS = ("artifacts/*", "artifacts/priors/*", "artifacts/classifiers/*")  # glob patterns of the artifacts
 PLOTS = "plots/"  # folder of the files that DVC draws
-VERSIONS_STAGE = "result_versions"  # the stage of dvc.yaml that writes what the others depend on in place of their code
+VERSIONS_STAGE = "result_versions"  # writes the result versions; the other stages depend on these, not on their code
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Stage:
 
 
 def cli_name(name: str) -> str:
-    """Return the name that commands print of a stage, for that name or the one in DVC: prior_top for prior@top."""
+    """Return the name by which commands print a stage, given that name or the one in DVC: prior_top for prior@top."""
     return name.replace("@", "_")
 
 
@@ -106,9 +106,9 @@ def read_lock() -> dict[str, Any]:
 
 
 def differences(pipeline: Mapping[str, Any], packaged: Mapping[str, Any]) -> list[str]:
-    """Return the stages of the package's dvc.yaml that a project has not, or has otherwise; "plots" for any plot.
+    """Return the stages of the package's dvc.yaml that a project lacks or has changed; "plots" if it lacks any plot.
 
-    Further stages and plots are the project's own; `frozen` is its choice.
+    A project may add stages and plots, and may freeze stages.
     """
     stages = {
         name: {key: value for key, value in entry.items() if key != "frozen"}

@@ -1,7 +1,7 @@
 """Trained model with the interface of huggingface_hub: `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
-A model is several networks, one folder each. So this is `ModelHubMixin`, which leaves the layout to the class, over the
-folder of `vqvae2 export model`. `PyTorchModelHubMixin` would write the weights of one network.
+A model has several networks, one folder each. So the class uses `ModelHubMixin`, which leaves the layout of files to
+it, and writes the folder of `vqvae2 export model`. `PyTorchModelHubMixin` would write the weights of a single network.
 """
 
 import shutil
@@ -30,15 +30,15 @@ DOWNLOAD_RECORDS = ".cache"  # folder that `hf download --local-dir` adds
 
 
 class HubModel(Model, ModelHubMixin):
-    """Trained model, as `vqvae2.load` returns it, that is loaded from and published to the Hugging Face hub.
+    """Trained model, as `vqvae2.load` returns it, with methods to load it from the Hugging Face hub and to publish it.
 
-    `HubModel.from_pretrained` takes an exported folder or the name of a repository, and besides the options of
-    huggingface_hub a `device`. `save_pretrained` writes the folder of `vqvae2 export model`, and `push_to_hub`
+    `HubModel.from_pretrained` takes an exported folder or the name of a repository. In addition to the options of
+    huggingface_hub it takes `device`. `save_pretrained` writes the folder of `vqvae2 export model`, and `push_to_hub`
     publishes it. Raises errors as `vqvae2.load` does, and those of huggingface_hub.
     """
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # our options by name
+    def _from_pretrained(  # type: ignore[override]  # names its options, which the base class takes as **kwargs
         cls,
         *,
         model_id: str,
@@ -60,7 +60,7 @@ class HubModel(Model, ModelHubMixin):
         return cls.open(find_model(folder), device=device)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the exported folder to an empty one. Raises UserError if that holds files."""
+        """Write the folder of `vqvae2 export model` to a new or empty folder. Raises UserError if it holds files."""
         if not (self.folder / CONFIG).is_file():  # the artifacts of a project
             model_folder.write(self.folder, save_directory, title=save_directory.name, license_id=UNKNOWN_LICENSE)
             return

@@ -56,14 +56,14 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     Choices are compared only if both contents have them.
     """
     old, new = _settings(before), _settings(after)
-    is_choice = {key.removeprefix(CHOICES) for key in {**new, **old} if key.startswith(CHOICES)}
+    groups = {key.removeprefix(CHOICES) for key in {**new, **old} if key.startswith(CHOICES)}
     have_choices = all(any(key.startswith(CHOICES) for key in values) for values in (old, new))
     differences = [
         Change(key.removeprefix(CHOICES), old.get(key), new.get(key))
         for key in {**new, **old}
         if old.get(key) != new.get(key) and (have_choices or not key.startswith(CHOICES))
     ]
-    return sorted(differences, key=lambda change: _rank(change.key, is_choice=change.key in is_choice))
+    return sorted(differences, key=lambda change: _rank(change.key, is_choice=change.key in groups))
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Checks before a run: what can be known in a second is refused before anything starts.
+"""Preflight checks: refuse a run that cannot succeed, in seconds, before anything starts.
 
-`vqvae2 doctor` and every run ask the same questions. `vqvae2 versions --write`, the first stage of a plain `dvc repro`,
-asks those of QUICK_CHECKS.
+`vqvae2 doctor` and every run make the same checks. `vqvae2 versions --write`, the first stage of a plain `dvc repro`,
+makes those of QUICK_CHECKS.
 """
 
 import os
@@ -43,7 +43,7 @@ def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool
 
 
 def check_quickly(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError if no stage can succeed here. Does nothing inside of `vqvae2 run`, which has asked more."""
+    """Raise UserError if no stage can succeed here. Does nothing inside of `vqvae2 run`, which has checked more."""
     if shared_cluster.FOLDER not in environment:
         for ask in QUICK_CHECKS:
             ask(environment)
@@ -94,7 +94,7 @@ def _repeating_overrides() -> Sequence[str]:
 def check_classes(settings: Params, where: str, *, from_source: bool) -> None:
     """Raise UserError if sample.classes names a class that the images do not have.
 
-    `from_source` reads the classes from the names of the source, else from the shards, which may not be here yet.
+    With `from_source`, the classes are those of the names in the source; otherwise those of the shards, if these exist.
     """
     if not settings.sample.classes:
         return

@@ -1,4 +1,4 @@
-"""File that saves what was computed from source code, beside Python's compiled files.
+"""Cache of a result computed from source code: a JSON file beside Python's compiled files.
 
 Parsing the source takes two seconds, and every command and every stage needs its hashes.
 """
@@ -19,10 +19,11 @@ DIGITS = 32  # hexadecimal digits of a hash in a file's name
 
 
 def load_or_compute(parsers: Sequence[Path], files: Sequence[Path], root: Path, compute: Callable[[], Any]) -> Any:
-    """Return what `compute` returns, from an earlier process if one saved it for the same source. It must be JSON data.
+    """Return the result of `compute`: the saved one, if an earlier process saved it for the same source.
 
-    `files` below `root` are the source, `parsers` are the modules that parse it; the saved file lies beside the first.
-    Its name is a hash of the contents of all, so what it holds is never out of date.
+    The result must be JSON data. `files` below `root` are the source, and `parsers` the modules that parse it. The JSON
+    file is beside the compiled file of the first parser. Its name has a hash of all these files' contents, so it is
+    never out of date.
     """
     state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (*parsers, *files))
     return _load_or_compute(parsers[0], state, root, compute)
@@ -48,6 +49,6 @@ def _load_or_compute(
             saved.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(saved) as temporary:
                 temporary.write_text(json.dumps(result), encoding="utf-8")
-            for other in set(saved.parent.glob(f"{compiled.stem}-*.json")) - {saved}:  # of other revisions
+            for other in set(saved.parent.glob(f"{compiled.stem}-*.json")) - {saved}:  # of earlier source
                 other.unlink(missing_ok=True)
     return result

@@ -34,18 +34,16 @@ from stages.tracking.mlflow_sync import SUMMARY_STAGE
 
 RUNS = Path("runs")
 SHUTDOWN_TIMEOUT_S = 18.0  # from a signal to the forced end of the process
-RAISE_AGAIN_S = 0.01  # from an ignored exception to the next one
-FORCE_RESTART = (
-    "VQVAE2_FRESH"  # environment variable; if set, discard the state of an earlier run of the same fingerprint
-)
-RESTARTED_MARKER = (
-    "restarted"  # file in the work folder: its state began under FORCE_RESTART and is not discarded again
-)
+RAISE_AGAIN_S = 0.01  # until a StageStopped that Python ignored is raised again
+# Environment variable; if set, discard the state of an earlier run of the same fingerprint.
+FORCE_RESTART = "VQVAE2_FRESH"
+# File in the work folder: its state began under FORCE_RESTART and is not discarded again.
+RESTARTED_MARKER = "restarted"
 CRITIC = Path("artifacts/classifiers/shards")  # the classifier that was trained on the real images
 # Mapping of params.yaml -> the parameter of a stage's function that gets one of its entries.
 PARAMETERS = {"priors": "prior", "classifiers": "classifier", "rejections": "rejection"}
-# Pictures that a run in MLflow shows: stage -> name -> file in the folder of its output. `evaluate` has the same as the
-# stages before it, and shows them also if those did not run.
+# Pictures that a run in MLflow shows: stage -> name -> file in the folder of its output. `evaluate` repeats those of
+# the stages before it, which may not have run.
 PICTURES = {
     "vqvae": {"reconstructions": "reconstructions.png"},
     "sample": {"samples": "grid.png"},
@@ -70,7 +68,7 @@ def run_stage(module: str, level: str = "") -> int:
     name = dvc_yaml.cli_name(f"{module}_{level}" if level else module)
     for number in (signal.SIGTERM, signal.SIGINT, *not_ignored(signal.SIGHUP)):
         signal.signal(number, _stop)
-    if "DVC_STAGE" in os.environ:  # started by hand, the parent is a shell that may end first
+    if "DVC_STAGE" in os.environ:  # otherwise the parent is a shell, which may end before the stage
         die_with_parent(signal.SIGINT)  # Ray shuts down in order on SIGINT, and prints a stack trace on SIGTERM
     folder = RUNS / name
     try:
@@ -101,7 +99,7 @@ def _run(name: str, folder: Path) -> None:
         is_restorable = not (settings.dataset.source in stage.deps and Path(settings.dataset.source).is_dir())
         if not os.environ.get(FORCE_RESTART) and is_restorable and _restore(stage, work):
             print(f"{stage.cli_name}: restored the finished result of version {version}", file=sys.stderr)
-            _refuse_edits(stage, data)
+            _refuse_edited_settings(stage, data)
             if parent := os.environ.get(tracker.PARENT_RUN_VARIABLE):
                 track_cached(parent, stage, settings, inputs, fingerprint)
         else:
@@ -111,8 +109,8 @@ def _run(name: str, folder: Path) -> None:
             _call(stage, fingerprint, work.absolute(), settings, inputs, data)
             _refuse_edited_source(stage, settings, version, work)
             finished_results.record(stage, work)
-        # DVC records the version that it finds when the stage has ended. Another command may have written the version
-        # of a later edit meanwhile.
+        # DVC records the version that the file has when the stage ends. Another command may have written that of a
+        # later edit, so write the version of this run again.
         result_versions.write(data, settings, {stage.cli_name: version})
 
 
@@ -124,7 +122,7 @@ def _restore(stage: dvc_yaml.Stage, work: Path) -> bool:
 
 
 def _require_not_pinned(stage: dvc_yaml.Stage, settings: Params, folder: Path) -> None:
-    """Raise UserError if keep_results forbids to compute a stage, and put its result back: DVC has deleted it."""
+    """Raise UserError if keep_results forbids computing a stage; first restore its result, which DVC has deleted."""
     try:
         result_versions.require_not_pinned(stage, settings)
     except UserError:
@@ -163,7 +161,7 @@ def _call(
     ) as reporter:
         context = StageContext(stage.name, fingerprint, work, settings.cluster.for_stage(stage.cli_name), reporter)
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
-        _refuse_edits(stage, data)
+        _refuse_edited_settings(stage, data)
         if stage.module == SUMMARY_STAGE:
             from pipeline import logged_model  # imports torch, which the stage has imported by now
 
@@ -175,12 +173,12 @@ def _call(
             time.monotonic() - start,
             inputs.values(),
             parent,
-            _choices(data),
+            _describe_choices(data),
             compute_facts(stage, settings),
         )
 
 
-def _choices(data: Mapping[str, Any]) -> str:
+def _describe_choices(data: Mapping[str, Any]) -> str:
     """Describe what params.yaml was composed from, such as "experiment=emoji32 seed=1"."""
     overrides = composed_from.overrides_of(data)
     preset = composed_from.choices_of(data).get("experiment")
@@ -240,10 +238,10 @@ def track_cached(
     )
 
 
-def _refuse_edits(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
+def _refuse_edited_settings(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
     """Raise UserError if params.yaml no longer holds the settings that the stage ran with.
 
-    DVC reads params.yaml when a stage has ended and would record the new values for the old result.
+    DVC reads params.yaml when a stage has ended, and would record the new values for the old result.
     """
     prefixes = tuple(f"{key}." for key in stage.params)
     before, now = (
@@ -264,7 +262,7 @@ def _refuse_edits(stage: dvc_yaml.Stage, data: Mapping[str, Any]) -> None:
 def _refuse_edited_source(stage: dvc_yaml.Stage, settings: Params, version: str, work: Path) -> None:
     """Raise UserError if the source of a stage was edited while it ran: processes that started later imported the edit.
 
-    Finished parts are deleted, because each may come from either source.
+    Deletes the finished parts, because each may come from either source.
     """
     if result_versions.version_of(stage, settings) == version:
         return

@@ -153,7 +153,7 @@ def _definitions(sources: "_Sources", module: str, network: str) -> dict[str, st
         if current not in reached and current.module not in other_networks:
             reached.add(current)
             pending += sources.references(current)
-            # Importing a module runs the statements of its packages.
+            # Importing a module runs the statements of its packages: stages, stages.training, stages.training.loop.
             packages = accumulate(current.module.split("."), "{}.{}".format)
             pending += [DefinitionId(package, "") for package in packages]
     digests: dict[str, str] = {}
@@ -182,7 +182,7 @@ class _Module:
 
 
 def _read_sources(root: Path) -> "_Sources":
-    """Return the sources below a folder. What they cache is shared by the stages, until a file changes."""
+    """Return the sources below a folder. All stages share their caches, until a file changes."""
     files = sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
     states = ((path, path.stat()) for path in files)
     return _cached_sources(root, tuple((path, state.st_mtime_ns, state.st_size) for path, state in states))

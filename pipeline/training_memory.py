@@ -1,8 +1,8 @@
 """Memory of one GPU in training: weights, gradients, optimizer and activations, counted on fake tensors.
 
-Activations are those at the peak of a forward and backward pass, with what operations need for a moment. They grow by
-the same bytes with each image of a micro-batch, so counts for one and two images give those of any number. What CUDA
-and its allocator add is not counted; HEADROOM is left for it.
+Activations are counted at the peak of a forward and backward pass, with the temporary tensors of operations. Each image
+of a micro-batch adds the same number of bytes, so counts for one and two images give that for any number. HEADROOM is
+left for what CUDA and its allocator add.
 """
 
 import math
@@ -34,17 +34,17 @@ LossBuilder = Callable[[int], tuple[nn.Module, Callable[[], Tensor]]]
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one GPU that trains a network."""
+    """Bytes on one GPU that trains a network, and the images that it processes."""
 
     stage: str
     weights: int  # parameters and buffers, which include the codebooks
-    gradients: int  # with DDP's copy for the exchange, if there are several workers
-    optimizer: int  # Adam's two moments; Muon has one of its weights, so this is an upper bound
+    gradients: int  # with DDP's communication buckets, if there are several workers
+    optimizer: int  # Adam's two moments; an upper bound for Muon, which has one for each hidden matrix
     ema: int  # averaged weights
     first_image: int  # activations of a micro-batch of one image
     next_image: int  # activations of each further image
     share: int  # images of the global batch per worker
-    microbatch: int  # images per pass with the present settings; the share, if the size is automatic
+    microbatch: int  # images per forward and backward pass; the share if the setting is null or auto
 
     @property
     def state(self) -> int:
@@ -56,7 +56,7 @@ class TrainingMemory:
         return self.first_image + (images - 1) * self.next_image
 
     def total(self, images: int) -> int:
-        """Return the bytes of a training with micro-batches of so many images."""
+        """Return the bytes of training with micro-batches of this many images."""
         return self.state + self.activations(images)
 
     def largest_microbatch(self, card_bytes: float) -> int:
@@ -65,14 +65,14 @@ class TrainingMemory:
         return min(self.share, 1 + math.floor(room / max(self.next_image, 1))) if room >= 0 else 0
 
     def to_json(self) -> dict[str, object]:
-        """Return the bytes of each part, of the total, and the largest micro-batch of each card."""
+        """Return the bytes by purpose and in total, and the largest micro-batch for each size of GPU."""
         largest = {f"{card}_gb": self.largest_microbatch(card * GB) for card in CARDS_GB}
         activations, total = self.activations(self.microbatch), self.total(self.microbatch)
         return asdict(self) | {"activations": activations, "total": total, "largest_microbatch": largest}
 
 
 def count_all(settings: Params, classes: int) -> Iterator[TrainingMemory]:
-    """Count the training of the VQ-VAE, each prior and each classifier, for labels of `classes` classes; 0 for none."""
+    """Count the VQ-VAE, each prior and each classifier. `classes` is the number of classes, 0 without labels."""
     size, cluster = settings.dataset.image_size, settings.cluster
 
     def vqvae(images: int) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -117,17 +117,17 @@ def _count_step(build_loss: LossBuilder, config: TrainConfig, images: int) -> tu
         if config.recompute_activations:
             recompute_activations(network)
         for weight in network.parameters():
-            weight.grad = torch.zeros_like(weight)  # as in all passes but the first one
+            weight.grad = torch.zeros_like(weight)  # as in each pass of a step after the first one
         weights = FLOAT_BYTES * sum(tensor.numel() for tensor in network.state_dict().values())
-        fixed = _restart(counter)
+        fixed = _reset_peak(counter)
         with autocast(config, torch.device("cpu")):
             loss = compute_loss()
         loss.backward()
     return weights, counter.peak_bytes - fixed
 
 
-def _restart(counter: MemoryCounter) -> int:
-    """Forget the peak so far; return the bytes in use."""
+def _reset_peak(counter: MemoryCounter) -> int:
+    """Set the peak to the bytes in use; return them."""
     counter.peak_bytes = counter.current_bytes
     return counter.current_bytes
 
@@ -141,7 +141,7 @@ def _prior_builder(config: PriorConfig, grid: Grid, coarser: Mapping[str, Grid],
             for name, coarse in coarser.items()
         }
         labels = torch.zeros(images, dtype=torch.int64) if classes else None
-        # Without the checks of `forward`: fake tensors have no values.
+        # Not `forward`, which checks the values of codes: fake tensors have none.
         return network, lambda: nll(network.score(codes, network.condition(condition), labels), codes).sum()
 
     return build_loss
