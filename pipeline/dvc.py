@@ -82,11 +82,16 @@ class Outcome:
 
 
 def out_of_date_reasons(
-    stages: Mapping[str, dvc_yaml.Stage], targets: Sequence[str] = (), *, only: bool = False
+    stages: Mapping[str, dvc_yaml.Stage],
+    versions: Mapping[str, str],
+    targets: Sequence[str] = (),
+    *,
+    only: bool = False,
 ) -> dict[str, list[str]]:
     """Return the reasons of each stage that is out of date, in the order of dvc.yaml.
 
-    With targets, only they and their dependencies are listed; with `only`, only the targets. Raises UserError if DVC
+    `versions` are the result versions by command-line name: their file in the project may be of another revision. With
+    targets, only they and their dependencies are listed; with `only`, only the targets. Raises UserError if DVC
     cannot compute its status.
     """
     status = _status()
@@ -97,6 +102,8 @@ def out_of_date_reasons(
     for name, stage in stages.items():
         earlier = [stages[other] for other in reasons if stage.depends_on(stages[other])]
         own_reasons = list(_own_reasons(status.get(name, []), name, lock, settings, earlier))
+        if name in lock and (changed := _changed_version(stage, lock[name], versions)):
+            own_reasons.append(changed)
         if earlier and name in lock:
             *names, last = (other.cli_name for other in earlier)
             own_reasons.append(f"{', '.join(names)} and {last} run before it" if names else f"{last} runs before it")
@@ -329,7 +336,6 @@ def _own_reasons(
     if name not in lock and changes:
         yield NEVER_RUN
         return
-    versions = params.read(result_versions.FILE) if result_versions.FILE.is_file() else {}
     for change in changes:
         if change == "changed command":
             yield "its command changed"
@@ -337,14 +343,20 @@ def _own_reasons(
         for kind, paths in change.items() if isinstance(change, dict) else ():
             for path, state in paths.items():
                 if path == result_versions.FILE.as_posix():
-                    recorded = lock[name].get("params", {}).get(path, {}).get(dvc_yaml.cli_name(name))
-                    yield result_versions.describe_change(recorded, versions.get(dvc_yaml.cli_name(name)))
-                elif isinstance(state, dict):
+                    continue  # compared by _changed_version
+                if isinstance(state, dict):
                     yield from _changed_settings(state, lock[name].get("params", {}).get(path, {}), settings)
                 elif kind == "changed outs" or not (
                     state == "deleted" and any(stage.writes(path) for stage in earlier)
                 ):
                     yield f"{path} {PATH_STATES.get(state, f'was {state}')}"
+
+
+def _changed_version(stage: dvc_yaml.Stage, entry: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """Say why the result version of a stage is not the one in its entry of dvc.lock; "" if it is."""
+    recorded = entry.get("params", {}).get(result_versions.FILE.as_posix(), {}).get(stage.cli_name)
+    version = versions.get(stage.cli_name, recorded)
+    return result_versions.describe_change(recorded, version) if version != recorded else ""
 
 
 def _changed_settings(

@@ -67,12 +67,11 @@ def is_pinned(stage: dvc_yaml.Stage, settings: Params) -> bool:
     return stage.cli_name in map(dvc_yaml.cli_name, settings.keep_results)
 
 
-def write(data: Mapping[str, Any], settings: Params, computed: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Write the version of every stage to FILE and return them by command-line name.
+def compute(data: Mapping[str, Any], settings: Params) -> dict[str, str]:
+    """Return the version of every stage by command-line name. `data` is params.yaml as read.
 
-    `data` is params.yaml as read. `computed` has the versions of results that have just been computed: the source may
-    have been edited meanwhile. Raises UserError if keep_results names no stage, or a stage without a finished result,
-    or one whose settings have changed.
+    Raises UserError if keep_results names no stage, or a stage without a finished result, or one whose settings have
+    changed.
     """
     stages = dvc_yaml.stages(data)
     _require_stages(settings, stages)
@@ -81,7 +80,12 @@ def write(data: Mapping[str, Any], settings: Params, computed: Mapping[str, str]
         version = version_of(stage, settings)
         if is_pinned(stage, settings) and version != current_version(stage, settings):
             _require_recorded_settings(stage, data, settings)
-        versions[stage.cli_name] = (computed or {}).get(stage.cli_name, version)
+        versions[stage.cli_name] = version
+    return versions
+
+
+def write(versions: Mapping[str, str]) -> None:
+    """Write the versions of all stages to FILE."""
     contents = "# Result version of each stage's source. Written by `vqvae2 versions --write`.\n"
     # Quoted: YAML reads a hash such as 12e4567890123456 as a number.
     contents += "".join(f'{name}: "{version}"\n' for name, version in versions.items())
@@ -89,7 +93,6 @@ def write(data: Mapping[str, Any], settings: Params, computed: Mapping[str, str]
         FILE.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(FILE) as path:
             path.write_text(contents, encoding="utf-8")
-    return versions
 
 
 def pinned_version(stage: dvc_yaml.Stage) -> str:

@@ -111,7 +111,7 @@ def _run(name: str, folder: Path) -> None:
             finished_results.record(stage, work)
         # DVC records the version that the file has when the stage ends. Another command may have written that of a
         # later edit, so write the version of this run again.
-        result_versions.write(data, settings, {stage.cli_name: version})
+        result_versions.write({**result_versions.compute(data, settings), stage.cli_name: version})
 
 
 def _restore(stage: dvc_yaml.Stage, work: Path) -> bool:

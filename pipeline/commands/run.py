@@ -28,7 +28,6 @@ from pipeline.compose import compose_settings, to_yaml
 from pipeline.composed_from import describe_source
 from pipeline.fingerprint import digest_inputs, identify, work_folder
 from pipeline.params_drift import warn_drift, warn_reverted_overrides
-from pipeline.preserved_files import preserve_files
 from pipeline.process import STOP_SIGNALS, handle_signals, stopped
 from pipeline.run_name import run_params, run_tags
 from pipeline.run_state import record_run_state
@@ -62,16 +61,15 @@ def run(
     if overrides or not dry_run:
         lock = locks.exclusive_project(stage_runner.RUNS, temporary=dry_run)
     with handle_signals(_stop), lock:
-        with preserve_files(params.FILE, result_versions.FILE) as keep_changes:
-            settings = _apply_settings(overrides)
+        with _apply_settings(overrides, keep=not dry_run) as settings:
             require_project_outside(Path(settings.dataset.source))  # else DVC fails with an error about .dvcignore
             stages = dvc_yaml.stages(params.read())
             targets = [dvc_yaml.find(name, stages).name for name in names]
             if not targets and settings.vqvae.quantizer.mode == "none":
                 targets = ["vqvae"]
                 print(reconstruction_page.NOTICE, file=sys.stderr)
-            result_versions.write(params.read(), settings)
-            reasons = dvc.out_of_date_reasons(stages, targets, only=only)
+            versions = result_versions.compute(params.read(), settings)
+            reasons = dvc.out_of_date_reasons(stages, versions, targets, only=only)
             forced: set[str] = set()
             if force:
                 forced = set(targets) if only else dvc.with_dependencies(stages, targets or list(stages))
@@ -91,9 +89,9 @@ def run(
             if reasons:
                 where = describe_source(overrides) if overrides else str(params.FILE)
                 preflight.check(settings, reasons, where, pull=pull)
-            if dry_run:
-                return 0
-            keep_changes()
+        if dry_run:
+            return 0
+        result_versions.write(versions)
         if not reasons:
             _report_reconstructions(settings, targets)
             return 0
@@ -127,17 +125,39 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(stopped(number))
 
 
-def _apply_settings(overrides: Sequence[str]) -> Params:
-    """Write composed settings to params.yaml, where DVC reads them. Without overrides it is used as it is."""
+@contextmanager
+def _apply_settings(overrides: Sequence[str], *, keep: bool) -> Iterator[Params]:
+    """Write composed settings to params.yaml, where DVC reads them. Without overrides it is used as it is.
+
+    The former params.yaml is restored unless `keep` is set and the block succeeds, or the user has edited the new one.
+    """
     if not overrides:
         settings = params.load()
         warn_drift()
-        return settings
+        yield settings
+        return
     data, settings = compose_settings(overrides)
     warn_reverted_overrides(overrides, data)
     presets.warn_kept(data, settings)
-    params.write(to_yaml(data).encode())
-    return settings
+    before = params.FILE.read_bytes() if params.FILE.is_file() else None
+    time_ns = params.FILE.stat().st_mtime_ns if before is not None else 0
+    composed = to_yaml(data).encode()
+    succeeded = False
+    try:
+        params.write(composed)
+        yield settings
+        succeeded = True
+    finally:
+        if not (succeeded and keep) and params.FILE.is_file() and params.FILE.read_bytes() == composed:
+            _restore_params(before, time_ns)
+
+
+def _restore_params(contents: bytes | None, time_ns: int) -> None:
+    if contents is None:
+        params.FILE.unlink()
+    else:
+        params.write(contents)
+        os.utime(params.FILE, ns=(time_ns, time_ns))  # `drift` compares it with the times of conf/
 
 
 class ReproFailedError(Exception):

@@ -13,7 +13,6 @@ from pipeline import activity, dvc, dvc_yaml, locks, params, result_versions, ru
 from pipeline.activity import Activity
 from pipeline.checks.inputs import require_project_outside
 from pipeline.params_drift import warn_drift
-from pipeline.preserved_files import preserve_files
 from pipeline.text import first_few, format_row, wrap
 from stages.errors import UserError
 
@@ -122,15 +121,14 @@ class StatusReader:
         return Status(holder or next(iter(owners), self._dvc_holder), rows, leftovers)
 
     def _ask_dvc(self, owners: tuple[Any, ...]) -> None:
-        """Ask DVC which stages are out of date. Its answer needs the present result versions in their file."""
+        """Ask DVC which stages are out of date."""
         key = (*_modification_times(params.FILE, dvc_yaml.FILE, dvc_yaml.LOCK), *(bool(owner) for owner in owners))
         if key == self._dvc_key:
             return
         self._dvc_holder = ""
         try:
-            with preserve_files(result_versions.FILE):
-                result_versions.write(self._data, self._settings)
-                self._dvc_reasons = dvc.out_of_date_reasons(self._stages)
+            versions = result_versions.compute(self._data, self._settings)
+            self._dvc_reasons = dvc.out_of_date_reasons(self._stages, versions)
             self._dvc_key = key
         except UserError as error:
             if not error.what.startswith(locks.BUSY):

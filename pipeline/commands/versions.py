@@ -27,7 +27,7 @@ def run(*, write: bool, compare: str, new: bool, same_as: str, reason: str) -> i
     if write:
         preflight.check_quickly()
         data = params.read()
-        result_versions.write(data, params.check(data))
+        result_versions.write(result_versions.compute(data, params.check(data)))
         _announce_changes(data)
         return 0
     if compare:

@@ -43,12 +43,12 @@ def small_project(tmp_path):
 
 def repro(targets=(), **options):
     stages = dvc_yaml.stages(params.read())
-    reasons = dvc.out_of_date_reasons(stages, targets)
+    reasons = dvc.out_of_date_reasons(stages, {}, targets)
     return dvc.run_repro(targets, reasons=reasons, environment=os.environ, **options)
 
 
 def reasons(targets=(), **options):
-    return dvc.out_of_date_reasons(dvc_yaml.stages(params.read()), targets, **options)
+    return dvc.out_of_date_reasons(dvc_yaml.stages(params.read()), {}, targets, **options)
 
 
 def test_reasons_have_old_and_new_values_and_follow_dependencies(small_project, capfd):
@@ -109,7 +109,7 @@ def test_reasons_list_earlier_stages_with_commas_and_one_and(monkeypatch):
     stages = dvc_yaml.stages(params.read(ROOT / "params.yaml"), ROOT / "dvc.yaml")
     monkeypatch.setattr(dvc, "_status", lambda: {"codes": ["changed command"]})
     with chdir(ROOT):
-        reasons = dvc.out_of_date_reasons(stages)
+        reasons = dvc.out_of_date_reasons(stages, {})
     assert reasons["codes"] == ["its command changed"] and reasons["prior@top"] == ["codes runs before it"]
     assert reasons["evaluate"] == ["codes, prior_top, prior_bottom and sample run before it"]
 

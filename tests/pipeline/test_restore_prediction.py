@@ -57,7 +57,7 @@ class Project:
     def predict(self, remote: Remote | None = None, forced: tuple[str, ...] = (), **options) -> dict[str, str]:
         stages = dvc_yaml.stages(params.read())
         predictor = Predictor(params.read(), self.settings, Path(".dvc/cache"), Path("runs"), remote, **options)
-        actions = predictor.predict(stages, dvc.out_of_date_reasons(stages), forced)
+        actions = predictor.predict(stages, dvc.out_of_date_reasons(stages, {}), forced)
         return {dvc_yaml.cli_name(name): action for name, action in actions.items()}
 
 

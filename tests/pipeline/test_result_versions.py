@@ -30,7 +30,9 @@ def folder(current_project: CommandLineProject) -> CommandLineProject:
 
 def write() -> dict[str, Any]:
     data = params.read()
-    return result_versions.write(data, params.check(data))
+    versions = result_versions.compute(data, params.check(data))
+    result_versions.write(versions)
+    return versions
 
 
 def pin(folder: Any, *names: str) -> None:

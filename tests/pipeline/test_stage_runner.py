@@ -199,12 +199,13 @@ def test_source_edited_while_a_stage_runs_makes_its_result_out_of_date(toy: ToyS
         shutil.copytree(ROOT / package, tmp_path / "edited" / package)
     monkeypatch.setattr(stage_source, "ROOT", tmp_path / "edited")
     data = params.read()
-    before = result_versions.write(data, params.check(data))
+    before = result_versions.compute(data, params.check(data))
+    result_versions.write(before)
 
     def edit_source() -> None:
         with (tmp_path / "edited/stages/shard.py").open("a") as file:
             file.write("\n\nprint('edited')\n")
-        result_versions.write(data, params.check(data))  # as `vqvae2 status` does
+        result_versions.write(result_versions.compute(data, params.check(data)))  # as `vqvae2 versions --write` does
 
     toy.edits = edit_source
     with pytest.raises(UserError, match="The source of shard was edited while it ran"):
@@ -217,10 +218,11 @@ def test_source_edited_while_a_stage_runs_makes_its_result_out_of_date(toy: ToyS
 
 
 def test_version_that_ran_is_written_at_the_end(toy: ToyStage):
-    """`vqvae2 status` may have written another one while the stage ran. DVC records what it finds at the end."""
+    """`vqvae2 versions --write` may have written another one meanwhile. DVC records what it finds at the end."""
     data = params.read()
-    before = result_versions.write(data, params.check(data))
-    toy.edits = lambda: result_versions.write(data, params.check(data), {"shard": "0123456789abcdef"})
+    before = result_versions.compute(data, params.check(data))
+    result_versions.write(before)
+    toy.edits = lambda: result_versions.write({**before, "shard": "0123456789abcdef"})
     run()
     assert params.read(result_versions.FILE)["shard"] == before["shard"]
 

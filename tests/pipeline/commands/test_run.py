@@ -60,8 +60,16 @@ def test_refused_run_changes_nothing(project):
     assert {name for name in after if before.get(name) != after[name]} == {"runs", "runs/lock"}
 
 
+@pytest.mark.parametrize("overrides", [[], ["experiment=smoke"]], ids=["params", "composed"])
+def test_settings_edited_during_a_dry_run_stay(current_project, overrides):
+    """Only what the command itself has written is taken back."""
+    with run._apply_settings(overrides, keep=False):
+        params.FILE.write_text("seed: 4242\n")
+    assert params.FILE.read_text() == "seed: 4242\n"
+
+
 def test_status_changes_nothing(project):
-    """DVC compares the present result versions, and the file is as before afterwards."""
+    """The result versions that it compares are not written."""
     (project.folder / "result_versions.yaml").write_text('shard: "0123456789abcdef"\n')
     before = _files(project.folder)
     assert project.command("status").returncode == 0

@@ -22,7 +22,7 @@ from stages.tracking.progress_file import ProgressFile
 STAGES = ["shard", "vqvae", "codes", "prior_top", "prior_bottom", "sample", "evaluate"]
 
 
-def busy(stages):
+def busy(*arguments):
     """DVC's answer while another process holds its lock."""
     raise UserError(f"{dvc.BUSY}: PID 7.", where=".", fix="Wait.", code=3)
 
@@ -99,7 +99,7 @@ def test_other_stages_of_a_run_are_waiting_or_up_to_date(current_project, monkey
 def test_state_left_by_a_killed_run_is_ignored(current_project, monkeypatch, capsys):
     """Only the run that holds the lock is believed."""
     run_state.RunState(Path("runs"), ["shard"], ["shard"]) if Path("runs").mkdir() else None
-    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: {})
+    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_: {})
     status.show(as_json=True)
     assert {row["state"] for row in rows(capsys).values()} == {"up to date"}
 
@@ -120,7 +120,7 @@ def test_interrupted_stage_shows_where_it_resumes(current_project, monkeypatch, 
     work = work_folder(Path("runs/vqvae"), stage, params.load())
     journal = begin(work, 1200, 5000)
     begin(Path("runs/vqvae/other"), 3000, 5000)
-    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: {"vqvae": ["it has not run yet"]})
+    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_: {"vqvae": ["it has not run yet"]})
     status.show(as_json=False)
     expected = "vqvae         out of date interrupted; resumes at step 1,199 of 5,000 (checkpoint is 2 h old); "
     assert f"{expected}it has not run yet\n" in capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_artifact_without_a_stage_is_listed(current_project, monkeypatch, capsys
     for name in ("shards", "accepted", "priors/top", "classifiers/shards"):
         with artifact.commit_folder(Path("artifacts") / name, "kind", {}):
             pass
-    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: {})
+    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_: {})
     status.show(as_json=True)
     assert json.loads(capsys.readouterr().out)["leftovers"] == ["artifacts/accepted", "artifacts/classifiers/shards"]
     status.show(as_json=False)
@@ -168,7 +168,7 @@ def test_watch_ends_with_ctrl_c_without_an_error(project):
 def test_watch_asks_dvc_only_after_a_change(current_project, monkeypatch):
     """DVC takes seconds of processor time for an answer."""
     calls = []
-    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda stages: calls.append(1) or {})
+    monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_: calls.append(1) or {})
     reader = status.StatusReader()
     reader.read()
     reader.read()
