@@ -105,7 +105,8 @@ def dropout(x: Float[Tensor, "*axes"], probability: float, training: bool) -> Fl
         return F.dropout(x, probability)
     integers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # 64 random bits each
     bits = integers.view(torch.int16)[: x.numel()].view(x.shape)  # uniform from -2^15 on
-    return x * ((bits >= round(probability * 2**16) - 2**15) / (1 - probability)).to(x.dtype)
+    threshold = min(round(probability * 2**16), 2**16 - 1) - 2**15  # at most the largest int16
+    return x * ((bits >= threshold) / (1 - probability)).to(x.dtype)
 
 
 First = TypeVar("First", RasterConv, nn.Linear)

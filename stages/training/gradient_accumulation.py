@@ -10,7 +10,7 @@ micro-batch is a rank's whole share and all shares are equal.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -54,11 +54,6 @@ class GradientAccumulator:
         self._wrapped = dist.wrap(objective)
         self._call: Any = torch.compile(self._wrapped) if config.compile else self._wrapped
 
-    @property
-    def evaluation_size(self) -> int:
-        """Largest number of images in one forward pass of an evaluation."""
-        return self.config.batch_size if self.config.microbatch is None else self.size
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save: the size, if it is automatic."""
         return {MICROBATCH: torch.tensor(self.size)} if self.is_automatic else {}
@@ -71,20 +66,17 @@ class GradientAccumulator:
     def accumulate(self, batch: Any, step: int, votes: Tensor, *, inject_nan: bool = False) -> StepSums:
         """Compute the gradients of a step, averaged over the global batch, from this rank's batch.
 
-        Raises UserError if a micro-batch does not fit into the memory of the device: of `size` images, or of a single
-        image if the size is automatic.
+        Raises OutOfMemoryError if a micro-batch does not fit into the memory of the device: of `size` images, or of a
+        single image if the size is automatic.
         """
         if not self.is_automatic:
-            try:
-                return self._accumulate_and_reduce(batch, step, votes, inject_nan)
-            except torch.OutOfMemoryError as error:
-                raise self._out_of_memory() from error
+            return self._accumulate_and_reduce(batch, step, votes, inject_nan)
         while (result := self._try_accumulate(batch, step, inject_nan)) is None:
             self.objective.zero_grad(set_to_none=True)
             if self.dist.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.size == 1:
-                raise self._out_of_memory()
+                raise torch.OutOfMemoryError("a single image does not fit")
             self.size //= 2
         sums, metrics = result
         in_flight = SumsInFlight(sums, votes, self.dist)
@@ -152,16 +144,20 @@ class GradientAccumulator:
             gradients = [weight.grad for weight in self.objective.parameters() if weight.grad is not None]
             average_in_buckets(gradients, self.dist)
 
-    def _out_of_memory(self) -> UserError:
-        images = f"{self.size} image{'s' * (self.size > 1)}"
-        return UserError(
-            f"The device has too little memory for forward and backward passes of {images}.",
-            where=f"rank {self.dist.rank}, {self.dist.device}",
-            fix="Set microbatch in the section of this training to a smaller number, or to auto."
-            if self.size > 1
-            else "Use a device with more memory, or a smaller network.",
-            code=3,
-        )
+    @contextmanager
+    def explain_out_of_memory(self) -> Iterator[None]:
+        """Raise UserError if the memory of the device does not suffice: for a pass, the optimizer or an evaluation."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The device has too little memory to train with {self.size} image{'s' * (self.size > 1)} at once.",
+                where=f"rank {self.dist.rank}, {self.dist.device}",
+                fix="Set microbatch in the section of this training to a smaller number, or to auto."
+                if self.size > 1
+                else "Use a device with more memory, or a smaller network.",
+                code=3,
+            ) from error
 
 
 def average_in_buckets(tensors: Iterable[Tensor], dist: DistributedContext) -> None:

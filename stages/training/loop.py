@@ -81,54 +81,55 @@ def train(
     if resumed is not None:
         gradients.restore(resumed.tensors)
     step_vote, log_time, log_step = StepVote(dist), time.monotonic(), start
-    for step, batch in enumerate(data.training(start), start):
-        inject_nan = dist.inject_fault(step)
-        objective.train()
-        step_sums = gradients.accumulate(batch, step, step_vote.cast(), inject_nan=inject_nan)
-        if step == start:
-            model.require_gradients()
-        model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
-        sums, votes = step_sums.in_flight.wait()
-        objective.absorb(sums)
-        model.update_ema()  # after `absorb`: the EMA copies the codebooks
-        for microbatch_metrics in step_sums.metrics:
-            metrics_since_log.add(microbatch_metrics)
-        if step == start and dist.rank == 0:  # the optimizer has all its tensors now
-            checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start, dist))
+    with gradients.explain_out_of_memory():
+        for step, batch in enumerate(data.training(start), start):
+            inject_nan = dist.inject_fault(step)
+            objective.train()
+            step_sums = gradients.accumulate(batch, step, step_vote.cast(), inject_nan=inject_nan)
+            if step == start:
+                model.require_gradients()
+            model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
+            sums, votes = step_sums.in_flight.wait()
+            objective.absorb(sums)
+            model.update_ema()  # after `absorb`: the EMA copies the codebooks
+            for microbatch_metrics in step_sums.metrics:
+                metrics_since_log.add(microbatch_metrics)
+            if step == start and dist.rank == 0:  # the optimizer has all its tensors now
+                checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start, dist))
 
-        completed_steps, decision = step + 1, step_vote.count(votes)
-        is_last = completed_steps == config.steps
-        if completed_steps % config.log_every == 0 or is_last:
-            values = metrics_since_log.summarize()
-            _require_finite(values, completed_steps, checkpoints.folder)
-            rate = config.batch_size * (completed_steps - log_step) / max(time.monotonic() - log_time, 1e-9)
-            record(completed_steps, {f"train/{name}": value for name, value in values.items()})
-            speed = {"train/images_per_second": rate, "train/learning_rate": learning_rate(config, step)}
-            reporter.metrics(speed, completed_steps)
-            reporter.progress(completed_steps, config.steps, "step", {**values, "images/s": rate})
-            metrics_since_log, log_time, log_step = (
-                MetricAccumulator(objective, dist),
-                time.monotonic(),
-                completed_steps,
-            )
-        if completed_steps % config.evaluate_every == 0 or is_last:
-            evaluation_start = time.monotonic()
-            for split, batches in data.evaluation.items():
-                parts = (part for batch in batches() for part in split_batch(batch, gradients.evaluation_size))
-                with autocast(config, dist.device):
-                    values = evaluate(objective, model.evaluation_network, parts, dist)
-                record(completed_steps, {f"{split}/{name}": value for name, value in values.items()})
-            if dist.rank == 0:
-                for name, png in objective.previews(model.evaluation_network).items():
-                    reporter.image(name, png, completed_steps)
-            log_time += time.monotonic() - evaluation_start  # images/s is the rate of training alone
-        # A vote to save is read one step later. A checkpoint of the step in between has done what it asks for.
-        is_due = decision.save and saved_step < step
-        if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_due:
-            save(completed_steps)
-        if decision.stop and not is_last:
-            checkpoints.wait()
-            raise TrainingStopped(f"stopped at step {completed_steps}")
+            completed_steps, decision = step + 1, step_vote.count(votes)
+            is_last = completed_steps == config.steps
+            if completed_steps % config.log_every == 0 or is_last:
+                values = metrics_since_log.summarize()
+                _require_finite(values, completed_steps, checkpoints.folder)
+                rate = config.batch_size * (completed_steps - log_step) / max(time.monotonic() - log_time, 1e-9)
+                record(completed_steps, {f"train/{name}": value for name, value in values.items()})
+                speed = {"train/images_per_second": rate, "train/learning_rate": learning_rate(config, step)}
+                reporter.metrics(speed, completed_steps)
+                reporter.progress(completed_steps, config.steps, "step", {**values, "images/s": rate})
+                metrics_since_log, log_time, log_step = (
+                    MetricAccumulator(objective, dist),
+                    time.monotonic(),
+                    completed_steps,
+                )
+            if completed_steps % config.evaluate_every == 0 or is_last:
+                evaluation_start = time.monotonic()
+                for split, batches in data.evaluation.items():
+                    parts = (part for batch in batches() for part in split_batch(batch, gradients.size))
+                    with autocast(config, dist.device):
+                        values = evaluate(objective, model.evaluation_network, parts, dist)
+                    record(completed_steps, {f"{split}/{name}": value for name, value in values.items()})
+                if dist.rank == 0:
+                    for name, png in objective.previews(model.evaluation_network).items():
+                        reporter.image(name, png, completed_steps)
+                log_time += time.monotonic() - evaluation_start  # images/s is the rate of training alone
+            # A vote to save is read one step later. A checkpoint of the step in between has done what it asks for.
+            is_due = decision.save and saved_step < step
+            if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_due:
+                save(completed_steps)
+            if decision.stop and not is_last:
+                checkpoints.wait()
+                raise TrainingStopped(f"stopped at step {completed_steps}")
     checkpoints.wait()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 # Of the Newton-Schulz polynomial, as Jordan et al. tuned them: singular values reach 0.7 to 1.2 in few iterations.
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
+MAX_NUMBERS = 2**24  # in the matrices of one call, unless one has more; a call needs four times their memory
 SMALLEST_NORM = 1e-7  # a matrix of zeros stays zero instead of becoming NaN
 
 
@@ -44,10 +45,13 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(update.shape, []).append((weight, update))
             for (rows, columns), pairs in by_shape.items():
                 size = group["lr"] * max(rows, columns) ** 0.5  # an orthogonal matrix has RMS max(rows, columns)**-0.5
-                updates = orthogonalize(torch.stack([update for _, update in pairs]))
-                for (weight, _), update in zip(pairs, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.view(weight.shape), alpha=-size)
+                at_once = max(1, MAX_NUMBERS // (rows * columns))
+                for start in range(0, len(pairs), at_once):
+                    some = pairs[start : start + at_once]
+                    updates = orthogonalize(torch.stack([update for _, update in some]))
+                    for (weight, _), update in zip(some, updates, strict=True):
+                        weight.mul_(1 - group["lr"] * group["weight_decay"])
+                        weight.add_(update.view(weight.shape), alpha=-size)
 
     def _momentum(self, weight: Tensor, momentum: float) -> Tensor:
         """Update the moving average; return Nesterov's look-ahead, the average after one more such gradient."""

@@ -41,14 +41,24 @@ class SharedCodes:
         return split_arrays(self._arrays, split, levels)
 
     def _open(self, codes: Codes, root: Path, is_last: bool, context: StageContext) -> Artifact | None:
-        """Open or make the arrays in `root`. Return None if the disk has no room, unless this is the last folder."""
+        """Open or make the arrays in `root`.
+
+        Return None if the disk has no locks or too little room, unless this is the last folder.
+        """
         folder = root / codes.artifact.digest
         root.mkdir(exist_ok=True)
-        self._lock = folder.with_suffix(".lock").open("w")  # the kernel unlocks it when the process ends
+        # Network disks require a lock's own mode of access. The kernel unlocks the file when the process ends.
+        self._lock = folder.with_suffix(".lock").open("a+")
         while True:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+            except OSError:
+                if is_last:
+                    raise
+                return None
             if arrays := _read(folder, codes):
                 return arrays
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # network disks do not: two ranks would wait for each other
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if _read(folder, codes):  # the lock was released for an instant, and another rank has made them
                 continue
@@ -75,7 +85,7 @@ def _read(folder: Path, codes: Codes) -> Artifact | None:
 def _delete_unused(root: Path) -> None:
     """Delete the arrays of other codes that no process has locked."""
     for path in root.glob("*.lock"):
-        with path.open("w") as lock:
+        with path.open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # in use, or to be made by this process

@@ -30,6 +30,12 @@ def test_dropout_zeroes_a_fraction_and_keeps_the_mean(probability: float):
     assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
 
 
+def test_dropout_with_a_probability_near_1_keeps_almost_nothing():
+    """The threshold stays within the random numbers."""
+    torch.manual_seed(0)
+    assert (dropout(torch.ones(1000), 0.9999999, True) != 0).sum() < 10
+
+
 def test_dropout_depends_on_the_seed_only():
     """Equal seeds give equal masks in any precision, another seed another one; the masks of two calls differ."""
     masks = []

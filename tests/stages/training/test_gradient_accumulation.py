@@ -17,7 +17,7 @@ from stages.training.code_batches import CodeBatch
 from stages.training.distributed import DistributedContext
 from stages.training.gradient_accumulation import GradientAccumulator, average_in_buckets, split_batch
 from stages.training.objective import MetricSums, StepResult
-from stages.training.state import MICROBATCH, TrainState
+from stages.training.state import MICROBATCH, TrainableModel, TrainState
 from tests.stages.training.test_loop import CONFIG, IMAGES, Killed, ToyObjective, assert_equal, run
 
 TOLERANCE = 1e-6  # absolute, of everything in a checkpoint: a few roundings of float32
@@ -159,9 +159,34 @@ def test_gradients_are_exchanged_in_few_collectives(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("microbatch", "fix"), [("auto", "a device with more memory"), (2, "Set microbatch in")])
 def test_too_little_memory_is_an_error_with_a_fix(tmp_path: Path, microbatch, fix: str):
     """A single image that does not fit, and a fixed micro-batch that does not."""
-    with pytest.raises(UserError, match=r"too little memory for forward and backward passes of [12] image") as caught:
+    with pytest.raises(UserError, match=r"too little memory to train with [12] image") as caught:
         run(tmp_path, config=config(microbatch=microbatch), objective=lambda: RecordingObjective(capacity=0))
     assert fix in caught.value.fix and caught.value.code == 3
+
+
+@pytest.mark.parametrize("task", ["measure", "apply_gradients"])
+def test_too_little_memory_after_the_passes_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str):
+    """In an evaluation, and for the state of the optimizer."""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr({"measure": ToyObjective, "apply_gradients": TrainableModel}[task], task, fail)
+    with pytest.raises(UserError, match="too little memory to train"):
+        run(tmp_path)
+
+
+def test_a_rank_measures_at_most_its_share_of_a_batch():
+    """Without micro-batches: what a rank trains in one pass fits, and a global batch may not."""
+    assert GradientAccumulator(ToyObjective(), config(batch_size=10), seed=0, dist=DistributedContext(0, 4)).size == 3
+
+
+def test_an_automatic_micro_batch_stays_within_the_share_of_more_ranks():
+    """One rank saved 8 images; each of four ranks has a share of 2."""
+    four_ranks = DistributedContext(0, 4)
+    gradients = GradientAccumulator(ToyObjective(), config(microbatch="auto", batch_size=8), seed=0, dist=four_ranks)
+    gradients.restore({MICROBATCH: torch.tensor(8)})
+    assert gradients.size == 2
 
 
 @pytest.mark.parametrize(("microbatch", "largest"), [(1, 1), (3, 3), ("auto", 2)])

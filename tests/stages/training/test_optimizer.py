@@ -11,6 +11,7 @@ from torch import nn
 from models.config import PriorConfig
 from models.priors import Grid, build
 from stages.config import TrainConfig
+from stages.training import muon
 from stages.training.muon import Muon, orthogonalize
 from stages.training.optimizer import build_optimizers, learning_rate
 from stages.training.state import TrainableModel
@@ -84,6 +85,31 @@ def test_muon_updates_a_convolution_as_a_matrix():
     Muon(weights, lr=0.01).step()
     torch.testing.assert_close(weights[0].flatten(1), weights[2])
     assert not torch.allclose(weights[1], weights[2])
+
+
+def test_muon_orthogonalizes_few_matrices_at_once(monkeypatch: pytest.MonkeyPatch):
+    """So that it needs little memory beside the weights; the updates are the same."""
+
+    def updated(max_numbers: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(muon, "MAX_NUMBERS", max_numbers)
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.zeros(4, 6)) for _ in range(5)]
+        for weight in weights:
+            weight.grad = torch.randn(4, 6)
+        Muon(weights, lr=0.01).step()
+        return [weight.detach() for weight in weights]
+
+    sizes: list[int] = []
+
+    def record(matrices: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(matrices))
+        return orthogonalize(matrices)
+
+    monkeypatch.setattr(muon, "orthogonalize", record)
+    for left, right, small in zip(updated(2**24), updated(50), updated(1), strict=True):
+        torch.testing.assert_close(left, right)
+        torch.testing.assert_close(left, small)
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])

@@ -1,5 +1,7 @@
 """Tests of the arrays of codes that the ranks of a node share."""
 
+import errno
+import fcntl
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +47,25 @@ def test_arrays_are_made_once_per_node(codes, context, cache_dir):
     first = made_at(cache_dir)
     assert equal(SharedCodes(codes, context)) and made_at(cache_dir) == first
     assert [path.name for path in (cache_dir / "vqvae2/codes").glob("*/")] == [codes.artifact.digest]
+
+
+def test_locks_work_as_on_network_disks(codes, context, cache_dir, monkeypatch):
+    """There flock is emulated by fcntl: a shared lock needs a file open for reading, an exclusive one for writing."""
+    monkeypatch.setattr(shared_codes.fcntl, "flock", fcntl.lockf)
+    assert equal(SharedCodes(codes, context)) and made_at(cache_dir)
+
+
+def test_a_cache_folder_without_locks_is_not_used(codes, context, cache_dir, monkeypatch):
+    """The arrays are then in the work folder of the rank."""
+    flock = fcntl.flock
+
+    def flock_in_work_folder(file, operation: int) -> None:
+        if not Path(file.name).is_relative_to(context.work_dir):
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(file, operation)
+
+    monkeypatch.setattr(shared_codes.fcntl, "flock", flock_in_work_folder)
+    assert equal(SharedCodes(codes, context)) and made_at(context.work_dir)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
