@@ -4,8 +4,8 @@ A micro-batch is the images of one forward and backward pass, so its size bounds
 codebook sums and metrics add up over micro-batches. Ranks exchange gradients and codebook sums once per step.
 
 The loss of a step is the mean over the global batch of B images; that of a micro-batch is the mean over its n images.
-DDP averages over R ranks, so the loss of a micro-batch is multiplied by n R / B. This factor is exactly 1 if the
-micro-batch is a rank's whole share and all shares are equal.
+The R ranks average their gradients, so the loss of a micro-batch is multiplied by n R / B. This factor is exactly 1 if
+the micro-batch is a rank's whole share and all shares are equal.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Training loop, independent of Ray: it gets batches, collectives and a reporter as arguments.
 
-    for each step:  objective(micro-batch)  ->  loss.backward(), gradients averaged by DDP  ->  optimizer
+    for each step:  objective(micro-batch)  ->  loss.backward(), gradients averaged over ranks  ->  optimizer
                     sums of micro-batches   ->  all-reduce during backward  ->  objective.absorb  ->  EMA
 
-Besides DDP gradients, ranks exchange only sums. All randomness is a function of (seed, step) and of the rank or of the
+Besides gradients, ranks exchange only sums. All randomness is a function of (seed, step) and of the rank or of the
 micro-batch's first image, so a checkpoint holds no generator state.
 """
 
