@@ -42,7 +42,7 @@ class MlflowUploader:
         self._skipped = False  # this journal must not be uploaded
         self._offset = 0  # in bytes, of the first record that is not uploaded
         self._store: tuple[MlflowClient, str] | None = None  # client, experiment id
-        self._run = self._parent = self._stage = ""  # _run and _parent are ids of MLflow
+        self._run_id = self._parent_id = self._stage = ""  # the ids are those of MLflow
         self._closes_parent = self._describes_parent = False
         self._sent: dict[str, set[int]] = {}  # metric name -> steps
         self._sent_images: set[tuple[str, int]] = set()  # name, step
@@ -92,10 +92,10 @@ class MlflowUploader:
         self._describes_parent = not record["cached"] or self._stage == SUMMARY_STAGE
         with store_lock():
             if record["parent"]:
-                self._parent = tags[run_tags.PARENT_RUN] = self._find_parent(record)
+                self._parent_id = tags[run_tags.PARENT_RUN] = self._find_parent(record)
             if record["cached"]:
                 producer = self._find_producer(record)
-                if producer and producer.data.tags.get(run_tags.PARENT_RUN) == self._parent:
+                if producer and producer.data.tags.get(run_tags.PARENT_RUN) == self._parent_id:
                     self._skipped = True  # the stage ran in this pipeline run, before the pipeline run was resumed
                     return
                 tags |= self._cached_tags(producer)
@@ -106,20 +106,20 @@ class MlflowUploader:
                 return
             if run is None:
                 run = self._create(record["key"], record["stage"], record["time"], cached=record["cached"])
-            elif run.info.run_id != self._run:
+            elif run.info.run_id != self._run_id:
                 self._load_sent(run)
-        self._run = run.info.run_id
-        self._log_params_and_tags(self._run, record["params"], tags)
-        self._log_inputs(self._run, record["inputs"])
-        self._client.update_run(self._run, status="RUNNING")
-        if self._parent:
+        self._run_id = run.info.run_id
+        self._log_params_and_tags(self._run_id, record["params"], tags)
+        self._log_inputs(self._run_id, record["inputs"])
+        self._client.update_run(self._run_id, status="RUNNING")
+        if self._parent_id:
             params = record["params"] | record.get("parent_params", {})
-            self._log_params_and_tags(self._parent, params, record.get("parent_tags", {}))
+            self._log_params_and_tags(self._parent_id, params, record.get("parent_tags", {}))
             # The inputs of the pipeline are those that no stage has written.
             external = {name: digest for name, digest in record["inputs"].items() if not name.startswith("artifacts/")}
-            self._log_inputs(self._parent, external)
+            self._log_inputs(self._parent_id, external)
         if self._closes_parent:
-            self._client.update_run(self._parent, status="RUNNING")
+            self._client.update_run(self._parent_id, status="RUNNING")
 
     def _find(self, condition: str, *, deleted: bool = False) -> "MlflowRun | None":
         """Return the newest run that fulfils a condition."""
@@ -163,10 +163,10 @@ class MlflowUploader:
         for name, step, _ in self._images(run.info.run_id):
             self._sent_images.add((name, step))
 
-    def _log_params_and_tags(self, run: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def _log_params_and_tags(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        logged = self._client.get_run(run).data
+        logged = self._client.get_run(run_id).data
         new_params = [  # MLflow rejects a second value of a parameter
             Param(_clean_name(key), value[:MAX_PARAM_LENGTH])
             for key, value in params.items()
@@ -179,9 +179,9 @@ class MlflowUploader:
         ]
         for start in range(0, max(len(new_params), len(new_tags)), MAX_PAIRS_PER_REQUEST):
             batch = slice(start, start + MAX_PAIRS_PER_REQUEST)
-            self._client.log_batch(run, params=new_params[batch], tags=new_tags[batch])
+            self._client.log_batch(run_id, params=new_params[batch], tags=new_tags[batch])
 
-    def _log_inputs(self, run: str, inputs: Mapping[str, str]) -> None:
+    def _log_inputs(self, run_id: str, inputs: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         context = [InputTag("mlflow.data.context", "input")]
@@ -191,7 +191,7 @@ class MlflowUploader:
             for name, digest in inputs.items()
         ]
         if datasets:
-            self._client.log_inputs(run, datasets)
+            self._client.log_inputs(run_id, datasets)
 
     def _log_points(self, pending: Mapping[tuple[str, int], tuple[float, float]]) -> None:
         from mlflow.entities import Metric
@@ -203,7 +203,7 @@ class MlflowUploader:
         ]
         for start in range(0, len(new), MAX_POINTS_PER_REQUEST):
             batch = new[start : start + MAX_POINTS_PER_REQUEST]
-            self._client.log_batch(self._run, metrics=batch)
+            self._client.log_batch(self._run_id, metrics=batch)
             for point in batch:
                 self._sent.setdefault(point.key, set()).add(point.step)
             self.sent_points += len(batch)
@@ -211,28 +211,28 @@ class MlflowUploader:
     def _log_image(self, record: Record) -> None:
         name, step = _image_name(record["name"]), record["step"]
         if (name, step) not in self._sent_images:
-            self._upload_image(self._run, self._folder / record["file"], name, step, record["time"])
+            self._upload_image(self._run_id, self._folder / record["file"], name, step, record["time"])
             self._sent_images.add((name, step))
 
-    def _upload_image(self, run: str, path: Path, name: str, step: int, time_s: float) -> None:
+    def _upload_image(self, run_id: str, path: Path, name: str, step: int, time_s: float) -> None:
         from PIL import Image
 
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            self._client.log_image(run, image, key=name, step=step, timestamp=round(1000 * time_s), synchronous=True)
+            self._client.log_image(run_id, image, key=name, step=step, timestamp=round(1000 * time_s), synchronous=True)
 
     def _end(self, record: Record) -> None:
         time_ms = round(1000 * record["time"])
         for name in record["outputs"]:
-            self._client.log_artifact(self._run, str(self._folder / OUTPUTS / name))
-        self._log_params_and_tags(self._run, {}, record.get("tags", {}))
+            self._client.log_artifact(self._run_id, str(self._folder / OUTPUTS / name))
+        self._log_params_and_tags(self._run_id, {}, record.get("tags", {}))
         if record["error"]:
-            self._client.set_tag(self._run, run_tags.ERROR, record["error"][:MAX_TAG_LENGTH])
-        if self._parent and self._describes_parent:
+            self._client.set_tag(self._run_id, run_tags.ERROR, record["error"][:MAX_TAG_LENGTH])
+        if self._parent_id and self._describes_parent:
             self._describe_parent(record)
-        self._client.set_terminated(self._run, record["status"], time_ms)
+        self._client.set_terminated(self._run_id, record["status"], time_ms)
         if self._closes_parent:
-            self._client.set_terminated(self._parent, record["status"], time_ms)
+            self._client.set_terminated(self._parent_id, record["status"], time_ms)
 
     def _describe_parent(self, record: Record) -> None:
         """Give the pipeline run the headline metrics, pictures and pages of its stage."""
@@ -242,23 +242,23 @@ class MlflowUploader:
         headline = record.get("headline", {})
         metrics = [Metric(_clean_name(name), float(value), time_ms, 0) for name, value in headline.items()]
         if metrics:
-            self._client.log_batch(self._parent, metrics=metrics)
+            self._client.log_batch(self._parent_id, metrics=metrics)
         pictures = record.get("pictures", [])
         pages = [name for name in record["outputs"] if name.endswith(".html")]
         for name in (*pages, *pictures):
-            self._client.log_artifact(self._parent, str(self._folder / OUTPUTS / name))
-        if record.get("model") and run_tags.MODEL not in self._client.get_run(self._parent).data.tags:
-            self._client.log_artifacts(self._parent, str(self._folder / MODEL), MODEL)
-            self._client.set_tag(self._parent, run_tags.MODEL, "complete")
-        sent = set(self._images(self._parent))
+            self._client.log_artifact(self._parent_id, str(self._folder / OUTPUTS / name))
+        if record.get("model") and run_tags.MODEL not in self._client.get_run(self._parent_id).data.tags:
+            self._client.log_artifacts(self._parent_id, str(self._folder / MODEL), MODEL)
+            self._client.set_tag(self._parent_id, run_tags.MODEL, "complete")
+        sent = set(self._images(self._parent_id))
         for file in pictures:
             name = _image_name(PICTURES + Path(file).stem)
             if (name, 0, time_ms) not in sent:
-                self._upload_image(self._parent, self._folder / OUTPUTS / file, name, 0, record["time"])
+                self._upload_image(self._parent_id, self._folder / OUTPUTS / file, name, 0, record["time"])
 
-    def _images(self, run: str) -> Iterator[tuple[str, int, int]]:
+    def _images(self, run_id: str) -> Iterator[tuple[str, int, int]]:
         """Yield name, step and time in ms of each image of a run."""
-        for file in self._client.list_artifacts(run, "images"):
+        for file in self._client.list_artifacts(run_id, "images"):
             # MLflow names an image NAME+step+STEP+timestamp+TIME+..., with "~" for "/".
             name, _, step, _, time_ms, *_ = Path(file.path).name.split("+")
             yield name.replace("~", "/"), int(step), int(time_ms)
