@@ -13,8 +13,10 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.tracking.journal import JOURNAL_FILE, end_status
 from stages.tracking.progress_file import PROGRESS_FILE, read_progress
-from stages.tracking.quantities import ProgressState, format_duration
+from stages.tracking.quantities import ProgressState, format_duration, format_named
 
+# Numbers of a training that tell what it waits for and how well it uses its devices.
+SHOWN = ("images/s", "data %", "reduce %", "memory GB", "MFU %")
 STALE_PROGRESS_S = 60.0  # older progress of a running stage is shown with its age
 
 
@@ -35,6 +37,8 @@ class Activity:
             texts = [f"{self.progress.count} ({self.progress.percentage})"]
             if self.owner and self.progress.is_moving:
                 texts += [self.progress.time_left, self.progress.formatted_rate]
+                numbers = self.progress.numbers
+                texts += [format_named(name, numbers[name]) for name in SHOWN if name in numbers]
             if self.owner and self.progress_age_s > STALE_PROGRESS_S:
                 texts.append(f"no progress for {format_duration(self.progress_age_s)}")
         elif self.owner:

@@ -1,5 +1,6 @@
 """Compute of one stage, for the facts of its run: devices, and for a training also images, FLOP and settings."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.dvc_yaml import Stage
@@ -28,6 +29,12 @@ def compute_facts(stage: Stage, settings: Params) -> dict[str, Any]:
         "learning_rate": f"{train.learning_rate:g}, {_schedule(train)}",
         "augmentation": _augmentation(stage, settings),
     }
+
+
+def forward_flops(facts: Mapping[str, Any]) -> float:
+    """Return the operations of a forward pass per image from the facts of a training; 0 for another stage."""
+    # A training step takes three times as many.
+    return facts["flop"] / (3 * facts["images"]) if "flop" in facts else 0.0
 
 
 def _train_config(stage: Stage, settings: Params) -> TrainConfig | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import composed_from, dvc, dvc_yaml, finished_results, params, result_versions, shared_cluster
-from pipeline.compute_facts import compute_facts
+from pipeline.compute_facts import compute_facts, forward_flops
 from pipeline.error_report import report
 from pipeline.fingerprint import digest_inputs, fingerprint_of
 from pipeline.locks import exclusive_lock
@@ -143,6 +143,7 @@ def _call(
     # A cluster takes seconds to start, and so do imports. Ray is imported later: it reads the environment.
     cluster_environment = start_in_thread(shared_cluster.cluster_environment, "cluster")
     function = importlib.import_module(f"{STAGES}.{stage.module}").run
+    facts = compute_facts(stage, settings)
     os.environ.update(cluster_environment.result())
     parent = os.environ.get(tracker.PARENT_RUN_VARIABLE) or _pipeline_run(settings, data)
     start = time.monotonic()
@@ -159,7 +160,8 @@ def _call(
         model=work / registry.SAVED_MODEL,
         parent=parent,
     ) as reporter:
-        context = StageContext(stage.name, fingerprint, work, settings.cluster.for_stage(stage.cli_name), reporter)
+        cluster = settings.cluster.for_stage(stage.cli_name)
+        context = StageContext(stage.name, fingerprint, work, cluster, reporter, forward_flops(facts))
         function(*positionals(function, stage, settings), **keywords(function, stage, settings), context=context)
         _refuse_edited_settings(stage, data)
         if stage.module == SUMMARY_STAGE:
@@ -174,7 +176,7 @@ def _call(
             inputs.values(),
             parent,
             _describe_choices(data),
-            compute_facts(stage, settings),
+            facts,
         )
 
 

@@ -46,6 +46,7 @@ class StageContext:
     work_dir: Path  # resumable state of this fingerprint only, outside the outputs, which DVC deletes before a run
     cluster: ClusterConfig
     reporter: Reporter = field(default_factory=Reporter)
+    flops_per_image: float = 0.0  # operations of a forward pass of the network that the stage trains, for the metrics
 
     @property
     def storage(self) -> Storage | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 RATE_WINDOW_S = 60.0
 MIN_RATE_SPAN_S = 0.5  # reports of workers arrive in batches: a shorter span measures their transport
 SIGNIFICANT_DIGITS = 4
+UNITS = {"%": "%", "GB": " GB"}  # of a number, as the last word of its name
 MIN_DECIMAL = 1e-6  # smaller numbers are written with an exponent
 
 
@@ -30,6 +31,16 @@ def format_rate(per_second: float, unit: str) -> str:
     seconds = 1 / per_second
     text = f"{format_number(seconds, 3)} s" if seconds < 60 else format_duration(seconds)
     return f"{text} per {unit.removesuffix('s')}"
+
+
+def format_named(name: str, value: float) -> str:
+    """Format a number with its name, which may end in a unit: `1,250 images/s`, `data 3%`, `memory 2 GB`."""
+    text, _, unit = name.rpartition(" ")
+    if name.endswith("/s"):
+        return f"{format_number(value)} {name}"
+    if text and unit in UNITS:
+        return f"{text} {format_number(value, 2)}{UNITS[unit]}"
+    return f"{name} {format_number(value)}"
 
 
 def format_duration(seconds: float) -> str:
@@ -122,8 +133,5 @@ class ProgressState:
         time_left = self.time_left if self.done < self.total else ""
         return [
             *filter(None, (self.count, self.percentage, time_left, self.formatted_rate)),
-            *(
-                f"{format_number(value)} {name}" if name.endswith("/s") else f"{name} {format_number(value)}"
-                for name, value in self.numbers.items()
-            ),
+            *(format_named(name, value) for name, value in self.numbers.items()),
         ]

@@ -51,6 +51,8 @@ class DistributedContext:
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # DDP: averages gradients over ranks
     stop_requested: Callable[[], bool] = lambda: False
     checkpoint_timer: CheckpointTimer = field(default_factory=CheckpointTimer)  # only that of rank 0 has an interval
+    flops_per_image: float = 0.0  # of a forward pass, for the metrics; 0 if unknown
+    devices: float = 1.0  # devices of all ranks: fewer than ranks if several share one
     inject_fault: Callable[[int], bool] = lambda step: False  # before a step; True makes the step's loss NaN
 
 

@@ -25,6 +25,7 @@ from stages.training.distributed import DistributedContext, SumsInFlight, add_su
 from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.sampler import share_of_rank
 from stages.training.state import MICROBATCH
+from stages.training.step_timer import StepTimer
 
 Sums = Mapping[str, tuple[Tensor, ...]]
 BUCKET_BYTES = 25 * 2**20  # of gradients in one collective, as in DDP
@@ -47,6 +48,7 @@ class GradientAccumulator:
 
     def __init__(self, objective: Objective, config: TrainConfig, *, seed: int, dist: DistributedContext) -> None:
         self.objective, self.config, self.seed, self.dist = objective, config, seed, dist
+        self.timer = StepTimer(dist)
         self.is_automatic = config.microbatch == "auto"
         largest_share = math.ceil(config.batch_size / dist.world_size)
         self.size = config.microbatch if isinstance(config.microbatch, int) else largest_share
@@ -80,7 +82,8 @@ class GradientAccumulator:
             self.size //= 2
         sums, metrics = result
         in_flight = SumsInFlight(sums, votes, self.dist)
-        self._average_gradients()
+        with self.timer.waiting_for_peers():
+            self._average_gradients()
         return StepSums(in_flight, metrics)
 
     def _accumulate_and_reduce(self, batch: Any, step: int, votes: Tensor, inject_nan: bool) -> StepSums:
@@ -90,7 +93,7 @@ class GradientAccumulator:
             sums, metrics = self._run(others, inject_nan)
         result = self._forward(last, last_slice)
         in_flight = SumsInFlight(add_sums(sums, result.sums), votes, self.dist)
-        self._backward(result.loss, count_images(last), inject_nan)
+        self.timer.backward(self._weigh(result.loss, count_images(last), inject_nan))
         return StepSums(in_flight, [*metrics, detach(result.metrics)])
 
     def _try_accumulate(self, batch: Any, step: int, inject_nan: bool) -> tuple[Sums, list[MetricSums]] | None:
@@ -110,7 +113,7 @@ class GradientAccumulator:
             result = self._forward(part, batch_slice)
             sums = add_sums(sums, result.sums)
             metrics.append(detach(result.metrics))
-            self._backward(result.loss, count_images(part), inject_nan)
+            self._weigh(result.loss, count_images(part), inject_nan).backward()
         return sums, metrics
 
     def _forward(self, part: Any, batch_slice: BatchSlice) -> StepResult:
@@ -123,9 +126,10 @@ class GradientAccumulator:
         with autocast(self.config, self.dist.device):
             return self._call(part, batch_slice, self.dist)
 
-    def _backward(self, loss: Tensor, images: int, inject_nan: bool) -> None:
+    def _weigh(self, loss: Tensor, images: int, inject_nan: bool) -> Tensor:
+        """Multiply the loss of a micro-batch by its weight."""
         weight = images * self.dist.world_size / self.config.batch_size
-        (loss * (math.nan if inject_nan else weight)).backward()
+        return loss * (math.nan if inject_nan else weight)
 
     def _split(self, batch: Any, step: int) -> list[tuple[Any, BatchSlice]]:
         """Split this rank's batch into micro-batches, each with its position in the global batch."""

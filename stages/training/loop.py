@@ -21,12 +21,14 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
+from stages.training.device_peak import device_name, model_flops_metrics
 from stages.training.distributed import DistributedContext, StepVote, require_same_start
 from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
 from stages.training.optimizer import learning_rate
 from stages.training.state import METRICS_SINCE_LOG, TrainableModel, TrainState
+from stages.training.step_timer import progress_numbers
 
 
 class TrainingStopped(Exception):
@@ -81,15 +83,17 @@ def train(
     if resumed is not None:
         gradients.restore(resumed.tensors)
     step_vote, log_time, log_step = StepVote(dist), time.monotonic(), start
+    timer, device = gradients.timer, device_name(dist.device)
     with gradients.explain_out_of_memory():
-        for step, batch in enumerate(data.training(start), start):
+        for step, batch in enumerate(timer.batches(data.training(start)), start):
             inject_nan = dist.inject_fault(step)
             objective.train()
             step_sums = gradients.accumulate(batch, step, step_vote.cast(), inject_nan=inject_nan)
             if step == start:
                 model.require_gradients()
             model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
-            sums, votes = step_sums.in_flight.wait()
+            with timer.waiting_for_peers():
+                sums, votes = step_sums.in_flight.wait()
             objective.absorb(sums)
             model.update_ema()  # after `absorb`: the EMA copies the codebooks
             for microbatch_metrics in step_sums.metrics:
@@ -104,9 +108,12 @@ def train(
                 _require_finite(values, completed_steps, checkpoints.folder)
                 rate = config.batch_size * (completed_steps - log_step) / max(time.monotonic() - log_time, 1e-9)
                 record(completed_steps, {f"train/{name}": value for name, value in values.items()})
-                speed = {"train/images_per_second": rate, "train/learning_rate": learning_rate(config, step)}
-                reporter.metrics(speed, completed_steps)
-                reporter.progress(completed_steps, config.steps, "step", {**values, "images/s": rate})
+                speed = {"images_per_second": rate, **timer.summarize(completed_steps - log_step)}
+                speed |= model_flops_metrics(dist.flops_per_image, rate, dist.devices, device, config.precision)
+                speed |= {"learning_rate": learning_rate(config, step)}
+                reporter.metrics({f"train/{name}": value for name, value in speed.items()}, completed_steps)
+                reporter.progress(completed_steps, config.steps, "step", {**values, **progress_numbers(speed)})
+                timer.restart()
                 metrics_since_log, log_time, log_step = (
                     MetricAccumulator(objective, dist),
                     time.monotonic(),
@@ -122,7 +129,9 @@ def train(
                 if dist.rank == 0:
                     for name, png in objective.previews(model.evaluation_network).items():
                         reporter.image(name, png, completed_steps)
-                log_time += time.monotonic() - evaluation_start  # images/s is the rate of training alone
+                # images/s and the time of a step are those of training alone
+                log_time += time.monotonic() - evaluation_start
+                timer.exclude(time.monotonic() - evaluation_start)
             # A vote to save is read one step later. A checkpoint of the step in between has done what it asks for.
             is_due = decision.save and saved_step < step
             if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_due:

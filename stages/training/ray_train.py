@@ -19,7 +19,7 @@ import torch
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import cluster, fault_injection
-from stages.runtime.context import StageContext
+from stages.runtime.context import Reporter, StageContext
 from stages.runtime.control import (
     RemoteReporter,
     fail_without_retry,
@@ -215,11 +215,13 @@ def worker_main(config: dict[str, Any]) -> None:
         start_all_reduce=start_all_reduce,
         wrap=wrap_ddp if parallel else lambda module: module,
         stop_requested=stop_requested(control),
+        flops_per_image=context.flops_per_image,
+        devices=ray_context.get_world_size() * min(1.0, context.cluster.gpus_per_worker or 1.0),
         checkpoint_timer=CheckpointTimer(60 * context.cluster.checkpoint_every_minutes if is_rank_0 else 0),
         inject_fault=lambda step: fault_injection.inject_faults(context.stage, dist.rank, step, marker_folder),
     )
     if dist.rank > 0:  # only rank 0 reports
-        context = StageContext(context.stage, context.fingerprint, context.work_dir, context.cluster)
+        context = replace(context, reporter=Reporter())
     # Ray Train restarts workers after any exception: a stop must not raise, and a UserError must end the restarts.
     with suppress(TrainingStopped), fail_without_retry(control):
         if context.storage:

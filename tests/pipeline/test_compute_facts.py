@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import dvc_yaml, params
 from pipeline.commands.plan import count
-from pipeline.compute_facts import compute_facts
+from pipeline.compute_facts import compute_facts, forward_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,5 +28,7 @@ def test_facts_of_the_demo():
         "learning_rate": "0.002, cosine, 50 warm-up steps",
         "augmentation": "flip, shift of up to 1 pixels",
     }
+    forward = {training.stage: training.forward_flops for training in count(settings, classes=9)}
+    assert forward_flops(facts["vqvae"]) == forward["vqvae"] and forward_flops(facts["sample"]) == 0
     assert facts["prior@top"]["flop"] == costs["prior_top"]
     assert facts["prior@top"]["augmentation"].startswith("4 copies: 1 original, 3 with flip")

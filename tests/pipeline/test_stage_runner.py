@@ -69,7 +69,7 @@ def test_stage_runs_with_its_own_settings_of_the_cluster(toy: ToyStage):
     settings = {"workers": 3, "gpus_per_worker": 0.0}
     toy.project.edit(lambda data: data["cluster"].update(gpus_per_worker=1.0, stages={"shard": settings}))
     run()
-    assert toy.context.cluster == ClusterConfig(3, 1.0)
+    assert toy.context.cluster == ClusterConfig(3, 1.0) and toy.context.flops_per_image == 0
     toy.project.edit(lambda data: data["cluster"].update(stages={}))
     run()
     assert toy.calls == 1

@@ -34,7 +34,7 @@ def begin(work: Path, step: int, total: int) -> Journal:
     clock = iter(range(100))
     progress = ProgressFile(work, timer=lambda: float(next(clock)))
     for done in (step - 2, step - 1, step):
-        progress.progress(done, total, "step", {"loss": 0.5})
+        progress.progress(done, total, "step", {"loss": 0.5, "images/s": 64.0, "data %": 12.5})
     with artifact.commit_folder(work / f"step-{step - 1:09d}", "checkpoint", {}):
         pass
     two_hours_ago = time.time() - 7200
@@ -72,7 +72,11 @@ def test_running_stage_shows_step_rate_time_left_and_checkpoint(current_project,
         assert status.show(as_json=True) == 0
         row = rows(capsys)["vqvae"]
     (line,) = [line for line in text.splitlines() if line.startswith("vqvae")]
-    assert "running" in line and "1,200/5,000 steps (24%)" in line and " left, 3 s per step, " in line
+    assert (
+        "running" in line
+        and "1,200/5,000 steps (24%)" in line
+        and " left, 3 s per step, 64 images/s, data 12%, " in line
+    )
     assert "checkpoint of step 1,199 is 2 h old" in line
     assert f"In use by PID {os.getpid()} on" in " ".join(text.split()) and "(vqvae2" in text
     assert (row["progress"]["done"], row["progress"]["total"], row["checkpoint"]["step"]) == (1200, 5000, 1199)

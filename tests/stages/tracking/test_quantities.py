@@ -61,7 +61,9 @@ def test_durations_have_two_units(text):
 
 def test_progress_line_has_no_exponent():
     """Counts have separators, rates have units."""
-    state = ProgressState(12_000, 150_000, "step", 5.0, {"loss": 0.012345, "images/s": 1250.0})
+    state = ProgressState(
+        12_000, 150_000, "step", 5.0, {"loss": 0.012345, "images/s": 1250.0, "data %": 3.14, "memory GB": 12.3}
+    )
     assert state.fields() == [
         "12,000/150,000 steps",
         "8%",
@@ -69,6 +71,8 @@ def test_progress_line_has_no_exponent():
         "5 steps/s",
         "loss 0.01235",
         "1,250 images/s",
+        "data 3.1%",
+        "memory 12 GB",
     ]
 
 

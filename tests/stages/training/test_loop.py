@@ -392,6 +392,26 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path):
         run(tmp_path, config=diverging)
 
 
+def test_metrics_of_speed_come_with_each_log_entry(tmp_path: Path):
+    """The curves that a result keeps have none of them: they differ from run to run."""
+    rows: list[dict[str, float]] = []
+
+    class SpeedRecorder(Reporter):
+        def metrics(self, values: Mapping[str, float], step: int) -> None:
+            rows.extend([dict(values)] if "train/images_per_second" in values else [])
+
+    dist = DistributedContext(flops_per_image=1e12)
+    checkpoints = Checkpoints(tmp_path, "print", keep=3)
+    train(ToyObjective(), toy_data(), CONFIG, seed=0, dist=dist, checkpoints=checkpoints, reporter=SpeedRecorder())
+    assert len(rows) == 10
+    for row in rows:
+        assert sum(row[f"train/{part}_seconds"] for part in ("data", "compute", "reduce")) > 0
+        assert row["train/peak_memory_megabytes"] > 10 and "train/model_flops_utilization" not in row
+        assert row["train/model_tflops_per_second"] == pytest.approx(3 * row["train/images_per_second"])
+    names = {str(entry["name"]) for entry in newest_state(tmp_path).history}
+    assert not [name for name in names if "second" in name or "memory" in name]
+
+
 def test_images_per_second_exclude_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An evaluation between two logged steps does not change the rate."""
     clock, rates = [0.0], []

@@ -33,17 +33,18 @@ MODEL = VQVAEConfig(
 CONFIG = TrainConfig(steps=7, batch_size=4, learning_rate=1e-4, log_every=1, evaluate_every=2, checkpoint_every=7)
 
 
-NOT_LOSSES = ("train/images_per_second", "train/learning_rate")
+# Names of the metrics that describe speed.
+SPEED = re.compile("train/(.*_per_second|.*_seconds|.*_megabytes|learning_rate)")
 
 
 class MetricsRecorder(Reporter):
-    """Records the curves, without the rate and the learning rate."""
+    """Records the curves, without those of speed and of the learning rate."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
     def metrics(self, values, step):
-        self.values.extend(value for name, value in values.items() if name not in NOT_LOSSES)
+        self.values.extend(value for name, value in values.items() if not SPEED.fullmatch(name))
 
 
 def train_to_end(
