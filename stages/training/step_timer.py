@@ -58,6 +58,9 @@ class StepTimer:
     @contextmanager
     def waiting_for_peers(self) -> Iterator[None]:
         """Count the block as waiting for other ranks."""
+        if self.dist.world_size == 1:
+            yield
+            return
         before = self._mark()
         yield
         self._waits.append((before, self._mark()))
@@ -115,9 +118,10 @@ def progress_numbers(speed: Mapping[str, float]) -> dict[str, float]:
     numbers = {
         "images/s": speed["images_per_second"],
         "data %": 100 * speed["data_seconds"] / step_s,
-        "reduce %": 100 * speed["reduce_seconds"] / step_s,
-        "memory GB": speed["peak_memory_megabytes"] / 1000,
     }
+    if speed["reduce_seconds"]:  # none with one worker
+        numbers["reduce %"] = 100 * speed["reduce_seconds"] / step_s
+    numbers["memory GB"] = speed["peak_memory_megabytes"] / 1000
     if "model_flops_utilization" in speed:
         numbers["MFU %"] = 100 * speed["model_flops_utilization"]
     return numbers

@@ -406,6 +406,7 @@ def test_metrics_of_speed_come_with_each_log_entry(tmp_path: Path):
     assert len(rows) == 10
     for row in rows:
         assert sum(row[f"train/{part}_seconds"] for part in ("data", "compute", "reduce")) > 0
+        assert row["train/reduce_seconds"] == 0  # one rank waits for no other
         assert row["train/peak_memory_megabytes"] > 10 and "train/model_flops_utilization" not in row
         assert row["train/model_tflops_per_second"] == pytest.approx(3 * row["train/images_per_second"])
     names = {str(entry["name"]) for entry in newest_state(tmp_path).history}

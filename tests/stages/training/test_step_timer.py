@@ -110,7 +110,7 @@ def test_peaks_are_without_sparsity():
 
 
 def test_progress_has_shares_of_the_step():
-    """MFU only where it is known."""
+    """MFU only where it is known, and no wait for other workers where there are none."""
     speed = {
         "images_per_second": 50.0,
         "data_seconds": 1.0,
@@ -120,13 +120,14 @@ def test_progress_has_shares_of_the_step():
     }
     assert progress_numbers(speed) == {"images/s": 50, "data %": 25, "reduce %": 25, "memory GB": 1.5}
     assert progress_numbers({**speed, "model_flops_utilization": 0.4})["MFU %"] == 40
+    assert "reduce %" not in progress_numbers({**speed, "reduce_seconds": 0.0})
 
 
 @pytest.mark.gpu
 def test_memory_and_waits_of_a_gpu_are_those_of_the_device():
     """Events on the device time the waits, because the process runs ahead of it."""
     device = torch.device("cuda")
-    timer = StepTimer(DistributedContext(device=device))
+    timer = StepTimer(DistributedContext(world_size=2, device=device))
     matrix = torch.ones(4096, 4096, device=device)
     with timer.waiting_for_peers():
         for _ in range(50):
