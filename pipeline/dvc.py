@@ -29,6 +29,7 @@ from stages.formats.flatten import flatten
 STOP_TIMEOUT_S = 30.0  # between SIGINT, SIGTERM and SIGKILL to a stage; a stage itself stops within 18 s
 MAX_REASONS = 3  # of a stage, in one line
 NEVER_RUN = "it has not run yet"
+NOT_RECORDED = f"it is frozen in {dvc_yaml.FILE}, and DVC has not recorded it yet"
 COMMAND = [sys.executable, "-P", "-m", "dvc"]  # -P: no module of the current folder is imported
 LOCK_FILE = Path(".dvc/tmp/lock")
 
@@ -102,7 +103,10 @@ def out_of_date_reasons(
     for name, stage in stages.items():
         earlier = [stages[other] for other in reasons if stage.depends_on(stages[other])]
         own_reasons = list(_own_reasons(status.get(name, []), name, lock, settings, earlier))
-        if name in lock and (changed := _changed_version(stage, lock[name], versions)):
+        if stage.frozen:  # DVC records what is there, and does not run it
+            earlier = []
+            own_reasons = [NOT_RECORDED if reason == NEVER_RUN else reason for reason in own_reasons]
+        elif name in lock and (changed := _changed_version(stage, lock[name], versions)):
             own_reasons.append(changed)
         if earlier and name in lock:
             *names, last = (other.cli_name for other in earlier)

@@ -67,8 +67,8 @@ class Predictor:
             if name not in reasons:
                 self._outputs |= _hashes(lock.get(name, {}), "outs")
                 continue
-            actions[name] = RUN
-            if name in forced:
+            actions[name] = UNCHANGED if stage.frozen else RUN
+            if stage.frozen or name in forced:
                 continue
             for entry, is_in_lock in self._matching(stage, lock):
                 if action := self._available(stage, entry, lock.get(name, {})):

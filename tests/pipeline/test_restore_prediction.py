@@ -104,6 +104,22 @@ def test_deleted_outputs_are_restored_and_later_stages_unchanged(project):
     assert project.predict()["first"] == RUN
 
 
+def test_frozen_stage_would_stay_unchanged(project):
+    """DVC records its outputs as they are, also with --force. Stages before it may run."""
+    Path("dvc.yaml").write_text(DVC_YAML.replace("  first:\n", "  first:\n    frozen: true\n"))
+    assert project.predict() == {}
+    Path("source").write_text("other\n")
+    assert project.predict() == {}
+    Path("dvc.lock").unlink()
+    assert dvc.out_of_date_reasons(dvc_yaml.stages(params.read()))["first"] == [dvc.NOT_RECORDED]
+    assert project.predict(forced=("first",)) == {
+        "first": UNCHANGED,
+        "second_top": RUN,
+        "second_low": RUN,
+        "third": RUN,
+    }
+
+
 def test_results_that_only_the_remote_has_would_be_pulled(project, tmp_path_factory):
     """Results of dvc.lock, and those that the remote's run cache lists. Without --pull they would run."""
     store = tmp_path_factory.mktemp("store")
