@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ CODE = ("stages", "models")  # packages that workers import
 # In the wheel these are below one package, next to what workers do not need (pipeline/wheel.py).
 IS_WHEEL = not __name__.startswith(CODE)
 LOOPBACK_ADDRESS = "127.0.0.1"
+START_TIMEOUT_S = 180  # of the processes of a private cluster; Ray itself waits for 30 s
 RESTART_FIX = "Run the same command again; it starts another cluster."
 OTHER_NODES_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback only, on every system
 if not os.environ.get("RAY_ADDRESS"):
@@ -132,11 +134,11 @@ def connection_error(error: Exception, address: str, is_private: bool) -> UserEr
 
 
 def slow_start_error(error: Exception, folder: Path) -> UserError | None:
-    """Return the error for a private cluster that Ray gave up to start, 30 seconds after its processes; else None."""
+    """Return the error for a private cluster that has not started in time; None if Ray's error is another one."""
     if "timed out during startup" not in str(error):
         return None
     return UserError(
-        "Ray did not start within 30 s on this machine, which may be busy.",
+        f"Ray did not start within {START_TIMEOUT_S} s on this machine, which may be busy.",
         where=folder / "session_latest" / "logs",
         fix="Close other programs, or wait for them, then run the same command again.",
         code=3,
@@ -171,7 +173,7 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         _set_gloo_interface(LOOPBACK_ADDRESS, os.environ)
     folder = sessions_parent() / "ray"
     try:
-        with _omit_monitors():
+        with _omit_monitors(), _patient_start():
             _init_ray(
                 address="local",
                 num_cpus=private_cpus(config),
@@ -212,6 +214,34 @@ def _omit_monitors() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = original
+
+
+@contextmanager
+def _patient_start(timeout_s: float = START_TIMEOUT_S) -> Iterator[None]:
+    """Let `ray.init` wait longer for the processes that it has started, which is a constant in Ray, during the block.
+
+    On a busy machine, such as one with several workers of DVC's queue, 30 seconds are too short.
+    """
+    import ray
+
+    services: Any = ray._private.services
+    original = services.get_node
+
+    def get_node(*arguments: Any) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return original(*arguments)
+            except RuntimeError:  # the node has not registered yet
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = original
 
 
 def is_private(environment: Mapping[str, str] = os.environ) -> bool:

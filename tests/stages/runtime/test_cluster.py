@@ -50,11 +50,31 @@ def test_cluster_of_another_version_is_reported():
 
 
 def test_ray_that_starts_too_slowly_is_explained(tmp_path: Path):
-    """Ray waits for 30 seconds; on a busy machine that is too short. Its other errors stay as they are."""
+    """Other errors of Ray stay as they are."""
     late = Exception("The current node timed out during startup. This could happen because some of the raylet failed")
     error = cluster.slow_start_error(late, tmp_path)
-    assert error is not None and error.code == 3 and "did not start within 30 s" in error.what
+    assert error is not None and error.code == 3 and "did not start within 180 s" in error.what
     assert cluster.slow_start_error(ValueError("num_cpus must be positive"), tmp_path) is None
+
+
+def test_start_of_ray_is_waited_for_longer_than_by_ray(monkeypatch):
+    """Ray gives up at the first failure to find its node after 30 seconds, and asks again before that."""
+    services = ray._private.services
+    answers = iter([RuntimeError, RuntimeError, {"node_id": "a"}])
+
+    def late(address, node_id):
+        answer = next(answers)
+        if answer is RuntimeError:
+            raise answer
+        return answer
+
+    monkeypatch.setattr(services, "get_node", late)
+    with cluster._patient_start():
+        assert services.get_node("127.0.0.1:6379", "a") == {"node_id": "a"}
+    assert services.get_node is late
+    answers = iter([RuntimeError, RuntimeError])
+    with cluster._patient_start(timeout_s=0), pytest.raises(RuntimeError):
+        services.get_node("127.0.0.1:6379", "a")
 
 
 @pytest.mark.ray
