@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASE = "mlflow.db"
+ID_DIGITS = 32  # hexadecimal digits of a run's id
+MIN_PREFIX = 6  # digits of a run's id that are enough to name it
 
 
 def project_folder(working_dir: Path | None = None) -> Path:
@@ -83,18 +85,23 @@ def connect() -> tuple["MlflowClient", str]:
 def find_run_key(run_id: str) -> str:
     """Return our key of the pipeline run that a run of MLflow is, or is a part of; "" if there is none.
 
-    The store is not created, and not asked about a text that cannot be an id. Raises any exception of MLflow if the
-    store does not answer.
+    `run_id` is the id of the run or its first digits, which must be of one run only. The store is not created, and
+    not asked about a text that cannot be an id. Raises any exception of MLflow if the store does not answer.
     """
     is_missing = not os.environ.get("MLFLOW_TRACKING_URI") and not (project_folder() / DATABASE).is_file()
-    if is_missing or not re.fullmatch("[0-9a-f]{32}", run_id):
+    if is_missing or not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},{ID_DIGITS}}}", run_id):
         return ""
     configure_mlflow()
     from mlflow import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
     try:
-        client, _ = connect()
+        client, experiment = connect()
+        if len(run_id) < ID_DIGITS:
+            ids = [run.info.run_id for run in client.search_runs([experiment]) if run.info.run_id.startswith(run_id)]
+            if len(ids) != 1:
+                return ""
+            run_id = ids[0]
         tags = client.get_run(run_id).data.tags
         if parent := tags.get(PARENT_RUN):
             tags = client.get_run(parent).data.tags

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.errors import UserError
 from stages.tracking import tags as run_tags
 from stages.tracking.journal import MODEL
-from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
+from stages.tracking.mlflow_store import MIN_PREFIX, configure_mlflow, connect, store_uri
 from stages.tracking.mlflow_sync import PIPELINE_STAGE
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 SAVED_MODEL = "mlflow_model"  # folder in the work folder of the last stage
 REGISTERED_MODEL = "vqvae2"  # default name in the registry
-MIN_PREFIX = 6  # digits of a run's id that are enough to name it
 URI_SCHEMES = ("models:/", "runs:/")
 
 
@@ -87,8 +86,8 @@ class Promotion:
 def promote(run: str, *, name: str, alias: str) -> Promotion:
     """Register the model of a pipeline run, if it is not registered, and move an alias to its version.
 
-    `run` is the id of the run in MLflow, the first digits of it, or its name. Raises UserError if there is no such run
-    or it has no model, and any exception of MLflow if the store does not answer.
+    `run` is the id of the run in MLflow, the first digits of it, or one of its names. Raises UserError if there is
+    no such run or it has no model, and any exception of MLflow if the store does not answer.
     """
     configure_mlflow()
     from mlflow import MlflowException
@@ -114,14 +113,24 @@ def promote(run: str, *, name: str, alias: str) -> Promotion:
     return Promotion(run_name, name, str(version.version), alias)
 
 
+def _names(run: "MlflowRun") -> set[str]:
+    """Return the names of a pipeline run: in MLflow, of its folder in runs/pipeline, and of its DVC experiment."""
+    return {str(run.info.run_name)} | {
+        run.data.tags[tag] for tag in (run_tags.KEY, run_tags.DVC_EXPERIMENT) if tag in run.data.tags
+    }
+
+
 def _find_run(client: "MlflowClient", experiment: str, run: str) -> "MlflowRun":
-    """Return the pipeline run of an id, of its first digits, or of a name. Raises UserError unless there is one."""
+    """Return the pipeline run of an id, of its first digits, or of one of its names.
+
+    Raises UserError unless there is one.
+    """
     runs = client.search_runs([experiment], run_tags.stage_condition(PIPELINE_STAGE), order_by=["start_time DESC"])
     is_prefix = re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},32}}", run)
     matches = [
         candidate
         for candidate in runs
-        if candidate.info.run_name == run or (is_prefix and candidate.info.run_id.startswith(run))
+        if run in _names(candidate) or (is_prefix and candidate.info.run_id.startswith(run))
     ]
     if len(matches) == 1:
         return matches[0]

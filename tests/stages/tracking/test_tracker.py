@@ -21,7 +21,15 @@ from stages.errors import UserError
 from stages.runtime.context import work_folder_name
 from stages.tracking import registry
 from stages.tracking.journal import Journal
-from stages.tracking.mlflow_store import connect, create_database, database_uri, project_folder, store_uri, user_name
+from stages.tracking.mlflow_store import (
+    connect,
+    create_database,
+    database_uri,
+    find_run_key,
+    project_folder,
+    store_uri,
+    user_name,
+)
 from stages.tracking.mlflow_sync import MlflowUploader, _clean_name
 from stages.tracking.sync_runs import describe_error, sync_runs
 from stages.tracking.tags import start_tags
@@ -481,7 +489,19 @@ def test_interrupted_upload_of_a_model_is_repeated():
         registry.promote(run_id, name="vqvae2", alias="champion")
     sync_runs()
     assert {file.path for file in store.list_artifacts(run_id, "model")} == {"model/MLmodel", "model/weights"}
-    assert registry.promote(run_id, name="vqvae2", alias="champion").version == "1"
+    for name in (run_id, run_id[:8], run.data.tags["vqvae2.key"], run.info.run_name):
+        assert registry.promote(name, name="vqvae2", alias="champion").version == "1"
+
+
+def test_run_is_found_by_the_first_digits_of_its_id():
+    """As printed by `vqvae2 promote`; of a run of a stage as well, if no other run has them."""
+    with track_pipeline({}, {}) as parent, track("evaluate", parent=parent):
+        pass
+    sync_runs()
+    key = Path(parent).name
+    for run in all_runs():
+        assert find_run_key(run.info.run_id) == find_run_key(run.info.run_id[:12]) == key
+    assert find_run_key("f" * 12) == find_run_key(run.info.run_id[:5]) == ""
 
 
 def test_journal_of_an_earlier_release_is_uploaded():
