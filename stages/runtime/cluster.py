@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def slow_start_error(error: Exception, folder: Path) -> UserError | None:
     if "timed out during startup" not in str(error):
         return None
     return UserError(
-        f"Ray did not start within {START_TIMEOUT_S} s on this machine, which may be busy.",
+        "Ray did not start in time on this machine, which may be busy.",
         where=folder / "session_latest" / "logs",
         fix="Close other programs, or wait for them, then run the same command again.",
         code=3,
@@ -233,7 +233,7 @@ def _patient_start(timeout_s: float = START_TIMEOUT_S) -> Iterator[None]:
             try:
                 return original(*arguments)
             except RuntimeError:  # the node has not registered yet
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or not _is_node_alive():
                     raise
             time.sleep(0.1)
 
@@ -242,6 +242,16 @@ def _patient_start(timeout_s: float = START_TIMEOUT_S) -> Iterator[None]:
         yield
     finally:
         services.get_node = original
+
+
+def _is_node_alive() -> bool:
+    """Return whether Ray's process of a node, which this process has started, lives."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):  # another child ends meanwhile
+        children = psutil.Process().children()
+        return any(child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    return True
 
 
 def is_private(environment: Mapping[str, str] = os.environ) -> bool:

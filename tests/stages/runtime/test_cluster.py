@@ -53,7 +53,7 @@ def test_ray_that_starts_too_slowly_is_explained(tmp_path: Path):
     """Other errors of Ray stay as they are."""
     late = Exception("The current node timed out during startup. This could happen because some of the raylet failed")
     error = cluster.slow_start_error(late, tmp_path)
-    assert error is not None and error.code == 3 and "did not start within 180 s" in error.what
+    assert error is not None and error.code == 3 and "did not start in time" in error.what
     assert cluster.slow_start_error(ValueError("num_cpus must be positive"), tmp_path) is None
 
 
@@ -69,12 +69,29 @@ def test_start_of_ray_is_waited_for_longer_than_by_ray(monkeypatch):
         return answer
 
     monkeypatch.setattr(services, "get_node", late)
+    monkeypatch.setattr(cluster, "_is_node_alive", lambda: True)
     with cluster._patient_start():
         assert services.get_node("127.0.0.1:6379", "a") == {"node_id": "a"}
     assert services.get_node is late
-    answers = iter([RuntimeError, RuntimeError])
+    answers = iter([RuntimeError] * 3)
     with cluster._patient_start(timeout_s=0), pytest.raises(RuntimeError):
         services.get_node("127.0.0.1:6379", "a")
+    monkeypatch.setattr(cluster, "_is_node_alive", lambda: False)
+    with cluster._patient_start(), pytest.raises(RuntimeError):  # a process that has ended never registers
+        services.get_node("127.0.0.1:6379", "a")
+
+
+def test_end_of_the_node_process_is_seen(tmp_path: Path):
+    """It has no other name in Ray; a child that has ended and was not waited for counts as ended."""
+    assert not cluster._is_node_alive()
+    program = tmp_path / "raylet"
+    program.symlink_to("/bin/sleep")
+    child = subprocess.Popen([program, "60"])
+    assert cluster._is_node_alive()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not cluster._is_node_alive()
+    child.wait()
 
 
 @pytest.mark.ray
