@@ -57,13 +57,16 @@ class ComparedRun:
 
 
 def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) -> ComparedRun:
-    """Read the run that a name stands for. Raises UserError if there is none, or if it has no settings."""
+    """Read the run that a name stands for.
+
+    Raises UserError if there is none, if it has no settings, or if its dvc.lock is not valid.
+    """
     if name == WORKSPACE:
         return _of_project(Path(), WORKSPACE)
     folder = Path(name)
-    if (folder / "report.html").is_file():
+    if _is_file(folder / "report.html"):
         return _of_report(folder)
-    if (folder / dvc_yaml.FILE).is_file():
+    if _is_file(folder / dvc_yaml.FILE):
         return _of_project(folder, name)
     if (key := _find_key(name)) and (run := _of_key(name, key)):
         return run
@@ -94,6 +97,13 @@ def find(name: str, cache_folder: Callable[[], Path | None] = dvc.cache_folder) 
     )
 
 
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a file; False also for a name that is too long for a path."""
+    with suppress(OSError):
+        return path.is_file()
+    return False
+
+
 def _of_project(folder: Path, name: str) -> ComparedRun:
     """Read the files of a project as they are now."""
     values = params.read(folder / params.FILE)
@@ -103,7 +113,8 @@ def _of_project(folder: Path, name: str) -> ComparedRun:
     run = ComparedRun(
         name, "the present files", _settings(values), _numbers({path.stem: path.read_bytes() for path in paths})
     )
-    lock = _parse_lock(_read(folder / dvc_yaml.LOCK).decode(errors="replace"))
+    lock_file = folder / dvc_yaml.LOCK
+    lock = dvc_yaml.parse_lock(params.read(lock_file), lock_file) if lock_file.is_file() else {}
     _note_other_settings(run, stages, lock, values, command="vqvae2 run")
     _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "To make them:", "vqvae2 run")
     return run
@@ -136,7 +147,10 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
     files = {stem: git("show", f"{commit}:./{METRICS}/{stem}.json").encode() for stem in metric_names(stages)}
     date = git("show", "-s", "--format=%cs", commit)
     run = ComparedRun(name, f"{kind} {commit[:7]} of {date}", _settings(values), _numbers(files))
-    lock = _parse_lock(git("show", f"{commit}:./{dvc_yaml.LOCK}"))
+    try:
+        lock = dvc_yaml.parse_lock(params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}", dvc_yaml.LOCK))
+    except UserError as error:
+        raise UserError(error.what, where=f"commit {commit[:7]}", fix="Use another revision.", code=2) from error
     _note_other_settings(run, stages, lock, values)
     outs = lock.get("evaluate", {}).get("outs", [])
     md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
@@ -161,13 +175,6 @@ def _stages(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str,
     """Return the stages of a pipeline; none if dvc.yaml is missing or not valid."""
     with suppress(UserError, OSError):
         return dvc_yaml.parse(read_pipeline(), values)
-    return {}
-
-
-def _parse_lock(text: str) -> Mapping[str, Any]:
-    """Return the entries of dvc.lock by stage name in DVC; none if it is missing or not valid."""
-    with suppress(*finished_results.UNREADABLE):
-        return params.parse(text or "{}").get("stages", {})
     return {}
 
 

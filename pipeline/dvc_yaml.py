@@ -100,9 +100,45 @@ def parse(pipeline: Mapping[str, Any], values: Mapping[str, Any], file: Path = F
 def read_lock() -> dict[str, Any]:
     """Return the entries of dvc.lock by stage name in DVC; none if there is no file.
 
-    Raises UserError if the file is not valid YAML.
+    Raises UserError if the file is not valid.
     """
-    return params.read(LOCK).get("stages", {}) if LOCK.is_file() else {}
+    return parse_lock(params.read(LOCK)) if LOCK.is_file() else {}
+
+
+def parse_lock(contents: Mapping[str, Any], path: Path = LOCK) -> dict[str, Any]:
+    """Return the entries of a dvc.lock by stage name in DVC. Raises UserError if one does not have the form of DVC."""
+    entries = contents.get("stages", {})
+    problem = "stages must be a mapping" if not isinstance(entries, dict) else ""
+    problem = problem or next((text for name, entry in entries.items() if (text := _lock_problem(name, entry))), "")
+    if problem:
+        raise UserError(
+            f"{path.name} is not valid: {problem}.",
+            where=path,
+            fix=f"Restore the file: git checkout {path}. Or delete it: results are restored from cache.",
+            code=2,
+        )
+    return entries
+
+
+def _lock_problem(name: str, entry: Any) -> str:
+    """Describe what is wrong with an entry of dvc.lock; "" if nothing is."""
+    if not isinstance(entry, dict):
+        return f"stages.{name} must be a mapping"
+    files = entry.get("params", {})
+    if not isinstance(files, dict):
+        return f"stages.{name}.params must be a mapping"
+    for file, values in files.items():
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            return f"stages.{name}.params.{file} must be a mapping of settings"
+    for field in ("deps", "outs"):
+        items = entry.get(field, [])
+        if not isinstance(items, list) or not all(_is_path_entry(item) for item in items):
+            return f"stages.{name}.{field} must be a list of entries with a path"
+    return ""
+
+
+def _is_path_entry(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("md5", ""), str)
 
 
 def differences(pipeline: Mapping[str, Any], packaged: Mapping[str, Any]) -> list[str]:

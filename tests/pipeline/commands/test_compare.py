@@ -255,6 +255,27 @@ def test_unknown_name_is_refused_with_names_that_exist(project):
     assert "trunk" in caught.value.fix and KEY in caught.value.fix and caught.value.code == 2
 
 
+def test_name_longer_than_any_file_name_is_refused(project):
+    """Whether it is a folder cannot be asked."""
+    with pytest.raises(UserError, match="is not a run") as caught:
+        command.run("a" * 300, WORKSPACE, out=None, as_json=False)
+    assert caught.value.code == 2
+
+
+def test_damaged_dvc_lock_is_refused(project):
+    """In the workspace its file is named, in a revision the commit: another one may be valid."""
+    Path("dvc.lock").write_text("stages: [1]\n")
+    with pytest.raises(UserError, match=r"^dvc.lock is not valid: stages must be a mapping\.") as caught:
+        find(WORKSPACE)
+    assert caught.value.where == "dvc.lock" and "git checkout dvc.lock" in caught.value.fix
+    subprocess.run([*GIT, "commit", "-qam", "damaged"], check=True)
+    with pytest.raises(UserError, match=r"^dvc.lock is not valid") as caught:
+        find("trunk")
+    assert caught.value.where.startswith("commit ") and "another revision" in caught.value.fix
+    Path("dvc.lock").unlink()
+    assert find(WORKSPACE).notes == []
+
+
 def test_numbers_of_one_run_come_last_and_are_counted():
     """A revision from before a metric was added has fewer numbers."""
     a = ComparedRun("a", "", {}, {"evaluate.old": 1.0, "evaluate.psnr": 20.0})
