@@ -149,28 +149,29 @@ def _prior_builder(config: PriorConfig, grid: Grid, coarser: Mapping[str, Grid],
 
 def _classifier_builder(config: ClassifierConfig, size: int, classes: int) -> LossBuilder:
     def build_loss(images: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-        network, batch = Classifier(config, classes), torch.zeros(images, 3, size, size)
+        network = Classifier(config, max(classes, 1))  # a layer without outputs cannot be initialized
+        batch = torch.zeros(images, 3, size, size)
         labels = torch.zeros(images, dtype=torch.int64)
         return network, lambda: F.cross_entropy(network(batch).float(), labels)
 
     return build_loss
 
 
-def lines(memories: Iterable[TrainingMemory]) -> Iterator[str]:
-    """Format the memory of trainings as a table."""
+def lines(memories: Iterable[TrainingMemory], width: int) -> Iterator[str]:
+    """Format the memory of trainings as a table, whose first column has `width` characters."""
     cards = "".join(f"{f'{card} GB':>8}" for card in CARDS_GB)
     yield "GB per GPU, counted; the last columns are the largest micro-batch that fits a GPU with so much memory:"
     yield (
-        f"{'stage':<14}{'weights':>8}{'gradients':>10}{'optimizer':>10}{'EMA':>6}{'activations':>12}{'total':>7}"
+        f"{'stage':<{width}}{'weights':>8}{'gradients':>10}{'optimizer':>10}{'EMA':>6}{'activations':>12}{'total':>7}"
         f"{'images':>8}{cards}"
     )
     for memory in memories:
         bytes_of_columns = (memory.weights, memory.gradients, memory.optimizer, memory.ema)
         columns = "".join(
-            f"{value / GB:>{width}.1f}" for value, width in zip(bytes_of_columns, (8, 10, 10, 6), strict=True)
+            f"{value / GB:>{digits}.1f}" for value, digits in zip(bytes_of_columns, (8, 10, 10, 6), strict=True)
         )
         fits = "".join(f"{memory.largest_microbatch(card * GB) or 'none':>8}" for card in CARDS_GB)
         yield (
-            f"{memory.stage:<14}{columns}{memory.activations(memory.microbatch) / GB:>12.1f}"
+            f"{memory.stage:<{width}}{columns}{memory.activations(memory.microbatch) / GB:>12.1f}"
             f"{memory.total(memory.microbatch) / GB:>7.1f}{memory.microbatch:>8}{fits}"
         )

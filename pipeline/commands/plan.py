@@ -34,7 +34,7 @@ from stages.images.listing import Listing, list_images
 from stages.images.overview import count_splits
 from stages.tracking.quantities import format_duration, format_number
 
-STAGE_WIDTH = 14  # characters of the column with the names of stages
+STAGE_WIDTH = 14  # characters of the column with the names of stages, at least
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
         return 0
     print("\n".join(_cost_lines(settings, trainings, classes)))
     if memories is not None:
-        for line in training_memory.lines(memories):  # counting takes seconds for each large network
+        for line in training_memory.lines(
+            memories, _name_width(trainings)
+        ):  # counting takes seconds for each large network
             print(line, flush=True)
     if advice is not None:
         print("\n".join(advice.lines()))
@@ -95,8 +97,13 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
     return 0
 
 
+def _name_width(trainings: Sequence[Training]) -> int:
+    """Return the width of the column with the names of stages."""
+    return max(STAGE_WIDTH, *(len(training.stage) + 1 for training in trainings))
+
+
 def _cost_lines(settings: Params, trainings: Sequence[Training], classes: int | None) -> Iterator[str]:
-    width = max(STAGE_WIDTH, *(len(training.stage) + 1 for training in trainings))
+    width = _name_width(trainings)
     yield f"{'stage':<{width}}{'parameters':>13}{'GFLOP/image':>13}{'training TFLOP':>16}{'checkpoint MB':>15}"
     for training in trainings:
         yield (

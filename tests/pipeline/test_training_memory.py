@@ -80,6 +80,13 @@ def test_the_largest_micro_batch_fits_the_card(card_gb: int, images: int):
 def test_the_table_has_a_row_per_training():
     """In GB, with the largest micro-batch of each card."""
     memory = TrainingMemory("prior_top", *(round(part * GB) for part in (2, 2, 4, 2, 15, 2)), share=8, microbatch=4)
-    heading, names, row = lines([memory])
+    heading, names, row = lines([memory], 14)
     assert "GB per GPU" in heading and names.split()[-6:] == ["24", "GB", "40", "GB", "80", "GB"]
     assert row.split() == ["prior_top", "2.0", "2.0", "4.0", "2.0", "21.0", "31.0", "4", "none", "6", "8"]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_classifier_without_classes_is_counted():
+    """The images may be absent. A layer without outputs, whose weights PyTorch warns of, is not built."""
+    *_, classifier = count_all(small_settings(), 0)
+    assert classifier.stage == "classifier_shards" and classifier.weights > 0

@@ -89,6 +89,22 @@ def test_classifiers_are_counted():
     assert training.forward_flops > 0 and training.training_flops > 0
 
 
+def test_columns_are_aligned_below_long_names(settings, capsys):
+    """Both tables, of cost and of memory per GPU, are as wide as their longest stage needs."""
+    data = params.read()
+    data["cluster"]["gpus_per_worker"] = 1
+    train = {"steps": 10, "batch_size": 8}
+    data["classifiers"] = {"shards": {"network": {"channels": 8, "halvings": 2}, "train": train}}
+    Path("params.yaml").write_text(params.to_yaml(data), encoding="utf-8")
+    plan.show((), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("stage ")]
+    assert len(starts) == 2
+    for start in starts:
+        assert lines[start + 4].startswith("classifier_shards ")
+        assert len({len(line) for line in lines[start : start + 5]}) == 1
+
+
 def test_unlabeled_images_have_no_classes(settings, capsys):
     """dataset.labels none needs no images to count the classes."""
     text = Path("params.yaml").read_text(encoding="utf-8")
