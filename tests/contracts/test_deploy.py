@@ -21,8 +21,9 @@ PROGRAMS = {  # in place of those of a Slurm cluster
     "hostname": "echo 10.0.0.1 fe80::1",
     "ray": 'echo "ray $*" >> "$CALLS"; echo $$ >> "$CALLS.pids"; exec sleep 60',
     "python": 'cat > /dev/null; until [[ $(cat "$CALLS.pids" 2> /dev/null | wc -l) == 2 ]]; do sleep 0.05; done; '
-    'exit "${JOIN_STATUS:-0}"',
-    "vqvae2": 'echo "vqvae2 $* on $RAY_ADDRESS" >> "$CALLS"; stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"; '
+    'sleep "${JOIN_S:-0}"; exit "${JOIN_STATUS:-0}"',
+    "vqvae2": 'echo "vqvae2 $* on $RAY_ADDRESS" >> "$CALLS"; '
+    'echo "$RAY_AUTH_TOKEN_PATH" >> "$CALLS.token"; stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"; '
     "$COMMAND & trap 'kill $!; sleep 0.2; exit 143' TERM; wait $!",
 }
 
@@ -62,7 +63,7 @@ def calls(folder: Path) -> str:
 
 def assert_clean(folder: Path) -> None:
     """Fail if the token or a process of Ray is left."""
-    assert not list(folder.glob(".ray-token-*"))
+    assert not list(folder.rglob(".ray-token-*"))
     for pid in (folder / "calls.pids").read_text().split():
         assert not Path("/proc", pid).exists()
 
@@ -74,6 +75,22 @@ def test_slurm_runs_the_command_on_a_cluster_of_all_nodes(job, tmp_path):
     assert "--nodelist=node1 ray start --block --disable-usage-stats --num-cpus=4 --head" in text
     assert "--nodes=1 --ntasks=1 --exclude=node1 ray start --block" in text and "--address=10.0.0.1:6379" in text
     assert "vqvae2 run -S cluster=gpus8 on 10.0.0.1:6379\n600\n" in text and "requeue" not in text
+    assert_clean(tmp_path)
+
+
+def test_git_ignores_the_token_of_slurm(job, tmp_path):
+    """A token in a commit lets its readers run code on the cluster; the folder is that of all nodes."""
+    assert job("true").wait(60) == 0
+    token = Path((tmp_path / "calls.token").read_text().strip()).relative_to(tmp_path)
+    assert f"/{token.parts[0]}/" in (DEPLOY.parent / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_slurm_removes_the_token_if_it_is_stopped_early(job, tmp_path):
+    """Before the command runs, nothing catches the signal."""
+    process = job("true", JOIN_S="5")
+    wait_until(lambda: (tmp_path / "calls.pids").exists() and list(tmp_path.rglob(".ray-token-*")), 60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0 and "vqvae2" not in calls(tmp_path)
     assert_clean(tmp_path)
 
 
