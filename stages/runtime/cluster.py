@@ -7,12 +7,14 @@ RAY_ADDRESS. A private cluster requires a token and listens on loopback only.
 import logging
 import math
 import os
+import random
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ CODE = ("stages", "models")  # packages that workers import
 IS_WHEEL = not __name__.startswith(CODE)
 LOOPBACK_ADDRESS = "127.0.0.1"
 START_TIMEOUT_S = 180  # of the processes of a private cluster; Ray itself waits for 30 s
+AGENT_PORTS = range(20_000, 32_768)  # below those that systems give to connections
 RESTART_FIX = "Run the same command again; it starts another cluster."
 OTHER_NODES_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on loopback only, on every system
 if not os.environ.get("RAY_ADDRESS"):
@@ -173,13 +176,16 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         _set_gloo_interface(LOOPBACK_ADDRESS, os.environ)
     folder = sessions_parent() / "ray"
     try:
-        with _omit_monitors(), _patient_start():
+        ports = free_ports(4)
+        with _ray_params(ports[:3]), _patient_start():
             _init_ray(
                 address="local",
                 num_cpus=private_cpus(config),
                 include_dashboard=False,
                 object_store_memory=RAY_OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
+                _metrics_export_port=ports[3],
+                _system_config={"agent_register_timeout_ms": START_TIMEOUT_S * 1000},
             )
     except Exception as error:  # Ray raises this type itself
         raise slow_start_error(error, folder) or error from None
@@ -198,22 +204,55 @@ def private_cpus(config: ClusterConfig) -> int:
 
 
 @contextmanager
-def _omit_monitors() -> Iterator[None]:
-    """Let `ray.init` start neither the log monitor nor the autoscaler's monitor during the block.
+def _ray_params(agent_ports: Sequence[int]) -> Iterator[None]:
+    """Change parameters of the cluster that `ray.init` starts in the block, for which it has no arguments.
 
-    Both are processes that poll for as long as the cluster lives. One forwards output of workers, which is kept off the
-    terminal; the other asks for machines, of which a private cluster has one. `ray start` has options for both, and
-    `ray.init` has not.
+    The log monitor and the autoscaler's monitor do not start: processes that poll for as long as the cluster lives. One
+    forwards output of workers, which is kept off the terminal; the other asks for machines, of which a private cluster
+    has one. The ports of Ray's agents are chosen here: otherwise a node waits 15 seconds for the agents to report
+    theirs, and ends. Python may need longer to start on a busy machine. One of the ports a node reads from a file only.
     """
     import ray
 
+    raylet: Any = ray._raylet
     parameter: Any = ray._private.parameter
-    original = parameter.RayParams
-    parameter.RayParams = partial(original, include_log_monitor=False, no_monitor=True)
+    node_type: Any = ray._private.node.Node
+    original, start_node = parameter.RayParams, node_type.start_raylet
+    metrics_port, dashboard_port, environment_port = agent_ports
+    parameter.RayParams = partial(
+        original,
+        include_log_monitor=False,
+        no_monitor=True,
+        metrics_agent_port=metrics_port,
+        dashboard_agent_listen_port=dashboard_port,
+        runtime_env_agent_port=environment_port,
+    )
+
+    def start_with_port_file(node: Any, *arguments: Any, **options: Any) -> Any:
+        if hasattr(raylet, "persist_port"):  # not in every version of Ray that is accepted
+            name = raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME
+            raylet.persist_port(node.get_session_dir_path(), node.node_id, name, dashboard_port)
+        return start_node(node, *arguments, **options)
+
+    node_type.start_raylet = start_with_port_file
     try:
         yield
     finally:
-        parameter.RayParams = original
+        parameter.RayParams, node_type.start_raylet = original, start_node
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different free ports of the loopback address, at random: another cluster may choose at the same time."""
+    with ExitStack() as sockets:
+        ports: list[int] = []
+        for port in random.sample(AGENT_PORTS, len(AGENT_PORTS)):
+            candidate = sockets.enter_context(socket.socket())
+            with suppress(OSError):
+                candidate.bind((LOOPBACK_ADDRESS, port))
+                ports.append(port)
+            if len(ports) == count:
+                break
+        return ports
 
 
 @contextmanager

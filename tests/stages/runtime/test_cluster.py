@@ -94,6 +94,17 @@ def test_end_of_the_node_process_is_seen(tmp_path: Path):
     child.wait()
 
 
+def test_agent_ports_are_free_and_different():
+    """A port in use is left out."""
+    ports = cluster.free_ports(4)
+    assert len(set(ports)) == 4 and set(ports) <= set(cluster.AGENT_PORTS)
+    with socket.socket() as used:
+        used.bind((cluster.LOOPBACK_ADDRESS, ports[0]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster, "AGENT_PORTS", ports)
+            assert set(cluster.free_ports(4)) == set(ports[1:])
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_private_cluster_starts_with_little_shared_memory():
