@@ -1,6 +1,7 @@
 """Worker processes under Ray Train: two train what one does, and a lost worker is replaced."""
 
 import ipaddress
+import json
 import os
 import re
 import signal
@@ -66,6 +67,12 @@ def die(*, dist: DistributedContext, context: StageContext) -> None:
     if dist.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.zeros(1))
+
+
+def write_context(*, dist: DistributedContext, context: StageContext) -> None:
+    """Write what a worker learns about checkpoints by time and about speed."""
+    values = [dist.checkpoint_timer.interval_s, dist.flops_per_image, dist.devices]
+    (context.work_dir / f"{dist.rank}.json").write_text(json.dumps(values))
 
 
 def raise_user_error(*, dist: DistributedContext, context: StageContext) -> None:
@@ -142,6 +149,14 @@ def test_two_workers_train_what_one_does_and_a_killed_one_is_replaced(cluster, a
     weights, _ = train(vqvae.train_worker, arguments, project, context_in(tmp_path / "single", one_worker))
     for name, weight in unbroken[0].items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_only_rank_0_saves_by_time(cluster, tmp_path: Path):
+    """The other ranks follow its clock. Every rank knows the cost of the network."""
+    config = replace(cluster, checkpoint_every_minutes=2)
+    fit(write_context, {}, context=replace(context_in(tmp_path, config), flops_per_image=7.0))
+    values = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert values == [[120, 7, 2], [0, 7, 2]]
 
 
 def test_a_user_error_of_a_worker_ends_training_without_a_retry(cluster, tmp_path: Path):
