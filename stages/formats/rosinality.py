@@ -37,6 +37,8 @@ LAYERS = {
 RESIDUAL_LAYERS = {"conv.1": "conv3x3", "conv.3": "conv1x1"}
 QUANTIZERS = {"quantize_t": "levels.level_top.quantizer", "quantize_b": "levels.level_bottom.quantizer"}
 QUANTIZER_TENSORS = {"embed": "codebook", "embed_avg": "vectors", "cluster_size": "counts"}
+# Words of PyTorch's error about a file with other objects than tensors.
+OTHER_OBJECTS = ("Unsupported global", "unsupported GLOBAL", "Can only")
 # Settings of its training that the file does not hold: the defaults of its code. It revives no entries.
 QUANTIZER = QuantizerConfig(mode="ema", beta=0.25, decay=0.99, epsilon=1e-5, revive_every=0)
 
@@ -65,14 +67,26 @@ def read(path: Path) -> VQVAE:
 
 def _load(path: Path) -> Mapping[str, Tensor]:
     """Load the tensors by name, without running code of the file."""
+    if path.is_dir():
+        raise UserError(
+            f"{path.name} is a folder, not a file of weights.",
+            where=path,
+            fix="Give the path of the file, such as vqvae_560.pt in it.",
+            code=4,
+        )
     if not path.is_file():
         raise UserError(f"{path.name} does not exist.", where=path, fix="Correct the path.", code=4)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
     except Exception as error:  # of many libraries, by the kind of damage
         if "argparse.Namespace" in str(error):  # PixelSNAIL checkpoints hold the arguments of their command
             raise _is_pixelsnail(path) from error
-        raise _unreadable(path, next(iter(str(error).splitlines()), type(error).__name__)) from error
+        # PyTorch's own text is not repeated: it advises to load the file with the code that it may hold.
+        if any(words in str(error) for words in OTHER_OBJECTS):
+            raise _unreadable(path, "it holds other objects than tensors, which could run code") from error
+        raise _unreadable(path, "it is damaged, or is no file of tensors") from error
     if isinstance(state, Mapping) and ("model" in state or any("causal" in str(name) for name in state)):
         raise _is_pixelsnail(path)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -128,9 +142,9 @@ def _check_values(network: VQVAE, path: Path) -> None:
 
 def _unreadable(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path.name} cannot be read as weights: {reason}",
+        f"{path.name} cannot be read as weights: {reason}.",
         where=path,
-        fix="Use a file that torch.load(..., weights_only=True) reads, such as vqvae_560.pt.",
+        fix="Use a file of tensors by name that train_vqvae.py of that repository has written, such as vqvae_560.pt.",
         code=5,
     )
 

@@ -86,13 +86,15 @@ def names() -> set[str]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise _unusable(path, "cannot be read: it is a folder")
     try:
         # These weights are not safetensors: they come with a package. `weights_only` executes no code from the file.
         weights = torch.load(path, weights_only=True, map_location="cpu")
-        has_all = set(weights) == names()
     except Exception as error:  # of several kinds, by the damage
-        raise _unusable(path, f"cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
-    if not has_all:
+        # PyTorch's own text is not repeated: it advises to load the file with the code that it may hold.
+        raise _unusable(path, "cannot be read: it is damaged, or is no file of tensors") from error
+    if not isinstance(weights, dict) or set(weights) != names():
         raise _unusable(path, "has other tensors than those of VGG-16 and ST-LPIPS")
     return dict(weights)
 

@@ -73,9 +73,10 @@ def test_file_that_would_run_code_is_refused(tmp_path: Path):
 
     (tmp_path / "a.pt").write_bytes(pickle.dumps(Payload()))
     save(tmp_path / "b.pt", {"x": Payload()})
-    for name in ("a.pt", "b.pt"):
-        with pytest.raises(UserError, match=rf"{name} cannot be read as weights"):
+    for name, reason in (("a.pt", "it is damaged, or is no file"), ("b.pt", "it holds other objects")):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as weights: {reason}") as caught:
             rosinality.read(tmp_path / name)
+        assert "weights_only" not in str(caught.value)  # PyTorch advises to load the file with its code
     assert not (tmp_path / "executed").exists()
 
 
@@ -110,5 +111,17 @@ def test_absent_and_damaged_files_are_refused(tmp_path: Path):
         rosinality.read(tmp_path / "absent.pt")
     path = save(tmp_path / "a.pt", make_weights(**SIZES))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"a\.pt cannot be read as weights"):
+    with pytest.raises(UserError, match=r"a\.pt cannot be read as weights: it is damaged, or"):
         rosinality.read(path)
+    for contents in (b"", b"\x89PNG\r\n\x1a\n" + bytes(100)):
+        path.write_bytes(contents)
+        with pytest.raises(UserError, match=r"a\.pt cannot be read as weights: it is damaged, or") as caught:
+            rosinality.read(path)
+        assert "weights_only" not in str(caught.value)
+
+
+def test_folder_in_place_of_a_file_is_called_a_folder(tmp_path: Path):
+    """It exists."""
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(UserError, match="checkpoint is a folder, not a file of weights"):
+        rosinality.read(tmp_path / "checkpoint")
