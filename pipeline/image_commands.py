@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.checks.inputs import require_outside_project_source
 from pipeline.text import first_few
-from stages.errors import UserError
+from stages.errors import UserError, unknown_class
 from stages.formats import artifact
 
 MODEL = Path("artifacts")
@@ -98,8 +98,7 @@ def repeat_class(name: str, classes: Sequence[str], count: int) -> list[str] | N
     if not name:
         return None
     if name not in classes:
-        fix = f"Use any of: {', '.join(classes)}" if classes else "Leave --class out: this model has no classes."
-        raise UserError(f"{name!r} is not a valid class of this model.", where="--class", fix=fix, code=2)
+        raise unknown_class(name, classes, where="--class")
     return [name] * count
 
 

@@ -14,16 +14,14 @@ from pathlib import Path
 from pipeline import composed_from, dvc_yaml, params, shared_cluster
 from pipeline.checks import folder, inputs, machine, servers
 from pipeline.checks.check import Answer, EnvironmentCheck, Request, SettingsCheck
-from pipeline.text import first_few
 from stages.config import ClusterConfig, DatasetConfig, Params
-from stages.errors import UserError
+from stages.errors import UserError, unknown_class
 from stages.formats import artifact
 from stages.images import listing
 from stages.runtime import fault_injection
 from stages.tracking.journal import redact_secrets
 
 SHARDS = Path("artifacts/shards")
-CLASSES_SHOWN = 20  # in an error
 
 
 def check(settings: Params, will_run: Collection[str], where: str, *, pull: bool = False) -> None:
@@ -106,12 +104,7 @@ def check_classes(settings: Params, where: str, *, from_source: bool) -> None:
         return
     unknown = [name for name in settings.sample.classes if name not in classes]
     if unknown:
-        raise UserError(
-            f"{unknown[0]!r} is not a class of the images." if classes else "The images have no classes.",
-            where=f"{where}: sample.classes",
-            fix=f"Use any of: {first_few(classes, CLASSES_SHOWN)}" if classes else "Leave sample.classes empty.",
-            code=2,
-        )
+        raise unknown_class(unknown[0], classes, where=f"{where}: sample.classes")
 
 
 def classes_of(dataset: DatasetConfig) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 
 EXIT_CODES = {
     0: "success",
@@ -12,6 +13,7 @@ EXIT_CODES = {
     5: "a model or a checkpoint is damaged or does not match",
 }
 
+CLASSES_SHOWN = 20  # in an error
 _PACKAGE_OF_EXTRA = {"s3": "dvc-s3", "hub": "huggingface_hub"}
 _CHOOSE_OTHER_NAME = "Choose another name, or remove the existing file."
 _FREE_SPACE = "Free some space, then run the same command again."
@@ -55,6 +57,15 @@ class UserError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+def unknown_class(name: str, classes: Sequence[str], where: str) -> UserError:
+    """Return the error for a class that images, or the training images of a model, do not have."""
+    if not classes:
+        return UserError(f"There are no classes, got {name!r}.", where=where, fix="Name no class.", code=2)
+    more = ", ..." if len(classes) > CLASSES_SHOWN else ""
+    fix = f"Use any of: {', '.join(classes[:CLASSES_SHOWN])}{more}"
+    return UserError(f"{name!r} is not a valid class.", where=where, fix=fix, code=2)
 
 
 def from_os_error(error: BaseException, path: object = "") -> UserError | None:

@@ -17,7 +17,7 @@ from models.priors import Grid, Prior
 from models.sampling import Sampler
 from models.vqvae import VQVAE
 from stages.config import SampleConfig
-from stages.errors import UserError
+from stages.errors import UserError, unknown_class
 from stages.formats import model_file
 from stages.images.tensors import to_uint8
 
@@ -147,22 +147,12 @@ def choose_labels(models: TrainedModels, config: SampleConfig, where: str = "sam
     """
     if not models.classes:
         if config.classes:
-            raise UserError(
-                f"{where} must be empty for models without classes, got " + ", ".join(config.classes) + ".",
-                where=where,
-                fix="Leave it empty, or train on labelled images.",
-                code=2,
-            )
+            raise unknown_class(config.classes[0], (), where)
         return np.full(config.count, -1)
     if config.classes:
         unknown = [name for name in config.classes if name not in models.classes]
         if unknown:
-            raise UserError(
-                f"{unknown[0]!r} is not a valid class of these models.",
-                where=where,
-                fix=f"Use any of: {', '.join(models.classes)}",
-                code=2,
-            )
+            raise unknown_class(unknown[0], models.classes, where)
         return np.resize([models.classes.index(name) for name in config.classes], config.count)
     if config.balance == "equal":
         return np.resize(np.arange(len(models.classes)), config.count)

@@ -64,8 +64,8 @@ def test_paths_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=_page_id)
 def test_functions_exist(page):
-    """Each function in code style, such as `train()`, is defined in the code."""
-    names = set(re.findall(r"`(\w+)\(\)`", page.read_text(encoding="utf-8")))
+    """Each function or method in code style, such as `train()`, is defined in the code."""
+    names = set(re.findall(r"`(?:\w+\.)*(\w+)\(\)`", page.read_text(encoding="utf-8")))
     assert names <= _definitions()
 
 

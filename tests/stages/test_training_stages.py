@@ -234,11 +234,9 @@ def test_configured_classes_are_drawn_in_turn_and_unknown_ones_refused(project):
 
 def test_classes_of_models_without_classes_are_refused(project):
     """The error has the setting to change."""
-    with pytest.raises(
-        UserError, match=r"sample\.classes must be empty for models without classes, got light"
-    ) as caught:
+    with pytest.raises(UserError, match=r"There are no classes, got 'light'\.\n  in: sample\.classes") as caught:
         choose_labels(SimpleNamespace(classes=()), SampleConfig(classes=("light",)))
-    assert caught.value.where == "sample.classes" and "Leave it empty" in caught.value.fix and caught.value.code == 2
+    assert caught.value.where == "sample.classes" and "Name no class." in caught.value.fix and caught.value.code == 2
 
 
 def test_balanced_samples_have_equally_many_of_each_class():
