@@ -2,7 +2,9 @@
 
 Archives are never extracted: members are listed by name and read into memory one at a time, each at most
 MAX_FILE_BYTES. So a member named ../x cannot be written outside, links and devices are never followed, and a
-decompression bomb costs at most MAX_FILE_BYTES. Names in folders and tars may hold any bytes (surrogateescape).
+decompression bomb in a zip costs at most MAX_FILE_BYTES of memory. A compressed tar is decompressed to a file as a
+whole, until the disk has only RESERVED_DISK_BYTES left (compressed_tar.py). Names in folders and tars may hold any
+bytes (surrogateescape).
 """
 
 import difflib

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import tarfile
 import tracemalloc
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from stages.errors import UserError
-from stages.images import sources
+from stages.images import compressed_tar, sources
 from stages.images.compressed_tar import _copy, decompress
 from stages.images.sources import UnreadableFile, open_source, printable
 
@@ -309,7 +310,7 @@ def test_a_tar_that_cannot_be_decompressed_is_rejected(tmp_path):
     path = tar(tmp_path / "a.tgz", {"a.png": os.urandom(5000)}, "w:gz")
     with (
         Path("/dev/full").open("wb", buffering=0) as full,
-        pytest.raises(UserError, match="cannot be decompressed: No space left") as caught,
+        pytest.raises(UserError, match=r"a\.tgz cannot be decompressed: No space left on device, after 0") as caught,
     ):
         _copy(io.BytesIO(bytes(1 << 20)), full, path, tmp_path / "out.tar")
     assert str(path) in caught.value.fix
@@ -317,6 +318,30 @@ def test_a_tar_that_cannot_be_decompressed_is_rejected(tmp_path):
     with pytest.raises(UserError, match="damaged or truncated"):
         decompress(path, tmp_path / "out.tar", print)
     assert [file.name for file in tmp_path.iterdir()] == ["a.tgz"]
+
+
+def test_decompression_stops_before_the_disk_is_full(tmp_path, monkeypatch):
+    """A small tar can decompress to any size. Neither its partial file nor that of a killed process is left."""
+    usage = shutil.disk_usage(tmp_path)
+
+    def disk_usage(folder: Path):
+        written = sum(file.stat().st_size for file in folder.glob(".*"))
+        return usage._replace(free=compressed_tar.RESERVED_DISK_BYTES + (3 << 20) + (1 << 19) - written)
+
+    monkeypatch.setattr(compressed_tar.shutil, "disk_usage", disk_usage)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / ".out.tar.1").write_bytes(bytes(9 << 20))
+    bomb = tar(tmp_path / "bomb.tgz", {"a.bmp": bytes(8 << 20)}, "w:gz")
+    with pytest.raises(UserError) as caught:
+        decompress(bomb, folder / "out.tar", lambda text: None)
+    assert caught.value.what == (
+        f"bomb.tgz cannot be decompressed: its disk would have less than {1 << 28} bytes left, after {3 << 20} bytes."
+    )
+    assert caught.value.where == str(folder) and str(bomb) in caught.value.fix and caught.value.code == 3
+    assert not list(folder.iterdir())
+    fits = tar(tmp_path / "fits.tgz", {"a.bmp": bytes(1 << 20)}, "w:gz")
+    assert decompress(fits, folder / "out.tar", lambda text: None) == folder / "out.tar"
 
 
 def test_damage_after_listing_makes_only_that_image_unreadable(tmp_path):
