@@ -74,7 +74,8 @@ def read_token(environment: Mapping[str, str]) -> str:
         return ""
     if token := environment.get("RAY_AUTH_TOKEN"):
         return token
-    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    file = environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    path = Path(os.path.expanduser(file))  # noqa: PTH111  # Path raises an error for a user without a home folder
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:

@@ -260,8 +260,19 @@ class StoredArtifact:
 
 
 def node_cache_dir(*names: str) -> Path:
-    """Create and return a cache folder on this node, which may be deleted between runs."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Create and return a cache folder on this node, which may be deleted between runs.
+
+    Raises LocalDiskError if that is impossible, also for a user without a home folder.
+    """
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # HOME is not set, and the user has no entry in the list of users
+        raise LocalDiskError(
+            "This node has no cache folder: the user has no home folder.",
+            where=f"user {os.getuid()} on {platform.node()}",
+            fix="Set HOME, or XDG_CACHE_HOME, to a folder that this user can write to.",
+            code=3,
+        ) from error
     folder = Path(caches, "vqvae2", *names)
     with _local_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """RAY_ADDRESS is checked within seconds; every error states what is wrong with the address."""
 
+import pwd
 import socket
 import threading
 import time
@@ -163,6 +164,18 @@ def test_rejected_token_is_reported(tmp_path):
     with pytest.raises(UserError, match="cannot be read: No such file") as caught:
         read_token({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
     assert caught.value.where == str(tmp_path / "none")
+
+
+def test_token_of_a_user_without_a_home_folder_is_a_user_error(monkeypatch):
+    """There is no folder to look for it in."""
+
+    def no_entry(user: int):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    monkeypatch.delenv("HOME")
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_token({"RAY_AUTH_MODE": "token"})
 
 
 def test_cluster_is_asked_with_the_token():

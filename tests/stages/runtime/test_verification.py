@@ -1,6 +1,7 @@
 """Tests of the verification of artifacts once per node."""
 
 import os
+import pwd
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import Artifact
+from stages.runtime.storage import LocalDiskError, node_cache_dir
 from stages.runtime.verification import mark_verified, verify_once
 
 HOUR_NS = 3600 * 10**9
@@ -36,6 +38,22 @@ def test_a_verified_artifact_is_not_hashed_again(thing, monkeypatch):
     assert hashed(thing, monkeypatch) == []
     thing.folder.rename(thing.folder.with_name("moved"))
     assert hashed(artifact.read(thing.folder.with_name("moved"), "thing"), monkeypatch) == ["file"]
+
+
+def test_user_without_a_home_folder_verifies_every_time(thing, monkeypatch):
+    """As in a container with a number for its user: there is no cache, and the artifact is read all the same."""
+
+    def no_entry(user: int):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    mark_verified(thing)
+    assert hashed(thing, monkeypatch) == ["file"] == hashed(thing, monkeypatch)
+    with pytest.raises(LocalDiskError, match="the user has no home folder") as caught:
+        node_cache_dir("codes")
+    assert "XDG_CACHE_HOME" in caught.value.fix and caught.value.code == 3
 
 
 def test_a_file_that_has_just_changed_is_hashed_again(thing, monkeypatch):
