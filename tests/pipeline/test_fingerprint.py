@@ -1,13 +1,17 @@
 """Fingerprints of results."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from models.config import NEUTRAL, plain_settings
+import models.config
+import stages.config
+from models.config import EXECUTION, NEUTRAL, plain_settings
 from pipeline import dvc_yaml, params
-from pipeline.fingerprint import identify
+from pipeline.fingerprint import fingerprint_of, identify
+from stages.config import Params, TrainConfig
 from stages.errors import UserError
 from stages.formats import artifact
 
@@ -51,6 +55,61 @@ def test_missing_input_is_refused_and_its_producer_named(folder):
     with pytest.raises(UserError, match="codes reads artifacts/vqvae, which does not exist") as error:
         fingerprint("codes")
     assert error.value.fix == "Run: vqvae2 run --stage vqvae"
+
+
+EXECUTION_SETTINGS = {"TrainConfig.microbatch", "TrainConfig.recompute_activations"}
+TRAIN = TrainConfig(steps=20, batch_size=8, optimizer="adamw")
+OTHER_VALUES = {  # of each setting of a training
+    "steps": 21,
+    "batch_size": 9,
+    "optimizer": "muon",
+    "weight_decay": 0.1,
+    "learning_rate": 1e-3,
+    "lr_schedule": "cosine",
+    "warmup_steps": 3,
+    "max_grad_norm": 1.0,
+    "ema_decay": 0.5,
+    "precision": "bfloat16",
+    "microbatch": 2,
+    "recompute_activations": True,
+    "compile": True,
+    "log_every": 11,
+    "evaluate_every": 11,
+    "evaluate_images": 11,
+    "checkpoint_every": 11,
+    "keep_checkpoints": 3,
+}
+
+
+def with_training(settings: Params, train: TrainConfig) -> Params:
+    """Return settings whose trainings of the VQ-VAE and of the priors are other ones."""
+    priors = {level: dataclasses.replace(prior, train=train) for level, prior in settings.priors.items()}
+    return dataclasses.replace(settings, train_vqvae=train, priors=priors)
+
+
+def test_settings_of_the_execution_are_named():
+    """One that is marked by mistake would continue a training, or keep a result, of another value."""
+    classes = [item for module in (models.config, stages.config) for item in vars(module).values()]
+    marked = {
+        f"{item.__name__}.{setting.name}"
+        for item in classes
+        if isinstance(item, type) and dataclasses.is_dataclass(item)
+        for setting in dataclasses.fields(item)
+        if EXECUTION in setting.metadata
+    }
+    assert marked == EXECUTION_SETTINGS
+
+
+@pytest.mark.parametrize("stage_name", ["vqvae", "prior_top"])
+@pytest.mark.parametrize("name", [setting.name for setting in dataclasses.fields(TrainConfig)])
+def test_fingerprint_follows_every_setting_of_a_training_but_the_execution(current_project, stage_name, name):
+    """How gradients are computed changes no result, so an interrupted training continues with another value."""
+    settings = params.load()
+    stage = dvc_yaml.find(stage_name, dvc_yaml.stages(params.read()))
+    other = dataclasses.replace(TRAIN, **{name: OTHER_VALUES[name]})
+    before, after = (fingerprint_of(stage, with_training(settings, train), {}, "version") for train in (TRAIN, other))
+    assert getattr(other, name) != getattr(TRAIN, name)
+    assert (before == after) == (f"TrainConfig.{name}" in EXECUTION_SETTINGS)
 
 
 @dataclass(frozen=True)
