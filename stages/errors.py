@@ -63,7 +63,7 @@ def unknown_class(name: str, classes: Sequence[str], where: str) -> UserError:
     """Return the error for a class that images, or the training images of a model, do not have."""
     if not classes:
         return UserError(f"There are no classes, got {name!r}.", where=where, fix="Name no class.", code=2)
-    more = ", ..." if len(classes) > CLASSES_SHOWN else ""
+    more = f" and {len(classes) - CLASSES_SHOWN} more" if len(classes) > CLASSES_SHOWN else ""
     fix = f"Use any of: {', '.join(classes[:CLASSES_SHOWN])}{more}"
     return UserError(f"{name!r} is not a valid class.", where=where, fix=fix, code=2)
 

@@ -36,7 +36,7 @@ def test_unknown_class_is_refused(settings):
     write_shards("cat", "dog")
     preflight.check(settings, STAGES, "params.yaml")
     preflight.check(settings, STAGES[:2], "params.yaml")  # `sample` does not run
-    with pytest.raises(UserError, match=r"'flags' is not a valid class[\s\S]*params.yaml: sample.classes\n  fix: .*cat, dog"):
+    with pytest.raises(UserError, match=r"'flags' is not a valid class[\s\S]*sample.classes\n  fix: .*cat, dog"):
         preflight.check(settings, after_shard, "params.yaml")
     write_shards(*(f"n{number}" for number in range(1000)))
     with pytest.raises(UserError, match=r"fix: Use any of: n0, n1, .*, n19 and 980 more"):
