@@ -126,7 +126,7 @@ class StageTimer:
         def evaluate(count: int) -> None:
             objective.network.eval()
             with torch.inference_mode(), autocast(config, self.device):
-                for part in split_batch(batch(count), gradients.size):
+                for part in split_batch(batch(count), gradients.evaluation_size):
                     objective.measure(objective.network, part, self.dist)
 
         share = _share(config, workers)

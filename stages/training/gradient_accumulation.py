@@ -56,6 +56,11 @@ class GradientAccumulator:
         self._wrapped = dist.wrap(objective)
         self._call: Any = torch.compile(self._wrapped) if config.compile else self._wrapped
 
+    @property
+    def evaluation_size(self) -> int:
+        """Images that one call measures at most."""
+        return self.config.batch_size if self.config.microbatch is None else self.size
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save: the size, if it is automatic."""
         return {MICROBATCH: torch.tensor(self.size)} if self.is_automatic else {}

@@ -122,7 +122,7 @@ def train(
             if completed_steps % config.evaluate_every == 0 or is_last:
                 evaluation_start = time.monotonic()
                 for split, batches in data.evaluation.items():
-                    parts = (part for batch in batches() for part in split_batch(batch, gradients.size))
+                    parts = (part for batch in batches() for part in split_batch(batch, gradients.evaluation_size))
                     with autocast(config, dist.device):
                         values = evaluate(objective, model.evaluation_network, parts, dist)
                     record(completed_steps, {f"{split}/{name}": value for name, value in values.items()})

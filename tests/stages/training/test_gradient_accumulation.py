@@ -176,11 +176,6 @@ def test_too_little_memory_after_the_passes_is_an_error_too(tmp_path: Path, monk
         run(tmp_path)
 
 
-def test_a_rank_measures_at_most_its_share_of_a_batch():
-    """Without micro-batches: what a rank trains in one pass fits, and a global batch may not."""
-    assert GradientAccumulator(ToyObjective(), config(batch_size=10), seed=0, dist=DistributedContext(0, 4)).size == 3
-
-
 def test_an_automatic_micro_batch_stays_within_the_share_of_more_ranks():
     """One rank saved 8 images; each of four ranks has a share of 2."""
     four_ranks = DistributedContext(0, 4)
