@@ -4,7 +4,6 @@ Only this module and dvc_remote.py run DVC.
 """
 
 import json
-import math
 import os
 import queue
 import re
@@ -19,17 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import dvc_yaml, params, result_versions
+from pipeline import dvc_yaml, params
 from pipeline.locks import BUSY, RETRY_LATER, UNKNOWN_OWNER
+from pipeline.out_of_date import NEVER_RUN, NOT_RECORDED, PATH_STATES, describe_changes, describe_version
 from pipeline.process import die_with_parent, handle_signals
 from pipeline.text import first_few, format_row
 from stages.errors import UserError
-from stages.formats.flatten import flatten
 
 STOP_TIMEOUT_S = 30.0  # between SIGINT, SIGTERM and SIGKILL to a stage; a stage itself stops within 18 s
 MAX_REASONS = 3  # of a stage, in one line
-NEVER_RUN = "it has not run yet"
-NOT_RECORDED = f"it is frozen in {dvc_yaml.FILE}, and DVC has not recorded it yet"
 COMMAND = [sys.executable, "-P", "-m", "dvc"]  # -P: no module of the current folder is imported
 LOCK_FILE = Path(".dvc/tmp/lock")
 
@@ -40,8 +37,6 @@ FIXES = {
     "not inside of a DVC repository": "Run: dvc init. Or, to work without Git: dvc init --no-scm",
 }
 REPOSITORY_ERRORS = tuple(FIXES)[1:]
-# States of a path in `dvc status`, reworded: DVC says "deleted" of a path that may never have existed.
-PATH_STATES = {"deleted": "does not exist", "not in cache": "is not in the cache"}
 MISSING_STATES = tuple(PATH_STATES.values())
 # Lines that `dvc repro` prints.
 RUNNING_LINE = re.compile(r"Running stage '(.+)':")
@@ -102,11 +97,11 @@ def out_of_date_reasons(
     reasons: dict[str, list[str]] = {}
     for name, stage in stages.items():
         earlier = [stages[other] for other in reasons if stage.depends_on(stages[other])]
-        own_reasons = list(_own_reasons(status.get(name, []), name, lock, settings, earlier))
+        own_reasons = list(describe_changes(status.get(name, []), name, lock, settings, earlier))
         if stage.frozen:  # DVC records what is there, and does not run it
             earlier = []
             own_reasons = [NOT_RECORDED if reason == NEVER_RUN else reason for reason in own_reasons]
-        elif name in lock and (changed := _changed_version(stage, lock[name], versions)):
+        elif name in lock and (changed := describe_version(stage, lock[name], versions)):
             own_reasons.append(changed)
         if earlier and name in lock:
             *names, last = (other.cli_name for other in earlier)
@@ -327,56 +322,3 @@ def error_message(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(" ")]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return errors[-1] if errors else " ".join(lines[:2]) or "it printed no message"
-
-
-def _own_reasons(
-    changes: Sequence[Any],
-    name: str,
-    lock: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    earlier: Sequence[dvc_yaml.Stage],
-) -> Iterator[str]:
-    """Describe DVC's changes of one stage. A missing input that an `earlier` stage will write is not a reason."""
-    if name not in lock and changes:
-        yield NEVER_RUN
-        return
-    for change in changes:
-        if change == "changed command":
-            yield "its command changed"
-            continue
-        for kind, paths in change.items() if isinstance(change, dict) else ():
-            for path, state in paths.items():
-                if path == result_versions.FILE.as_posix():
-                    continue  # compared by _changed_version
-                if isinstance(state, dict):
-                    yield from _changed_settings(state, lock[name].get("params", {}).get(path, {}), settings)
-                elif kind == "changed outs" or not (
-                    state == "deleted" and any(stage.writes(path) for stage in earlier)
-                ):
-                    yield f"{path} {PATH_STATES.get(state, f'was {state}')}"
-
-
-def _changed_version(stage: dvc_yaml.Stage, entry: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """Say why the result version of a stage is not the one in its entry of dvc.lock; "" if it is."""
-    recorded = entry.get("params", {}).get(result_versions.FILE.as_posix(), {}).get(stage.cli_name)
-    version = versions.get(stage.cli_name, recorded)
-    return result_versions.describe_change(recorded, version) if version != recorded else ""
-
-
-def _changed_settings(
-    changed: Mapping[str, str], before: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Iterator[str]:
-    """Describe changed settings by their full keys, with both values, the largest changes first."""
-    old: dict[str, Any] = {}
-    new: dict[str, Any] = {}
-    for key in changed:
-        old |= flatten(before.get(key), key)
-        new |= flatten(params.look_up(settings, key), key)
-    keys = sorted({**old, **new}, key=lambda key: _change_size(old.get(key), new.get(key)), reverse=True)
-    yield from params.changes({key: old.get(key) for key in keys}, {key: new.get(key) for key in keys})
-
-
-def _change_size(old: Any, new: Any) -> float:
-    """Return the size of a setting's change: the ratio of positive numbers; infinity for anything else."""
-    are_numbers = all(isinstance(value, int | float) and value > 0 for value in (old, new))
-    return abs(math.log(new / old)) if are_numbers else math.inf

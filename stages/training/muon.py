@@ -47,9 +47,9 @@ class Muon(torch.optim.Optimizer):
                 size = group["lr"] * max(rows, columns) ** 0.5  # an orthogonal matrix has RMS max(rows, columns)**-0.5
                 at_once = max(1, MAX_NUMBERS // (rows * columns))
                 for start in range(0, len(pairs), at_once):
-                    some = pairs[start : start + at_once]
-                    updates = orthogonalize(torch.stack([update for _, update in some]))
-                    for (weight, _), update in zip(some, updates, strict=True):
+                    stacked = pairs[start : start + at_once]
+                    updates = orthogonalize(torch.stack([update for _, update in stacked]))
+                    for (weight, _), update in zip(stacked, updates, strict=True):
                         weight.mul_(1 - group["lr"] * group["weight_decay"])
                         weight.add_(update.view(weight.shape), alpha=-size)
 

@@ -7,7 +7,9 @@ CACHE is the node's cache folder, or the rank's work folder if the cache cannot 
 """
 
 import fcntl
+import random
 import shutil
+import time
 from pathlib import Path
 
 from stages.errors import UserError
@@ -18,6 +20,7 @@ from stages.runtime.context import StageContext
 from stages.runtime.storage import node_cache_dir
 from stages.runtime.verification import mark_verified, verify_once
 
+ATTEMPTS, RETRY_S = 50, (0.02, 0.2)  # to lock the arrays, and the time between two attempts
 ANNOUNCED_BYTES = 1 << 29  # arrays of this size take about five seconds to write, so a message says so
 
 
@@ -43,13 +46,14 @@ class SharedCodes:
     def _open(self, codes: Codes, root: Path, is_last: bool, context: StageContext) -> Artifact | None:
         """Open or make the arrays in `root`.
 
-        Return None if the disk has no locks or too little room, unless this is the last folder.
+        Return None if the disk has no locks or too little room, or if the arrays are damaged and in use, unless this is
+        the last folder.
         """
         folder = root / codes.artifact.digest
         root.mkdir(exist_ok=True)
         # Network disks require a lock's own mode of access. The kernel unlocks the file when the process ends.
         self._lock = folder.with_suffix(".lock").open("a+")
-        while True:
+        for _ in range(ATTEMPTS):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_SH)
             except OSError:
@@ -58,8 +62,13 @@ class SharedCodes:
                 return None
             if arrays := _read(folder, codes):
                 return arrays
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # network disks do not: two ranks would wait for each other
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            # Never wait for the exclusive lock: a rank that has arrays keeps its shared lock until its training ends.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(random.uniform(*RETRY_S))  # ranks that look at the same time do not meet again
+                continue
             if _read(folder, codes):  # the lock was released for an instant, and another rank has made them
                 continue
             _delete_unused(root)
@@ -70,6 +79,14 @@ class SharedCodes:
                 context.reporter.message(f"Decoding codes to {size / 1e9:.1f} GB of arrays in {root}.")
             write_arrays(codes, folder)
             mark_verified(open_arrays(folder, codes))
+        if is_last:
+            raise UserError(
+                "The arrays of codes are damaged, and another training uses them.",
+                where=folder,
+                fix="Stop that training, then run the same command again.",
+                code=4,
+            )
+        return None
 
 
 def _read(folder: Path, codes: Codes) -> Artifact | None:

@@ -49,6 +49,33 @@ def test_arrays_are_made_once_per_node(codes, context, cache_dir):
     assert [path.name for path in (cache_dir / "vqvae2/codes").glob("*/")] == [codes.artifact.digest]
 
 
+@pytest.mark.timeout(60)
+def test_a_rank_that_looked_too_early_does_not_wait_for_the_end_of_another(codes, context, monkeypatch):
+    """The other one has made the arrays since then, and keeps its lock while it trains."""
+    other = SharedCodes(codes, context)
+    read, looks = shared_codes._read, []
+
+    def look(*arguments):
+        looks.append(1)
+        return None if len(looks) == 1 else read(*arguments)
+
+    monkeypatch.setattr(shared_codes, "_read", look)
+    assert equal(SharedCodes(codes, context)) and equal(other) and len(looks) == 2
+
+
+@pytest.mark.timeout(60)
+def test_damaged_arrays_in_use_are_left_alone(codes, context, cache_dir, monkeypatch):
+    """Another folder has them then; without another one, an error ends the wait."""
+    other = SharedCodes(codes, context)
+    assert equal(other)
+    next(cache_dir.rglob("train-top.npy")).unlink()
+    monkeypatch.setattr(shared_codes, "RETRY_S", (0, 0.001))
+    third = SharedCodes(codes, context)
+    assert equal(third) and made_at(context.work_dir)
+    with pytest.raises(UserError, match="damaged, and another training uses them"):
+        third._open(codes, cache_dir / "vqvae2/codes", True, context)
+
+
 def test_locks_work_as_on_network_disks(codes, context, cache_dir, monkeypatch):
     """There flock is emulated by fcntl: a shared lock needs a file open for reading, an exclusive one for writing."""
     monkeypatch.setattr(shared_codes.fcntl, "flock", fcntl.lockf)
