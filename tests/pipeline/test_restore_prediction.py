@@ -111,7 +111,7 @@ def test_frozen_stage_would_stay_unchanged(project):
     Path("source").write_text("other\n")
     assert project.predict() == {}
     Path("dvc.lock").unlink()
-    assert dvc.out_of_date_reasons(dvc_yaml.stages(params.read()))["first"] == [dvc.NOT_RECORDED]
+    assert dvc.out_of_date_reasons(dvc_yaml.stages(params.read()), {})["first"] == [dvc.NOT_RECORDED]
     assert project.predict(forced=("first",)) == {
         "first": UNCHANGED,
         "second_top": RUN,
