@@ -151,6 +151,7 @@ def test_two_workers_train_what_one_does_and_a_killed_one_is_replaced(cluster, a
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_rank_0_saves_by_time(cluster, tmp_path: Path):
     """The other ranks follow its clock. Every rank knows the cost of the network."""
     config = replace(cluster, checkpoint_every_minutes=2)
