@@ -32,7 +32,7 @@ LOCK_FILE = Path(".dvc/tmp/lock")
 
 # Fixes of DVC's fatal errors, by a part of their text.
 FIXES = {
-    "dvc.lock' ": f"Restore the file: git checkout {dvc_yaml.LOCK}. Or delete it: results are restored from cache.",
+    "dvc.lock' ": dvc_yaml.restore_lock(),
     "not a git repository": "Run: git init. Or, to work without Git: dvc config --local core.no_scm true",
     "not inside of a DVC repository": "Run: dvc init. Or, to work without Git: dvc init --no-scm",
 }

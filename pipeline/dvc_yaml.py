@@ -114,10 +114,15 @@ def parse_lock(contents: Mapping[str, Any], path: Path = LOCK) -> dict[str, Any]
         raise UserError(
             f"{path.name} is not valid: {problem}.",
             where=path,
-            fix=f"Restore the file: git checkout {path}. Or delete it: results are restored from cache.",
+            fix=restore_lock(path),
             code=2,
         )
     return entries
+
+
+def restore_lock(path: Path = LOCK) -> str:
+    """Return the fix for a damaged dvc.lock."""
+    return f"Restore the file: git checkout {path}. Or delete it: results are restored from cache."
 
 
 def _lock_problem(name: str, entry: Any) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from stages.formats.artifact import atomic_write
 
+FileState = tuple[Path, int, int]  # time of the last change in nanoseconds, and bytes
 DIGITS = 32  # hexadecimal digits of a hash in a file's name
 
 
@@ -25,16 +26,18 @@ def load_or_compute(parsers: Sequence[Path], files: Sequence[Path], root: Path, 
     file is beside the compiled file of the first parser. Its name has a hash of all these files' contents, so it is
     never out of date.
     """
-    state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (*parsers, *files))
-    return _load_or_compute(parsers[0], state, root, compute)
+    return _load_or_compute(parsers[0], file_states((*parsers, *files)), root, compute)
+
+
+def file_states(files: Iterable[Path]) -> tuple[FileState, ...]:
+    """Return what changes when a file is edited: keys of what this process has computed from them."""
+    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
 
 
 @lru_cache(maxsize=2)
-def _load_or_compute(
-    parser: Path, state: tuple[tuple[Path, int, int], ...], root: Path, compute: Callable[[], Any]
-) -> Any:
+def _load_or_compute(parser: Path, states: tuple[FileState, ...], root: Path, compute: Callable[[], Any]) -> Any:
     digest = hashlib.sha256()
-    for path, *_ in state:
+    for path, *_ in states:
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         contents = path.read_bytes()
         digest.update(f"{name}\0{len(contents)}\0".encode())

@@ -127,10 +127,15 @@ def changed_definitions(definitions: Mapping[str, str]) -> list[str]:
     return sorted(name for name, digest in definitions.items() if recorded.get(name) != digest)
 
 
+def _python_files(root: Path) -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
+
+
 def _source_files() -> list[Path]:
     """List the files of the running packages that can determine a result."""
-    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    return files + [_resource(ROOT, module, name) for module, names in RESOURCES.items() for name in names]
+    return _python_files(ROOT) + [
+        _resource(ROOT, module, name) for module, names in RESOURCES.items() for name in names
+    ]
 
 
 def _resource(root: Path, module: str, name: str) -> Path:
@@ -183,13 +188,11 @@ class _Module:
 
 def _read_sources(root: Path) -> "_Sources":
     """Return the sources below a folder. All stages share their caches, until a file changes."""
-    files = sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
-    states = ((path, path.stat()) for path in files)
-    return _cached_sources(root, tuple((path, state.st_mtime_ns, state.st_size) for path, state in states))
+    return _cached_sources(root, source_cache.file_states(_python_files(root)))
 
 
 @lru_cache(maxsize=2)
-def _cached_sources(root: Path, state: tuple[tuple[Path, int, int], ...]) -> "_Sources":
+def _cached_sources(root: Path, states: tuple[source_cache.FileState, ...]) -> "_Sources":
     return _Sources(root)
 
 

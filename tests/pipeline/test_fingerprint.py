@@ -103,7 +103,7 @@ def test_settings_of_the_execution_are_named():
 @pytest.mark.parametrize("stage_name", ["vqvae", "prior_top"])
 @pytest.mark.parametrize("name", [setting.name for setting in dataclasses.fields(TrainConfig)])
 def test_fingerprint_follows_every_setting_of_a_training_but_the_execution(current_project, stage_name, name):
-    """How gradients are computed changes no result, so an interrupted training continues with another value."""
+    """Another value of an execution setting changes no result, so an interrupted training continues with it."""
     settings = params.load()
     stage = dvc_yaml.find(stage_name, dvc_yaml.stages(params.read()))
     other = dataclasses.replace(TRAIN, **{name: OTHER_VALUES[name]})

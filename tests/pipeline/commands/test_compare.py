@@ -256,7 +256,7 @@ def test_unknown_name_is_refused_with_names_that_exist(project):
 
 
 def test_name_longer_than_any_file_name_is_refused(project):
-    """Whether it is a folder cannot be asked."""
+    """The operating system refuses to look for such a folder."""
     with pytest.raises(UserError, match="is not a run") as caught:
         command.run("a" * 300, WORKSPACE, out=None, as_json=False)
     assert caught.value.code == 2
