@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.process import DEFAULTS
+
 if TYPE_CHECKING:
     from tests.mini_pipeline import MiniPipeline
 
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "passive",
-    "DVC_NO_ANALYTICS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+# Stages that run without the command line have the environment that it sets.
+os.environ |= DEFAULTS | {"OMP_NUM_THREADS": "1"}
 for name in (
     "RAY_ADDRESS",
     "MLFLOW_TRACKING_URI",

@@ -9,6 +9,10 @@ import torch
 from torch import distributed
 from torch.multiprocessing import start_processes
 
+from stages.runtime.context import StageContext
+from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
+from stages.training.loop import TrainingStopped
+
 # The fork server imports these once, for all processes that tests start.
 multiprocessing.set_forkserver_preload(["pytest", "stages.prior", "stages.vqvae", "torch._dynamo"])
 
@@ -19,6 +23,41 @@ def run_ranks(work: Callable[..., None], *arguments: Any, world_size: int) -> No
         free_socket.bind(("127.0.0.1", 0))
         port = free_socket.getsockname()[1]
     start_processes(_join, (work, arguments, world_size, port), nprocs=world_size, start_method="forkserver")
+
+
+def train_with_ranks(
+    train_worker: Callable[..., None],
+    arguments: dict[str, Any],
+    context: StageContext,
+    *,
+    world_size: int,
+    stop_after: int = 0,
+) -> None:
+    """Train with several ranks, which share the work folder; request a stop after `stop_after` steps unless it is 0."""
+    run_ranks(_train_rank, world_size, train_worker, arguments, context, stop_after, world_size=world_size)
+
+
+def _train_rank(
+    rank: int,
+    world_size: int,
+    train_worker: Callable[..., None],
+    arguments: dict[str, Any],
+    context: StageContext,
+    stop_after: int,
+) -> None:
+    answers = iter([False] * (stop_after - 1) + [True] * 99) if stop_after else iter([False] * 99)
+    dist = DistributedContext(
+        rank,
+        world_size,
+        all_reduce=distributed.all_reduce,
+        start_all_reduce=start_all_reduce,
+        wrap=wrap_ddp,
+        stop_requested=answers.__next__,
+    )
+    try:
+        train_worker(dist=dist, context=context, **arguments)
+    except TrainingStopped:
+        assert stop_after
 
 
 def _join(rank: int, work: Callable[..., None], arguments: tuple[Any, ...], world_size: int, port: int) -> None:

@@ -34,6 +34,7 @@ def pets(installation: Installation) -> Path:
     return installation.folder / "pets"
 
 
+@pytest.mark.slow
 def test_workers_import_the_code_of_the_wheel(installation: Installation, pets: Path):
     """Ray Data's and Ray Train's workers do, although the project has packages with names of ours."""
     result = installation.call("vqvae2", "run", *SMOKE, "--stage", "vqvae", folder="pets")

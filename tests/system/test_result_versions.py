@@ -39,6 +39,7 @@ def test_comment_reruns_nothing_and_a_constant_reruns_the_vqvae(project: Command
     assert "vqvae" in json.loads(project.call("dvc", "status", "--json").output)
 
 
+@pytest.mark.slow
 def test_results_survive_a_release_that_changes_dvc_yaml(project: CommandLineProject):
     """DVC's own record of runs no longer matches. Every stage restores its result in seconds and computes nothing."""
     before = project.digests()
@@ -50,6 +51,7 @@ def test_results_survive_a_release_that_changes_dvc_yaml(project: CommandLinePro
     assert project.run().output == "Everything is up to date.\n"
 
 
+@pytest.mark.slow
 def test_kept_result_is_not_lost_when_its_inputs_change(project: CommandLineProject):
     """DVC deletes a result before its stage runs. The stage refuses to compute another one and puts it back."""
     edit(project, "models/quantizer.py", "2048", "1024")

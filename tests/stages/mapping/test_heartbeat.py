@@ -33,6 +33,7 @@ class SquareThenHang:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_worker_that_hangs_is_killed_and_its_part_runs_again(context: StageContext, tmp_path: Path, monkeypatch):
     """Ray alone would wait for it without end."""
     monkeypatch.setenv(HEARTBEAT_TIMEOUT_VARIABLE, "10")

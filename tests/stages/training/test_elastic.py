@@ -7,44 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 
 from stages import prior, vqvae
 from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.context import StageContext
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
-from stages.training.loop import TrainingStopped
+from stages.training.distributed import DistributedContext
 from stages.training.state import METRICS_SINCE_LOG, MICROBATCH, TrainState
-from tests.gloo import run_ranks
+from tests.gloo import train_with_ranks
 
 TOLERANCE = 1e-6  # absolute, of weights, codebooks, moments and curves after 12 steps: a few roundings of float32
 TRAIN_WORKERS = {"vqvae": vqvae.train_worker, "top": prior.train_worker}
 
 
-def train_rank(
-    rank: int, world_size: int, folder: Path, stage: str, arguments: dict[str, Any], stop_after: int
-) -> None:
-    """Train as one rank; request a stop after `stop_after` steps unless it is 0."""
-    answers = iter([False] * (stop_after - 1) + [True] * 99) if stop_after else iter([False] * 99)
-    dist = DistributedContext(
-        rank,
-        world_size,
-        all_reduce=distributed.all_reduce,
-        start_all_reduce=start_all_reduce,
-        wrap=wrap_ddp,
-        stop_requested=answers.__next__,
-    )
-    try:
-        TRAIN_WORKERS[stage](dist=dist, context=StageContext(stage, "print", folder, ClusterConfig()), **arguments)
-    except TrainingStopped:
-        assert stop_after
-
-
 def train(folder: Path, stage: str, arguments: dict[str, Any], world_size: int, stop_after: int = 0) -> TrainState:
     """Start or resume training with `world_size` ranks; return the newest state."""
     folder.mkdir(exist_ok=True)
-    run_ranks(train_rank, world_size, folder, stage, arguments, stop_after, world_size=world_size)
+    context = StageContext(stage, "print", folder, ClusterConfig())
+    train_with_ranks(TRAIN_WORKERS[stage], arguments, context, world_size=world_size, stop_after=stop_after)
     state = Checkpoints(folder, "print", keep=9).latest()
     assert state is not None
     return state
@@ -96,7 +76,9 @@ def single(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tra
     return {stage: train_alone(folder / stage, stage, arguments[stage]) for stage in TRAIN_WORKERS}
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [("vqvae", 2), ("vqvae", 4), ("top", 2)])
+@pytest.mark.parametrize(
+    ("stage", "world_size"), [("vqvae", 2), pytest.param("vqvae", 4, marks=pytest.mark.slow), ("top", 2)]
+)
 def test_more_ranks_train_the_same_model(
     tmp_path: Path, arguments, single: dict[str, TrainState], stage: str, world_size: int
 ):
