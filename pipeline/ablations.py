@@ -11,6 +11,7 @@ from typing import Any
 import pydantic
 
 from pipeline import dvc, dvc_yaml, params
+from pipeline.code_rate import fixed_bits
 from pipeline.compose import compose_settings
 from pipeline.composed_from import CONF, format_override, key_of, settings_of
 from pipeline.conf_layers import PACKAGED
@@ -36,8 +37,8 @@ class Variant:
 
     overrides: tuple[str, ...] = ()
     scale: Mapping[str, float] = field(default_factory=dict)  # pattern of settings -> factor of the base's value
-    equal_rate: bool = False  # set the entries of the finest level so that an image's codes have the base's bits
-    last_stage: str = ""  # the stage, and those that it depends on, run; "" for all stages
+    equal_rate: bool = False  # choose the finest level's codebook size so that an image takes the bits of the base
+    last_stage: str = ""  # run only this stage and its dependencies; "" runs all stages
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ class Experiment:
     last_stage: str  # as DVC names it; "" for all stages
 
 
+def find_file(file: Path = FILE, packaged: Path = PACKAGED) -> Path:
+    """Return the path of the project's ablations, or else of the package's."""
+    return file if file.is_file() else packaged / FILE.name
+
+
 def read(file: Path = FILE, packaged: Path = PACKAGED) -> dict[str, Ablation]:
     """Read the ablations of the project, or else those of the package. Raises UserError if the file is not valid."""
-    if not file.is_file():
-        file = packaged / FILE.name
+    file = find_file(file, packaged)
     try:
         return dict(adapter(Mapping[str, Ablation]).validate_python(params.read(file)))
     except pydantic.ValidationError as error:
@@ -89,7 +94,7 @@ def select(names: Sequence[str], ablations: Mapping[str, Ablation]) -> dict[str,
     """Return the named ablations, or all without names. Raises UserError for an unknown name."""
     if unknown := [name for name in names if name not in ablations]:
         raise UserError(
-            f"{unknown[0]} is not an ablation.", where=FILE, fix=f"Use any of: {', '.join(ablations)}", code=2
+            f"{unknown[0]} is not an ablation.", where=find_file(), fix=f"Use any of: {', '.join(ablations)}", code=2
         )
     return {name: ablations[name] for name in names or ablations}
 
@@ -101,11 +106,11 @@ def experiments(
     *,
     leave_out: Callable[["FrozenStageError"], None] | None = None,
 ) -> Iterator[Experiment]:
-    """Yield one experiment per variant; variants without changes have the same one.
+    """Yield one experiment per variant. Variants without changes have the same name, so they run once.
 
     `base` are the overrides of the base settings; `steps` replaces the number of steps of every training. A variant
-    that changes settings of a frozen stage is refused, or with `leave_out` passed to it and left out. Raises UserError
-    if the settings of a variant are not valid, FrozenStageError if it is refused.
+    that changes settings of a frozen stage raises FrozenStageError. With `leave_out` it is skipped instead, and
+    `leave_out` receives the error. Raises UserError if the settings of a variant are not valid.
     """
     compose = cache(compose_settings)  # composing takes a second, and variants share the base
     identities = ExperimentIdentities()
@@ -165,12 +170,13 @@ def _require_unchanged_frozen(
 ) -> None:
     """Raise FrozenStageError if a variant changes settings of a frozen stage: DVC does not run it."""
     for stage in stages.values():
-        changes = [
+        changed_keys = [
             key for key in stage.params if params.look_up(base_params, key) != params.look_up(variant_params, key)
         ]
-        if stage.frozen and changes:
+        if stage.frozen and changed_keys:
             raise FrozenStageError(
-                f"{variant} changes {first_few(changes)}, settings of the stage {stage.cli_name}, which is frozen.",
+                f"{variant} changes {first_few(changed_keys)}, settings of the stage {stage.cli_name}, "
+                "which is frozen.",
                 where=dvc_yaml.FILE,
                 fix="Choose other ablations. Or, to train the stage, delete its line `frozen: true`.",
                 code=2,
@@ -178,8 +184,9 @@ def _require_unchanged_frozen(
 
 
 def _merge(base: Sequence[str], changes: Sequence[str]) -> list[str]:
-    """Add changes to overrides. A change replaces overrides of the same setting and of settings that it deletes."""
+    """Append changes to overrides. Drop overrides of a setting that a change sets or deletes."""
     changed_keys = {key_of(change) for change in changes}
+    # ~priors.top and ~prior@priors.top delete the settings below priors.top.
     deleted_prefixes = tuple(f"{key_of(change).rpartition('@')[2]}." for change in changes if change.startswith("~"))
     remaining = [
         override
@@ -205,9 +212,9 @@ def _step_overrides(settings: Params, steps: int) -> list[str]:
 
 
 def _scale_overrides(scale: Mapping[str, float], base_params: Mapping[str, Any]) -> Iterator[str]:
-    """Yield overrides that multiply integer settings of the base and round them; one of 1 or more is not set below 1.
+    """Yield overrides that multiply integer settings of the base and round the result; a positive one stays positive.
 
-    Raises UserError if a pattern matches no setting.
+    Raises UserError if a pattern matches no setting, or one that is not an integer.
     """
     values = settings_of(base_params)
     for pattern, factor in scale.items():
@@ -215,24 +222,25 @@ def _scale_overrides(scale: Mapping[str, float], base_params: Mapping[str, Any])
         if not matching:
             raise UserError(
                 f"{pattern} matches no setting.",
-                where=FILE,
+                where=find_file(),
                 fix=f"Use settings such as {first_few(list(values), 4)}",
                 code=2,
             )
         for key, value in matching.items():
+            if type(value) is not int:
+                raise UserError(
+                    f"{pattern} must match integers, which can be scaled, but {key} is {value!r}.",
+                    where=find_file(),
+                    fix=f"Use a pattern of fewer settings, or set {key} under overrides.",
+                    code=2,
+                )
             yield format_override(key, max(min(value, 1), round(value * factor)))
 
 
 def _equal_rate_override(base: Params, variant: Params) -> str:
-    """Return the override of the finest level's entries that gives an image's codes as many bits as in the base."""
+    """Return the override of the finest level's codebook size with which an image takes the bits of the base."""
     name, finest = list(variant.vqvae.levels.items())[-1]
     num_codes = variant.vqvae.grids(variant.dataset.image_size)[name] ** 2
     coarser_bits = fixed_bits(variant) - num_codes * math.log2(finest.entries)
     entries = round(2 ** ((fixed_bits(base) - coarser_bits) / num_codes))
     return format_override(f"vqvae.levels.{name}.entries", entries)
-
-
-def fixed_bits(settings: Params) -> float:
-    """Compute the bits of an image's codes at log2 K bits per code."""
-    grids = settings.vqvae.grids(settings.dataset.image_size)
-    return sum(side**2 * math.log2(settings.vqvae.levels[level].entries) for level, side in grids.items())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from stages.images.count import format_count
 from stages.images.listing import SPLITS
 
 KIND = "exported images"
-BATCH = 256  # samples read at a time
+READ_AT_ONCE = 256  # samples
+MIN_COUNT_FOR_PROGRESS = 256
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,23 @@ class ImageSource:
 def run(what: str, out: Path, *, split: str, count: int, artifacts: Path = MODEL) -> int:
     """Write the first `count` images, or all for 0, to an .npz file or a folder; return the exit status.
 
-    Raises UserError if the images do not exist, if the file exists, or if the folder holds more than an earlier export.
+    Raises UserError if the images do not exist, if the file exists, or if the folder has files that an earlier export
+    did not write.
     """
     is_archive = out.suffix == ".npz"
-    _require_absent(out) if is_archive else require_replaceable(out, KIND)
+    if is_archive:
+        _require_absent(out)
+    else:
+        require_replaceable(out, KIND)
     source = _open(what, split, artifacts)
     count = min(count, source.count) if count else source.count
     labels = source.labels[:count].astype(np.int64) if source.classes else None
     progress = track(
-        (image for image, _ in zip(source.images(), range(count), strict=False)),
+        islice(source.images(), count),
         description=f"Exporting {format_count(count, 'image', 'images')}",
         total=count,
         console=Console(stderr=True),
-        disable=count < BATCH,
+        disable=count < MIN_COUNT_FOR_PROGRESS,
     )
     if is_archive:
         write_npz(out, progress, (count, source.size, source.size, 3), labels)
@@ -73,13 +79,13 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
             samples.classes,
             lambda: (
                 image
-                for start in range(0, samples.count, BATCH)
-                for image in samples.images(start, min(start + BATCH, samples.count))
+                for start in range(0, samples.count, READ_AT_ONCE)
+                for image in samples.images(start, min(start + READ_AT_ONCE, samples.count))
             ),
         )
     if what != "images":
         raise UserError(
-            f"samples, images, model, encoder or decoder can be exported, got {what}.",
+            f"WHAT must be samples, images, model, encoder or decoder, got {what}.",
             where="vqvae2 export",
             fix="Run: vqvae2 export samples OUT, vqvae2 export images OUT or vqvae2 export model OUT",
             code=2,
@@ -104,7 +110,7 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
 
 
 def _require_absent(out: Path) -> None:
-    """Raise UserError if a file exists, or its folder does not, or is inside of the source of images."""
+    """Raise UserError if the file exists, if its folder is missing, or if it lies in the source of images."""
     require_outside_project_source(out)
     if not out.parent.is_dir():
         raise UserError(

@@ -1,13 +1,12 @@
 """`vqvae2 plan`: parameters, FLOPs and bytes of a run, the preset that fits the images, and the time of each stage.
 
-Costs are counted without computing anything, and for GPUs also the memory of training. Times are measured on request
-(pipeline/measure.py).
+Parameters and FLOPs are counted on the meta device, without computing. With GPUs, memory is counted too. Times are
+measured on request (pipeline/measure.py).
 
 A level has a grid of side x side codes; side**2 codes per image.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from models.priors import Grid, build
 from models.vqvae import VQVAE
 from pipeline import params, presets, training_memory
 from pipeline.checks.machine import gpu_count
+from pipeline.code_rate import fixed_bits
 from pipeline.compose import compose_settings
 from pipeline.composed_from import describe_source
 from pipeline.measure import measure as measure_stages
@@ -46,7 +46,7 @@ class Training:
     parameters_per_class: int  # additional parameters for each class of a labeled dataset
     forward_flops: int  # floating-point operations of a forward pass, per image
     training_flops: int  # of the whole training; a backward pass costs two forward passes
-    checkpoint_bytes: int  # float32 weights, their EMA if there is one, and Adam's two moments
+    checkpoint_bytes: int  # float32 weights, their EMA if used, and Adam's two moments; an upper bound for Muon
 
 
 def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> int:
@@ -60,21 +60,22 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
             settings.cluster, measured_stages(settings), describe_source(overrides) if overrides else params.FILE
         )
     listing = read_listing(settings.dataset)
-    classes = len(listing.classes) if listing is not None else None
+    classes = len(listing.classes) if listing is not None else None  # None: unknown, because the images are missing
     if settings.dataset.labels == "none":
         classes = 0
-    trainings = list(count(settings, classes or 0))
+    num_classes = classes or 0
+    trainings = list(count(settings, num_classes))
     images = count_splits(listing) if listing is not None else None
     num_train_images = images["train"] if images is not None else None
     advice = presets.try_advise(data, settings, gpus=gpu_count(), num_train_images=num_train_images)
     uses_gpus = any(settings.cluster.for_stage(training.stage).gpus_per_worker for training in trainings)
-    memories = training_memory.count_all(settings, classes or 0) if uses_gpus else None
-    seconds = measure_stages(settings, listing, classes or 0) if measure else None
+    memories = training_memory.count_all(settings, num_classes) if uses_gpus else None
+    seconds = measure_stages(settings, listing, num_classes) if measure else None
     if as_json:
         result = {
             "classes": classes,
             "trainings": [asdict(training) for training in trainings],
-            "code_bytes_per_image": bytes_per_image(settings),
+            "code_bytes_per_image": fixed_bits(settings) / 8,
             "images": images,
             "experiment": advice.fit.experiment if advice else None,
             "fits": advice.fit.fits if advice else None,
@@ -86,9 +87,8 @@ def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> i
         return 0
     print("\n".join(_cost_lines(settings, trainings, classes)))
     if memories is not None:
-        for line in training_memory.lines(
-            memories, _name_width(trainings)
-        ):  # counting takes seconds for each large network
+        # Counted while it is printed: a large network takes seconds.
+        for line in training_memory.lines(memories, _name_width(trainings)):
             print(line, flush=True)
     if advice is not None:
         print("\n".join(advice.lines()))
@@ -112,12 +112,14 @@ def _cost_lines(settings: Params, trainings: Sequence[Training], classes: int | 
         )
     if classes is None:
         added = ", ".join(
-            f"{training.parameters_per_class:,} parameters to {training.stage}" for training in trainings[1:]
+            f"{training.parameters_per_class:,} parameters to {training.stage}"
+            for training in trainings
+            if training.parameters_per_class
         )
         yield f"classes: unknown and not counted, because the images are missing; each class adds {added}"
     else:
         yield f"classes: {classes}" if classes else "classes: none, because the images have no labels"
-    size, code_bytes = settings.dataset.image_size, bytes_per_image(settings)
+    size, code_bytes = settings.dataset.image_size, fixed_bits(settings) / 8
     yield (
         f"codes: {code_bytes:,.0f} bytes per image of {size} x {size}, 1/{3 * size * size / code_bytes:.0f} of the "
         "bytes of its pixels"
@@ -188,19 +190,13 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
         yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train)
 
 
-def bytes_per_image(settings: Params) -> float:
-    """Compute the bytes of an image's codes: log2(K) bits per code, as if all K entries were equally likely."""
-    grids = settings.vqvae.grids(settings.dataset.image_size)
-    return sum(side**2 * math.log2(settings.vqvae.levels[level].entries) for level, side in grids.items()) / 8
-
-
 def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
-    """Count the parameters of a network, and those that `larger`, the same with one more class, has besides."""
+    """Return a network's number of parameters, and how many more `larger` has: the same network with one more class."""
     parameters = cost.count_parameters(network)
     return parameters, cost.count_parameters(larger) - parameters
 
 
 def _training(stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig) -> Training:
-    copies = 4 if train.ema_decay else 3  # of each parameter in a checkpoint
+    copies = 4 if train.ema_decay else 3  # tensors per weight in a checkpoint: itself, two moments and its EMA
     training_flops = 3 * flops * train.batch_size * train.steps
     return Training(stage, parameters, per_class, flops, training_flops, 4 * copies * parameters)

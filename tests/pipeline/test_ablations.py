@@ -11,6 +11,7 @@ from pipeline import ablation_page, ablation_results, ablations, frozen_stage
 from pipeline.ablation_page import Row
 from pipeline.ablation_results import Result, gradient_energy, reconstruction_mse, reconstruction_sharpness
 from pipeline.ablations import Ablation, Variant
+from pipeline.code_rate import fixed_bits
 from pipeline.commands.ablate import format_plan
 from stages.config import EvaluateConfig
 from stages.errors import UserError
@@ -45,8 +46,8 @@ def test_bottom_level_alone_has_the_bits_of_both():
     """Two levels of 16 and 64 codes at 5 bits are 400 bits; 64 codes need 6.25 bits, 76 entries."""
     bottom, both = experiments({"one": ablations.read()["levels"].variants["bottom-only"], "two": Variant()})
     assert list(bottom.settings.vqvae.levels) == list(bottom.settings.priors) == ["bottom"]
-    assert ablations.fixed_bits(both.settings) == 400
-    assert ablations.fixed_bits(bottom.settings) == pytest.approx(400, abs=1)
+    assert fixed_bits(both.settings) == 400
+    assert fixed_bits(bottom.settings) == pytest.approx(400, abs=1)
 
 
 def test_batch_sizes_train_on_equally_many_images():
@@ -102,6 +103,12 @@ def test_unknown_names_are_refused():
         ablations.select(["level"], ablations.read())
     with pytest.raises(UserError, match="matches no setting"):
         experiments({"wide": Variant(scale={"vqvae.levels.*.width": 2})})
+
+
+def test_settings_that_are_no_integers_are_not_scaled():
+    """Rounding would leave a dropout of 0.1 as it is, and the variant would be the base."""
+    with pytest.raises(UserError, match=r"must match integers.* priors\.top\.network\.dropout is 0\.1"):
+        experiments({"more-dropout": Variant(scale={"priors.top.network.dropout": 2})})
 
 
 def test_invalid_file_is_refused(tmp_path: Path):

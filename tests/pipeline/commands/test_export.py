@@ -51,7 +51,7 @@ def test_count_limits_the_images(artifacts, tmp_path: Path):
 @pytest.mark.parametrize(
     ("what", "name", "split", "message"),
     [
-        ("codes", "a.npz", "train", "samples, images, model, encoder or decoder can be exported, got codes"),
+        ("codes", "a.npz", "train", "WHAT must be samples, images, model, encoder or decoder, got codes"),
         ("images", "a.npz", "test", "--split must be one of train, validation, got test"),
         ("images", "absent/a.npz", "train", "The folder of a.npz does not exist"),
         ("images", "taken.npz", "train", "taken.npz exists"),
