@@ -1,4 +1,4 @@
-"""Memory of a training step, counted on fake tensors. They have shapes and lifetimes but no data, so any network fits.
+"""Peak memory of a training step, counted with fake tensors. They allocate no data, so a network may be of any size.
 
     with count_memory() as counter:
         network = ...                # its parameters are fake tensors too
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Dispatch mode that counts the bytes of the storages that operations have created and nothing has freed yet."""
+    """Dispatch mode that counts the bytes of the live storages that operations have created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +37,7 @@ class MemoryCounter(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
+        # References to one live storage are equal, so a view adds nothing. `_remove` runs when the storage is freed.
         reference = weakref.ref(storage, self._remove)
         if reference not in self._sizes:
             self._sizes[reference] = storage.nbytes()

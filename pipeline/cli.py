@@ -2,6 +2,8 @@
 
 vqvae2 run --stage prior_bottom            console script
 typer pipeline run --stage prior_bottom    the same through Typer's program, which runs the `app` of this module
+
+The commands that run and show stages are here; cli_models.py, cli_project.py and cli_ablate.py have the others.
 """
 
 import importlib.metadata
@@ -14,7 +16,6 @@ import typer
 from pipeline import cli_ablate, cli_models, cli_project, process
 from pipeline.cli_common import (
     LOOK,
-    PROJECT,
     RUN,
     AsJson,
     Commands,
@@ -114,23 +115,6 @@ def status(
         return status.show(as_json=as_json, watch=watch)
 
     run_and_exit(action)
-
-
-@app.command(rich_help_panel=PROJECT)
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine and this project.
-
-    Checks packages, processors, memory, disk, settings, images and servers, and prints a fix for each problem.
-
-    Example:  vqvae2 doctor
-    """
-
-    def action() -> int:
-        from pipeline.commands import doctor
-
-        return doctor.show(as_json=as_json)
-
-    run_and_exit(action, require_project=False)
 
 
 @app.command("config", rich_help_panel=RUN)
@@ -269,24 +253,6 @@ def ui(
     run_and_exit(action)
 
 
-@app.command("sync-metrics", rich_help_panel=PROJECT)
-def sync_metrics() -> None:
-    """Upload metrics that the MLflow server has missed.
-
-    All runs in runs/ are uploaded to the store that is set now, as far as it does not have them: that at
-    MLFLOW_TRACKING_URI, or mlflow.db in this folder.
-
-    Example:  vqvae2 sync-metrics
-    """
-
-    def action() -> int:
-        from pipeline.commands import sync_metrics
-
-        return sync_metrics.run()
-
-    run_and_exit(action)
-
-
 @app.command("stage", rich_help_panel=RUN)
 def run_stage(
     name: Annotated[str, typer.Argument(help="Stage, such as vqvae or prior_top.", autocompletion=complete("stage"))],
@@ -299,41 +265,6 @@ def run_stage(
     from pipeline.stage_runner import run_stage
 
     raise typer.Exit(run_stage(name, level))
-
-
-@app.command(rich_help_panel=PROJECT)
-def versions(
-    write: Annotated[
-        bool, typer.Option("--write", help="Write the file that DVC watches; dvc.yaml calls this.")
-    ] = False,
-    compare: Annotated[
-        str, typer.Option(metavar="REVISION", help="List the smoke pipeline's files that differ from a Git revision's.")
-    ] = "",
-    new: Annotated[
-        bool, typer.Option("--new", help="Record a new version of every stage whose source has changed.")
-    ] = False,
-    same_as: Annotated[
-        str,
-        typer.Option(metavar="REVISION", help="Record the versions of a Git revision, if its smoke pipeline is equal."),
-    ] = "",
-    reason: Annotated[str, typer.Option(help="Recorded beside the version.")] = "",
-) -> None:
-    """Show or record the result version of each stage's source.
-
-    A stage runs again when its version changes. Comments, docstrings, annotations, formatting and error texts do not
-    change it.
-
-    Example:  vqvae2 versions
-
-    Example:  vqvae2 versions --same-as HEAD --reason "Renamed the encoder's layers."
-    """
-
-    def action() -> int:
-        from pipeline.commands import versions
-
-        return versions.run(write=write, compare=compare, new=new, same_as=same_as, reason=reason)
-
-    run_and_exit(action)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline import composed_from, dvc_yaml, params, shared_cluster
-from pipeline.checks import folder, inputs, machine, servers
+from pipeline.checks import inputs, machine, project_folder, servers
 from pipeline.checks.check import Answer, EnvironmentCheck, Request, SettingsCheck
 from stages.config import ClusterConfig, DatasetConfig, Params
 from stages.errors import UserError, unknown_class
@@ -122,9 +122,9 @@ MACHINE_CHECKS: dict[str, EnvironmentCheck] = {
     "shared memory": machine.check_shared_memory,
 }
 PROJECT_CHECKS: dict[str, EnvironmentCheck] = {
-    "folder": folder.check_folder,
-    "permissions": folder.check_permissions,
-    "disk": folder.check_disk,
+    "folder": project_folder.check_folder,
+    "permissions": project_folder.check_permissions,
+    "disk": project_folder.check_disk,
     "ray": servers.check_ray,
     "mlflow": servers.check_mlflow,
 }
@@ -135,4 +135,9 @@ SETTINGS_CHECKS: dict[str, SettingsCheck] = {
     "sockets": servers.check_loader_sockets,
     "storage": servers.check_storage,
 }
-QUICK_CHECKS = (folder.check_folder, folder.check_permissions, folder.check_disk, servers.check_ray)
+QUICK_CHECKS = (
+    project_folder.check_folder,
+    project_folder.check_permissions,
+    project_folder.check_disk,
+    servers.check_ray,
+)

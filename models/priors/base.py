@@ -3,6 +3,9 @@
 p(codes | coarser codes, label) = product over positions of p(code | earlier codes, coarser codes, label).
 B grids, H x W positions, K codebook entries, C channels.
 Source: Razavi et al. 2019, section 3.2 and algorithm 2.
+
+To add a prior, write a subclass of `Prior` in a file of this package, and add its name to `PRIORS` in `__init__.py`
+and to `PriorConfig.name` in models/config.py.
 """
 
 from collections.abc import Mapping, Sequence

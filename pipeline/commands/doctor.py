@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from pipeline import dvc_yaml, params, preflight
-from pipeline.checks import folder
+from pipeline.checks import project_folder
 from pipeline.checks.check import Answer, CheckResult, Request, result_of
 from stages.errors import UserError
 
@@ -36,8 +36,8 @@ def run_checks(environment: Mapping[str, str] = os.environ) -> list[CheckResult]
         request = Request(params.check(data), str(params.FILE), list(dvc_yaml.stages(data)), environment=environment)
     except UserError:  # an error of the check `settings`
         return results
-    results.append(result_of("pipeline", folder.check_pipeline, environment))
-    results.append(result_of("dvc", folder.check_dvc, environment))
+    results.append(result_of("pipeline", project_folder.check_pipeline, environment))
+    results.append(result_of("dvc", project_folder.check_dvc, environment))
     results += [result_of(name, ask, request) for name, ask in preflight.SETTINGS_CHECKS.items()]
     return results
 

@@ -1,5 +1,7 @@
 """Charts of the report: codebook usage, rate-distortion, distances to training images, and training curves.
 
+To add a chart to a section, write its function and a line of `charts`; report.html.j2 has the sections.
+
 Axes: N images, K codebook entries.
 """
 

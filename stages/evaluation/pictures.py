@@ -13,8 +13,8 @@ from PIL import Image
 from stages.images.contact_sheet import contact_sheet
 
 COLUMNS = 8  # of a contact sheet
-MAX_SIDE = 96  # pixels of an embedded image; larger ones are reduced on the page, and complete in the PNG files
-# Lists of many images of more pixels are embedded as WebP, a few times smaller than PNG. JPEG has no transparent gaps.
+MAX_SIDE = 96  # pixels of an embedded image; larger ones are reduced, and whole in the PNG files beside the page
+# Lists of larger images are embedded as WebP, which is several times smaller than PNG. JPEG has no transparency.
 WEBP_ABOVE_SIDE = 32
 WEBP_QUALITY = 85
 LIST_SIDE, LIST_COLUMNS = 64, 16  # of a list of many images
@@ -25,7 +25,7 @@ class Picture(NamedTuple):
     """An embedded image."""
 
     caption: str
-    url: str  # data:
+    url: str  # a data: URL
     alt_text: str
     width: int  # pixels on the page, where there is room
     height: int
@@ -78,7 +78,7 @@ def _transparent_sheet(images: np.ndarray, columns: int, *, gap: int = 2, enlarg
     """Arrange images as a contact sheet whose gaps show the page, in its light and in its dark theme."""
     sheet, gaps = (
         Image.open(io.BytesIO(contact_sheet(cells, columns, gap=gap, enlarge=enlarge)), formats=["PNG"])
-        for cells in (images, np.zeros_like(images))  # the page around black images is white: the gaps
+        for cells in (images, np.zeros_like(images))  # black images on a white sheet: what is white are the gaps
     )
     sheet.putalpha(gaps.convert("L").point(lambda value: 255 - value))
     return sheet

@@ -1,4 +1,4 @@
-"""Comparison of image sets by their features, on the workers.
+"""Comparison of image sets by their features, on the workers. The metrics are defined in stages/metrics/comparisons.py.
 
 The workers compute two rounds of parts. The first has the sums over pairs of images within each set, and the metrics
 that need features only. The second has the sums over pairs of images of two sets, which need the radii of both sets.

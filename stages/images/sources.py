@@ -5,6 +5,8 @@ MAX_FILE_BYTES. So a member named ../x cannot be written outside, links and devi
 decompression bomb in a zip costs at most MAX_FILE_BYTES of memory. A compressed tar is decompressed to a file as a
 whole, until the disk has only RESERVED_DISK_BYTES left (compressed_tar.py). Names in folders and tars may hold any
 bytes (surrogateescape).
+
+To add a kind of source, write a class with the methods of `Source` and open it in `open_source`.
 """
 
 import difflib

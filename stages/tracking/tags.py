@@ -53,7 +53,7 @@ def lock_tag() -> dict[str, str]:
 
 
 def creation_tags(key: str, stage: str, user: str) -> dict[str, str]:
-    """Return the tags with which a run is created in MLflow."""
+    """Return the tags of every run at its creation: of a pipeline, of a stage, and of a cached stage."""
     return {KEY: key, STAGE: stage, USER: user, SOURCE_NAME: "vqvae2"}
 
 

@@ -1,4 +1,8 @@
-"""Optimizers, their learning-rate schedule, and the tensors of their state that a checkpoint must have."""
+"""Optimizers, their learning-rate schedule, and the tensors of their state that a checkpoint must have.
+
+To add an optimizer, build it in `build_optimizers`, name its tensors in `state_shapes`, and add it to
+`TrainConfig.optimizer` in stages/config.py. pipeline/training_memory.py counts two tensors per weight for each.
+"""
 
 import math
 from collections.abc import Iterator

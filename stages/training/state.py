@@ -6,6 +6,9 @@ ema.module.NAME         averaged weights and buffers; absent without an EMA
 optimizer.INDEX.NAME    state that an optimizer has of the network's parameter with this index
 metrics_since_log       (ranks, numbers) sums of the metrics of the steps after the last logged one
 microbatch              the automatic size of micro-batches; absent with a fixed one
+
+loop.py joins the tensors of these groups, and `TrainableModel.mismatch` must know the names of each. checkpoint.py
+writes and reads them.
 """
 
 from collections.abc import Mapping
