@@ -12,6 +12,7 @@ from stages.runtime import cluster
 from stages.runtime.context import Reporter, StageContext
 from stages.training.distributed import CheckpointMismatch
 
+LOST_AT_START = "was lost when its training began: its process or its node ended"
 # Attributes under which Ray's exceptions hold the exception that caused them.
 CAUSE_ATTRIBUTES = ("cause", "_base_exc", "health_check_failure")
 
@@ -26,18 +27,12 @@ def training_error(
     """
     import ray.train
 
+    if is_loss_at_start(error):
+        return _workers_failed(context, f"A worker {LOST_AT_START}.")
     if isinstance(error, ray.train.WorkerGroupError):
         rank, cause = root_cause(error.worker_failures)
-        max_failures = context.cluster.max_failures
         if description := describe_failure(cause):
-            return UserError(
-                f"Workers failed {max_failures + 1} times; cluster.max_failures is {max_failures}. "
-                f"Worker {rank}{_node(error.worker_failures[rank])} {description}",
-                where=context.work_dir,
-                fix="Check that the nodes stay up and have enough memory, then run the same command again; it "
-                "continues from the newest checkpoint.",
-                code=3,
-            )
+            return _workers_failed(context, f"Worker {rank}{_node(error.worker_failures[rank])} {description}")
         if isinstance(cause, CheckpointMismatch):
             return UserError(
                 str(cause),
@@ -52,6 +47,27 @@ def training_error(
         f"Training could not continue: {summarize_error(error)}",
         where=context.work_dir,
         fix="Run the same command again; it continues from the newest checkpoint.",
+        code=3,
+    )
+
+
+def is_loss_at_start(error: Exception) -> bool:
+    """Return whether a worker was lost when its training function was launched.
+
+    Ray Train takes this for an error of the controller, which it does not retry (WorkerGroup._start_impl, Ray 2.63).
+    """
+    import ray
+
+    return isinstance(getattr(error, "controller_failure", None), ray.exceptions.ActorDiedError)
+
+
+def _workers_failed(context: StageContext, last_failure: str) -> UserError:
+    max_failures = context.cluster.max_failures
+    return UserError(
+        f"Workers failed {max_failures + 1} times; cluster.max_failures is {max_failures}. {last_failure}",
+        where=context.work_dir,
+        fix="Check that the nodes stay up and have enough memory, then run the same command again; it continues from "
+        "the newest checkpoint.",
         code=3,
     )
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from stages.runtime.control import (
 from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
-from stages.training.failures import failure_callback, training_error
+from stages.training.failures import LOST_AT_START, failure_callback, is_loss_at_start, training_error
 from stages.training.loop import TrainingStopped
 from stages.training.state import trained_weights
 
@@ -58,8 +59,6 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
     and UserError if workers were lost repeatedly or the cluster ended.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     config = context.cluster
     with cluster.connect_cluster(config), _ray_storage(context) as storage_settings:
@@ -70,37 +69,70 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
                 for name, value in arguments.items()
             }
         control = start_control_actor()
-        remote_context = replace(context, reporter=RemoteReporter(control))
-        trainer = trainer_class()(
-            worker_main,
-            train_loop_config={
-                "train_worker": train_worker,
-                "arguments": dict(arguments),
-                "context": remote_context,
-                "control": control,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=config.workers,
-                use_gpu=config.gpus_per_worker > 0,
-                resources_per_worker=_resources(context),
+        for attempt in count(1):
+            trainer = _build_trainer(train_worker, arguments, context, control, storage_settings)
+            try:
+                with forward_reports(control, context.reporter):
+                    _wait_or_stop(start_in_thread(trainer.fit, "fit"), control)
+                return
+            # RayActorError: the node of the training controller is gone.
+            except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+                if attempt > config.max_failures or not is_loss_at_start(error):
+                    raise training_error(error, context) from error
+                context.reporter.message(f"A worker {LOST_AT_START}.")
+                if cluster.is_private():
+                    _remove_placement_groups()
+
+
+def _build_trainer(
+    train_worker: TrainWorker,
+    arguments: Mapping[str, Any],
+    context: StageContext,
+    control: Any,
+    storage_settings: Mapping[str, Any],
+) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    config = context.cluster
+    remote_context = replace(context, reporter=RemoteReporter(control))
+    return trainer_class()(
+        worker_main,
+        train_loop_config={
+            "train_worker": train_worker,
+            "arguments": dict(arguments),
+            "context": remote_context,
+            "control": control,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=_resources(context),
+        ),
+        torch_config=TorchConfig(timeout_s=UPLOAD_TIMEOUT_S if config.storage else COLLECTIVE_TIMEOUT_S),
+        run_config=RunConfig(
+            name=f"attempt-{time.time_ns()}",  # Ray Train takes a name it knows for a finished run
+            **storage_settings,
+            callbacks=[failure_callback(remote_context.reporter)],
+            failure_config=FailureConfig(
+                max_failures=config.max_failures,
+                controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]
             ),
-            torch_config=TorchConfig(timeout_s=UPLOAD_TIMEOUT_S if config.storage else COLLECTIVE_TIMEOUT_S),
-            run_config=RunConfig(
-                name=f"attempt-{time.time_ns()}",  # Ray Train takes a name it knows for a finished run
-                **storage_settings,
-                callbacks=[failure_callback(remote_context.reporter)],
-                failure_config=FailureConfig(
-                    max_failures=config.max_failures,
-                    controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]
-                ),
-            ),
-        )
-        try:
-            with forward_reports(control, context.reporter):
-                _wait_or_stop(start_in_thread(trainer.fit, "fit"), control)
-        # RayActorError: the node of the training controller is gone.
-        except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-            raise training_error(error, context) from error
+        ),
+    )
+
+
+def _remove_placement_groups() -> None:
+    """Free the resources that all placement groups of a private cluster reserve; the actors in them are killed.
+
+    Ray frees them only when the process that has connected ends, not when the actor ends that created them.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup
+
+    for group, entry in ray.util.placement_group_table().items():
+        if entry["state"] != "REMOVED":
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def trainer_class() -> Any:

@@ -1,5 +1,6 @@
 """Failures of Ray Train become one error for the user, without Ray's own messages."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from stages.training.distributed import CheckpointMismatch
 from stages.training.failures import (
     describe_failure,
     failure_callback,
+    is_loss_at_start,
     root_cause,
     summarize_error,
     training_error,
@@ -69,6 +71,16 @@ def test_a_controller_error_becomes_a_user_error(context: StageContext):
     assert isinstance(error, UserError) and error.code == 3
     assert error.what == "Training could not continue: the storage is full" and error.where == str(context.work_dir)
     assert error.fix == "Run the same command again; it continues from the newest checkpoint."
+
+
+def test_a_loss_at_the_start_counts_as_a_failure_of_a_worker(context: StageContext):
+    """Ray Train takes it for an error of the controller. An error of the controller itself is none."""
+    error = ray.train.ControllerError(ray.exceptions.ActorDiedError())
+    assert is_loss_at_start(error) and not is_loss_at_start(ray.train.ControllerError(OSError("no space")))
+    assert not is_loss_at_start(ray.exceptions.ActorDiedError())
+    converted = training_error(error, context)
+    assert isinstance(converted, UserError) and "enough memory" in converted.fix
+    assert re.fullmatch(r"Workers failed \d times; cluster\.max_failures is \d\. A worker was lost .*", converted.what)
 
 
 def test_a_startup_timeout_reports_the_missing_resources(context: StageContext):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from stages.runtime.cluster import connect_cluster
 from stages.runtime.context import Reporter, StageContext
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
+from stages.training.failures import LOST_AT_START
 from stages.training.ray_train import UNUSED_CALLBACKS, fit, train_or_load, trainer_class
 from stages.training.state import trained_weights
 from tests.gloo import train_with_ranks
@@ -70,6 +72,29 @@ def die(*, dist: DistributedContext, context: StageContext) -> None:
     if dist.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.zeros(1))
+
+
+class KillsFirstWorker:
+    """Argument that kills the worker that launches its training function, the first time only."""
+
+    times_read: ClassVar[int] = 0  # by this process: a worker reads its arguments when it starts, and at the launch
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        KillsFirstWorker.times_read += 1
+        # The controller reads them, too; Ray sets the title.
+        if "RayTrainWorker" in psutil.Process().cmdline()[0] and KillsFirstWorker.times_read == 2:
+            with suppress(FileExistsError):
+                self.marker.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def do_nothing(*, dist: DistributedContext, context: StageContext, argument: KillsFirstWorker) -> None:
+    """Return at once."""
+    (context.work_dir / str(dist.rank)).touch()
 
 
 def write_context(*, dist: DistributedContext, context: StageContext) -> None:
@@ -154,6 +179,16 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_an_unbroken_ru
     state = Checkpoints(unbroken.work_dir, "f", keep=1).latest()
     assert state is not None
     assert_equal(killed, (trained_weights(state.tensors, project.train), state.history))
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_when_its_training_begins_is_replaced(cluster, tmp_path: Path):
+    """Ray Train alone would give up, and keep the processors reserved."""
+    context = replace(context_in(tmp_path, replace(cluster, max_failures=1)), reporter=Screen())
+    fit(do_nothing, {"argument": KillsFirstWorker(tmp_path / "killed")}, context=context)
+    assert context.reporter.messages == [f"A worker {LOST_AT_START}."]
+    assert {path.name for path in tmp_path.iterdir()} == {"killed", "0", "1"}
+    assert {entry["state"] for entry in ray.util.placement_group_table().values()} == {"REMOVED"}
 
 
 @pytest.mark.slow
