@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from stages.training.checkpoint import MIB, Checkpoints
-from stages.training.state import TrainState
+from stages.training.checkpoint_state import TrainState
 
 
 def main() -> None:

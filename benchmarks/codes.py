@@ -19,8 +19,8 @@ import numpy as np
 
 from models.priors import Grid
 from stages.formats import artifact
-from stages.formats.code_arrays import open_arrays, split_arrays, write_arrays
-from stages.formats.codes import KIND, open_codes, write_codes_file
+from stages.formats.code_arrays import CodeArrays, open_arrays, split_arrays, write_arrays
+from stages.formats.codes import KIND, CodeSet, open_codes, write_codes_file
 from stages.runtime.verification import mark_verified, verify_once
 
 LEVELS = {"top": Grid(512, 32, 32), "bottom": Grid(512, 64, 64)}
@@ -56,7 +56,7 @@ def measure(case: str, folder: Path) -> dict[str, float]:
         write_arrays(codes, arrays)
         mark_verified(open_arrays(arrays, codes))
     if case == "parquet":
-        rows = codes.split("train", LEVELS)
+        rows: CodeSet | CodeArrays = codes.split("train", LEVELS)
     else:
         opened = open_arrays(arrays, codes)
         verify_once(opened)

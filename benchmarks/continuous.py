@@ -14,6 +14,7 @@ reconstructions and worse samples.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from quality import load
 from timing import arguments
@@ -27,9 +28,9 @@ from models.sampling import draw
 from models.vqvae import VQVAE
 from stages.config import EvaluateConfig
 from stages.images.tensors import to_uint8
-from stages.metrics.comparisons import compare
 from stages.metrics.features import FeatureNetwork
 from stages.metrics.networks import read_networks
+from stages.metrics.set_metrics import compare
 
 ENTRIES, BATCH, SIDE = 256, 64, 32
 STRIDES = {"top": 8, "bottom": 4}
@@ -88,7 +89,8 @@ def train_prior(network: nn.Module, loss: Callable[[Tensor], Tensor], count: int
 
 def model_codes(vqvae: VQVAE, training: Grids, validation: Grids, steps: int) -> tuple[dict[str, float], Tensor]:
     """Train priors over codes; return the NLL per code of the validation images, and samples."""
-    losses, samples = {}, {}
+    losses: dict[str, float] = {}
+    samples: Grids = {}
     for level, side in SIDES.items():
         coarser_levels = [name for name in SIDES if SIDES[name] < side]
         coarser = {name: Grid(ENTRIES, SIDES[name], SIDES[name]) for name in coarser_levels}
@@ -116,7 +118,8 @@ def model_latents(vqvae: VQVAE, training: Grids, validation: Grids, steps: int) 
         {level: (grids - mean[level]) / deviation[level] for level, grids in source.items()}
         for source in (training, validation)
     )
-    losses, samples = {}, {}
+    losses: dict[str, float] = {}
+    samples: Grids = {}
     for level, side in SIDES.items():
         dim = training[level].shape[-1]
         coarser_levels = [name for name in SIDES if SIDES[name] < side]
@@ -141,9 +144,10 @@ def model_latents(vqvae: VQVAE, training: Grids, validation: Grids, steps: int) 
 
 def distances(network: FeatureNetwork, reference: Tensor, images: Tensor) -> str:
     """Compare image sets as the report does."""
-    features = [network(to_uint8(batch.float().numpy())) for batch in (reference, images)]
-    values = compare(*features, EvaluateConfig(), 0)
-    (kid, error), frechet = values["kid"], values["frechet"]
+    of_reference, of_images = (network(to_uint8(batch.float().numpy())) for batch in (reference, images))
+    values = compare(of_reference, of_images, EvaluateConfig(), 0)
+    kid, error = np.atleast_1d(values["kid"])
+    frechet = values["frechet"]
     return f"KID {kid:.4f} ± {error:.4f}, Fréchet distance {frechet:.4g}"
 
 

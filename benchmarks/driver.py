@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,7 +36,7 @@ from stages.formats import artifact
 from stages.formats.shards import INDEX, KIND, SCHEMA, IndexRow, open_shards, write_index
 from stages.images.compressed_tar import decompress
 from stages.images.listing import _list, list_images
-from stages.images.sources import Member
+from stages.images.sources import Member, Source
 
 IMAGES_PER_SHARD = 1000
 TIMED_FOOTERS = 10
@@ -82,7 +83,7 @@ def measure(case: str, folder: Path, count: int) -> dict[str, float]:
     factor = 1.0
     if case == "list":
         source = NamesOnly(count)
-        listing = _list(source, list(source.members()), folder, "folders", 0.0)
+        listing = _list(cast(Source, source), list(source.members()), folder, "folders", 0.0)
         shard._plan(listing, dataset, folder / "plan")
     elif case == "footers":
         shards = [path.name for path in sorted((folder / "shards").glob("*.tar"))]

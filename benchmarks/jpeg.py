@@ -17,9 +17,10 @@ from timing import arguments
 
 from stages.config import DatasetConfig, EvaluateConfig
 from stages.images.decode import encode
-from stages.metrics.comparisons import COMPARISONS
 from stages.metrics.distortion import PIXEL_RANGE, psnr
 from stages.metrics.features import FeatureNetwork
+from stages.metrics.networks import read_networks
+from stages.metrics.set_metrics import compare
 
 
 def load(source: Path, size: int, count: int) -> np.ndarray:
@@ -51,11 +52,8 @@ def main() -> None:
         files = [encode(image, config) for image in images]
         decoded = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
         mse = float(np.square((images.astype(np.float64) - decoded) * PIXEL_RANGE / 255).mean())
-        distances = []
-        for name, comparison in COMPARISONS.items():
-            if comparison.min_images(EvaluateConfig()) <= len(images):
-                result = comparison.compute(features, network(decoded), EvaluateConfig(), 0)
-                distances.append(f"{name} {result[0] if isinstance(result, tuple) else result:.4g}")
+        values = compare(features, network(decoded), EvaluateConfig(), seed=0)
+        distances = [f"{name} {np.atleast_1d(value)[0]:.4g}" for name, value in values.items()]
         size = np.mean([len(file) for file in files])
         print(f"quality {quality}: {size:,.0f} bytes, MSE {mse:.3g}, PSNR {psnr(mse):.1f} dB, {', '.join(distances)}")
 

@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,7 @@ class Run:
 
     starts: dict[str, float] = field(default_factory=lambda: {BEFORE_STAGES: 0.0})
     processes: dict[tuple[int, str], Process] = field(default_factory=dict)
-    processor: Counter[tuple[str, str]] = field(default_factory=Counter)
+    processor: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     end: float = 0.0
 
     def wall(self) -> dict[str, float]:
@@ -75,7 +75,7 @@ class Run:
 
     def processor_by(self, position: int) -> dict[str, float]:
         """Return the processor seconds by stage (position 0) or kind of process (1), and of the run."""
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for key, value in self.processor.items():
             seconds[key[position]] += value
         return dict(seconds) | {TOTAL: sum(self.processor.values())}

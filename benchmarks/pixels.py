@@ -14,6 +14,7 @@ about the operations of one pass over the grid, naive sampling those of one pass
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Priors(NamedTuple):
 
     def flops(self) -> tuple[int, int]:
         """Count the operations per image: of one pass over each grid, and of one pass per position."""
-        passes = {level: forward_flops(lambda p=prior: p(*example(p, 1))) for level, prior in self.by_level.items()}
+        passes = {level: forward_flops(partial(prior, *example(prior, 1))) for level, prior in self.by_level.items()}
         naive = sum(passes[level] * prior.height * prior.width for level, prior in self.by_level.items())
         return sum(passes.values()), naive
 

@@ -68,7 +68,9 @@ def top(materialised: bool = False) -> Prior:
     config = PriorConfig("pixelsnail", channels=64, residual_channels=64, layers=20, output_layers=0)
     prior = build(config, entries=512, grid=(32, 32), coarser={}, classes=0)
     if materialised:
-        prior.attentions = nn.ModuleList(MaterialisedAttention(attention, 32**2) for attention in prior.attentions)
+        prior.attentions = nn.ModuleList(  # type: ignore[assignment]
+            MaterialisedAttention(attention, 32**2) for attention in prior.attentions
+        )
     return prior
 
 

@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def plain() -> VQVAE:
     """Build our networks with the plain codebook."""
     vqvae = VQVAE(VQVAEConfig(LEVELS))
     for level in vqvae.levels.values():
-        level.quantizer = PlainQuantizer(level.quantizer)
+        level.quantizer = PlainQuantizer(cast(Quantizer, level.quantizer))
     return vqvae
 
 

@@ -44,7 +44,8 @@ def ours(folder: Path) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as results:
         context = StageContext("evaluate", "f" * 64, Path(results), ClusterConfig())
         set_comparison.MAX_LOCAL_PAIRS = 10**12
-        compared = compare_sets(folder, Path(results), [NETWORK], PAIRS, CONFIG, SEED, context)[NETWORK]
+        size = len(np.load(folder / f"{NETWORK}-reference.npy", mmap_mode="r"))
+        compared = compare_sets(folder, Path(results), [NETWORK], PAIRS, size, CONFIG, SEED, context)[NETWORK]
     return {
         name: {metric: value[0] if isinstance(value, tuple) else value for metric, value in values.items()}
         for name, values in compared.items()

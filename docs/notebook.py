@@ -36,7 +36,7 @@ def cells(page: str) -> list[Cell]:
     result: list[Cell] = []
     for number, text in enumerate(texts):
         source = text.strip().splitlines(keepends=True)
-        cell = {"id": f"cell-{number}", "metadata": {}, "source": source}
+        cell: Cell = {"id": f"cell-{number}", "metadata": {}, "source": source}
         if number % 2:
             result.append({"cell_type": "code", **cell, "execution_count": None, "outputs": []})
         elif source:
@@ -46,7 +46,7 @@ def cells(page: str) -> list[Cell]:
 
 def run(notebook: list[Cell], namespace: dict[str, Any]) -> list[Cell]:
     """Run the cells in a namespace; return them with what they print, and the value of a last line that has one."""
-    result = []
+    result: list[Cell] = []
     for cell in notebook:
         if cell["cell_type"] == "code":
             count = 1 + sum(earlier["cell_type"] == "code" for earlier in result)
@@ -57,7 +57,8 @@ def run(notebook: list[Cell], namespace: dict[str, Any]) -> list[Cell]:
 
 def _outputs(source: str, count: int, namespace: dict[str, Any]) -> list[dict[str, Any]]:
     statements = ast.parse(source).body
-    last = statements.pop() if isinstance(statements[-1], ast.Expr) else None
+    last = statements[-1] if isinstance(statements[-1], ast.Expr) else None
+    statements = statements[:-1] if last else statements
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(ast.Module(statements, []), PAGE.name, "exec"), namespace)
         value = eval(compile(ast.Expression(last.value), PAGE.name, "eval"), namespace) if last else None
@@ -66,7 +67,7 @@ def _outputs(source: str, count: int, namespace: dict[str, Any]) -> list[dict[st
         text = printed.getvalue().splitlines(keepends=True)
         outputs.append({"output_type": "stream", "name": "stdout", "text": text})
     if value is not None:
-        data = {"text/plain": [repr(value)]}
+        data: dict[str, Any] = {"text/plain": [repr(value)]}
         if hasattr(value, "_repr_png_"):  # how a notebook shows a PIL image
             data = {"image/png": base64.b64encode(value._repr_png_()).decode(), "text/plain": ["<PIL.Image.Image>"]}
         outputs.append({"output_type": "execute_result", "execution_count": count, "metadata": {}, "data": data})

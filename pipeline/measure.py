@@ -30,12 +30,12 @@ from stages.images.sources import UnreadableFile, open_source
 from stages.images.tensors import to_float
 from stages.prior import PriorObjective
 from stages.runtime.device import best_device
+from stages.training.checkpoint_state import TrainableModel
 from stages.training.code_batches import CodeBatch
 from stages.training.distributed import DistributedContext
 from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.objective import Objective
 from stages.training.optimizer import learning_rate
-from stages.training.state import TrainableModel
 from stages.vqvae import VQVAEObjective
 
 BUDGET_S = 60.0  # for all measurements

@@ -22,9 +22,9 @@ from stages.formats import artifact, curves
 from stages.mapping.parts import Part, Result
 from stages.metrics import codecs, distortion, neighbours, rate, usage
 from stages.metrics.codecs import CodecSums
-from stages.metrics.comparisons import Value
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.rate import LikelihoodSums
+from stages.metrics.set_metrics import Value
 
 MAX_SAMPLES = 512  # on the page, over all classes
 

@@ -1,4 +1,4 @@
-"""Comparison of image sets by their features, on the workers. The metrics are defined in stages/metrics/comparisons.py.
+"""Comparison of image sets by their features, on the workers. The metrics are defined in stages/metrics/set_metrics.py.
 
 The workers compute two rounds of parts. The first has the sums over pairs of images within each set, and the metrics
 that need features only. The second has the sums over pairs of images of two sets, which need the radii of both sets.
@@ -16,9 +16,9 @@ import numpy as np
 from stages.config import EvaluateConfig
 from stages.evaluation.part_files import FeatureFile, feature_name, load_or_compute, part_path
 from stages.mapping.parts import Part, Result, map_parts
-from stages.metrics import comparisons, pairs
-from stages.metrics.comparisons import Value
+from stages.metrics import pairs, set_metrics
 from stages.metrics.pairs import PairSums, SetComparison, SetSums
+from stages.metrics.set_metrics import Value
 from stages.metrics.threads import one_thread
 from stages.runtime.context import StageContext
 
@@ -65,7 +65,7 @@ class SetWorker:
             task = part["task"]
             names = [feature_name(part["network"], part[role]) for role in SetPair._fields if part[role]]
             if task not in ("set", "pair"):
-                metric = comparisons.COMPARISONS[task]
+                metric = set_metrics.SET_METRICS[task]
                 assert metric.of_features
                 return {"value": metric.of_features(*(self.prepare(task, name) for name in names))}
             files = [FeatureFile(self.features_folder / name, self.size) for name in names]
@@ -76,7 +76,7 @@ class SetWorker:
             return pairs.measure_pair(files[0], files[1], rows, radii, self.selected, self.threads)._asdict()
 
     def _prepare(self, metric: str, name: str) -> Any:
-        return comparisons.COMPARISONS[metric].prepare(FeatureFile(self.features_folder / name, self.size))
+        return set_metrics.SET_METRICS[metric].prepare(FeatureFile(self.features_folder / name, self.size))
 
 
 def compare_sets(
@@ -94,7 +94,7 @@ def compare_sets(
     Each set is its first `size` images. The workers compute, or this process if there are few images.
     """
     image_sets = list(dict.fromkeys(image_set for pair in pairs_by_name.values() for image_set in pair))
-    metrics = comparisons.possible(size, config)
+    metrics = set_metrics.possible(size, config)
     feature_metrics = [name for name, metric in metrics.items() if metric.of_features]
     settings = {"k": config.precision_recall_k, "seed": seed, "size": size}
 
@@ -127,7 +127,7 @@ def compare_sets(
                 pairs.join_pairs([PairSums(**result) for result in results["pair", network, *pair]]),
             )
             of_features = {metric: _to_value(results[metric, network, *pair][0]["value"]) for metric in feature_metrics}
-            compared[network][name] = comparisons.combine(metrics, sums, of_features, config)
+            compared[network][name] = set_metrics.combine(metrics, sums, of_features, config)
     return compared
 
 

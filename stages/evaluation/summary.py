@@ -16,14 +16,14 @@ from models.priors import Grid
 from stages.config import RULE_SETTINGS, EvaluateConfig
 from stages.metrics import codecs, distortion, rate, usage
 from stages.metrics.codecs import CodecSums
-from stages.metrics.comparisons import COMPARISONS, Value, compare
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.networks import Network
 from stages.metrics.rate import LikelihoodSums
+from stages.metrics.set_metrics import SET_METRICS, Value, compare
 
 Metrics = dict[str, Any]  # nested, as JSON has them
 BASELINES = ("random_codes", "shuffled_codes")  # images decoded from codes that no prior made
-HEADLINE_COMPARISONS = ("kid", "frechet", "precision", "recall")  # more do not fit on a screen
+HEADLINE_SET_METRICS = ("kid", "frechet", "precision", "recall")  # more do not fit on a screen
 DISTORTION_METRICS = ("mse", "psnr", "psnr_8bit", "ssim", "stlpips")
 
 
@@ -156,7 +156,7 @@ def headline(metrics: Metrics, networks: Sequence[Network]) -> Metrics:
     samples are those of the first network, and the FID if a network is FID's own.
     """
     samples, reconstructions = metrics["compared"]["samples"], metrics["reconstruction"][metrics["reference"]]
-    keys = {name: networks[0].key(name) for name in HEADLINE_COMPARISONS}
+    keys = {name: networks[0].key(name) for name in HEADLINE_SET_METRICS}
     keys |= {"fid": "fid"}
     compared = {name: samples[key] for name, key in keys.items() if key in samples}
     return compared | {name: reconstructions[name] for name in ("psnr", "ssim") if name in reconstructions}
@@ -195,11 +195,11 @@ def notes(metrics: Metrics, num_compared: int, networks: Sequence[Network], conf
                 f"Level {level} is collapsed: its perplexity is {values['train']['perplexity']:.1f} of "
                 f"{values['entries']} entries, below {usage.COLLAPSED_BELOW:.0%}. Its prior has little to learn."
             )
-    for name, comparison in COMPARISONS.items():
-        min_images = comparison.min_images(config)
+    for name, metric in SET_METRICS.items():
+        min_images = metric.min_images(config)
         if num_compared < min_images:
             warnings.append(
-                f"{comparison.label} ({name}) is omitted: it needs {min_images} images of each set, got {num_compared}."
+                f"{metric.label} ({name}) is omitted: it needs {min_images} images of each set, got {num_compared}."
             )
     if metrics["reference"] == "train" and config.reference == "auto":
         warnings.append("There are few validation images, so image sets are compared with training images instead.")
@@ -219,13 +219,13 @@ def notes(metrics: Metrics, num_compared: int, networks: Sequence[Network], conf
 def _better_than_samples(compared: Metrics, baseline: str, network: Network) -> list[str]:
     """List the metrics by which a baseline is better than the samples, with both values."""
     better = []
-    for name, comparison in COMPARISONS.items():
+    for name, metric in SET_METRICS.items():
         of_samples, of_baseline = (
             compared.get(image_set, {}).get(network.key(name)) for image_set in ("samples", baseline)
         )
         if of_samples is None or of_baseline is None:
             continue
-        if of_baseline < of_samples if comparison.better == "lower" else of_baseline > of_samples:
+        if of_baseline < of_samples if metric.better == "lower" else of_baseline > of_samples:
             better.append(f"{name} ({of_baseline:.4g}, samples {of_samples:.4g})")
     return better
 

@@ -10,8 +10,8 @@ from models.vqvae import FILLS
 from stages.evaluation import ladder
 from stages.evaluation.report_data import ReportData
 from stages.metrics.codecs import CODECS
-from stages.metrics.comparisons import COMPARISONS
 from stages.metrics.networks import Network
+from stages.metrics.set_metrics import SET_METRICS
 
 SPLITS = ("validation", "train")
 SPLIT_LABELS = {"validation": "validation", "train": "training"}
@@ -157,11 +157,11 @@ def _ladder_table(data: ReportData) -> Table:
 
 
 def _comparison_headings() -> list[str]:
-    return [f"{comparison.label} ({comparison.better} is better)" for comparison in COMPARISONS.values()]
+    return [f"{metric.label} ({metric.better} is better)" for metric in SET_METRICS.values()]
 
 
 def _comparison_cells(values: Mapping[str, float], network: Network) -> list[str]:
-    return [_comparison_cell(values, network.key(metric)) for metric in COMPARISONS]
+    return [_comparison_cell(values, network.key(metric)) for metric in SET_METRICS]
 
 
 def _comparison_cell(values: Mapping[str, float], key: str) -> str:

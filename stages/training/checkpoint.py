@@ -4,7 +4,7 @@ Each is an artifact folder `step-000001000` in the run's work folder (see format
 step and the run's fingerprint, and a rename creates the folder once it is complete. A damaged checkpoint is renamed to
 `step-*.damaged`, and training continues from the one before it. With a storage, each checkpoint is also uploaded, and
 on nodes without a shared disk the storage decides which one is newest. The fields of a checkpoint are defined in
-stages/training/state.py.
+stages/training/checkpoint_state.py.
 """
 
 import json
@@ -24,7 +24,7 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import StageContext
 from stages.runtime.storage import LocalDiskError, Storage, StorageUnavailableError
-from stages.training.state import TrainState
+from stages.training.checkpoint_state import TrainState
 
 KIND = "checkpoint"
 STATE_FILE, HISTORY_FILE = "state.safetensors", "history.json"

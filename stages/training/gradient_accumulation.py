@@ -21,10 +21,10 @@ from models.quantizer import BatchSlice
 from models.random import seed_from
 from stages.config import TrainConfig
 from stages.errors import UserError
+from stages.training.checkpoint_state import MICROBATCH
 from stages.training.distributed import DistributedContext, SumsInFlight, add_sums
 from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.sampler import share_of_rank
-from stages.training.state import MICROBATCH
 from stages.training.step_timer import StepTimer
 
 Sums = Mapping[str, tuple[Tensor, ...]]

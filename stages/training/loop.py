@@ -21,13 +21,13 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_state import METRICS_SINCE_LOG, TrainableModel, TrainState
 from stages.training.device_peak import device_name, model_flops_metrics
 from stages.training.distributed import DistributedContext, StepVote, require_same_start
 from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
 from stages.training.optimizer import learning_rate
-from stages.training.state import METRICS_SINCE_LOG, TrainableModel, TrainState
 from stages.training.step_timer import progress_numbers
 
 

@@ -31,10 +31,10 @@ from stages.runtime.control import (
 )
 from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_state import trained_weights
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.failures import LOST_AT_START, failure_callback, is_loss_at_start, training_error
 from stages.training.loop import TrainingStopped
-from stages.training.state import trained_weights
 
 SAVE_TIMEOUT_S = 15.0  # for the workers to save after a signal; preempted machines get 20 to 30 s
 SAVE_POLL_INTERVAL_S = 0.1

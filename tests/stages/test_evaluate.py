@@ -23,14 +23,14 @@ from stages.config import AugmentConfig, ClusterConfig, CodesConfig, DatasetConf
 from stages.errors import UserError
 from stages.evaluation import ladder, summary, worker
 from stages.evaluation.inputs import COMPARED_SETS, EvaluationInputs
-from stages.evaluation.summary import HEADLINE_COMPARISONS
+from stages.evaluation.summary import HEADLINE_SET_METRICS
 from stages.formats import artifact, model_file
 from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
 from stages.images.tensors import to_float, to_uint8
 from stages.inference.trained_models import TrainedModels
-from stages.metrics.comparisons import COMPARISONS
 from stages.metrics.networks import Network
+from stages.metrics.set_metrics import SET_METRICS
 from stages.runtime.context import StageContext
 from tests.mini_pipeline import without_ray
 from tests.screen import Screen
@@ -206,7 +206,7 @@ def test_max_images_limits_each_split(evaluated):
 
 def test_each_image_set_has_all_measures(evaluated):
     """Samples, reconstructions and baselines have KID, Fréchet distance, precision and recall, named by the network."""
-    names = {f"{metric}_thumbnail" for metric in COMPARISONS}
+    names = {f"{metric}_thumbnail" for metric in SET_METRICS}
     for name in COMPARED_SETS:
         assert names <= set(evaluated.metrics["compared"][name])
     assert set(evaluated.metrics["compared"]) >= {"kid_samples_to_random_codes", "kid_samples_to_shuffled_codes"}
@@ -255,7 +255,7 @@ def test_plots_are_csv_files_with_headers(evaluated):
 def test_headline_metrics_are_few_and_plain(evaluated):
     """The numbers that people compare have plain names, are of validation images and have 6 significant digits."""
     headline = json.loads((evaluated.out / "metrics.json").read_text())
-    assert list(headline) == [*HEADLINE_COMPARISONS, "psnr", "ssim"]
+    assert list(headline) == [*HEADLINE_SET_METRICS, "psnr", "ssim"]
     assert headline["psnr"] == evaluated.metrics["reconstruction"]["validation"]["psnr"]
     assert headline["kid"] == evaluated.metrics["compared"]["samples"]["kid_thumbnail"]
     assert all(value == float(f"{value:.6g}") for value in headline.values())
@@ -349,7 +349,7 @@ def test_notes_name_collapse_omitted_measures_few_images_better_baselines_and_co
         "neighbours": {},
         "compared": {},
     }
-    enough_images = max(comparison.min_images(CONFIG) for comparison in COMPARISONS.values())
+    enough_images = max(metric.min_images(CONFIG) for metric in SET_METRICS.values())
     networks = [Network("thumbnail", "thumbnail.pt", "0" * 64)]
     assert summary.notes(metrics, enough_images, networks, CONFIG) == []
     metrics = {
@@ -370,7 +370,7 @@ def test_notes_name_collapse_omitted_measures_few_images_better_baselines_and_co
         "3 samples are exact copies of training images, pixel by pixel.",
     ]
     with_one_image = summary.notes(metrics, 1, networks, CONFIG)
-    assert len(with_one_image) == 4 + len(COMPARISONS)
+    assert len(with_one_image) == 4 + len(SET_METRICS)
     assert "KID (kid) is omitted: it needs 2 images of each set, got 1." in with_one_image
 
 
@@ -450,7 +450,7 @@ def test_second_network_has_metrics_and_neighbours_of_its_own(root, evaluated, t
     for name in COMPARED_SETS:
         first = evaluated.metrics["compared"][name]
         assert first.items() <= both.metrics["compared"][name].items()
-        assert {f"{metric}_colours" for metric in COMPARISONS} <= set(both.metrics["compared"][name])
+        assert {f"{metric}_colours" for metric in SET_METRICS} <= set(both.metrics["compared"][name])
     assert list(both.metrics["neighbours"]) == ["pixels", "features", "features_colours"]
     meta = artifact.read(both.out / "report", "report", "evaluate").meta
     assert meta["networks"]["colours"] == both.metrics["networks"]["colours"] == artifact.sha256(path)

@@ -20,10 +20,10 @@ from stages.evaluation.plots import write_plots
 from stages.evaluation.report import render, write_report
 from stages.evaluation.report_data import NearestImages, ReportData, SamplesOfClass
 from stages.metrics import codecs
-from stages.metrics.comparisons import COMPARISONS, Comparison
 from stages.metrics.distortion import DistortionSums
 from stages.metrics.networks import Network
 from stages.metrics.rate import LikelihoodSums
+from stages.metrics.set_metrics import SET_METRICS, SetMetric
 
 LEVELS = {"top": Grid(16, 2, 2), "bottom": Grid(32, 4, 4)}
 NETWORK = Network("efficientnet_lite0", "installed", "0" * 64)
@@ -246,9 +246,9 @@ def test_omitted_measures_are_shown_as_a_dash():
 
 
 def test_added_comparison_is_computed_and_shown(monkeypatch):
-    """A metric added to COMPARISONS is computed for each image set and shown with its better direction."""
-    gap = Comparison("Gap of means", "lower", lambda config: 1, of_features=lambda a, b: float(a.mean() - b.mean()))
-    monkeypatch.setitem(COMPARISONS, "gap", gap)
+    """A metric added to SET_METRICS is computed for each image set and shown with its better direction."""
+    gap = SetMetric("Gap of means", "lower", lambda config: 1, of_features=lambda a, b: float(a.mean() - b.mean()))
+    monkeypatch.setitem(SET_METRICS, "gap", gap)
     data = report_data()
     assert all(NETWORK.key("gap") in data.metrics["compared"][name] for name in SETS)
     assert "Gap of means (lower is better)" in Page(render(data)).text

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.metrics.chunks import map_chunks
-from stages.metrics.comparisons import COMPARISONS
+from stages.metrics.set_metrics import SET_METRICS
 
 ROOT = Path(__file__).parents[3]
 PRINT_METRICS = """
@@ -18,7 +18,7 @@ import sys
 import numpy as np
 import torch
 from stages.config import EvaluateConfig
-from stages.metrics.comparisons import compare
+from stages.metrics.set_metrics import compare
 from stages.metrics.threads import one_thread
 
 torch.set_num_threads(int(sys.argv[1]))
@@ -47,7 +47,7 @@ def metrics_with_threads(threads: int) -> str:
 def test_comparisons_have_the_same_bytes_with_any_number_of_threads():
     """All metrics are equal to the last digit with one, two and four threads."""
     metrics = metrics_with_threads(1)
-    assert set(json.loads(metrics)) == set(COMPARISONS)
+    assert set(json.loads(metrics)) == set(SET_METRICS)
     assert metrics_with_threads(2) == metrics
     assert metrics_with_threads(4) == metrics
 

@@ -29,7 +29,7 @@ from stages.runtime.storage import (
 )
 from stages.training import ray_train
 from stages.training.checkpoint import Checkpoints
-from stages.training.state import TrainState
+from stages.training.checkpoint_state import TrainState
 from tests.mini_pipeline import without_ray
 
 

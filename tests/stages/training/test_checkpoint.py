@@ -11,7 +11,7 @@ import torch
 from stages.errors import UserError
 from stages.formats.artifact import MANIFEST
 from stages.training.checkpoint import Checkpoints, find_not_finite
-from stages.training.state import TrainState
+from stages.training.checkpoint_state import TrainState
 from tests.mounts import mount_prefix
 
 
@@ -139,7 +139,7 @@ from pathlib import Path
 import torch
 from stages.errors import UserError
 from stages.training.checkpoint import Checkpoints
-from stages.training.state import TrainState
+from stages.training.checkpoint_state import TrainState
 checkpoints = Checkpoints(Path(sys.argv[1]), "print", keep=2)
 try:
     for step, numbers in ((5, 10), (10, 300_000)):

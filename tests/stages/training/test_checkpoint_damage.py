@@ -15,7 +15,7 @@ import torch
 
 from stages.errors import UserError
 from stages.training.checkpoint import Checkpoints
-from stages.training.state import TrainState
+from stages.training.checkpoint_state import TrainState
 
 FLIPPED_BITS = 1000
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "os.fsync"}

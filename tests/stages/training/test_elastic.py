@@ -12,8 +12,8 @@ from stages import prior, vqvae
 from stages.config import ClusterConfig, PriorStageConfig
 from stages.runtime.context import StageContext
 from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_state import METRICS_SINCE_LOG, MICROBATCH, TrainState
 from stages.training.distributed import DistributedContext
-from stages.training.state import METRICS_SINCE_LOG, MICROBATCH, TrainState
 from tests.gloo import train_with_ranks
 
 TOLERANCE = 1e-6  # absolute, of weights, codebooks, moments and curves after 12 steps: a few roundings of float32

@@ -13,11 +13,11 @@ from models.quantizer import BatchSlice
 from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.training import gradient_accumulation
+from stages.training.checkpoint_state import MICROBATCH, TrainableModel, TrainState
 from stages.training.code_batches import CodeBatch
 from stages.training.distributed import DistributedContext
 from stages.training.gradient_accumulation import GradientAccumulator, average_in_buckets, split_batch
 from stages.training.objective import MetricSums, StepResult
-from stages.training.state import MICROBATCH, TrainableModel, TrainState
 from tests.stages.training.test_loop import CONFIG, IMAGES, Killed, ToyObjective, assert_equal, run
 
 TOLERANCE = 1e-6  # absolute, of everything in a checkpoint: a few roundings of float32

@@ -18,12 +18,12 @@ from stages.runtime import fault_injection
 from stages.runtime.context import Reporter
 from stages.training import loop
 from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_state import TrainState
 from stages.training.distributed import CheckpointMismatch, CheckpointTimer, DistributedContext, StepVote
 from stages.training.loop import TrainingStopped, train
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import MetricSums, Objective, StepResult, TrainingData
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
-from stages.training.state import TrainState
 
 IMAGES = torch.randn(23, 4, generator=torch.Generator().manual_seed(0))
 

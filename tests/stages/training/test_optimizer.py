@@ -12,9 +12,9 @@ from models.config import PriorConfig
 from models.priors import Grid, build
 from stages.config import TrainConfig
 from stages.training import muon
+from stages.training.checkpoint_state import TrainableModel
 from stages.training.muon import Muon, orthogonalize
 from stages.training.optimizer import build_optimizers, learning_rate
-from stages.training.state import TrainableModel
 
 ADAM = TrainConfig(steps=20, batch_size=4, learning_rate=0.01, ema_decay=0.9)
 CONFIGS = {

@@ -24,10 +24,10 @@ from stages.errors import UserError
 from stages.runtime.cluster import connect_cluster
 from stages.runtime.context import Reporter, StageContext
 from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_state import trained_weights
 from stages.training.distributed import DistributedContext
 from stages.training.failures import LOST_AT_START
 from stages.training.ray_train import UNUSED_CALLBACKS, fit, train_or_load, trainer_class
-from stages.training.state import trained_weights
 from tests.gloo import train_with_ranks
 from tests.screen import Screen
 

@@ -1,6 +1,6 @@
 """Metrics that compare two sets of images by their features.
 
-To add one, write its function in a file of this package and add a line to `COMPARISONS`. `evaluate` applies each one to
+To add one, write its function in a file of this package and add a line to `SET_METRICS`. `evaluate` applies each one to
 the samples, the reconstructions and both baselines, and shows the values in the report. metrics/evaluate.json has those
 of the samples.
 """
@@ -15,7 +15,7 @@ from stages.metrics.pairs import Features, SetComparison
 Value = float | tuple[float, float]  # or a value and its standard error
 
 
-class Comparison(NamedTuple):
+class SetMetric(NamedTuple):
     """Metric between the features of two sets of images. It has one of `of_pairs` and `of_features`."""
 
     label: str  # name in the report
@@ -34,34 +34,34 @@ class Comparison(NamedTuple):
         return self.of_features(self.prepare(reference), self.prepare(images))
 
 
-COMPARISONS: dict[str, Comparison] = {
-    "kid": Comparison("KID", "lower", lambda config: 2, of_pairs=lambda sums, config: distance.kid(sums)),
-    "frechet": Comparison(
+SET_METRICS: dict[str, SetMetric] = {
+    "kid": SetMetric("KID", "lower", lambda config: 2, of_pairs=lambda sums, config: distance.kid(sums)),
+    "frechet": SetMetric(
         "Fréchet distance",
         "lower",
         lambda config: 2,
         of_features=distance.frechet_of_gaussians,
         prepare=distance.fit_gaussian,
     ),
-    "precision": Comparison(
+    "precision": SetMetric(
         "Precision",
         "higher",
         lambda config: config.precision_recall_k + 1,
         of_pairs=lambda sums, config: precision_recall.precision(sums.between),
     ),
-    "recall": Comparison(
+    "recall": SetMetric(
         "Recall",
         "higher",
         lambda config: config.precision_recall_k + 1,
         of_pairs=lambda sums, config: precision_recall.recall(sums.between),
     ),
-    "density": Comparison(
+    "density": SetMetric(
         "Density",
         "higher",
         lambda config: config.precision_recall_k + 1,
         of_pairs=lambda sums, config: precision_recall.density(sums.between, config.precision_recall_k),
     ),
-    "coverage": Comparison(
+    "coverage": SetMetric(
         "Coverage",
         "higher",
         lambda config: config.precision_recall_k + 1,
@@ -70,9 +70,9 @@ COMPARISONS: dict[str, Comparison] = {
 }
 
 
-def possible(num_images: int, config: EvaluateConfig) -> dict[str, Comparison]:
+def possible(num_images: int, config: EvaluateConfig) -> dict[str, SetMetric]:
     """Return the metrics that sets of `num_images` images can have."""
-    return {name: metric for name, metric in COMPARISONS.items() if num_images >= metric.min_images(config)}
+    return {name: metric for name, metric in SET_METRICS.items() if num_images >= metric.min_images(config)}
 
 
 def compare(reference: Features, images: Features, config: EvaluateConfig, seed: int) -> dict[str, Value]:
@@ -84,7 +84,7 @@ def compare(reference: Features, images: Features, config: EvaluateConfig, seed:
 
 
 def combine(
-    metrics: Mapping[str, Comparison],
+    metrics: Mapping[str, SetMetric],
     sums: SetComparison,
     of_features: Mapping[str, Value],
     config: EvaluateConfig,
