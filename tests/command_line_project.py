@@ -13,6 +13,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.process import DEFAULTS
 from stages.formats import artifact
 from stages.tracking.journal import JOURNAL_FILE
 
@@ -163,5 +164,9 @@ class CommandLineProject:
 
 
 def public_environment() -> dict[str, str]:
-    """Return the environment of this process without the variables that a command must not inherit."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(PRIVATE_PREFIXES)}
+    """Return the environment of this process without the variables that a command must not inherit or sets itself."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(PRIVATE_PREFIXES) and name not in DEFAULTS
+    }

@@ -3,6 +3,7 @@
 import multiprocessing
 import socket
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def _train_rank(
     context: StageContext,
     stop_after: int,
 ) -> None:
-    answers = iter([False] * (stop_after - 1) + [True] * 99) if stop_after else iter([False] * 99)
+    answers = chain(repeat(False, stop_after - 1), repeat(True)) if stop_after else repeat(False)
     dist = DistributedContext(
         rank,
         world_size,

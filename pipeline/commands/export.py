@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ class ImageSource:
     size: int  # side in pixels
     labels: np.ndarray  # (count,) int64
     classes: tuple[str, ...]
-    images: Callable[[], Iterator[np.ndarray]]  # (H, W, 3) uint8 each
+    images: Callable[[int], Iterator[np.ndarray]]  # yields the first images, (H, W, 3) uint8 each
 
 
 def run(what: str, out: Path, *, split: str, count: int, artifacts: Path = MODEL) -> int:
@@ -50,7 +49,7 @@ def run(what: str, out: Path, *, split: str, count: int, artifacts: Path = MODEL
     count = min(count, source.count) if count else source.count
     labels = source.labels[:count].astype(np.int64) if source.classes else None
     progress = track(
-        islice(source.images(), count),
+        source.images(count),
         description=f"Exporting {format_count(count, 'image', 'images')}",
         total=count,
         console=Console(stderr=True),
@@ -77,10 +76,10 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
             samples.image_size,
             samples.labels,
             samples.classes,
-            lambda: (
+            lambda count: (
                 image
-                for start in range(0, samples.count, READ_AT_ONCE)
-                for image in samples.images(start, min(start + READ_AT_ONCE, samples.count))
+                for start in range(0, count, READ_AT_ONCE)
+                for image in samples.images(start, min(start + READ_AT_ONCE, count))
             ),
         )
     if what != "images":
@@ -105,7 +104,7 @@ def _open(what: str, split: str, artifacts: Path) -> ImageSource:
         images.image_size,
         images.labels,
         shards.classes,
-        lambda: (images.read(position) for position in range(len(images))),
+        lambda count: map(images.read, range(count)),
     )
 
 

@@ -32,6 +32,7 @@ class ControlActor:
         self._reports: list[tuple[str, tuple[Any, ...]]] = []
         self._stop_requested, self._saved = asyncio.Event(), asyncio.Event()
         self._fatal_error: UserError | None = None
+        self._failures = 0
         self._last_heartbeat: dict[Hashable, float] = {}  # time by worker
         self._last_check = clock()
 
@@ -63,6 +64,11 @@ class ControlActor:
     async def set_fatal_error(self, error: UserError) -> None:
         """Record an error that a retry cannot fix. The first one stays."""
         self._fatal_error = self._fatal_error or error
+
+    async def count_failure(self) -> int:
+        """Count a loss or an error of workers that ends an attempt to train; return the number so far."""
+        self._failures += 1
+        return self._failures
 
     async def get_fatal_error(self) -> UserError | None:
         """Return the recorded fatal error, or None."""

@@ -12,7 +12,6 @@ from stages.runtime import cluster
 from stages.runtime.context import Reporter, StageContext
 from stages.training.distributed import CheckpointMismatch
 
-LOST_AT_START = "was lost when its training began: its process or its node ended"
 # Attributes under which Ray's exceptions hold the exception that caused them.
 CAUSE_ATTRIBUTES = ("cause", "_base_exc", "health_check_failure")
 
@@ -28,7 +27,7 @@ def training_error(
     import ray.train
 
     if is_loss_at_start(error):
-        return _workers_failed(context, f"A worker {LOST_AT_START}.")
+        return _workers_failed(context, describe_loss_at_start(error))
     if isinstance(error, ray.train.WorkerGroupError):
         rank, cause = root_cause(error.worker_failures)
         if description := describe_failure(cause):
@@ -43,6 +42,11 @@ def training_error(
         return cause
     if "startup timed out" in str(error):
         check_cluster(context.cluster)  # a node may have left, and the check says what is missing
+    return interruption_error(error, context)
+
+
+def interruption_error(error: Exception, context: StageContext) -> UserError:
+    """Create the error for training that ended for a reason outside of the workers."""
     return UserError(
         f"Training could not continue: {summarize_error(error)}",
         where=context.work_dir,
@@ -52,13 +56,25 @@ def training_error(
 
 
 def is_loss_at_start(error: Exception) -> bool:
-    """Return whether a worker was lost when its training function was launched.
+    """Return whether a worker, or another actor, was lost when the training functions were launched.
 
     Ray Train takes this for an error of the controller, which it does not retry (WorkerGroup._start_impl, Ray 2.63).
     """
-    import ray
+    from ray import exceptions
 
-    return isinstance(getattr(error, "controller_failure", None), ray.exceptions.ActorDiedError)
+    lost = (
+        exceptions.RayActorError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+    )
+    return isinstance(getattr(error, "controller_failure", None), lost)
+
+
+def describe_loss_at_start(error: Any) -> str:
+    """Describe the loss of which `is_loss_at_start` is true, in one sentence."""
+    cause = error.controller_failure
+    return f"When training began, a worker{_node(cause)} {describe_failure(cause)}"
 
 
 def _workers_failed(context: StageContext, last_failure: str) -> UserError:
@@ -72,12 +88,13 @@ def _workers_failed(context: StageContext, last_failure: str) -> UserError:
     )
 
 
-def failure_callback(reporter: Reporter) -> Any:
-    """Create a callback with which Ray Train reports why it restarts the workers."""
+def failure_callback(reporter: Reporter, count_failure: Callable[[], object]) -> Any:
+    """Create a callback with which Ray Train counts failures of workers, and reports why it restarts them."""
     from ray.train import UserCallback
 
     class ReportFailures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+            count_failure()
             rank, cause = root_cause(worker_exceptions)
             if not isinstance(cause, UserError):  # a UserError ends training, and the command prints it
                 description = describe_failure(cause) or f"raised {type(cause).__name__}: {summarize_error(cause)}"
@@ -131,8 +148,8 @@ def summarize_error(error: BaseException) -> str:
 
 def _node(failure: BaseException) -> str:
     """Return " on ADDRESS" if the message of a failure names the worker's node, else ""."""
-    match = re.search(r"node_ip='([^']+)'", str(failure))
-    return f" on {match[1]}" if match else ""
+    match = re.search(r"node_ip='([^']+)'|^\s*ip: (\S+)$", str(failure), re.MULTILINE)
+    return f" on {match[1] or match[2]}" if match else ""
 
 
 def _unwrap(error: BaseException) -> BaseException:

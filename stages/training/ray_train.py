@@ -11,7 +11,6 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,13 @@ from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import trained_weights
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
-from stages.training.failures import LOST_AT_START, failure_callback, is_loss_at_start, training_error
+from stages.training.failures import (
+    describe_loss_at_start,
+    failure_callback,
+    interruption_error,
+    is_loss_at_start,
+    training_error,
+)
 from stages.training.loop import TrainingStopped
 
 SAVE_TIMEOUT_S = 15.0  # for the workers to save after a signal; preempted machines get 20 to 30 s
@@ -58,8 +63,6 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
     plain data with absolute paths. Raises the error of the worker that failed first if that worker raised it itself,
     and UserError if workers were lost repeatedly or the cluster ended.
     """
-    import ray
-
     config = context.cluster
     with cluster.connect_cluster(config), _ray_storage(context) as storage_settings:
         if config.storage:
@@ -69,19 +72,68 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
                 for name, value in arguments.items()
             }
         control = start_control_actor()
-        for attempt in count(1):
-            trainer = _build_trainer(train_worker, arguments, context, control, storage_settings)
-            try:
-                with forward_reports(control, context.reporter):
-                    _wait_or_stop(start_in_thread(trainer.fit, "fit"), control)
-                return
-            # RayActorError: the node of the training controller is gone.
-            except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-                if attempt > config.max_failures or not is_loss_at_start(error):
-                    raise training_error(error, context) from error
-                context.reporter.message(f"A worker {LOST_AT_START}.")
-                if cluster.is_private():
-                    _remove_placement_groups()
+
+        def train(max_failures: int) -> None:
+            trainer = _build_trainer(train_worker, arguments, context, control, storage_settings, max_failures)
+            _wait_or_stop(start_in_thread(trainer.fit, "fit"), control)
+
+        with forward_reports(control, context.reporter):
+            _train_until_complete(train, lambda error: _recover(error, context, control), context)
+
+
+def _train_until_complete(train: Callable[[int], None], recover: Callable[[Any], int], context: StageContext) -> None:
+    """Call `train(max_failures)`, and again after a loss that Ray Train does not retry itself.
+
+    `recover` prepares the next attempt and returns the number of failures so far, in all attempts.
+    """
+    import ray
+
+    max_failures, failures = context.cluster.max_failures, 0
+    while True:
+        try:
+            train(max_failures - failures)
+            return
+        # RayActorError: the node of the training controller is gone.
+        except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+            if not is_loss_at_start(error):
+                raise training_error(error, context) from error
+            failures = recover(error)
+            if failures > max_failures:
+                raise training_error(error, context) from error
+
+
+def _recover(error: Any, context: StageContext, control: Any) -> int:
+    """Report a loss at the start, free what the lost attempt has reserved, and return the number of failures so far.
+
+    Raises the error of a worker that no retry can fix, and UserError if the control actor is gone or if the cluster has
+    become too small.
+    """
+    import ray
+
+    try:
+        if fatal_error := ray.get(control.get_fatal_error.remote()):
+            raise fatal_error
+        failures: int = ray.get(control.count_failure.remote())
+        ray.get(control.report.remote("message", describe_loss_at_start(error)))
+        _remove_placement_groups()
+    except ray.exceptions.RayError:
+        raise interruption_error(error, context) from error
+    cluster.check_resources(context.cluster)
+    return failures
+
+
+def _remove_placement_groups() -> None:
+    """Free the resources that placement groups of this job reserve; the actors in them are killed.
+
+    Ray frees them only when the job ends, not when the actor ends that created them.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()
+    for group, entry in ray.util.placement_group_table().items():
+        if group.endswith(job) and entry["state"] != "REMOVED":  # an id ends with that of its job
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def _build_trainer(
@@ -90,7 +142,9 @@ def _build_trainer(
     context: StageContext,
     control: Any,
     storage_settings: Mapping[str, Any],
+    max_failures: int,
 ) -> Any:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
@@ -113,26 +167,13 @@ def _build_trainer(
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",  # Ray Train takes a name it knows for a finished run
             **storage_settings,
-            callbacks=[failure_callback(remote_context.reporter)],
+            callbacks=[failure_callback(remote_context.reporter, lambda: ray.get(control.count_failure.remote()))],
             failure_config=FailureConfig(
-                max_failures=config.max_failures,
+                max_failures=max_failures,
                 controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]
             ),
         ),
     )
-
-
-def _remove_placement_groups() -> None:
-    """Free the resources that all placement groups of a private cluster reserve; the actors in them are killed.
-
-    Ray frees them only when the process that has connected ends, not when the actor ends that created them.
-    """
-    import ray
-    from ray.util.placement_group import PlacementGroup
-
-    for group, entry in ray.util.placement_group_table().items():
-        if entry["state"] != "REMOVED":
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def trainer_class() -> Any:

@@ -1,5 +1,6 @@
 """Tests of the process setup of a command."""
 
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,15 @@ def test_programs_started_by_a_command_import_nothing_from_the_current_folder(pr
     (project.folder / "dvc.py").write_text("print('foreign code')\n")
     done = run_console_script(project.folder, "status", PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and "foreign" not in done.stdout + done.stderr, done.stderr
+
+
+def test_commands_set_defaults_and_keep_values_of_the_user():
+    """The variables are for libraries and child processes."""
+    code = "import json, os; from pipeline import process; process.prepare(); print(json.dumps(dict(os.environ)))"
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    environment = {"PATH": os.environ["PATH"], name: "7"}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    assert json.loads(printed).items() >= (process.DEFAULTS | {name: "7"}).items()
 
 
 def test_closed_output_is_not_an_error(project):

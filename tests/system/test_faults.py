@@ -26,10 +26,10 @@ LONG = (
 SLOW = {"VQVAE2_FAULT": ",".join(f"slow@vqvae:0:{step}" for step in (17, 38, 59))}
 
 
-def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(
+def test_a_run_that_is_killed_and_stopped_ends_in_the_same_bytes(
     project: CommandLineProject, tmp_path: Path, namespace: Namespace
 ):
-    """SIGKILL of the command leaves no process, and a second command is refused while the first one runs."""
+    """SIGKILL of the command leaves no process, SIGTERM saves the step, and the final bytes are the same."""
     project = CommandLineProject(project.folder, project.environment | SLOW)
     job = namespace.start(project, "vqvae2", "run", *LONG, log="first")
     _wait_for_checkpoint(project, job, CHECKPOINT_EVERY)
@@ -37,16 +37,26 @@ def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(
     job.send(signal.SIGKILL, "run")
     _check_no_process_is_left(namespace)
 
-    result = _resume(project, namespace, at_least=CHECKPOINT_EVERY, log="second").wait()
+    job = _resume(project, namespace, at_least=CHECKPOINT_EVERY, log="second")
+    slow_step = _wait_for_slow_step(project, job, 38)
+    job.send(signal.SIGTERM, "run")
+    stopped = job.wait(20)
+    assert stopped.status == 128 + signal.SIGTERM
+    assert stopped.output.splitlines()[-1] == "Stopped by SIGTERM. Run the same command again to resume."
+    assert "Traceback" not in stopped.output
+    assert project.newest_step("vqvae") >= slow_step
+    _check_no_process_is_left(namespace)
+
+    result = _resume(project, namespace, at_least=slow_step, log="third").wait()
     assert result.status == 0
     assert project.digests("vqvae") == {"vqvae": _undisturbed_digest(project, tmp_path)}
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_stopped_ends_in_the_same_bytes(
+def test_a_run_whose_dvc_is_killed_ends_in_the_same_bytes(
     project: CommandLineProject, tmp_path: Path, namespace: Namespace
 ):
-    """SIGKILL of DVC leaves no process, SIGTERM saves the step, and the final bytes are the same."""
+    """SIGKILL of DVC ends the command with an error and a fix, and leaves no process."""
     project = CommandLineProject(project.folder, project.environment | SLOW)
     job = namespace.start(project, "vqvae2", "run", *LONG, log="first")
     _wait_for_checkpoint(project, job, CHECKPOINT_EVERY)
@@ -57,17 +67,7 @@ def test_a_run_that_is_killed_and_stopped_ends_in_the_same_bytes(
     assert "fix: Run the same command again" in killed.output
     _check_no_process_is_left(namespace)
 
-    job = _resume(project, namespace, at_least=CHECKPOINT_EVERY, log="second")
-    slow_step = _wait_for_slow_step(project, job, 59)
-    job.send(signal.SIGTERM, "run")
-    stopped = job.wait(20)
-    assert stopped.status == 128 + signal.SIGTERM
-    assert stopped.output.splitlines()[-1] == "Stopped by SIGTERM. Run the same command again to resume."
-    assert "Traceback" not in stopped.output
-    assert project.newest_step("vqvae") >= slow_step
-    _check_no_process_is_left(namespace)
-
-    result = _resume(project, namespace, at_least=slow_step, log="third").wait()
+    result = _resume(project, namespace, at_least=CHECKPOINT_EVERY, log="second").wait()
     assert result.status == 0
     assert project.digests("vqvae") == {"vqvae": _undisturbed_digest(project, tmp_path)}
 

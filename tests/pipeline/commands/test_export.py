@@ -1,5 +1,6 @@
 """Tests of `vqvae2 export`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from pipeline.commands import export
 from stages.errors import UserError
-from stages.formats.samples import open_samples
+from stages.formats.samples import Samples, open_samples
 from stages.formats.shards import open_shards
 
 
@@ -46,6 +47,20 @@ def test_count_limits_the_images(artifacts, tmp_path: Path):
     with np.load(tmp_path / "two.npz") as two, np.load(tmp_path / "all.npz") as images:
         assert len(two["arr_0"]) == 2 and np.array_equal(images["arr_0"][:2], two["arr_0"])
         assert len(images["arr_0"]) == 12
+
+
+def test_only_exported_samples_are_read(artifacts, tmp_path: Path, monkeypatch):
+    """A damaged sample after them does not matter."""
+    read: list[int] = []
+    original = Samples.read_images
+
+    def read_images(samples: Samples, numbers: Iterable[int]) -> np.ndarray:
+        read.extend(numbers)
+        return original(samples, numbers)
+
+    monkeypatch.setattr(Samples, "read_images", read_images)
+    run("samples", tmp_path / "two.npz", count=2)
+    assert read == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Failures of Ray Train become one error for the user, without Ray's own messages."""
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,14 @@ from stages.runtime.context import StageContext
 from stages.training.distributed import CheckpointMismatch
 from stages.training.failures import (
     describe_failure,
+    describe_loss_at_start,
     failure_callback,
     is_loss_at_start,
     root_cause,
     summarize_error,
     training_error,
 )
+from stages.training.ray_train import _train_until_complete
 from tests.screen import Screen
 
 
@@ -73,14 +75,49 @@ def test_a_controller_error_becomes_a_user_error(context: StageContext):
     assert error.fix == "Run the same command again; it continues from the newest checkpoint."
 
 
-def test_a_loss_at_the_start_counts_as_a_failure_of_a_worker(context: StageContext):
-    """Ray Train takes it for an error of the controller. An error of the controller itself is none."""
-    error = ray.train.ControllerError(ray.exceptions.ActorDiedError())
-    assert is_loss_at_start(error) and not is_loss_at_start(ray.train.ControllerError(OSError("no space")))
-    assert not is_loss_at_start(ray.exceptions.ActorDiedError())
-    converted = training_error(error, context)
-    assert isinstance(converted, UserError) and "enough memory" in converted.fix
-    assert re.fullmatch(r"Workers failed \d times; cluster\.max_failures is \d\. A worker was lost .*", converted.what)
+LOST = ray.exceptions.ActorUnavailableError("The actor died.\n\tpid: 7\n\tip: 10.0.0.7\nIt is dead.", None)
+
+
+def test_a_loss_at_the_start_is_told_from_errors_of_the_controller():
+    """Ray Train takes both for errors of the controller. The error of a lost controller itself has no cause."""
+    for cause in (LOST, ray.exceptions.OutOfMemoryError("full"), ray.exceptions.NodeDiedError("a node")):
+        assert is_loss_at_start(ray.train.ControllerError(cause))
+    assert not is_loss_at_start(ray.train.ControllerError(OSError("no space")))
+    assert not is_loss_at_start(LOST)
+    message = "When training began, a worker on 10.0.0.7 was lost: its process or its node ended."
+    assert describe_loss_at_start(ray.train.ControllerError(LOST)) == message
+
+
+@pytest.mark.parametrize("max_failures", [0, 2])
+def test_losses_at_the_start_count_as_failures(context: StageContext, max_failures: int):
+    """Training starts again until there are more than `cluster.max_failures` of them."""
+    context = replace(context, cluster=ClusterConfig(max_failures=max_failures))
+    budgets: list[int] = []
+
+    def train(budget: int) -> None:
+        budgets.append(budget)
+        raise ray.train.ControllerError(LOST)
+
+    with pytest.raises(UserError, match="When training began, a worker") as caught:
+        _train_until_complete(train, lambda error: len(budgets), context)
+    assert budgets == list(range(max_failures, -1, -1))
+    assert caught.value.what.startswith(
+        f"Workers failed {max_failures + 1} times; cluster.max_failures is {max_failures}."
+    )
+
+
+def test_failures_of_all_attempts_have_one_limit(context: StageContext):
+    """Ray Train has retried one failure before the loss, so one less remains; other errors are not retried."""
+    budgets: list[int] = []
+
+    def train(budget: int) -> None:
+        budgets.append(budget)
+        raise ray.train.ControllerError(LOST if len(budgets) == 1 else OSError("no space"))
+
+    context = replace(context, cluster=ClusterConfig(max_failures=3))
+    with pytest.raises(UserError, match="Training could not continue: no space"):
+        _train_until_complete(train, lambda error: 2, context)
+    assert budgets == [3, 1]
 
 
 def test_a_startup_timeout_reports_the_missing_resources(context: StageContext):
@@ -106,7 +143,8 @@ def test_a_repeated_checkpoint_mismatch_becomes_a_user_error(context: StageConte
 def test_an_error_of_a_worker_is_reported_when_ray_train_restarts_it():
     """The message has the rank and the error. A UserError ends training and is not reported twice."""
     screen = Screen()
-    callback = failure_callback(screen)
+    counted: list[int] = []
+    callback = failure_callback(screen, lambda: counted.append(1))
     callback.after_exception(None, {1: UserExceptionWithTraceback(RuntimeError("a\nno luck"), "a traceback")})
     callback.after_exception(None, {0: UserError("Image 7 is damaged.", where="a shard", fix="Replace it.")})
-    assert screen.messages == ["Worker 1 raised RuntimeError: no luck"]
+    assert screen.messages == ["Worker 1 raised RuntimeError: no luck"] and len(counted) == 2
