@@ -32,7 +32,7 @@ demo: setup          ## Run every stage on the embedded data; ends with the path
 	vqvae2 config --write
 	vqvae2 run
 
-test: setup          ## Run all tests except the slow ones: some 20 minutes on two cores.
+test: setup          ## Run all tests except the slow ones: 20 to 25 minutes on two cores.
 	pytest -q -rs -m "not slow and not ray" --numprocesses=logical --maxprocesses=8 --dist=loadfile
 	pytest -q -rs -m "not slow and ray"
 
