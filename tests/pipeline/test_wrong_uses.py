@@ -338,10 +338,8 @@ def test_no_command_shows_a_password(project):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("name", "status"),
-    [("corrupt_images", 4), *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("one_image", "one_class"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("corrupt_images", 4), ("one_image", 0), ("one_class", 0)])
 def test_poor_source_is_used_or_refused(name, status, project):
     """Corrupt images stop the stage and are listed; few images or one class are enough for shards."""
     for number in range({"corrupt_images": 3, "one_image": 1, "one_class": 8}[name]):

@@ -201,6 +201,7 @@ def test_only_rank_0_saves_by_time(cluster, tmp_path: Path):
     assert values == [[120, 7, 2], [0, 7, 2]]
 
 
+@pytest.mark.slow
 def test_a_user_error_of_a_worker_ends_training_without_a_retry(cluster, tmp_path: Path):
     """The error is neither that of the peer, which fails in a collective, nor Ray's."""
     with pytest.raises(UserError, match=r"Image 7 is damaged"):
@@ -242,6 +243,7 @@ class InterruptOnce(Reporter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_command_makes_the_workers_save(cluster, arguments, project, tmp_path: Path):
     """The stop request reaches the workers, and the command still raises KeyboardInterrupt."""
     long = {**arguments, "train_vqvae": replace(project.train, steps=100_000, evaluate_every=100_000)}
