@@ -23,12 +23,12 @@ from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import METRICS_SINCE_LOG, TrainableModel, TrainState
 from stages.training.device_peak import device_name, model_flops_metrics
-from stages.training.distributed import DistributedContext, StepVote, require_same_start
+from stages.training.distributed import DistributedContext, StepDecision, StepVote, require_same_start
 from stages.training.gradient_accumulation import GradientAccumulator, autocast, split_batch
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import Objective, TrainingData
 from stages.training.optimizer import learning_rate
-from stages.training.step_timer import progress_numbers
+from stages.training.step_timer import progress_numbers, step_seconds
 
 
 class TrainingStopped(Exception):
@@ -51,95 +51,142 @@ def train(
     checkpoints differ, and UserError if a metric is not finite, a checkpoint does not match the network, a parameter
     has no gradient, or the disk is too small.
     """
-    objective.to(dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.recompute_activations:
-        recompute_activations(objective.network)
-    model = TrainableModel(objective.network, config)
-    resumed = checkpoints.latest()
-    start, history = (resumed.step, resumed.history) if resumed is not None else (0, [])
-    saved_step = start
-    require_same_start(start, dist)
-    metrics_since_log = MetricAccumulator(objective, dist)
-    if resumed is not None:
-        if mismatch := model.mismatch(resumed.tensors, len(metrics_since_log.local)):
-            raise checkpoints.mismatch_error(resumed.step, mismatch)
-        model.restore(resumed.tensors)
-        metrics_since_log.restore(resumed.tensors[METRICS_SINCE_LOG])
-        reporter.message(f"Resuming at step {start} of {config.steps}.")
-
-    def save(step: int) -> None:
-        nonlocal saved_step
-        saved_step = step
-        dist.checkpoint_timer.restart()
-        tensors = model.tensors() | gradients.tensors() | {METRICS_SINCE_LOG: metrics_since_log.gather_by_rank()}
-        if dist.rank == 0:
-            checkpoints.save(TrainState(step, tensors, history))
-
-    def record(step: int, values: Mapping[str, float]) -> None:
-        history.extend({"step": step, "name": name, "value": value} for name, value in values.items())
-        reporter.metrics(values, step)
-
-    gradients = GradientAccumulator(objective, config, seed=seed, dist=dist)
-    if resumed is not None:
-        gradients.restore(resumed.tensors)
-    step_vote, log_time, log_step = StepVote(dist), time.monotonic(), start
-    timer, device = gradients.timer, device_name(dist.device)
-    with gradients.explain_out_of_memory():
-        for step, batch in enumerate(timer.batches(data.training(start)), start):
-            inject_nan = dist.inject_fault(step)
-            objective.train()
-            step_sums = gradients.accumulate(batch, step, step_vote.cast(), inject_nan=inject_nan)
-            if step == start:
-                model.require_gradients()
-            model.apply_gradients(learning_rate(config, step), config.max_grad_norm)
-            with timer.waiting_for_peers():
-                sums, votes = step_sums.in_flight.wait()
-            objective.absorb(sums)
-            model.update_ema()  # after `absorb`: the EMA copies the codebooks
-            for microbatch_metrics in step_sums.metrics:
-                metrics_since_log.add(microbatch_metrics)
-            if step == start and dist.rank == 0:  # the optimizer has all its tensors now
-                checkpoints.require_free_space(model.tensors(), _remaining_checkpoints(config, start, dist))
-
-            completed_steps, decision = step + 1, step_vote.count(votes)
+    training = _Training(objective, data, config, seed, dist, checkpoints, reporter)
+    start = training.resume()
+    with training.gradients.explain_out_of_memory():
+        for step, batch in enumerate(training.timer.batches(data.training(start)), start):
+            decision = training.run_step(step, batch, is_first=step == start)
+            completed_steps = step + 1
             is_last = completed_steps == config.steps
             if completed_steps % config.log_every == 0 or is_last:
-                values = metrics_since_log.summarize()
-                _require_finite(values, completed_steps, checkpoints.folder)
-                rate = config.batch_size * (completed_steps - log_step) / max(time.monotonic() - log_time, 1e-9)
-                record(completed_steps, {f"train/{name}": value for name, value in values.items()})
-                speed = {"images_per_second": rate, **timer.summarize(completed_steps - log_step)}
-                speed |= model_flops_metrics(dist.flops_per_image, rate, dist.devices, device, config.precision)
-                speed |= {"learning_rate": learning_rate(config, step)}
-                reporter.metrics({f"train/{name}": value for name, value in speed.items()}, completed_steps)
-                reporter.progress(completed_steps, config.steps, "step", {**values, **progress_numbers(speed)})
-                timer.restart()
-                metrics_since_log, log_time, log_step = (
-                    MetricAccumulator(objective, dist),
-                    time.monotonic(),
-                    completed_steps,
-                )
+                training.log(completed_steps)
             if completed_steps % config.evaluate_every == 0 or is_last:
-                evaluation_start = time.monotonic()
-                for split, batches in data.evaluation.items():
-                    parts = (part for batch in batches() for part in split_batch(batch, gradients.evaluation_size))
-                    with autocast(config, dist.device):
-                        values = evaluate(objective, model.evaluation_network, parts, dist)
-                    record(completed_steps, {f"{split}/{name}": value for name, value in values.items()})
-                if dist.rank == 0:
-                    for name, png in objective.previews(model.evaluation_network).items():
-                        reporter.image(name, png, completed_steps)
-                # images/s and the time of a step are those of training alone
-                log_time += time.monotonic() - evaluation_start
-                timer.exclude(time.monotonic() - evaluation_start)
+                training.evaluate(completed_steps)
             # A vote to save is read one step later. A checkpoint of the step in between has done what it asks for.
-            is_due = decision.save and saved_step < step
+            is_due = decision.save and training.saved_step < step
             if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_due:
-                save(completed_steps)
+                training.save(completed_steps)
             if decision.stop and not is_last:
                 checkpoints.wait()
                 raise TrainingStopped(f"stopped at step {completed_steps}")
     checkpoints.wait()
+
+
+class _Training:
+    """State of one call of `train`, and what happens in and between its steps."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        data: TrainingData,
+        config: TrainConfig,
+        seed: int,
+        dist: DistributedContext,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+    ) -> None:
+        self.objective, self.data, self.config = objective, data, config
+        self.dist, self.checkpoints, self.reporter = dist, checkpoints, reporter
+        objective.to(dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.recompute_activations:
+            recompute_activations(objective.network)
+        self.model = TrainableModel(objective.network, config)
+        self.gradients = GradientAccumulator(objective, config, seed=seed, dist=dist)
+        self.timer = self.gradients.timer
+        self.metrics_since_log = MetricAccumulator(objective, dist)
+        self.history: list[dict[str, Any]] = []
+        self.step_vote = StepVote(dist)
+        self.saved_step = self.logged_step = 0
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint; return its step, 0 if there is none."""
+        state = self.checkpoints.latest()
+        start = state.step if state is not None else 0
+        require_same_start(start, self.dist)
+        if state is not None:
+            if mismatch := self.model.mismatch(state.tensors, len(self.metrics_since_log.local)):
+                raise self.checkpoints.mismatch_error(state.step, mismatch)
+            self.model.restore(state.tensors)
+            self.gradients.restore(state.tensors)
+            self.metrics_since_log.restore(state.tensors[METRICS_SINCE_LOG])
+            self.history = state.history
+            self.reporter.message(f"Resuming at step {start} of {self.config.steps}.")
+        self.saved_step = self.logged_step = start
+        self.timer.restart()
+        return start
+
+    def run_step(self, step: int, batch: Any, *, is_first: bool) -> StepDecision:
+        """Train on one batch; return what all ranks do after it."""
+        inject_nan = self.dist.inject_fault(step)
+        self.objective.train()
+        step_sums = self.gradients.accumulate(batch, step, self.step_vote.cast(), inject_nan=inject_nan)
+        if is_first:
+            self.model.require_gradients()
+        self.model.apply_gradients(learning_rate(self.config, step), self.config.max_grad_norm)
+        with self.timer.waiting_for_peers():
+            sums, votes = step_sums.in_flight.wait()
+        self.objective.absorb(sums)
+        self.model.update_ema()  # after `absorb`: the EMA copies the codebooks
+        for microbatch_metrics in step_sums.metrics:
+            self.metrics_since_log.add(microbatch_metrics)
+        if is_first and self.dist.rank == 0:  # the optimizer has all its tensors now
+            remaining = _remaining_checkpoints(self.config, step, self.dist)
+            self.checkpoints.require_free_space(self.model.tensors(), remaining)
+        return self.step_vote.count(votes)
+
+    def log(self, step: int) -> None:
+        """Report the metrics and the speed of the steps since the last call."""
+        values = self.metrics_since_log.summarize()
+        _require_finite(values, step, self.checkpoints.folder)
+        self._record("train", values, step)
+        seconds = self.timer.summarize(step - self.logged_step)
+        images_per_second = self.config.batch_size / max(step_seconds(seconds), 1e-9)
+        speed = {
+            "images_per_second": images_per_second,
+            **seconds,
+            **model_flops_metrics(
+                self.dist.flops_per_image,
+                images_per_second,
+                self.dist.devices,
+                device_name(self.dist.device),
+                self.config.precision,
+            ),
+            "learning_rate": learning_rate(self.config, step - 1),
+        }
+        self.reporter.metrics({f"train/{name}": value for name, value in speed.items()}, step)
+        self.reporter.progress(step, self.config.steps, "step", {**values, **progress_numbers(speed)})
+        self.metrics_since_log = MetricAccumulator(self.objective, self.dist)
+        self.logged_step = step
+        self.timer.restart()
+
+    def evaluate(self, step: int) -> None:
+        """Measure every split, and draw previews. The speed of training does not count this time."""
+        start_s = time.monotonic()
+        network = self.model.evaluation_network
+        for split, batches in self.data.evaluation.items():
+            parts = (part for batch in batches() for part in split_batch(batch, self.gradients.evaluation_size))
+            with autocast(self.config, self.dist.device):
+                values = evaluate(self.objective, network, parts, self.dist)
+            self._record(split, values, step)
+        if self.dist.rank == 0:
+            for name, png in self.objective.previews(network).items():
+                self.reporter.image(name, png, step)
+        self.timer.exclude(time.monotonic() - start_s)
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint of all ranks' state."""
+        self.saved_step = step
+        self.dist.checkpoint_timer.restart()
+        metrics = {METRICS_SINCE_LOG: self.metrics_since_log.gather_by_rank()}
+        tensors = self.model.tensors() | self.gradients.tensors() | metrics
+        if self.dist.rank == 0:
+            self.checkpoints.save(TrainState(step, tensors, self.history))
+
+    def _record(self, split: str, values: Mapping[str, float], step: int) -> None:
+        """Report metrics, and keep them for the curves of the artifact."""
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        self.history.extend({"step": step, "name": name, "value": value} for name, value in named.items())
+        self.reporter.metrics(named, step)
 
 
 def evaluate(

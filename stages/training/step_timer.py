@@ -112,9 +112,14 @@ class StepTimer:
         return float(before.elapsed_time(after)) / 1000
 
 
+def step_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the seconds of a step, the sum of its parts in `StepTimer.summarize`."""
+    return sum(seconds[f"{part}_seconds"] for part in ("data", "compute", "reduce"))
+
+
 def progress_numbers(speed: Mapping[str, float]) -> dict[str, float]:
     """Return the numbers beside the progress of a training, from its metrics: what fits on a line."""
-    step_s = sum(speed[f"{part}_seconds"] for part in ("data", "compute", "reduce")) or 1.0
+    step_s = step_seconds(speed) or 1.0
     numbers = {
         "images/s": speed["images_per_second"],
         "data %": 100 * speed["data_seconds"] / step_s,

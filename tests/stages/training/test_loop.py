@@ -16,7 +16,7 @@ from stages.config import TrainConfig
 from stages.errors import UserError
 from stages.runtime import fault_injection
 from stages.runtime.context import Reporter
-from stages.training import loop
+from stages.training import loop, step_timer
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import TrainState
 from stages.training.distributed import CheckpointMismatch, CheckpointTimer, DistributedContext, StepVote
@@ -425,7 +425,8 @@ def test_images_per_second_exclude_evaluation(tmp_path: Path, monkeypatch: pytes
         def metrics(self, values: Mapping[str, float], step: int) -> None:
             rates.extend(value for name, value in values.items() if name == "train/images_per_second")
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (loop, step_timer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     data = TrainingData(
         lambda start: (after(1, IMAGES[:4]) for _ in range(start, 20)),
         {"validation": lambda: (after(100, images) for images in IMAGES.split(8))},
