@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from pipeline.process import DEFAULTS
 from stages.formats import artifact
 from stages.tracking.journal import JOURNAL_FILE
+from tests.fork_server import run_command
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ("-S", "experiment=smoke")
@@ -94,14 +95,8 @@ class CommandLineProject:
 
     def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `vqvae2` in the environment of the tests, with stdout and stderr apart and any exit status."""
-        code = "from pipeline.cli import main; main()"
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=self.folder,
-            env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
+        return run_command(
+            arguments, self.folder, {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **environment}, timeout_s=300
         )
 
     def call(self, *command: str, status: int = 0, timeout: float = 400) -> CommandResult:

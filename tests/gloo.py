@@ -1,6 +1,5 @@
 """Several ranks on one machine: processes that communicate with gloo, without Ray."""
 
-import multiprocessing
 import socket
 from collections.abc import Callable
 from itertools import chain, repeat
@@ -13,9 +12,7 @@ from torch.multiprocessing import start_processes
 from stages.runtime.context import StageContext
 from stages.training.distributed import DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.loop import TrainingStopped
-
-# The fork server imports these once, for all processes that tests start.
-multiprocessing.set_forkserver_preload(["pytest", "stages.prior", "stages.vqvae", "torch._dynamo"])
+from tests.fork_server import fork_server
 
 
 def run_ranks(work: Callable[..., None], *arguments: Any, world_size: int) -> None:
@@ -23,6 +20,7 @@ def run_ranks(work: Callable[..., None], *arguments: Any, world_size: int) -> No
     with socket.socket() as free_socket:
         free_socket.bind(("127.0.0.1", 0))
         port = free_socket.getsockname()[1]
+    fork_server()
     start_processes(_join, (work, arguments, world_size, port), nprocs=world_size, start_method="forkserver")
 
 
