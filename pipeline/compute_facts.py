@@ -13,7 +13,7 @@ def compute_facts(stage: Stage, settings: Params) -> dict[str, Any]:
     cluster = settings.cluster.for_stage(stage.cli_name)
     facts: dict[str, Any] = {
         "device": device_kind(has_gpu=cluster.gpus_per_worker > 0),
-        "devices": cluster.workers * (cluster.gpus_per_worker or 1),
+        "devices": cluster.max_workers * (cluster.gpus_per_worker or 1),  # of a range, never too few
     }
     train = _train_config(stage, settings)
     if train is None:

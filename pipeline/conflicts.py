@@ -9,7 +9,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.text import capitalize
-from stages.config import ClusterConfig, Params, SampleConfig
+from stages.cluster_config import ClusterConfig
+from stages.config import Params, SampleConfig
 from stages.errors import install_command
 
 # Artifacts with images: those that a classifier can be trained on, and those that a rejection can select from.
@@ -174,12 +175,14 @@ def _cluster_conflicts(params: Params) -> Iterator[Problem]:
         for name, classifier in params.classifiers.items()
     }
     for stage, (section, train) in trainings.items():
-        workers, workers_key = params.cluster.for_stage(stage).workers, _workers_key(params.cluster, stage)
+        cluster, workers_key = params.cluster.for_stage(stage), _workers_key(params.cluster, stage)
+        workers = cluster.max_workers
         if train.batch_size < workers:
+            value = workers if isinstance(cluster.workers, int) else f"up to {workers}"
             key = f"{section}.batch_size"
             yield Problem(
                 key,
-                f"{key} must be at least {workers_key}, which is {workers}, got {train.batch_size}.",
+                f"{key} must be at least {workers_key}, which is {value}, got {train.batch_size}.",
                 f"Set {key} to {workers} or more, or lower {workers_key}.",
             )
 

@@ -235,7 +235,7 @@ def _decoding(settings: Params, listing: Listing) -> dict[str, float]:
         with suppress(UnreadableFile, RejectedImage):
             encode(decode(source.read(image.member), dataset).pixels, dataset)
             decoded += 1
-    seconds, workers = time.monotonic() - start, settings.cluster.for_stage("shard").workers
+    seconds, workers = time.monotonic() - start, settings.cluster.for_stage("shard").min_workers
     return {"shard": seconds / decoded * len(listing.images) / workers} if decoded else {}
 
 
@@ -246,10 +246,10 @@ def _share(config: TrainConfig, workers: int) -> int:
 
 @contextmanager
 def _one_worker(settings: Params, stage: str) -> Iterator[int]:
-    """Compute with the processors of one worker of a stage; yield the number of its workers."""
+    """Compute with the processors of one worker of a stage; yield the number of its workers, of a range the fewest."""
     cluster, threads = settings.cluster.for_stage(stage), torch.get_num_threads()
     torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     try:
-        yield cluster.workers
+        yield cluster.min_workers
     finally:
         torch.set_num_threads(threads)

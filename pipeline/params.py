@@ -35,6 +35,7 @@ MAX_BYTES = 1_000_000  # far more than any params.yaml, dvc.yaml or dvc.lock has
 MAX_ERRORS = 5  # in one message
 NAMED_BY_USERS = ("evaluate.networks",)  # mappings whose keys are names of the user's choice
 SAME_SECTION_SIMILARITY = 0.6  # difflib's ratio for a suggestion from the section of the unknown key
+PAIR = "tuple[int, int]"  # pydantic's name of the type
 OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error counts
 
 
@@ -208,16 +209,18 @@ def _merge_unions(errors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merge the errors of a setting of several types: pydantic reports one for each type, whose location ends in it."""
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for error in errors:
-        location = tuple(error["loc"])
-        if (
-            location
-            and re.fullmatch(r"int|literal\[.*\]", str(location[-1]))
-            and _key(location[:-1]) in _keys(Params, "")
-        ):
-            rule = error["msg"].removeprefix("Input should be ")
-            error["loc"] = location[:-1]
-            if previous := merged.get(location[:-1]):
-                error["msg"] = f"{previous['msg']} or {rule}"
+        location, rule = tuple(error["loc"]), error["msg"].removeprefix("Input should be ")
+        setting = location[:-1]
+        if PAIR in location:  # with the index of an item, or without
+            setting, rule = location[: location.index(PAIR)], "a pair [min, max]"
+        elif not (location and re.fullmatch(r"int|literal\[.*\]", str(location[-1]))):
+            setting = location
+        if setting != location and _key(setting) in _keys(Params, ""):
+            error["loc"] = setting
+            if previous := merged.get(setting):
+                if rule not in previous["msg"]:
+                    previous["msg"] += f" or {rule}"
+                continue
         merged[tuple(error["loc"])] = error
     return list(merged.values())
 

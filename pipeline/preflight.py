@@ -14,7 +14,8 @@ from pathlib import Path
 from pipeline import composed_from, dvc_yaml, params, shared_cluster
 from pipeline.checks import inputs, machine, project_folder, servers
 from pipeline.checks.check import Answer, EnvironmentCheck, Request, SettingsCheck
-from stages.config import ClusterConfig, DatasetConfig, Params
+from stages.cluster_config import ClusterConfig
+from stages.config import DatasetConfig, Params
 from stages.errors import UserError, unknown_class
 from stages.formats import artifact
 from stages.images import listing
@@ -62,7 +63,7 @@ def check_gpus(
 ) -> None:
     """Raise UserError if this machine has fewer GPUs than its private cluster would need for any of the stages."""
     configs = {stage: cluster.for_stage(stage) for stage in map(dvc_yaml.cli_name, stages)}
-    gpus = {stage: config.gpus_per_worker * config.workers for stage, config in configs.items()}
+    gpus = {stage: config.gpus_per_worker * config.min_workers for stage, config in configs.items()}
     stage = max(gpus, key=gpus.__getitem__, default="")
     required, available = gpus.get(stage, 0), machine.gpu_count()
     if required <= available or environment.get("RAY_ADDRESS"):

@@ -20,6 +20,7 @@ from models.priors import Grid, build, nll
 from models.quantizer import BatchSlice
 from models.recompute import recompute_activations
 from models.vqvae import VQVAE
+from stages.cluster_config import ClusterConfig
 from stages.config import Params, TrainConfig
 from stages.training.gradient_accumulation import autocast
 
@@ -79,28 +80,28 @@ def count_all(settings: Params, classes: int) -> Iterator[TrainingMemory]:
         network, batch = VQVAE(settings.vqvae), torch.zeros(images, 3, size, size)
         return network, lambda: network.objective(network(batch, BatchSlice(0, 0, 0, images)), batch).total
 
-    yield count("vqvae", vqvae, settings.train_vqvae, cluster.for_stage("vqvae").workers)
+    yield count("vqvae", vqvae, settings.train_vqvae, cluster.for_stage("vqvae"))
     coarser: dict[str, Grid] = {}
     for level, side in settings.vqvae.grids(size).items():
         prior, grid = settings.priors[level], Grid(settings.vqvae.levels[level].entries, side, side)
         builder = _prior_builder(prior.network, grid, dict(coarser), classes)
         stage = f"prior_{level}"
-        yield count(stage, builder, prior.train, cluster.for_stage(stage).workers)
+        yield count(stage, builder, prior.train, cluster.for_stage(stage))
         coarser[level] = grid
     for name, classifier in settings.classifiers.items():
         stage, builder = f"classifier_{name}", _classifier_builder(classifier.network, size, classes)
-        yield count(stage, builder, classifier.train, cluster.for_stage(stage).workers)
+        yield count(stage, builder, classifier.train, cluster.for_stage(stage))
 
 
-def count(stage: str, build_loss: LossBuilder, config: TrainConfig, workers: int) -> TrainingMemory:
-    """Count the memory of one training."""
+def count(stage: str, build_loss: LossBuilder, config: TrainConfig, cluster: ClusterConfig) -> TrainingMemory:
+    """Count the memory of one training, of a range of workers with the fewest: they have the largest shares."""
     weights, first_image = _count_step(build_loss, config, 1)
     _, first_two = _count_step(build_loss, config, 2)
-    share = math.ceil(config.batch_size / workers)
+    share = math.ceil(config.batch_size / cluster.min_workers)
     return TrainingMemory(
         stage,
         weights,
-        gradients=weights * (2 if workers > 1 else 1),
+        gradients=weights * (2 if cluster.max_workers > 1 else 1),
         optimizer=2 * weights,
         ema=weights if config.ema_decay else 0,
         first_image=first_image,

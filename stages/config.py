@@ -1,13 +1,13 @@
 """Settings of the stages, as declared in params.yaml. Plain dataclasses: validating them imports neither torch nor Ray.
 
-Batch sizes and steps are global: they do not depend on the number of workers. `ClusterConfig` sets where a stage runs,
-never what it computes. A field's comment is its entry in the reference of settings: meaning, unit, range.
+Batch sizes and steps are global: they do not depend on the number of workers. A field's comment is its entry in the
+reference of settings: meaning, unit, range.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.config import (
@@ -22,6 +22,7 @@ from models.config import (
     check_sampling_rule,
     plain_settings,
 )
+from stages.cluster_config import ClusterConfig
 
 # Columns of the files of codes, and rows of the metrics, beside those of the levels.
 RESERVED_LEVEL_NAMES = frozenset({"copy", "key", "label", "pixels", "total"})
@@ -276,64 +277,6 @@ class EvaluateConfig:
                     f"networks.{name} must be a TorchScript file, got {weights or 'nothing'}; "
                     f"set its path. Installed are: {', '.join(INSTALLED_NETWORKS)}"
                 )
-
-
-@dataclass(frozen=True)
-class StageClusterConfig:
-    """Settings of the cluster for one stage, where they differ; null: the same."""
-
-    workers: int | None = None  # as cluster.workers
-    cpus_per_worker: float | None = None  # as cluster.cpus_per_worker
-    gpus_per_worker: float | None = None  # as cluster.gpus_per_worker
-    loader_workers: int | None = None  # as cluster.loader_workers
-    max_failures: int | None = None  # as cluster.max_failures
-    storage: str | None = None  # as cluster.storage
-    checkpoint_every_minutes: float | None = None  # as cluster.checkpoint_every_minutes
-
-    def __post_init__(self) -> None:
-        ClusterConfig(**self.overrides())  # checks the ranges
-
-    def overrides(self) -> dict[str, Any]:
-        """Return the settings that are not null."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """Resources of a stage. A change reruns nothing."""
-
-    workers: int = 1  # worker processes, 1 or more: ranks of training, actors of the other stages
-    cpus_per_worker: float = 2  # CPUs that Ray reserves per worker, above 0
-    gpus_per_worker: float = 0  # GPUs that Ray reserves per worker, 0 or more
-    loader_workers: int = 0  # DataLoader processes per training worker, 0 or more; 0 loads in the worker itself
-    max_failures: int = 2  # restarts of a failed worker group before the stage fails, 0 or more
-    storage: str = ""  # URL for nodes without a shared disk, such as s3://bucket/prefix; empty: all share this folder
-    # minutes after which training saves a checkpoint, beside those every so many steps, 0 or more; 0 saves none by time
-    checkpoint_every_minutes: float = 0
-    # these settings for single stages, such as {shard: {workers: 9}}; those of prior_top go before those of prior
-    stages: Mapping[str, StageClusterConfig] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "workers")
-        check_field(
-            self,
-            "storage",
-            not self.storage or "://" in self.storage,
-            "a URL such as s3://bucket/prefix, or '' if all nodes share this folder",
-        )
-        check_field(self, "cpus_per_worker", self.cpus_per_worker > 0, "above 0")
-        check_not_negative(self, "gpus_per_worker", "loader_workers", "max_failures", "checkpoint_every_minutes")
-
-    def for_stage(self, stage: str) -> "ClusterConfig":
-        """Return the settings of a stage by its name in commands, such as vqvae or prior_top, without `stages`."""
-        settings: dict[str, Any] = {"stages": {}}
-        for name in (stage.partition("_")[0], stage):
-            settings |= self.stages[name].overrides() if name in self.stages else {}
-        return replace(self, **settings)
-
-    def variants(self) -> list["ClusterConfig"]:
-        """Return the settings of stages without their own, and those of each stage that has its own."""
-        return [replace(self, stages={}), *map(self.for_stage, self.stages)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipeline import compose, dvc_yaml, params
 from stages import errors
@@ -39,6 +39,7 @@ PROBES: dict[type, tuple[Any, ...]] = {
     int: (-1, 0, 1, 3, 4, 10**9, 2**63),
     float: (-1.0, 0.0, 1.0, 2.0, math.inf),
     str: ("", "?"),
+    tuple[int, int]: ((0, 1),),
 }
 RULE = re.compile(r"(?P<name>\w+) must be (?P<rule>.+), got ")
 # The value of another field, as in "0 to 2000, which is steps" or "a multiple of heads, which is 4".
@@ -123,21 +124,25 @@ def _rows(key: str, section: Any, reruns: Mapping[str, list[str]]) -> Iterator[t
     """Yield the table row of each single setting of a section."""
     comments, hints = _comments(type(section)), get_type_hints(type(section))
     for field in dataclasses.fields(section):
-        hint, meaning = _without_none(hints[field.name]), comments.get(field.name, "")
-        if hint not in TYPES and hint not in PLAIN_MAPPINGS and get_origin(hint) not in (Literal, tuple):
+        kinds, meaning = _kinds(hints[field.name]), comments.get(field.name, "")
+        if any(
+            kind not in TYPES and kind not in PLAIN_MAPPINGS and get_origin(kind) not in (Literal, tuple)
+            for kind in kinds
+        ):
             continue  # a section or a mapping of sections
         if not key:
             stages = f"reruns: {_names(_stages_of(field.name, reruns))}"
             meaning = f"{meaning}; {stages}" if meaning else stages
         default = _default(field)
-        yield f"`{field.name}`", _type(hint), _allowed(section, field.name, hint), default, meaning
+        types = " or ".join(map(_type, kinds))
+        allowed = "; ".join(filter(None, (_allowed(section, field.name, kind) for kind in kinds)))
+        yield f"`{field.name}`", types, allowed, default, meaning
 
 
-def _without_none(hint: Any) -> Any:
-    """Return T of T | None, and any other type as it is."""
-    if get_origin(hint) is UnionType:
-        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
-    return hint
+def _kinds(hint: Any) -> Sequence[Any]:
+    """Return the types of a union without None, or the single type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [kind for kind in kinds if kind is not NoneType]
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
@@ -151,6 +156,8 @@ def _type(hint: Any) -> str:
         return "choice"
     if hint in PLAIN_MAPPINGS:
         return "mapping"
+    if hint == tuple[int, int]:
+        return "pair"
     return "list" if get_origin(hint) is tuple else TYPES[hint]
 
 

@@ -28,7 +28,8 @@ from pipeline.composed_from import describe_source
 from pipeline.measure import measure as measure_stages
 from pipeline.measure import measured_stages
 from pipeline.preflight import check_gpus
-from stages.config import ClusterConfig, DatasetConfig, Params, TrainConfig
+from stages.cluster_config import ClusterConfig
+from stages.config import DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
 from stages.images.listing import Listing, list_images
 from stages.images.overview import count_splits
@@ -146,9 +147,9 @@ def _time_lines(settings: Params, seconds: Mapping[str, float]) -> Iterator[str]
 
 
 def _describe_workers(cluster: ClusterConfig) -> str:
-    """Describe the workers of a stage, such as `8 x 1 GPU`."""
+    """Describe the workers of a stage, such as `8 x 1 GPU`; of a range, the fewest."""
     gpus, cpus = cluster.gpus_per_worker, cluster.cpus_per_worker
-    return f"{cluster.workers} x " + (f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU")
+    return f"{cluster.min_workers} x " + (f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU")
 
 
 def read_listing(dataset: DatasetConfig) -> Listing | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.config import ClusterConfig
+from stages.cluster_config import ClusterConfig
 from stages.errors import UserError, from_os_error
 from stages.mapping.heartbeat import kill_stale_workers, start_heartbeat
 from stages.mapping.remote_parts import NodeWorkspace, TransferPlan, part_digest
@@ -90,10 +90,10 @@ def _map_until_complete(
 ) -> None:
     """Call `map_once` with the parts that have no result, and again after the loss of a worker.
 
-    Raises UserError after more than `cluster.max_failures` losses.
+    Raises UserError after more than `cluster.max_failures` losses, without those of preempted nodes.
     """
-    max_failures = context.cluster.max_failures
-    for failures in range(max_failures + 1):
+    max_failures, failures = context.cluster.max_failures, 0
+    while True:
         missing = {number: part for number, part in parts.items() if number not in results}
         if not missing:
             return
@@ -101,9 +101,10 @@ def _map_until_complete(
             map_once(missing)
             return
         except _lost_worker_errors() as error:
-            if failures == max_failures:
+            failures += not getattr(error, "preempted", False)  # a preempted node is no failure
+            if failures > max_failures:
                 raise UserError(
-                    f"Workers were lost {failures + 1} times; cluster.max_failures is {failures}.",
+                    f"Workers were lost {failures} times; cluster.max_failures is {max_failures}.",
                     where=context.work_dir,
                     fix="See that nodes stay up and have enough memory, then run the same command again; "
                     "it skips finished parts.",
@@ -154,7 +155,7 @@ def _map(
         mapped = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _PartActor,  # type: ignore[arg-type]  # Ray builds the class in each process
             fn_constructor_args=(mapper, arguments, replace(context, reporter=Reporter()), plan, control),
-            compute=ActorPoolStrategy(min_size=1, max_size=min(context.cluster.workers, len(rows))),
+            compute=ActorPoolStrategy(min_size=1, max_size=min(_most_actors(context, plan), len(rows))),
             max_restarts=0,
             max_task_retries=0,
             **_actor_options(context, plan),
@@ -170,6 +171,12 @@ def _map(
                 raise UserError(what, where=plan.storage.url, fix=RERUN_FIX, code=5)
             result = unpack(packed)
         collect(row["number"], result)
+
+
+def _most_actors(context: StageContext, plan: TransferPlan | None) -> int:
+    if context.storage and plan is None:
+        return context.cluster.min_workers  # all on this node, whatever the others have room for
+    return cluster.most_workers(context.cluster)
 
 
 def _actor_options(context: StageContext, plan: TransferPlan | None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ RAY_ADDRESS. A private cluster requires a token and listens on loopback only.
 """
 
 import logging
-import math
 import os
 import random
 import secrets
@@ -19,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.config import ClusterConfig
+from stages.cluster_config import ClusterConfig
 from stages.errors import UserError
+from stages.runtime.capacity import check_resources, private_cpus, private_workers, worker_capacity
 from stages.runtime.ray_address import check_address
 from stages.runtime.ray_sessions import sessions_parent
 
@@ -195,14 +195,6 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         ray.shutdown()
 
 
-def private_cpus(config: ClusterConfig) -> int:
-    """Return the CPUs of a private cluster: as many as the stage needs that needs most, and a spare one.
-
-    The processes that only coordinate must never wait for the workers.
-    """
-    return 1 + max(int(variant.workers * variant.cpus_per_worker) for variant in config.variants())
-
-
 @contextmanager
 def _ray_params(agent_ports: Sequence[int]) -> Iterator[None]:
     """Change parameters of the cluster that `ray.init` starts in the block, for which it has no arguments.
@@ -298,6 +290,18 @@ def is_private(environment: Mapping[str, str] = os.environ) -> bool:
     return PRIVATE_CLUSTER_VARIABLE in environment or not environment.get("RAY_ADDRESS")
 
 
+def most_workers(config: ClusterConfig) -> int:
+    """Return the most workers of a stage on the cluster that is connected.
+
+    With a range, these are as many as a private cluster holds: it stays as it is. Another cluster may grow.
+    """
+    import ray
+
+    if not is_private():
+        return config.max_workers
+    return min(private_workers(config), config.fitting_workers(worker_capacity(ray.nodes(), config)))
+
+
 def _init_ray(**options: Any) -> None:
     """Call `ray.init` with the output of Ray and of its workers kept off the terminal."""
     import ray
@@ -317,50 +321,3 @@ def _keep_sigterm_handler() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def check_resources(config: ClusterConfig) -> None:
-    """Raise UserError if the cluster has too few CPUs or GPUs for the workers, in total or on each node.
-
-    Ray would wait for the missing resources without end.
-    """
-    import ray
-
-    check_capacity(config, ray.cluster_resources(), ray.nodes())
-
-
-def check_capacity(config: ClusterConfig, total: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError if the workers do not fit into `total`, or into the live ones of `nodes` as Ray lists them."""
-    for resource, needed in (
-        ("CPU", config.workers * config.cpus_per_worker),
-        ("GPU", config.workers * config.gpus_per_worker),
-    ):
-        available = total.get(resource, 0)
-        if available < needed:
-            fewer_cpus = "cluster.workers=1" if config.workers > 1 else "cluster.cpus_per_worker=1"
-            override = "cluster=local" if resource == "GPU" else fewer_cpus
-            raise UserError(
-                f"{config.workers} workers need {needed:g} {resource}s; the cluster has {available:g}.",
-                where="params.yaml: cluster",
-                fix=f"Ask for less, such as -S {override}, or add nodes.",
-                code=3,
-            )
-    capacity = sum(_worker_capacity(node["Resources"], config) for node in nodes if node["Alive"])
-    if capacity < config.workers:
-        gpus = f" and {config.gpus_per_worker:g} GPUs" if config.gpus_per_worker else ""
-        raise UserError(
-            f"{config.workers} workers need {config.cpus_per_worker:g} CPUs{gpus} each; "
-            f"the nodes have room for {capacity} such workers.",
-            where="params.yaml: cluster",
-            fix="Ask for fewer workers or smaller ones: cluster.workers, cluster.cpus_per_worker.",
-            code=3,
-        )
-
-
-def _worker_capacity(node_resources: Mapping[str, float], config: ClusterConfig) -> int:
-    """Return the number of workers that fit on a node."""
-    needs = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    # The small number keeps 0.6 / 0.2, which is 2.9999999999999996, from being rounded down to 2.
-    return min(
-        math.floor(node_resources.get(resource, 0) / needed + 1e-6) for resource, needed in needs.items() if needed
-    )

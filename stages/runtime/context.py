@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.config import ClusterConfig
+from stages.cluster_config import ClusterConfig
 from stages.runtime.storage import Storage
 
 

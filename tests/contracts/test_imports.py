@@ -28,6 +28,7 @@ LAYERS = (
     ("stages/formats",),
     ("stages/images", "stages/metrics"),
     ("stages/config.py", "stages/errors.py"),
+    ("stages/cluster_config.py",),
     ("models",),
 )
 DEPTH = {package: depth for depth, layer in enumerate(LAYERS) for package in layer}

@@ -36,6 +36,7 @@ def test_fingerprint_follows_the_settings_of_its_stage_alone(folder):
     """The cluster and other stages' settings do not matter."""
     before = fingerprint()
     folder.edit(lambda data: data["cluster"].update(workers=2, cpus_per_worker=1.0))
+    folder.edit(lambda data: data["cluster"].update(workers=[1, 8]))
     folder.edit(lambda data: data["cluster"].update(stages={"vqvae": {"workers": 1}, "shard": {"max_failures": 0}}))
     folder.edit(lambda data: data["sample"].update(count=3))
     assert fingerprint() == before

@@ -9,7 +9,7 @@ import pytest
 from pipeline import params, preflight, shared_cluster
 from pipeline.checks import machine
 from pipeline.commands import config
-from stages.config import StageClusterConfig
+from stages.cluster_config import StageClusterConfig
 from stages.errors import UserError
 from stages.formats import artifact
 
@@ -82,6 +82,13 @@ def test_gpus_are_required_for_the_stages_that_run(settings):
         preflight.check_gpus(cluster, ["shard", "vqvae"], "params.yaml", {})
     with pytest.raises(UserError, match="cluster requires 1500 GPUs for prior_top, and"):
         preflight.check(settings, ["shard", "vqvae", "prior@top"], "params.yaml")
+
+
+def test_of_a_range_of_workers_only_the_fewest_are_required(settings):
+    """The others are added where there are GPUs for them."""
+    cluster = replace(settings.cluster, workers=(2, 8), gpus_per_worker=500)
+    with pytest.raises(UserError, match="cluster requires 1000 GPUs, and"):
+        preflight.check_gpus(cluster, ["vqvae"], "params.yaml", {})
 
 
 def test_advice_on_missing_gpus_repeats_no_setting_of_the_cluster(settings):

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline import params
 from pipeline.training_memory import GB, TrainingMemory, count_all, lines
-from stages.config import ClassifierStageConfig, ClusterConfig, Params, PriorStageConfig, StageClusterConfig
+from stages.cluster_config import ClusterConfig, StageClusterConfig
+from stages.config import ClassifierStageConfig, Params, PriorStageConfig
 from tests.mini_pipeline import CLASSIFIER, NETWORK, PRIORS, TRAIN
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,14 @@ def test_share_is_that_of_the_stages_own_workers():
         "prior_bottom": 2,
         "classifier_shards": 2,
     }
+
+
+def test_of_a_range_of_workers_the_fewest_have_the_largest_shares():
+    """With more than one at times, DDP's copy of the gradients counts too."""
+    settings = small_settings()
+    cluster = dataclasses.replace(settings.cluster, workers=(1, 2))
+    for memory in count_all(dataclasses.replace(settings, cluster=cluster), 2):
+        assert (memory.share, memory.gradients) == (4, 2 * memory.weights)
 
 
 def test_every_training_is_counted_and_recomputing_needs_less():

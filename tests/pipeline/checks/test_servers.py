@@ -9,7 +9,7 @@ import pytest
 from pipeline import params
 from pipeline.checks import servers
 from pipeline.checks.check import Answer, Request, result_of
-from stages.config import StageClusterConfig
+from stages.cluster_config import StageClusterConfig
 from stages.errors import UserError
 
 

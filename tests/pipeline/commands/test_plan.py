@@ -143,9 +143,9 @@ def test_measured_times_are_printed_per_stage(settings, capsys):
 
 
 def test_stages_are_measured_with_their_own_workers(settings, capsys):
-    """One with other workers says so, and its time is that of its share of the images."""
+    """One with other workers says so, and its time is that of its share of the images. Of a range the fewest count."""
     Path("conf").symlink_to(ROOT / "conf")
-    overrides = ["experiment=smoke", "dataset.source=missing", "+cluster.stages.sample.workers=2"]
+    overrides = ["experiment=smoke", "dataset.source=missing", "+cluster.stages.sample.workers=[2,8]"]
     plan.show(overrides, as_json=False, measure=True)
     lines = capsys.readouterr().out.splitlines()
     assert "time, measured on this machine for 1 x 1 CPU:" in lines

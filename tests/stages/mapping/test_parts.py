@@ -98,6 +98,19 @@ def test_user_error_in_a_constructor_is_raised_unchanged(context: StageContext, 
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
+def test_a_preempted_node_is_no_failure(tmp_path: Path):
+    """Its parts run again, however often nodes are preempted."""
+    errors = [ray.exceptions.RayActorError(preempted=True)] * 3
+
+    def map_once(missing: dict[int, Part]) -> None:
+        if errors:
+            raise errors.pop()
+
+    context = StageContext("codes", "f", tmp_path, ClusterConfig(max_failures=0), Screen())
+    parts_module._map_until_complete(map_once, {0: {"number": 0}}, {}, context, lambda config: None)
+    assert not errors and len(context.reporter.messages) == 3
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -14,9 +14,9 @@ import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from stages.config import ClusterConfig, StageClusterConfig
+from stages.cluster_config import ClusterConfig, StageClusterConfig
 from stages.errors import UserError
-from stages.runtime import cluster
+from stages.runtime import capacity, cluster
 from tests.mounts import mount_prefix
 
 
@@ -113,7 +113,7 @@ def test_private_cluster_starts_with_little_shared_memory():
     script = """
 import shutil, ray
 from stages.config import ClusterConfig
-from stages.runtime import cluster
+from stages.runtime import capacity, cluster
 with cluster.connect_cluster(ClusterConfig()):
     data = ray.remote(lambda: bytes(100 * 2**20))
     print(len(ray.get(data.remote())))
@@ -174,8 +174,17 @@ def test_private_cluster_has_room_for_the_stage_that_needs_most():
     """All stages of a run share the cluster, and one CPU is left for the processes that only coordinate."""
     stages = {"shard": StageClusterConfig(workers=16, cpus_per_worker=0.5), "sample": StageClusterConfig(workers=1)}
     config = ClusterConfig(workers=2, cpus_per_worker=2, stages=stages)
-    assert [cluster.private_cpus(variant) for variant in config.variants()] == [5, 9, 3]
-    assert cluster.private_cpus(config) == 9
+    assert [capacity.private_cpus(variant) for variant in config.variants()] == [5, 9, 3]
+    assert capacity.private_cpus(config) == 9
+
+
+def test_a_range_of_workers_follows_the_processors_of_a_private_cluster(monkeypatch: pytest.MonkeyPatch):
+    """Never below the fewest. GPUs are counted when the cluster has started."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    for workers, expected in (((1, 8), 3), ((1, 2), 2), ((4, 8), 4), (5, 5)):
+        config = ClusterConfig(workers=workers, cpus_per_worker=2)
+        assert (capacity.private_workers(config), capacity.private_cpus(config)) == (expected, 1 + 2 * expected)
+    assert capacity.private_workers(ClusterConfig((1, 8), 2, 1)) == 8
 
 
 @pytest.mark.parametrize(
@@ -209,6 +218,8 @@ def test_private_cluster_has_room_for_the_stage_that_needs_most():
             "",
         ),
         (ClusterConfig(52, 0.3), "", ""),
+        (ClusterConfig((7, 99), 2), "", ""),
+        (ClusterConfig((9, 99), 2), r"9 workers need 18 CPUs; the cluster has 16\.", "cluster.workers=1"),
     ],
 )
 def test_workers_that_do_not_fit_are_rejected(config: ClusterConfig, message: str, fix: str):
@@ -218,8 +229,8 @@ def test_workers_that_do_not_fit_are_rejected(config: ClusterConfig, message: st
     nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
     total = {"CPU": 16.0, "GPU": 2.0}
     if not message:
-        return cluster.check_capacity(config, total, nodes)
+        return capacity.check_capacity(config, total, nodes)
     with pytest.raises(UserError, match=message) as caught:
-        cluster.check_capacity(config, total, nodes)
+        capacity.check_capacity(config, total, nodes)
     assert caught.value.where == "params.yaml: cluster" and fix in caught.value.fix and caught.value.code == 3
     return None
