@@ -24,11 +24,10 @@ DEFAULTS = {
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    # Ray Train: poll workers every 0.2 s instead of 2 s, give up on one after 1 min instead of 10 min, do not ask a
-    # cloud about preemption, and print each line once.
+    # Ray Train: poll workers every 0.2 s instead of 2 s, give up on one after 1 min instead of 10 min, and print each
+    # line once.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     HEARTBEAT_TIMEOUT_VARIABLE: str(HEARTBEAT_TIMEOUT_S),
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Ray measures the processes of a private cluster once a minute instead of every 5 s, for a dashboard that does not
     # run.

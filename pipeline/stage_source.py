@@ -34,8 +34,7 @@ HASH_LENGTH = 16  # hexadecimal digits; 64 bits: no collision among a few hundre
 EXCLUDED = {
     "stages.errors": "texts of errors",
     "stages.config.*.__post_init__": "validation of settings",
-    "stages.config.ClusterConfig": "where a stage runs, not what it computes",
-    "stages.config.StageClusterConfig": "where a stage runs, not what it computes",
+    "stages.cluster_config": "where a stage runs, not what it computes",
     "models.config.*.__post_init__": "validation of settings",
     "models.config.check_*": "validation of settings",
     "stages.images.count": "texts of messages",
@@ -44,6 +43,7 @@ EXCLUDED = {
     "stages.tracking": "what is reported, not what is computed",
     "stages.mapping": "which process computes a part; the result of a part does not depend on it",
     "stages.training.ray_train": "which processes train; one and several workers see the same batches",
+    "stages.training.elastic": "how many processes train; one and several workers see the same batches",
     "stages.training.failures": "texts of errors",
     "stages.images.overview": "what is reported, not what is computed",
     "stages.training.checkpoint": "resuming gives bit-identical results",

@@ -33,6 +33,7 @@ class ControlActor:
         self._stop_requested, self._saved = asyncio.Event(), asyncio.Event()
         self._fatal_error: UserError | None = None
         self._failures = 0
+        self._workers = 0
         self._last_heartbeat: dict[Hashable, float] = {}  # time by worker
         self._last_check = clock()
 
@@ -65,10 +66,18 @@ class ControlActor:
         """Record an error that a retry cannot fix. The first one stays."""
         self._fatal_error = self._fatal_error or error
 
-    async def count_failure(self) -> int:
-        """Count a loss or an error of workers that ends an attempt to train; return the number so far."""
-        self._failures += 1
+    async def count_failure(self, is_preemption: bool = False) -> int:
+        """Count a loss or an error of workers that ends an attempt to train; return the number so far.
+
+        The loss of a preempted node is no failure.
+        """
+        self._failures += not is_preemption
         return self._failures
+
+    async def set_workers(self, workers: int) -> int:
+        """Record the number of workers of an attempt to train; return that of the attempt before, 0 for the first."""
+        previous, self._workers = self._workers, workers
+        return previous
 
     async def get_fatal_error(self) -> UserError | None:
         """Return the recorded fatal error, or None."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed
 
-from stages.config import ClusterConfig
+from stages.cluster_config import ClusterConfig
 from stages.errors import UserError
 from stages.runtime import cluster
 from stages.runtime.context import Reporter, StageContext
@@ -88,13 +88,17 @@ def _workers_failed(context: StageContext, last_failure: str) -> UserError:
     )
 
 
-def failure_callback(reporter: Reporter, count_failure: Callable[[], object]) -> Any:
-    """Create a callback with which Ray Train counts failures of workers, and reports why it restarts them."""
+def failure_callback(reporter: Reporter, count_failure: Callable[[bool], object]) -> Any:
+    """Create a callback with which Ray Train counts failures of workers, and reports why it restarts them.
+
+    It calls `count_failure(is_preemption)`.
+    """
     from ray.train import UserCallback
 
     class ReportFailures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-            count_failure()
+            # Ray Train decides in the same way: when one node is preempted, the workers on others fail as well.
+            count_failure(any(is_preemption(error) for error in worker_exceptions.values()))
             rank, cause = root_cause(worker_exceptions)
             if not isinstance(cause, UserError):  # a UserError ends training, and the command prints it
                 description = describe_failure(cause) or f"raised {type(cause).__name__}: {summarize_error(cause)}"
@@ -128,12 +132,19 @@ def describe_failure(error: BaseException) -> str:
         return ""
     if "OutOfMemory" in name:
         return "was lost: its node ran out of memory."
+    if is_preemption(error):
+        return "was lost: its node was preempted."
     return "was lost: " + ("it stopped responding." if "Timeout" in name else "its process or its node ended.")
 
 
 def is_peer_failure(error: BaseException) -> bool:
     """Return whether a collective failed because a peer was gone."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def is_preemption(error: BaseException) -> bool:
+    """Return whether a worker was lost because its node was taken away, as announced before."""
+    return bool(getattr(_unwrap(error), "preempted", False))  # of Ray's RayActorError
 
 
 def summarize_error(error: BaseException) -> str:

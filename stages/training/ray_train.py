@@ -32,11 +32,21 @@ from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import trained_weights
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
+from stages.training.elastic import (
+    CAPACITY_POLL_INTERVAL_S,
+    cancel_request,
+    capacity_check,
+    max_controller_failures,
+    num_workers,
+    ray_train_variables,
+    report_workers,
+)
 from stages.training.failures import (
     describe_loss_at_start,
     failure_callback,
     interruption_error,
     is_loss_at_start,
+    is_preemption,
     training_error,
 )
 from stages.training.loop import TrainingStopped
@@ -50,7 +60,6 @@ INPUTS_TIMEOUT_S = 12 * 3600  # until the slowest rank has fetched its inputs fr
 # placement groups of a controller that has died, which it asks the dashboard about. A private cluster has no dashboard:
 # there every question fails, each second, and training waits for it at both ends.
 UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-MAX_CONTROLLER_FAILURES = 3  # Ray Train's default restarts a failing controller without limit
 
 # Function of a module that each worker calls with `dist`, `context` and its own arguments by name. It calls loop.train.
 TrainWorker = Callable[..., None]
@@ -75,9 +84,14 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
 
         def train(max_failures: int) -> None:
             trainer = _build_trainer(train_worker, arguments, context, control, storage_settings, max_failures)
-            _wait_or_stop(start_in_thread(trainer.fit, "fit"), control)
+            training = start_in_thread(trainer.fit, "fit")
+            try:
+                _wait_or_stop(training, control, capacity_check(config))
+            finally:
+                if not training.done():
+                    cancel_request(trainer)
 
-        with forward_reports(control, context.reporter):
+        with ray_train_variables(config), forward_reports(control, context.reporter):
             _train_until_complete(train, lambda error: _recover(error, context, control), context)
 
 
@@ -113,7 +127,7 @@ def _recover(error: Any, context: StageContext, control: Any) -> int:
     try:
         if fatal_error := ray.get(control.get_fatal_error.remote()):
             raise fatal_error
-        failures: int = ray.get(control.count_failure.remote())
+        failures: int = ray.get(control.count_failure.remote(is_preemption(error.controller_failure)))
         ray.get(control.report.remote("message", describe_loss_at_start(error)))
         _remove_placement_groups()
     except ray.exceptions.RayError:
@@ -159,7 +173,7 @@ def _build_trainer(
             "control": control,
         },
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=num_workers(config),  # type: ignore[arg-type]
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=_resources(context),
         ),
@@ -167,10 +181,15 @@ def _build_trainer(
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",  # Ray Train takes a name it knows for a finished run
             **storage_settings,
-            callbacks=[failure_callback(remote_context.reporter, lambda: ray.get(control.count_failure.remote()))],
+            callbacks=[
+                failure_callback(
+                    remote_context.reporter,
+                    lambda is_preemption: ray.get(control.count_failure.remote(is_preemption)),
+                )
+            ],
             failure_config=FailureConfig(
-                max_failures=max_failures,
-                controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]
+                max_failures=max_failures,  # Ray Train does not count preemptions, as count_failure does not
+                controller_failure_limit=max_controller_failures(config),  # type: ignore[call-arg]
             ),
         ),
     )
@@ -245,12 +264,14 @@ def _ray_storage(context: StageContext) -> Iterator[dict[str, Any]]:
             files.rm(path, recursive=True)
 
 
-def _wait_or_stop(training: Future[Any], control: Any) -> None:
-    """Wait for training. If a signal interrupts, let the workers save, then raise it."""
+def _wait_or_stop(training: Future[Any], control: Any, check: Callable[[], None] = lambda: None) -> None:
+    """Wait for training and call `check` meanwhile. If a signal interrupts, let the workers save, then raise it."""
     try:
+        while not wait([training], CAPACITY_POLL_INTERVAL_S).done:
+            check()
         training.result()
-    except BaseException:
-        if not training.done():
+    except BaseException as error:
+        if not training.done() and not isinstance(error, UserError):  # with the error of `check` there is no worker
             control.request_stop.remote()
             _wait_for_save(training, control)
         raise
@@ -295,6 +316,8 @@ def worker_main(config: dict[str, Any]) -> None:
     )
     if dist.rank > 0:  # only rank 0 reports
         context = replace(context, reporter=Reporter())
+    elif not isinstance(context.cluster.workers, int):
+        report_workers(dist.world_size, ray.get(control.set_workers.remote(dist.world_size)), context)
     # Ray Train restarts workers after any exception: a stop must not raise, and a UserError must end the restarts.
     with suppress(TrainingStopped), fail_without_retry(control):
         if context.storage:

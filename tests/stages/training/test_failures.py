@@ -143,8 +143,18 @@ def test_a_repeated_checkpoint_mismatch_becomes_a_user_error(context: StageConte
 def test_an_error_of_a_worker_is_reported_when_ray_train_restarts_it():
     """The message has the rank and the error. A UserError ends training and is not reported twice."""
     screen = Screen()
-    counted: list[int] = []
-    callback = failure_callback(screen, lambda: counted.append(1))
+    counted: list[bool] = []
+    callback = failure_callback(screen, counted.append)
     callback.after_exception(None, {1: UserExceptionWithTraceback(RuntimeError("a\nno luck"), "a traceback")})
     callback.after_exception(None, {0: UserError("Image 7 is damaged.", where="a shard", fix="Replace it.")})
-    assert screen.messages == ["Worker 1 raised RuntimeError: no luck"] and len(counted) == 2
+    assert screen.messages == ["Worker 1 raised RuntimeError: no luck"] and counted == [False] * 2
+
+
+def test_the_preemption_of_a_node_is_no_failure():
+    """Workers on other nodes lose the connection, and their errors count as little."""
+    screen = Screen()
+    counted: list[bool] = []
+    callback = failure_callback(screen, counted.append)
+    lost = WorkerHealthCheckFailedError("lost", ray.exceptions.RayActorError(preempted=True))
+    callback.after_exception(None, {0: RuntimeError("gloo: connection reset"), 1: lost})
+    assert counted == [True] and screen.messages == ["Worker 1 was lost: its node was preempted."]

@@ -1,0 +1,101 @@
+"""Training with a range of workers, on a cluster of simulated nodes that loses all but one of them."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from threading import Timer
+
+import pytest
+from ray import _raylet
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+from models.vqvae import VQVAE
+from stages import vqvae
+from stages.cluster_config import ClusterConfig
+from stages.runtime.cluster import _keep_sigterm_handler, _patient_start
+from stages.runtime.context import StageContext
+from stages.training.checkpoint import Checkpoints
+from stages.training.distributed import DistributedContext
+from stages.training.ray_train import train_or_load
+from tests.screen import Screen
+from tests.stages.training.test_elastic import TOLERANCE, max_difference
+
+NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
+NOTICE_S = 8.0  # between the announcement of a preemption and the end of the node
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Head and two other nodes with one CPU each, which this machine simulates."""
+    head = NODE | {"include_dashboard": False}
+    cluster = Cluster()
+    try:
+        with _patient_start(), _keep_sigterm_handler():
+            for node in (head, NODE, NODE):
+                cluster.add_node(**node)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+class LosesNodes(Screen):
+    """Kills a node after step 6, and announces the preemption of the other one after step 8."""
+
+    def __init__(self, nodes: Cluster) -> None:
+        super().__init__()
+        self.nodes = nodes
+        self.lost, self.preempted = sorted(nodes.worker_nodes, key=lambda node: node.unique_id)
+        self.is_announced = False
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        if step == 6 and self.lost in self.nodes.worker_nodes:
+            self.nodes.remove_node(self.lost, allow_graceful=False)
+        if step == 8 and not self.is_announced:
+            self.is_announced = True
+            end_ms = int((time.time() + NOTICE_S) * 1000)
+            client = _raylet.GcsClient(address=self.nodes.address)
+            client.drain_node(self.preempted.node_id, DRAIN_NODE_REASON_PREEMPTION, "test", end_ms)
+            Timer(NOTICE_S + 1, self.nodes.remove_node, [self.preempted], {"allow_graceful": False}).start()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_training_continues_with_fewer_workers_after_a_loss_and_a_preemption(
+    project, nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three workers start and one ends, with the weights and curves of a single one. A preemption is no failure."""
+    arguments = {
+        "shards": project.path("shards"),
+        "vqvae": project.network,
+        "augment": project.augment,
+        "train_vqvae": project.train,
+        "seed": 0,
+    }
+    for name in ("alone", "elastic"):
+        (tmp_path / name).mkdir()
+    alone = StageContext("vqvae", "f", tmp_path / "alone", ClusterConfig())
+    vqvae.train_worker(dist=DistributedContext(), context=alone, **arguments)
+
+    # Each slow step takes 5 s, so that nodes are lost before the end.
+    monkeypatch.setenv("VQVAE2_FAULT", ",".join(f"slow@vqvae:0:{step}" for step in (7, 9, 10, 11)))
+    config = ClusterConfig(workers=(1, 3), cpus_per_worker=1, max_failures=1)
+    context = replace(alone, work_dir=tmp_path / "elastic", cluster=config, reporter=LosesNodes(nodes))
+    train_or_load(vqvae.train_worker, arguments, project.train, network=VQVAE(project.network), context=context)
+
+    messages = [message for message in context.reporter.messages if not message.startswith("Worker ")]
+    assert messages == [
+        "Training starts with 3 workers of at most 3.",
+        "Training continues with 2 workers instead of 3.",
+        "Resuming at step 4 of 12.",
+        "Training continues with 1 worker instead of 2.",
+        "Resuming at step 8 of 12.",
+    ]
+    states = [Checkpoints(work.work_dir, "f", keep=9).latest() for work in (context, alone)]
+    assert states[0] and states[1] and max_difference(*states) < TOLERANCE
