@@ -100,7 +100,7 @@ def _map_until_complete(
         try:
             map_once(missing)
             return
-        except _lost_worker_errors() as error:
+        except cluster.lost_worker_errors() as error:
             failures += not getattr(error, "preempted", False)  # a preempted node is no failure
             if failures > max_failures:
                 raise UserError(
@@ -113,19 +113,6 @@ def _map_until_complete(
             context.reporter.message("A worker was lost; its unfinished parts run again.")
             # The lost node may have been the only one large enough.
             check_resources(replace(context.cluster, workers=1))
-
-
-def _lost_worker_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that Ray raises when a worker or its node ends."""
-    from ray import exceptions
-
-    return (
-        exceptions.RayActorError,
-        exceptions.ObjectLostError,
-        exceptions.OutOfMemoryError,
-        exceptions.NodeDiedError,
-        exceptions.WorkerCrashedError,
-    )
 
 
 def _map(

@@ -302,6 +302,19 @@ def most_workers(config: ClusterConfig) -> int:
     return min(private_workers(config), config.fitting_workers(worker_capacity(ray.nodes(), config)))
 
 
+def lost_worker_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that Ray raises when a worker or its node ends."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+    )
+
+
 def _init_ray(**options: Any) -> None:
     """Call `ray.init` with the output of Ray and of its workers kept off the terminal."""
     import ray

@@ -60,15 +60,7 @@ def is_loss_at_start(error: Exception) -> bool:
 
     Ray Train takes this for an error of the controller, which it does not retry (WorkerGroup._start_impl, Ray 2.63).
     """
-    from ray import exceptions
-
-    lost = (
-        exceptions.RayActorError,
-        exceptions.OutOfMemoryError,
-        exceptions.NodeDiedError,
-        exceptions.WorkerCrashedError,
-    )
-    return isinstance(getattr(error, "controller_failure", None), lost)
+    return isinstance(getattr(error, "controller_failure", None), cluster.lost_worker_errors())
 
 
 def describe_loss_at_start(error: Any) -> str:

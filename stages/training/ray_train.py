@@ -297,6 +297,7 @@ def worker_main(config: dict[str, Any]) -> None:
     context: StageContext = config["context"]
     control = config["control"]
     is_rank_0 = ray_context.get_world_rank() == 0  # its clock counts for all
+    is_first_on_node = ray_context.get_local_rank() == 0
     arguments: dict[str, Any] = config["arguments"]
     torch.set_num_threads(max(1, int(context.cluster.cpus_per_worker)))
     parallel = ray_context.get_world_size() > 1
@@ -321,15 +322,15 @@ def worker_main(config: dict[str, Any]) -> None:
     # Ray Train restarts workers after any exception: a stop must not raise, and a UserError must end the restarts.
     with suppress(TrainingStopped), fail_without_retry(control):
         if context.storage:
-            job = ray.get_runtime_context().get_job_id()  # apart from another checkout that trains the same here
-            context = replace(
-                context, work_dir=node_cache_dir(f"rank-{dist.rank}", context.stage, context.fingerprint[:16], job)
-            )
-            marker_folder = context.work_dir.parent
+            names, runtime = (context.stage, context.fingerprint[:16]), ray.get_runtime_context()
+            marker_folder = node_cache_dir(f"rank-{dist.rank}", *names)
+            # One folder for all ranks of a node. Nodes may share a disk, and another checkout may train the same here.
+            folder = node_cache_dir(f"node-{runtime.get_node_id()}", *names, runtime.get_job_id())
+            context = replace(context, work_dir=folder)
             arguments = {
                 name: value.fetch() if isinstance(value, StoredArtifact) else value for name, value in arguments.items()
             }
-            _fetch_same_checkpoint(Checkpoints.for_stage(context, keep=1), dist)
+            _fetch_same_checkpoint(Checkpoints.for_stage(context, keep=1), dist, is_first_on_node=is_first_on_node)
         try:
             config["train_worker"](dist=dist, context=context, **arguments)
         except TrainingStopped:
@@ -337,22 +338,30 @@ def worker_main(config: dict[str, Any]) -> None:
                 ray.get(control.mark_saved.remote())
             raise
     if context.storage:
-        shutil.rmtree(marker_folder, ignore_errors=True)  # also removes what killed jobs have left
+        shutil.rmtree(marker_folder, ignore_errors=True)
+        if is_first_on_node:  # rank 0 is, and it alone still uses the folder
+            shutil.rmtree(context.work_dir.parent, ignore_errors=True)  # also removes what killed jobs have left
 
 
-def _fetch_same_checkpoint(checkpoints: Checkpoints, dist: DistributedContext) -> None:
-    """Fetch on every rank the checkpoint that rank 0 finds newest: a newer one may arrive in the storage meanwhile."""
+def _fetch_same_checkpoint(checkpoints: Checkpoints, dist: DistributedContext, *, is_first_on_node: bool) -> None:
+    """Fetch on every node the checkpoint that rank 0 finds newest: a newer one may arrive in the storage meanwhile.
+
+    The ranks of a node share a folder, and the first of them downloads to it.
+    """
     import torch.distributed
 
     step = torch.tensor([checkpoints.fetch() if dist.rank == 0 else 0])
-    if dist.world_size > 1:
+    parallel = dist.world_size > 1
+    if parallel:
         # Gloo works on every device, and the group's own timeout allows for slow downloads of inputs.
         group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=INPUTS_TIMEOUT_S))
         torch.distributed.broadcast(step, 0, group=group)
-        if dist.rank > 0 and step:
+        if dist.rank > 0 and is_first_on_node and step:
             checkpoints.fetch_step(int(step))
+    if is_first_on_node:
+        checkpoints.remove_except(int(step))
+    if parallel:
         torch.distributed.barrier(group=group)
-    checkpoints.remove_except(int(step))
 
 
 def _resources(context: StageContext) -> dict[str, float]:
