@@ -58,7 +58,7 @@ def interruption_error(error: Exception, context: StageContext) -> UserError:
 def is_loss_at_start(error: Exception) -> bool:
     """Return whether a worker, or another actor, was lost when the training functions were launched.
 
-    Ray Train takes this for an error of the controller, which it does not retry (WorkerGroup._start_impl, Ray 2.63).
+    Ray Train takes this for an error of the controller, which it does not retry (WorkerGroup._start_impl, Ray 2.60).
     """
     return isinstance(getattr(error, "controller_failure", None), cluster.lost_worker_errors())
 
