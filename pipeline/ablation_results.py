@@ -131,7 +131,7 @@ def _sharpness(commit: str, settings: Params) -> float:
     """Measure the sharpness of an experiment's reconstructions; NaN if DVC's cache lacks the VQ-VAE or the shards."""
     lock: Mapping[str, Any] = params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}").get("stages", {})
     md5s = {entry["path"]: entry.get("md5", "") for stage in lock.values() for entry in stage.get("outs", [])}
-    with tempfile.TemporaryDirectory() as temporary, suppress(*finished_results.UNREADABLE):
+    with tempfile.TemporaryDirectory() as temporary, suppress(*finished_results.READ_ERRORS):
         outs = {out: md5s[out] for out in ("artifacts/shards", "artifacts/vqvae")}
         if (cache := dvc.cache_folder()) is None:
             return math.nan

@@ -3,7 +3,8 @@
 vqvae2 run --stage prior_bottom            console script
 typer pipeline run --stage prior_bottom    the same through Typer's program, which runs the `app` of this module
 
-The commands that run and show stages are here; cli_models.py, cli_project.py and cli_ablate.py have the others.
+The commands that run and show stages are here; cli_models.py, cli_project.py and cli_ablate.py have the others. To add
+one, declare its arguments in one of these files, and write its work in a function `run` of pipeline/commands/NAME.py.
 """
 
 import importlib.metadata
@@ -199,7 +200,7 @@ def plan(
     run_and_exit(action)
 
 
-for module in (cli_ablate, cli_models, cli_project):
+for module in (cli_ablate, cli_models, cli_project):  # the order of `--help`: before those below
     app.registered_commands += module.app.registered_commands
 
 

@@ -156,7 +156,7 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
     md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
     listing: Mapping[str, str] = {}
     cache = cache_folder()
-    with suppress(*finished_results.UNREADABLE):
+    with suppress(*finished_results.READ_ERRORS):
         listing = finished_results.read_listing(cache, md5) if cache else {}
 
     def read(picture: str) -> bytes:

@@ -115,7 +115,7 @@ class Predictor:
         if path not in self._outputs:
             parts = {out: md5 for out, md5 in self._outputs.items() if out.startswith(f"{path}/")}
             is_source = not path.startswith("artifacts/")
-            with suppress(*finished_results.UNREADABLE):
+            with suppress(*finished_results.READ_ERRORS):
                 self._outputs[path] = self._source(Path(path)) if is_source else _join(path, parts, self.cache)
         return self._outputs.get(path, "")
 

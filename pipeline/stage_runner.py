@@ -127,7 +127,7 @@ def _require_not_pinned(stage: dvc_yaml.Stage, settings: Params, folder: Path) -
         result_versions.require_not_pinned(stage, settings)
     except UserError:
         if (cache := dvc.cache_folder()) is not None:
-            finished_results.restore_recorded(stage, folder, cache)
+            finished_results.restore_locked(stage, folder, cache)
         raise
 
 

@@ -1,4 +1,7 @@
-"""Registry of the priors: `PRIORS` maps a name to a class. A prior's name is that of its file in this package."""
+"""Registry of the priors: `PRIORS` maps a name to a class. A prior's name is that of its file in this package.
+
+To add one, see base.py.
+"""
 
 from collections.abc import Mapping
 

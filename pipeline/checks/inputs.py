@@ -14,7 +14,7 @@ from stages.metrics.networks import check_packages, read_networks
 def check_images(request: Request) -> Answer:
     """Check that the source of images exists and has images, if shards are to be written, and is not the project.
 
-    A path that does not exist is refused by `images.sources.open_source`.
+    A path that does not exist is refused by `open_source` in stages/images/sources.py.
     """
     dataset = request.settings.dataset
     require_project_outside(Path(dataset.source))

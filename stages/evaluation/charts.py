@@ -1,6 +1,7 @@
 """Charts of the report: codebook usage, rate-distortion, distances to training images, and training curves.
 
-To add a chart to a section, write its function and a line of `charts`; report.html.j2 has the sections.
+To add a chart to a section, write its function and a line of `charts`; report.html.j2 has the sections. New data is a
+field of `ReportData`, filled in results.py. The charts of `dvc plots show` are in stages/formats/curves.py.
 
 Axes: N images, K codebook entries.
 """

@@ -1,4 +1,8 @@
-"""Random augmentation of training images: each result is a pure function of a seed."""
+"""Random augmentation of training images: each result is a pure function of a seed.
+
+To add one, add a field to `AugmentConfig` (stages/config.py) and a value to each file of conf/augment/, then its code
+and its condition in `augment`. Draw its random numbers only if it is on: otherwise all images change.
+"""
 
 import numpy as np
 

@@ -1,8 +1,8 @@
 """Metrics that compare two sets of images by their features.
 
 To add one, write its function in a file of this package and add a line to `SET_METRICS`. `evaluate` applies each one to
-the samples, the reconstructions and both baselines, and shows the values in the report. metrics/evaluate.json has those
-of the samples.
+the samples, the reconstructions and both baselines, and shows the values in the report. metrics/evaluate.json has only
+those of the samples that `HEADLINE_SET_METRICS` (stages/evaluation/summary.py) names.
 """
 
 from collections.abc import Callable, Mapping

@@ -20,7 +20,7 @@ from typing import Any
 
 from stages.cluster_config import ClusterConfig
 from stages.errors import UserError
-from stages.runtime.capacity import check_resources, private_cpus, private_workers, worker_capacity
+from stages.runtime.capacity import check_resources, private_cluster_cpus, private_cluster_workers, worker_capacity
 from stages.runtime.ray_address import check_address
 from stages.runtime.ray_sessions import sessions_parent
 
@@ -180,7 +180,7 @@ def _private_cluster(config: ClusterConfig) -> Iterator[str]:
         with _ray_params(ports[:3]), _patient_start():
             _init_ray(
                 address="local",
-                num_cpus=private_cpus(config),
+                num_cpus=private_cluster_cpus(config),
                 include_dashboard=False,
                 object_store_memory=RAY_OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
@@ -299,7 +299,7 @@ def most_workers(config: ClusterConfig) -> int:
 
     if not is_private():
         return config.max_workers
-    return min(private_workers(config), config.fitting_workers(worker_capacity(ray.nodes(), config)))
+    return min(private_cluster_workers(config), config.clamp_workers(worker_capacity(ray.nodes(), config)))
 
 
 def lost_worker_errors() -> tuple[type[Exception], ...]:

@@ -1,7 +1,8 @@
 """Artifact folders in an object store, for nodes without a shared disk.
 
 An upload writes the manifest last, so an artifact in the store is complete or absent. A store is not trusted: every
-write is read back and hashed, and every download is hashed again.
+write is read back and hashed, and every download is hashed again. Failed calls are retried (`MAX_ATTEMPTS`); retries of
+MLflow's calls are in stages/tracking/.
 
     URL/inputs/DIGEST/                              an input artifact, uploaded once for all runs
     URL/runs/STAGE/FINGERPRINT/step-000001000/      a checkpoint

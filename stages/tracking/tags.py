@@ -1,4 +1,8 @@
-"""Tags of runs: all names, and the functions that compute the values. Names with "mlflow." have a meaning in MLflow."""
+"""Tags of runs: all names, and the functions that compute the values. Names with "mlflow." have a meaning in MLflow.
+
+To add one, add its name here and its value to `code_tags` for every run, `stage_tags` for the runs of stages, or
+`pipeline_tags` for the runs of pipelines.
+"""
 
 import subprocess
 from collections.abc import Mapping

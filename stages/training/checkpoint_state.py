@@ -7,8 +7,8 @@ optimizer.INDEX.NAME    state that an optimizer has of the network's parameter w
 metrics_since_log       (ranks, numbers) sums of the metrics of the steps after the last logged one
 microbatch              the automatic size of micro-batches; absent with a fixed one
 
-loop.py joins the tensors of these groups, and `TrainableModel.mismatch` must know the names of each. checkpoint.py
-writes and reads them.
+To add a tensor of the model, extend `tensors`, `restore` and `mismatch` of `TrainableModel`. To add another value, add
+a field to `TrainState`; loop.py fills it and joins the groups above, and checkpoint.py writes and reads them.
 """
 
 from collections.abc import Mapping

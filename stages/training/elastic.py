@@ -1,6 +1,6 @@
-"""Elastic training: the number of workers follows the nodes of a cluster, within the range of `cluster.workers`.
+"""Elastic training: the number of workers adapts to the nodes of the cluster, within the range of `cluster.workers`.
 
-The result stays the same within rounding, because neither the global batch nor the order of the data depends on it.
+The result stays the same within rounding: neither the global batch nor the order of the data depends on that number.
 """
 
 import os
@@ -15,39 +15,41 @@ from stages.runtime import cluster
 from stages.runtime.context import StageContext
 
 MAX_CONTROLLER_FAILURES = 3  # Ray Train's default restarts a failing controller without limit
-# With a range of workers, Ray Train may try to start too many after the loss of a node, and then waits for a node that
-# does not come: it waits for a shorter time than its 60 s, and may do so more often.
-START_TIMEOUT_S, MAX_ELASTIC_CONTROLLER_FAILURES = 10, 60
-CAPACITY_TIMEOUT_S = 240.0  # for nodes to come back if fewer than the fewest workers fit; Ray Train waits for ever
+# After the loss of a node, Ray Train may request more workers than fit. A shorter timeout than its 60 s makes it count
+# the nodes again soon. Each such timeout counts as a failure of the controller.
+WORKER_START_TIMEOUT_S = 10
+MAX_ELASTIC_CONTROLLER_FAILURES = 60
+CAPACITY_TIMEOUT_S = 240.0  # for nodes to come back if `min_workers` do not fit; Ray Train waits forever
 CAPACITY_POLL_INTERVAL_S = 2.0
 CANCEL_TIMEOUT_S = 2.0
 COORDINATOR = "AutoscalingCoordinator"  # name and namespace of the actor that tells Ray Train which nodes there are
 
 
 def is_elastic(config: ClusterConfig) -> bool:
-    """Return whether the number of workers changes with the nodes. A private cluster stays as it is."""
+    """Return whether the number of workers changes with the nodes. The size of a private cluster is fixed."""
     return not isinstance(config.workers, int) and not cluster.is_private()
 
 
 def num_workers(config: ClusterConfig) -> int | tuple[int, int]:
-    """Return the number of workers for Ray Train, or the range."""
+    """Return Ray Train's `num_workers`: (min, max) if training is elastic, otherwise a number."""
     return config.workers if is_elastic(config) else cluster.most_workers(config)
 
 
 def max_controller_failures(config: ClusterConfig) -> int:
-    """Return how often Ray Train may fail to start workers."""
+    """Return how many failures of its controller, such as failed starts of the workers, Ray Train tolerates."""
     return MAX_ELASTIC_CONTROLLER_FAILURES if is_elastic(config) else MAX_CONTROLLER_FAILURES
 
 
 @contextmanager
 def ray_train_variables(config: ClusterConfig) -> Iterator[None]:
-    """Set variables of Ray Train during the block, which it passes on to its controller.
+    """Set environment variables for the block; Ray Train passes them to its controller.
 
-    A value that the user has set stays. Nobody preempts the node of a private cluster, and looking for that takes time.
+    A value that the user has set stays. The preemption watcher is off on a private cluster: its node is never
+    preempted, and watching costs time.
     """
     values = {}
     if is_elastic(config):
-        values["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
+        values["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKER_START_TIMEOUT_S)
     if cluster.is_private():
         values["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     names = values.keys() - os.environ.keys()
@@ -66,10 +68,10 @@ def _live_nodes() -> set[str]:
 
 
 def _refresh_coordinator() -> None:
-    """Let Ray Train see the nodes as they are now. Otherwise it does within 20 s (Ray 2.60 and newer)."""
+    """Make Ray Train's coordinator read the nodes again, which it otherwise does every 20 s. Needs Ray 2.60."""
     import ray
 
-    with suppress(Exception):  # no part of Ray's public interface
+    with suppress(Exception):  # private API of Ray, which may change; without it training only waits longer
         ray.get_actor(COORDINATOR, namespace=COORDINATOR).get_reserved_resources.remote("", recompute=True)
 
 
@@ -79,9 +81,9 @@ def capacity_check(
     live_nodes: Callable[[], set[str]] = _live_nodes,
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[], None]:
-    """Return a function that raises UserError once the fewest workers have not fitted for CAPACITY_TIMEOUT_S.
+    """Return a function that raises UserError once `min_workers` have not fitted for CAPACITY_TIMEOUT_S.
 
-    It also tells Ray Train of a change of the nodes, so that it does not try to start too many workers. With a fixed
+    It also reports changed nodes to Ray Train, so that it does not try to start too many workers. With a fixed
     number of workers it does nothing: Ray Train gives up by itself.
     """
     if not is_elastic(config):
@@ -100,26 +102,26 @@ def capacity_check(
             if clock() - last_fit > CAPACITY_TIMEOUT_S:
                 raise
         except Exception:  # the cluster is gone; training raises the error
-            return
+            pass
 
     return check
 
 
-def cancel_request(trainer: Any) -> None:
-    """Cancel what Ray Train has reserved for a training that was interrupted.
+def release_reservation(trainer: Any) -> None:
+    """Release the resources that Ray Train reserved for an interrupted training.
 
-    The reservation would last for three minutes, in which the next training with a range finds no room.
+    The reservation would last three minutes, and block the next elastic training.
     """
     import ray
 
-    with suppress(Exception):  # no part of Ray's public interface
+    with suppress(Exception):  # private API of Ray, as above
         coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
         run_id = trainer.train_run_context.run_id
         ray.get(coordinator.cancel_request.remote(f"train-{run_id}"), timeout=CANCEL_TIMEOUT_S)
 
 
 def report_workers(workers: int, previous: int, context: StageContext) -> None:
-    """Report the number of workers with which training starts or continues, unless it is the previous one."""
+    """Report the number of workers of an attempt, unless it is the `previous` one; that is 0 at the start."""
     number = f"{workers} worker{'s' * (workers != 1)}"
     if not previous:
         context.reporter.message(f"Training starts with {number} of at most {context.cluster.max_workers}.")

@@ -1,10 +1,10 @@
 """Training loop, independent of Ray: it gets batches, collectives and a reporter as arguments.
 
-    for each step:  objective(micro-batch)  ->  loss.backward(), gradients averaged over ranks  ->  optimizer
-                    sums of micro-batches   ->  all-reduce during backward  ->  objective.absorb  ->  EMA
+    each step:  micro-batch -> objective -> loss           -> backward pass, gradients averaged over ranks -> optimizer
+                                         -> codebook sums  -> all-reduce during the backward pass -> absorb -> EMA
 
-Besides gradients, ranks exchange only sums. All randomness is a function of (seed, step) and of the rank or of the
-micro-batch's first image, so a checkpoint holds no generator state.
+Besides gradients, ranks exchange only sums. Random numbers are seeded by (seed, step) and, where ranks must differ, by
+the rank or by the index of the micro-batch's first image. So a checkpoint needs no generator state.
 """
 
 import math
@@ -48,32 +48,33 @@ def train(
     """Train from the newest checkpoint to the last step. Rank 0 writes checkpoints and draws previews.
 
     Raises TrainingStopped after saving a checkpoint if a stop is requested, CheckpointMismatch if the ranks' newest
-    checkpoints differ, and UserError if a metric is not finite, a checkpoint does not match the network, a parameter
-    has no gradient, or the disk is too small.
+    checkpoints are of different steps, and UserError if a metric is not finite, a checkpoint does not match the
+    network, a parameter has no gradient, or the disk is too small.
     """
-    training = _Training(objective, data, config, seed, dist, checkpoints, reporter)
-    start = training.resume()
-    with training.gradients.explain_out_of_memory():
-        for step, batch in enumerate(training.timer.batches(data.training(start)), start):
-            decision = training.run_step(step, batch, is_first=step == start)
+    loop = _TrainingLoop(objective, data, config, seed, dist, checkpoints, reporter)
+    start = loop.resume()
+    with loop.gradients.explain_out_of_memory():
+        for step, batch in enumerate(loop.timer.batches(data.training(start)), start):
+            decision = loop.run_step(step, batch, is_first=step == start)
             completed_steps = step + 1
             is_last = completed_steps == config.steps
             if completed_steps % config.log_every == 0 or is_last:
-                training.log(completed_steps)
+                loop.log(completed_steps)
             if completed_steps % config.evaluate_every == 0 or is_last:
-                training.evaluate(completed_steps)
-            # A vote to save is read one step later. A checkpoint of the step in between has done what it asks for.
-            is_due = decision.save and training.saved_step < step
-            if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_due:
-                training.save(completed_steps)
+                loop.evaluate_splits(completed_steps)
+            # With several ranks, the decision belongs to the votes of the step before. A checkpoint that was saved
+            # after that step has satisfied them.
+            is_save_requested = decision.save and loop.last_saved < completed_steps - 1
+            if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_save_requested:
+                loop.save(completed_steps)
             if decision.stop and not is_last:
                 checkpoints.wait()
                 raise TrainingStopped(f"stopped at step {completed_steps}")
     checkpoints.wait()
 
 
-class _Training:
-    """State of one call of `train`, and what happens in and between its steps."""
+class _TrainingLoop:
+    """State and operations of one call of `train`."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class _Training:
         self.metrics_since_log = MetricAccumulator(objective, dist)
         self.history: list[dict[str, Any]] = []
         self.step_vote = StepVote(dist)
-        self.saved_step = self.logged_step = 0
+        self.last_saved = self.last_logged = 0  # completed steps
 
     def resume(self) -> int:
         """Restore the newest checkpoint; return its step, 0 if there is none."""
@@ -111,12 +112,12 @@ class _Training:
             self.metrics_since_log.restore(state.tensors[METRICS_SINCE_LOG])
             self.history = state.history
             self.reporter.message(f"Resuming at step {start} of {self.config.steps}.")
-        self.saved_step = self.logged_step = start
+        self.last_saved = self.last_logged = start
         self.timer.restart()
         return start
 
     def run_step(self, step: int, batch: Any, *, is_first: bool) -> StepDecision:
-        """Train on one batch; return what all ranks do after it."""
+        """Train on one batch; return what all ranks have agreed to do after it. `step` counts the steps before it."""
         inject_nan = self.dist.inject_fault(step)
         self.objective.train()
         step_sums = self.gradients.accumulate(batch, step, self.step_vote.cast(), inject_nan=inject_nan)
@@ -134,12 +135,12 @@ class _Training:
             self.checkpoints.require_free_space(self.model.tensors(), remaining)
         return self.step_vote.count(votes)
 
-    def log(self, step: int) -> None:
-        """Report the metrics and the speed of the steps since the last call."""
+    def log(self, completed_steps: int) -> None:
+        """Report the metrics and the speed of the steps since the last log entry."""
         values = self.metrics_since_log.summarize()
-        _require_finite(values, step, self.checkpoints.folder)
-        self._record("train", values, step)
-        seconds = self.timer.summarize(step - self.logged_step)
+        _require_finite(values, completed_steps, self.checkpoints.folder)
+        self._record("train", values, completed_steps)
+        seconds = self.timer.summarize(completed_steps - self.last_logged)
         images_per_second = self.config.batch_size / max(step_seconds(seconds), 1e-9)
         speed = {
             "images_per_second": images_per_second,
@@ -151,48 +152,49 @@ class _Training:
                 device_name(self.dist.device),
                 self.config.precision,
             ),
-            "learning_rate": learning_rate(self.config, step - 1),
+            "learning_rate": learning_rate(self.config, completed_steps - 1),
         }
-        self.reporter.metrics({f"train/{name}": value for name, value in speed.items()}, step)
-        self.reporter.progress(step, self.config.steps, "step", {**values, **progress_numbers(speed)})
+        self.reporter.metrics({f"train/{name}": value for name, value in speed.items()}, completed_steps)
+        self.reporter.progress(completed_steps, self.config.steps, "step", {**values, **progress_numbers(speed)})
         self.metrics_since_log = MetricAccumulator(self.objective, self.dist)
-        self.logged_step = step
+        self.last_logged = completed_steps
         self.timer.restart()
 
-    def evaluate(self, step: int) -> None:
-        """Measure every split, and draw previews. The speed of training does not count this time."""
+    def evaluate_splits(self, completed_steps: int) -> None:
+        """Measure every split, and draw previews. The training speed excludes this time."""
         start_s = time.monotonic()
         network = self.model.evaluation_network
         for split, batches in self.data.evaluation.items():
-            parts = (part for batch in batches() for part in split_batch(batch, self.gradients.evaluation_size))
+            size = self.gradients.evaluation_size
+            microbatches = (microbatch for batch in batches() for microbatch in split_batch(batch, size))
             with autocast(self.config, self.dist.device):
-                values = evaluate(self.objective, network, parts, self.dist)
-            self._record(split, values, step)
+                values = evaluate(self.objective, network, microbatches, self.dist)
+            self._record(split, values, completed_steps)
         if self.dist.rank == 0:
             for name, png in self.objective.previews(network).items():
-                self.reporter.image(name, png, step)
+                self.reporter.image(name, png, completed_steps)
         self.timer.exclude(time.monotonic() - start_s)
 
-    def save(self, step: int) -> None:
+    def save(self, completed_steps: int) -> None:
         """Save a checkpoint of all ranks' state."""
-        self.saved_step = step
+        self.last_saved = completed_steps
         self.dist.checkpoint_timer.restart()
         metrics = {METRICS_SINCE_LOG: self.metrics_since_log.gather_by_rank()}
         tensors = self.model.tensors() | self.gradients.tensors() | metrics
         if self.dist.rank == 0:
-            self.checkpoints.save(TrainState(step, tensors, self.history))
+            self.checkpoints.save(TrainState(completed_steps, tensors, self.history))
 
-    def _record(self, split: str, values: Mapping[str, float], step: int) -> None:
-        """Report metrics, and keep them for the curves of the artifact."""
+    def _record(self, split: str, values: Mapping[str, float], completed_steps: int) -> None:
+        """Report metrics, and append them to the history, which becomes the curves of the artifact."""
         named = {f"{split}/{name}": value for name, value in values.items()}
-        self.history.extend({"step": step, "name": name, "value": value} for name, value in named.items())
-        self.reporter.metrics(named, step)
+        self.history.extend({"step": completed_steps, "name": name, "value": value} for name, value in named.items())
+        self.reporter.metrics(named, completed_steps)
 
 
 def evaluate(
     objective: Objective, network: nn.Module, batches: Iterable[Any], dist: DistributedContext
 ) -> dict[str, float]:
-    """Measure a network over the batches of all ranks, which may hold unequal numbers of them."""
+    """Measure a network over all ranks' batches. Ranks may have different numbers of batches."""
     was_training = network.training
     network.eval()
     metrics = MetricAccumulator(objective, dist)
@@ -204,7 +206,7 @@ def evaluate(
 
 
 def _remaining_checkpoints(config: TrainConfig, start: int, dist: DistributedContext) -> int:
-    """Return the number of checkpoints to come; by time there may be one after each step."""
+    """Return the largest number of checkpoints still to be saved. With a time interval, that is one per step."""
     if dist.checkpoint_timer.interval_s:
         return config.steps - start
     every = config.checkpoint_every
@@ -215,7 +217,7 @@ def _require_finite(values: Mapping[str, float], step: int, folder: Path) -> Non
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(
-                f"{name} must be finite, got {value} at step {step}; the checkpoints before it are kept.",
+                f"{name} must be finite, got {value} at step {step}; earlier checkpoints are kept.",
                 where=folder,
                 fix="Lower learning_rate, or set max_grad_norm, then run again.",
             )

@@ -34,11 +34,11 @@ from stages.training.checkpoint_state import trained_weights
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.elastic import (
     CAPACITY_POLL_INTERVAL_S,
-    cancel_request,
     capacity_check,
     max_controller_failures,
     num_workers,
     ray_train_variables,
+    release_reservation,
     report_workers,
 )
 from stages.training.failures import (
@@ -89,7 +89,7 @@ def fit(train_worker: TrainWorker, arguments: Mapping[str, Any], *, context: Sta
                 _wait_or_stop(training, control, capacity_check(config))
             finally:
                 if not training.done():
-                    cancel_request(trainer)
+                    release_reservation(trainer)
 
         with ray_train_variables(config), forward_reports(control, context.reporter):
             _train_until_complete(train, lambda error: _recover(error, context, control), context)

@@ -143,10 +143,10 @@ def test_recorded_result_comes_back_whatever_it_was_computed_from():
     compute("first", Path("runs/codes/4567"))
     digest = compute("second")
     lose()
-    assert finished_results.restore_recorded(STAGE, Path("runs/codes"), CACHE)
+    assert finished_results.restore_locked(STAGE, Path("runs/codes"), CACHE)
     assert artifact.sha256(Path("artifacts/codes/manifest.json")) == digest
     shutil.rmtree("runs")
-    assert not finished_results.restore_recorded(STAGE, Path("runs/codes"), CACHE)
+    assert not finished_results.restore_locked(STAGE, Path("runs/codes"), CACHE)
 
 
 def test_without_a_record_nothing_is_restored():

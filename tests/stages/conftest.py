@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import ClusterConfig
-from stages.runtime.cluster import connect_cluster
 from tests.mini_pipeline import MiniPipeline, without_ray
 
 
@@ -17,16 +15,6 @@ def in_process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run stages without Ray, unless the test has the marker `ray`."""
     with nullcontext() if request.node.get_closest_marker("ray") else without_ray():
         yield
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterConfig]:
-    """A private cluster with two workers, for all tests, because starting one takes seconds."""
-    config = ClusterConfig(workers=2, cpus_per_worker=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # its processes inherit it
-        with connect_cluster(config):
-            yield config
 
 
 @pytest.fixture

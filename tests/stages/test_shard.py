@@ -237,12 +237,12 @@ def test_rejecting_all_training_images_fails_the_stage(tmp_path):
 
 
 @pytest.mark.ray
-def test_two_ray_workers_write_the_same_bytes_as_one_process(tmp_path, cluster):
+def test_two_ray_workers_write_the_same_bytes_as_one_process(tmp_path):
     """The number of workers does not change the output."""
     source = make(tmp_path / "images", IMAGES)
     with without_ray():
         run_shard(source, tmp_path / "serial")
-    run_shard(source, tmp_path / "ray", cluster=cluster)
+    run_shard(source, tmp_path / "ray", cluster=ClusterConfig(workers=2, cpus_per_worker=1))
     assert files_of(tmp_path / "ray" / "out") == files_of(tmp_path / "serial" / "out")
 
 

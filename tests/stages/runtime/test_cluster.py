@@ -174,8 +174,8 @@ def test_private_cluster_has_room_for_the_stage_that_needs_most():
     """All stages of a run share the cluster, and one CPU is left for the processes that only coordinate."""
     stages = {"shard": StageClusterConfig(workers=16, cpus_per_worker=0.5), "sample": StageClusterConfig(workers=1)}
     config = ClusterConfig(workers=2, cpus_per_worker=2, stages=stages)
-    assert [capacity.private_cpus(variant) for variant in config.variants()] == [5, 9, 3]
-    assert capacity.private_cpus(config) == 9
+    assert [capacity.private_cluster_cpus(variant) for variant in config.variants()] == [5, 9, 3]
+    assert capacity.private_cluster_cpus(config) == 9
 
 
 def test_a_range_of_workers_follows_the_processors_of_a_private_cluster(monkeypatch: pytest.MonkeyPatch):
@@ -183,8 +183,11 @@ def test_a_range_of_workers_follows_the_processors_of_a_private_cluster(monkeypa
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
     for workers, expected in (((1, 8), 3), ((1, 2), 2), ((4, 8), 4), (5, 5)):
         config = ClusterConfig(workers=workers, cpus_per_worker=2)
-        assert (capacity.private_workers(config), capacity.private_cpus(config)) == (expected, 1 + 2 * expected)
-    assert capacity.private_workers(ClusterConfig((1, 8), 2, 1)) == 8
+        assert (capacity.private_cluster_workers(config), capacity.private_cluster_cpus(config)) == (
+            expected,
+            1 + 2 * expected,
+        )
+    assert capacity.private_cluster_workers(ClusterConfig((1, 8), 2, 1)) == 8
 
 
 @pytest.mark.parametrize(
@@ -197,10 +200,10 @@ def test_a_range_of_workers_follows_the_processors_of_a_private_cluster(monkeypa
         ),
         (
             ClusterConfig(cpus_per_worker=32),
-            r"1 workers need 32 CPUs; the cluster has 16\.",
+            r"1 worker needs 32 CPUs; the cluster has 16\.",
             "cluster.cpus_per_worker=1",
         ),
-        (ClusterConfig(1, 2, 3), r"1 workers need 3 GPUs; the cluster has 2\.", "cluster=local"),
+        (ClusterConfig(1, 2, 3), r"1 worker needs 3 GPUs; the cluster has 2\.", "cluster=local"),
         (
             ClusterConfig(workers=2, cpus_per_worker=8),
             "2 workers need 8 CPUs each; the nodes have room for 0",
@@ -219,7 +222,7 @@ def test_a_range_of_workers_follows_the_processors_of_a_private_cluster(monkeypa
         ),
         (ClusterConfig(52, 0.3), "", ""),
         (ClusterConfig((7, 99), 2), "", ""),
-        (ClusterConfig((9, 99), 2), r"9 workers need 18 CPUs; the cluster has 16\.", "cluster.workers=1"),
+        (ClusterConfig((9, 99), 2), r"At least 9 workers need 18 CPUs; the cluster has 16\.", "cluster.workers=1"),
     ],
 )
 def test_workers_that_do_not_fit_are_rejected(config: ClusterConfig, message: str, fix: str):

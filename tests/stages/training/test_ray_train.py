@@ -21,6 +21,7 @@ from models.vqvae import VQVAE
 from stages import vqvae
 from stages.config import ClusterConfig
 from stages.errors import UserError
+from stages.runtime.cluster import connect_cluster
 from stages.runtime.context import Reporter, StageContext
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import trained_weights
@@ -30,6 +31,16 @@ from tests.gloo import train_with_ranks
 from tests.screen import Screen
 
 pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """One cluster for all of these tests, because starting one takes seconds."""
+    config = ClusterConfig(workers=2, cpus_per_worker=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("node")))  # inherited by the cluster's processes
+        with connect_cluster(config):
+            yield config
 
 
 def context_in(folder: Path, cluster: ClusterConfig) -> StageContext:
