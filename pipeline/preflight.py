@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline import composed_from, dvc_yaml, params, shared_cluster
-from pipeline.checks import inputs, machine, project_folder, servers
+from pipeline.checks import inputs, machine, project_folder, servers, training
 from pipeline.checks.check import Answer, EnvironmentCheck, Request, SettingsCheck
 from stages.cluster_config import ClusterConfig
 from stages.config import DatasetConfig, Params
@@ -132,6 +132,7 @@ PROJECT_CHECKS: dict[str, EnvironmentCheck] = {
 SETTINGS_CHECKS: dict[str, SettingsCheck] = {
     "images": inputs.check_images,
     "resources": check_resources,
+    "training": training.check_moving_averages,
     "late inputs": inputs.check_late_inputs,
     "sockets": servers.check_loader_sockets,
     "storage": servers.check_storage,
