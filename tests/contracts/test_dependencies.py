@@ -2,11 +2,15 @@
 
 import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
+import pytest
 import torch
+from packaging.requirements import Requirement
 
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+ROOT = Path(__file__).parents[2]
+CONSTRAINTS = ROOT / "constraints.txt"
 COMPANIONS = {"torchvision", "torchaudio"}  # each release is built for one release of torch
 
 
@@ -30,3 +34,21 @@ def test_installed_torch_is_the_tested_one():
     assert not COMPANIONS & names
     if not torch.backends.cuda.is_built():
         assert not [name for name in names if name.startswith("nvidia-")]
+
+
+@pytest.mark.parametrize("name", ["dvc", "mlflow", "ray", "torch"])
+def test_support_matrix_states_the_lower_bounds(name: str):
+    """The lowest accepted versions are those that pyproject.toml requires."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (bound,) = re.findall(rf"^{name}(?:\[.*\])?>=([\d.]+)", "\n".join(dependencies), re.MULTILINE)
+    row = {"dvc": "DVC", "mlflow": "MLflow", "ray": "Ray", "torch": "PyTorch"}[name]
+    (accepted,) = re.findall(rf"^\| {row} \|.*\| (.*) \|$", (ROOT / "docs/support.md").read_text(), re.MULTILINE)
+    assert accepted.startswith(f"{bound} or newer")
+
+
+@pytest.mark.parametrize(("name", "excluded"), [("dvc", "3.65.0"), ("hydra-core", "1.3.1"), ("numpy", "2.1.0")])
+def test_releases_that_do_not_work_are_excluded(name: str, excluded: str):
+    """DVC accepts a pathspec it cannot import, Hydra an omegaconf that warns, NumPy has no savez without pickles."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (requirement,) = [line for line in map(Requirement, dependencies) if line.name == name]
+    assert not requirement.specifier.contains(excluded)
