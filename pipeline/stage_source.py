@@ -44,6 +44,7 @@ EXCLUDED = {
     "stages.mapping": "which process computes a part; the result of a part does not depend on it",
     "stages.training.ray_train": "which processes train; one and several workers see the same batches",
     "stages.training.elastic": "how many processes train; one and several workers see the same batches",
+    "stages.training.node_checkpoints": "resuming gives bit-identical results",
     "stages.training.failures": "texts of errors",
     "stages.images.overview": "what is reported, not what is computed",
     "stages.training.checkpoint": "resuming gives bit-identical results",

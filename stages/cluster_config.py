@@ -1,4 +1,4 @@
-"""Settings of where a stage runs, never of what it computes. docs/reference/settings.md has the comments of the fields."""
+"""Settings of where a stage runs, never of what it computes. The settings reference has the comments of the fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -50,6 +50,11 @@ class ClusterConfig:
             check_positive(self, "workers")
         elif not 1 <= self.workers[0] <= self.workers[1]:
             raise ValueError(f"workers must be a pair [min, max] with 1 <= min <= max, got {list(self.workers)}")
+        else:
+            # Ray rounds the number of workers with fractions down in another way, and could wait forever for the last.
+            for name in ("cpus_per_worker", "gpus_per_worker"):
+                value = getattr(self, name)
+                check_field(self, name, float(value).is_integer(), "a whole number if workers is a pair")
         check_field(
             self,
             "storage",

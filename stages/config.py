@@ -80,7 +80,7 @@ class TrainConfig:
     """Length and schedule of training, in optimizer steps over the global batch."""
 
     steps: int  # optimizer steps, 1 or more
-    batch_size: int  # images per step over all workers, at least cluster.workers
+    batch_size: int  # images per step over all workers, at least cluster.workers or the larger number of its range
     # "adam", as in the paper; "adamw" adds weight decay; "muon" orthogonalizes the updates of hidden layers' matrices,
     # and leaves the rest to AdamW
     optimizer: Literal["adam", "adamw", "muon"] = field(default="adam", metadata={NEUTRAL: "adam"})

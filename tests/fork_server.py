@@ -34,10 +34,12 @@ def run_command(
         process = fork_server().Process(target=_run, args=(tuple(arguments), folder, dict(environment), streams))
         process.start()
         process.join(timeout_s)
-        if process.exitcode is None:
+        if is_late := process.exitcode is None:
             process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout_s)
+            process.join()
         stdout, stderr = (path.read_text(encoding="utf-8") for path in streams)
+        if is_late:
+            raise subprocess.TimeoutExpired(arguments, timeout_s, stdout, stderr)
     return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
 
 
@@ -52,6 +54,7 @@ def _run(arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["vqvae2", *arguments]
+    sys.orig_argv = [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments]
     try:
         main()
     finally:

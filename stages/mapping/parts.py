@@ -23,7 +23,7 @@ from stages.mapping.remote_parts import NodeWorkspace, TransferPlan, part_digest
 from stages.runtime import cluster, fault_injection
 from stages.runtime.context import Reporter, StageContext, work_folder_name
 from stages.runtime.control import start_control_actor
-from stages.runtime.storage import node_cache_dir
+from stages.runtime.node_cache import node_cache_dir
 
 Part = dict[str, Any]  # JSON values
 Result = dict[str, Any]  # NumPy arrays and JSON values
@@ -163,7 +163,7 @@ def _map(
 def _most_actors(context: StageContext, plan: TransferPlan | None) -> int:
     if context.storage and plan is None:
         return context.cluster.min_workers  # all on this node, whatever the others have room for
-    return cluster.most_workers(context.cluster)
+    return cluster.workers_on_cluster(context.cluster)
 
 
 def _actor_options(context: StageContext, plan: TransferPlan | None) -> dict[str, Any]:

@@ -290,8 +290,8 @@ def is_private(environment: Mapping[str, str] = os.environ) -> bool:
     return PRIVATE_CLUSTER_VARIABLE in environment or not environment.get("RAY_ADDRESS")
 
 
-def most_workers(config: ClusterConfig) -> int:
-    """Return the most workers of a stage on the cluster that is connected.
+def workers_on_cluster(config: ClusterConfig) -> int:
+    """Return the largest number of workers of a stage on the connected cluster.
 
     With a range, these are as many as a private cluster holds: it stays as it is. Another cluster may grow.
     """

@@ -15,12 +15,10 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 from stages.errors import UserError, install_command
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST, Artifact
+from stages.runtime.node_cache import LocalDiskError, local_disk_errors, node_cache_dir
 
 MAX_ATTEMPTS = 7
 FIRST_RETRY_DELAY_S = 1.0  # doubles with each retry: 63 s in total, for a store that is away for a minute
@@ -43,10 +42,6 @@ class CorruptArtifactError(UserError):
 
 class StorageUnavailableError(UserError):
     """Store that does not answer, or refuses access."""
-
-
-class LocalDiskError(UserError):
-    """Local disk that cannot hold a download."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ class Storage:
         Only one process at a time may call this for a folder. Raises CorruptArtifactError if the stored artifact is
         damaged or absent, and LocalDiskError if this node cannot write it.
         """
-        with _local_disk_errors(folder):
+        with local_disk_errors(folder):
             return self._fetch(name, folder, kind)
 
     def _fetch(self, name: str, folder: Path, kind: str) -> Artifact:
@@ -240,7 +235,7 @@ class StoredArtifact:
         Raises CorruptArtifactError if the stored artifact has another digest.
         """
         folder = node_cache_dir("inputs") / self.digest
-        with _local_disk_errors(folder), folder.with_suffix(".lock").open("w") as lock:
+        with local_disk_errors(folder), folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self._is_cached(folder):  # a cached copy was hashed when it was downloaded
                 fetched = self.storage.fetch(self.digest, folder, self.kind)
@@ -258,40 +253,6 @@ class StoredArtifact:
             return artifact.read(folder, self.kind).digest == self.digest
         except UserError:
             return False
-
-
-def node_cache_dir(*names: str) -> Path:
-    """Create and return a cache folder on this node, which may be deleted between runs.
-
-    Raises LocalDiskError if that is impossible, also for a user without a home folder.
-    """
-    try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:  # HOME is not set, and the user has no entry in the list of users
-        raise LocalDiskError(
-            "This node has no cache folder: the user has no home folder.",
-            where=f"user {os.getuid()} on {platform.node()}",
-            fix="Set HOME, or XDG_CACHE_HOME, to a folder that this user can write to.",
-            code=3,
-        ) from error
-    folder = Path(caches, "vqvae2", *names)
-    with _local_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def _local_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn OSError into LocalDiskError, which names node and folder. Errors of the store already are UserErrors."""
-    try:
-        yield
-    except OSError as error:
-        raise LocalDiskError(
-            f"This node cannot write what it downloads from the storage: {error.strerror or error}.",
-            where=f"{folder} on {platform.node()}",
-            fix="Free some space or fix the permissions there, then run the same command again.",
-            code=3,
-        ) from error
 
 
 def _corrupt(what: str, url: str) -> CorruptArtifactError:
@@ -338,7 +299,7 @@ def _get(fs: Any, source: str, target: Path) -> None:
         fs.get_file(source, str(target))
     except OSError as error:
         if error.errno in LOCAL_DISK_ERRORS or error.filename == str(target):
-            with _local_disk_errors(target.parent):
+            with local_disk_errors(target.parent):
                 raise
         raise
 

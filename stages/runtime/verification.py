@@ -12,7 +12,7 @@ from pathlib import Path
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import Artifact
-from stages.runtime.storage import node_cache_dir
+from stages.runtime.node_cache import node_cache_dir
 
 # A file that is younger may change once more without another time of modification: clocks of file systems are coarse.
 MIN_AGE_S = 1.0

@@ -23,7 +23,8 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.runtime.context import StageContext
-from stages.runtime.storage import LocalDiskError, Storage, StorageUnavailableError
+from stages.runtime.node_cache import LocalDiskError
+from stages.runtime.storage import Storage, StorageUnavailableError
 from stages.training.checkpoint_state import TrainState
 
 KIND = "checkpoint"

@@ -18,7 +18,7 @@ MAX_CONTROLLER_FAILURES = 3  # Ray Train's default restarts a failing controller
 # After the loss of a node, Ray Train may request more workers than fit. A shorter timeout than its 60 s makes it count
 # the nodes again soon. Each such timeout counts as a failure of the controller.
 WORKER_START_TIMEOUT_S = 10
-MAX_ELASTIC_CONTROLLER_FAILURES = 60
+MAX_ELASTIC_CONTROLLER_FAILURES = 1000  # over the whole training; `capacity_check` ends one that cannot continue
 CAPACITY_TIMEOUT_S = 240.0  # for nodes to come back if `min_workers` do not fit; Ray Train waits forever
 CAPACITY_POLL_INTERVAL_S = 2.0
 CANCEL_TIMEOUT_S = 2.0
@@ -32,7 +32,7 @@ def is_elastic(config: ClusterConfig) -> bool:
 
 def num_workers(config: ClusterConfig) -> int | tuple[int, int]:
     """Return Ray Train's `num_workers`: (min, max) if training is elastic, otherwise a number."""
-    return config.workers if is_elastic(config) else cluster.most_workers(config)
+    return config.workers if is_elastic(config) else cluster.workers_on_cluster(config)
 
 
 def max_controller_failures(config: ClusterConfig) -> int:

@@ -138,9 +138,9 @@ class _TrainingLoop:
     def log(self, completed_steps: int) -> None:
         """Report the metrics and the speed of the steps since the last log entry."""
         values = self.metrics_since_log.summarize()
+        seconds = self.timer.summarize(completed_steps - self.last_logged)  # before anything is reported
         _require_finite(values, completed_steps, self.checkpoints.folder)
         self._record("train", values, completed_steps)
-        seconds = self.timer.summarize(completed_steps - self.last_logged)
         images_per_second = self.config.batch_size / max(step_seconds(seconds), 1e-9)
         speed = {
             "images_per_second": images_per_second,

@@ -8,9 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,15 @@ from stages.runtime.control import (
     start_in_thread,
     stop_requested,
 )
-from stages.runtime.storage import Storage, StoredArtifact, node_cache_dir
+from stages.runtime.node_cache import claim_folder, node_cache_dir
+from stages.runtime.storage import Storage, StoredArtifact
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import trained_weights
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
 from stages.training.elastic import (
     CAPACITY_POLL_INTERVAL_S,
     capacity_check,
+    is_elastic,
     max_controller_failures,
     num_workers,
     ray_train_variables,
@@ -50,12 +51,12 @@ from stages.training.failures import (
     training_error,
 )
 from stages.training.loop import TrainingStopped
+from stages.training.node_checkpoints import fetch_same_checkpoint, is_first_on_node
 
 SAVE_TIMEOUT_S = 15.0  # for the workers to save after a signal; preempted machines get 20 to 30 s
 SAVE_POLL_INTERVAL_S = 0.1
 COLLECTIVE_TIMEOUT_S = 300  # a rank gives up on its peers after this
 UPLOAD_TIMEOUT_S = 3600  # the same with a storage, where peers may wait for rank 0 to upload a checkpoint
-INPUTS_TIMEOUT_S = 12 * 3600  # until the slowest rank has fetched its inputs from the storage
 # Callbacks of Ray Train that start an actor: for shards of Ray Data, which no stage passes to training; and for the
 # placement groups of a controller that has died, which it asks the dashboard about. A private cluster has no dashboard:
 # there every question fails, each second, and training waits for it at both ends.
@@ -132,7 +133,8 @@ def _recover(error: Any, context: StageContext, control: Any) -> int:
         _remove_placement_groups()
     except ray.exceptions.RayError:
         raise interruption_error(error, context) from error
-    cluster.check_resources(context.cluster)
+    if not is_elastic(context.cluster):  # otherwise the next attempt waits for nodes
+        cluster.check_resources(context.cluster)
     return failures
 
 
@@ -297,7 +299,6 @@ def worker_main(config: dict[str, Any]) -> None:
     context: StageContext = config["context"]
     control = config["control"]
     is_rank_0 = ray_context.get_world_rank() == 0  # its clock counts for all
-    is_first_on_node = ray_context.get_local_rank() == 0
     arguments: dict[str, Any] = config["arguments"]
     torch.set_num_threads(max(1, int(context.cluster.cpus_per_worker)))
     parallel = ray_context.get_world_size() > 1
@@ -315,22 +316,25 @@ def worker_main(config: dict[str, Any]) -> None:
         checkpoint_timer=CheckpointTimer(60 * context.cluster.checkpoint_every_minutes if is_rank_0 else 0),
         inject_fault=lambda step: fault_injection.inject_faults(context.stage, dist.rank, step, marker_folder),
     )
+    is_first = False  # of the ranks of its node; set with a storage
     if dist.rank > 0:  # only rank 0 reports
         context = replace(context, reporter=Reporter())
     elif not isinstance(context.cluster.workers, int):
         report_workers(dist.world_size, ray.get(control.set_workers.remote(dist.world_size)), context)
     # Ray Train restarts workers after any exception: a stop must not raise, and a UserError must end the restarts.
-    with suppress(TrainingStopped), fail_without_retry(control):
+    with suppress(TrainingStopped), fail_without_retry(control), ExitStack() as stack:
         if context.storage:
             names, runtime = (context.stage, context.fingerprint[:16]), ray.get_runtime_context()
-            marker_folder = node_cache_dir(f"rank-{dist.rank}", *names)
+            marker_folder = node_cache_dir("faults", *names, f"rank-{dist.rank}")
             # One folder for all ranks of a node. Nodes may share a disk, and another checkout may train the same here.
-            folder = node_cache_dir(f"node-{runtime.get_node_id()}", *names, runtime.get_job_id())
+            folder = node_cache_dir("checkpoints", *names) / f"{runtime.get_job_id()}-{runtime.get_node_id()}"
             context = replace(context, work_dir=folder)
+            if is_first := is_first_on_node(runtime.get_node_id(), dist):
+                stack.enter_context(claim_folder(folder))
             arguments = {
                 name: value.fetch() if isinstance(value, StoredArtifact) else value for name, value in arguments.items()
             }
-            _fetch_same_checkpoint(Checkpoints.for_stage(context, keep=1), dist, is_first_on_node=is_first_on_node)
+            fetch_same_checkpoint(Checkpoints.for_stage(context, keep=1), dist, is_first=is_first)
         try:
             config["train_worker"](dist=dist, context=context, **arguments)
         except TrainingStopped:
@@ -339,29 +343,8 @@ def worker_main(config: dict[str, Any]) -> None:
             raise
     if context.storage:
         shutil.rmtree(marker_folder, ignore_errors=True)
-        if is_first_on_node:  # rank 0 is, and it alone still uses the folder
-            shutil.rmtree(context.work_dir.parent, ignore_errors=True)  # also removes what killed jobs have left
-
-
-def _fetch_same_checkpoint(checkpoints: Checkpoints, dist: DistributedContext, *, is_first_on_node: bool) -> None:
-    """Fetch on every node the checkpoint that rank 0 finds newest: a newer one may arrive in the storage meanwhile.
-
-    The ranks of a node share a folder, and the first of them downloads to it.
-    """
-    import torch.distributed
-
-    step = torch.tensor([checkpoints.fetch() if dist.rank == 0 else 0])
-    parallel = dist.world_size > 1
-    if parallel:
-        # Gloo works on every device, and the group's own timeout allows for slow downloads of inputs.
-        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=INPUTS_TIMEOUT_S))
-        torch.distributed.broadcast(step, 0, group=group)
-        if dist.rank > 0 and is_first_on_node and step:
-            checkpoints.fetch_step(int(step))
-    if is_first_on_node:
-        checkpoints.remove_except(int(step))
-    if parallel:
-        torch.distributed.barrier(group=group)
+        if is_first:  # rank 0 is, and it alone still uses the folder
+            shutil.rmtree(context.work_dir, ignore_errors=True)
 
 
 def _resources(context: StageContext) -> dict[str, float]:

@@ -17,7 +17,7 @@ from stages.formats.artifact import Artifact
 from stages.formats.code_arrays import CodeArrays, array_bytes, open_arrays, split_arrays, write_arrays
 from stages.formats.codes import Codes
 from stages.runtime.context import StageContext
-from stages.runtime.storage import node_cache_dir
+from stages.runtime.node_cache import node_cache_dir
 from stages.runtime.verification import mark_verified, verify_once
 
 ATTEMPTS, RETRY_S = 50, (0.02, 0.2)  # to lock the arrays, and the time between two attempts

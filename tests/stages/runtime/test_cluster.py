@@ -207,12 +207,12 @@ def test_a_range_of_workers_follows_the_processors_of_a_private_cluster(monkeypa
         (
             ClusterConfig(workers=2, cpus_per_worker=8),
             "2 workers need 8 CPUs each; the nodes have room for 0",
-            "smaller",
+            "Lower cluster.workers",
         ),
         (
             ClusterConfig(2, 2, 1),
             "2 workers need 2 CPUs and 1 GPUs each; the nodes have room for 1",
-            "fewer",
+            "Lower cluster.workers",
         ),
         (ClusterConfig(7, 2), "", ""),
         (

@@ -20,9 +20,9 @@ from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import MANIFEST
 from stages.runtime.context import StageContext
+from stages.runtime.node_cache import LocalDiskError
 from stages.runtime.storage import (
     CorruptArtifactError,
-    LocalDiskError,
     Storage,
     StorageUnavailableError,
     StoredArtifact,

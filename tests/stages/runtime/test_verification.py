@@ -10,7 +10,7 @@ import pytest
 from stages.errors import UserError
 from stages.formats import artifact
 from stages.formats.artifact import Artifact
-from stages.runtime.storage import LocalDiskError, node_cache_dir
+from stages.runtime.node_cache import LocalDiskError, node_cache_dir
 from stages.runtime.verification import mark_verified, verify_once
 
 HOUR_NS = 3600 * 10**9

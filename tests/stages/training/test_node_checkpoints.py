@@ -8,7 +8,7 @@ from stages.runtime.storage import Storage
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import TrainState
 from stages.training.distributed import DistributedContext
-from stages.training.ray_train import _fetch_same_checkpoint
+from stages.training.node_checkpoints import fetch_same_checkpoint, is_first_on_node
 from tests.gloo import run_ranks
 
 RANKS_PER_NODE = 2
@@ -30,12 +30,11 @@ def open_on_node(folder: Path, node: int) -> Checkpoints:
 
 
 def fetch_as_rank(rank: int, folder: Path) -> None:
-    checkpoints = open_on_node(folder, rank // RANKS_PER_NODE)
-    _fetch_same_checkpoint(
-        checkpoints,
-        DistributedContext(rank, 2 * RANKS_PER_NODE),
-        is_first_on_node=rank % RANKS_PER_NODE == 0,
-    )
+    node = rank // RANKS_PER_NODE
+    checkpoints, dist = open_on_node(folder, node), DistributedContext(rank, 2 * RANKS_PER_NODE)
+    is_first = is_first_on_node(f"{node:08x}", dist)
+    assert is_first == (rank % RANKS_PER_NODE == 0)
+    fetch_same_checkpoint(checkpoints, dist, is_first=is_first)
     state = checkpoints.latest()
     assert state is not None
     (folder / f"step-of-rank-{rank}").write_text(str(state.step))

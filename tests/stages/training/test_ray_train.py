@@ -62,7 +62,7 @@ def die_once(*, dist: DistributedContext, context: StageContext, **arguments: ob
 
 def die_once_on_own_disk(*, dist: DistributedContext, context: StageContext, shards: Path, **arguments: object) -> None:
     """Run `die_once`, after checking that this rank reads and writes folders of its node."""
-    assert any(part.startswith("node-") for part in context.work_dir.parts) and "inputs" in shards.parts
+    assert "checkpoints" in context.work_dir.parts and "inputs" in shards.parts
     die_once(dist=dist, context=context, shards=shards, **arguments)
 
 

@@ -102,7 +102,7 @@ def test_a_nan_loss_on_one_rank_ends_both_at_the_same_step(tmp_path: Path):
     """Neither rank waits for the other, and the checkpoint before the NaN stays."""
     run_ranks(train_rank_with_nan, tmp_path, world_size=2)
     errors = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in (0, 1)]
-    what = r"\w+ must be finite, got nan at step 5; the checkpoints before it are kept\."
+    what = r"\w+ must be finite, got nan at step 5; earlier checkpoints are kept\."
     assert errors[0][0] == errors[1][0] and re.fullmatch(what, errors[0][0])
     assert errors[0][1] == str(tmp_path / "0")
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["step-000000003"]

@@ -40,9 +40,16 @@ def test_ray_train_gets_a_range_on_a_cluster_whose_nodes_change(monkeypatch: pyt
     assert max_controller_failures(FIXED) == MAX_CONTROLLER_FAILURES
     assert max_controller_failures(RANGE) == MAX_ELASTIC_CONTROLLER_FAILURES
     monkeypatch.delenv("RAY_ADDRESS")
-    monkeypatch.setattr("stages.runtime.cluster.most_workers", lambda config: 3)
+    monkeypatch.setattr("stages.runtime.cluster.workers_on_cluster", lambda config: 3)
     assert num_workers(RANGE) == 3
     assert max_controller_failures(RANGE) == MAX_CONTROLLER_FAILURES
+
+
+def test_range_requires_whole_processors():
+    """Ray rounds fractions down in another way: it could wait forever for a worker that fits."""
+    with pytest.raises(ValueError, match=r"gpus_per_worker must be a whole number if workers is a pair, got 0\.2"):
+        ClusterConfig((1, 4), 1, 0.2)
+    assert ClusterConfig((1, 4), 2, 0).min_workers == 1 and ClusterConfig(4, 0.5, 0.25).max_workers == 4
 
 
 def test_ray_train_looks_for_preemption_except_on_a_private_cluster(monkeypatch: pytest.MonkeyPatch):
