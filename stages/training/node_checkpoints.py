@@ -30,7 +30,7 @@ def fetch_same_checkpoint(checkpoints: Checkpoints, dist: DistributedContext, *,
     step = torch.tensor([checkpoints.fetch() if dist.rank == 0 else 0])
     parallel = dist.world_size > 1
     if parallel:
-        # Gloo works on every device, and the group's own_id timeout allows for slow downloads of inputs.
+        # Gloo works on every device, and the group's timeout allows for slow downloads of inputs.
         group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=INPUTS_TIMEOUT_S))
         torch.distributed.broadcast(step, 0, group=group)
         if dist.rank > 0 and is_first and step:
