@@ -99,7 +99,7 @@ class CommandLineProject:
             arguments, self.folder, {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **environment}, timeout_s=300
         )
 
-    def call(self, *command: str, status: int = 0, timeout: float = 400) -> CommandResult:
+    def call(self, *command: str, status: int = 0, timeout: float = 550) -> CommandResult:
         """Run a command in `variables()`. Fail with its output if it ends with another status or takes too long."""
         process = subprocess.Popen(
             command,
