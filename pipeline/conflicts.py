@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pipeline.text import capitalize
 from stages.cluster_config import ClusterConfig
-from stages.config import Params, SampleConfig
+from stages.config import Params, SampleConfig, TrainConfig
 from stages.errors import install_command
 
 # Artifacts with images: those that a classifier can be trained on, and those that a rejection can select from.
@@ -159,6 +159,18 @@ def stage_names(params: Params) -> list[str]:
     ]
 
 
+def trainings(params: Params) -> dict[str, tuple[str, TrainConfig]]:
+    """Return the section of each training and its settings, by the name of the stage in commands."""
+    return {
+        "vqvae": ("train_vqvae", params.train_vqvae),
+        **{f"prior_{level}": (f"priors.{level}.train", prior.train) for level, prior in params.priors.items()},
+        **{
+            f"classifier_{name}": (f"classifiers.{name}.train", classifier.train)
+            for name, classifier in params.classifiers.items()
+        },
+    }
+
+
 def _cluster_conflicts(params: Params) -> Iterator[Problem]:
     """Yield names in cluster.stages that are no stages, and batches with fewer images than workers."""
     names = stage_names(params)
@@ -168,13 +180,7 @@ def _cluster_conflicts(params: Params) -> Iterator[Problem]:
             close = get_close_matches(name, names, n=1)
             fix = f"Did you mean cluster.stages.{close[0]}?" if close else f"Remove {key}, or use one of these names."
             yield Problem(key, f"cluster.stages must name stages ({', '.join(names)}), got {name}.", fix)
-    trainings = {"vqvae": ("train_vqvae", params.train_vqvae)}
-    trainings |= {f"prior_{level}": (f"priors.{level}.train", prior.train) for level, prior in params.priors.items()}
-    trainings |= {
-        f"classifier_{name}": (f"classifiers.{name}.train", classifier.train)
-        for name, classifier in params.classifiers.items()
-    }
-    for stage, (section, train) in trainings.items():
+    for stage, (section, train) in trainings(params).items():
         cluster, workers_key = params.cluster.for_stage(stage), _workers_key(params.cluster, stage)
         workers = cluster.max_workers
         if train.batch_size < workers:
