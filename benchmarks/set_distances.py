@@ -15,10 +15,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 from timing import arguments, measure, table
 
 from stages.config import ClusterConfig, EvaluateConfig
 from stages.evaluation import set_comparison
+from stages.evaluation.part_files import FEATURES, FeatureFile, feature_name
 from stages.evaluation.set_comparison import SetPair, SetWorker, compare_sets
 from stages.formats import artifact
 from stages.metrics.threads import one_thread
@@ -36,7 +38,7 @@ def write_features(folder: Path, images: int, features: int, sets: int) -> None:
     with artifact.commit_folder(folder, "features", {}) as temporary:
         for number, name in enumerate(["reference", *PAIRS][:sets]):
             values = generator.standard_normal((images, features), dtype=np.float32) * (1 + number / 50)
-            np.save(temporary / f"{NETWORK}-{name}.npy", np.maximum(values + 0.3, 0))
+            save_file({FEATURES: np.maximum(values + 0.3, 0)}, temporary / feature_name(NETWORK, name))
 
 
 def ours(folder: Path) -> dict[str, dict[str, float]]:
@@ -44,7 +46,7 @@ def ours(folder: Path) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as results:
         context = StageContext("evaluate", "f" * 64, Path(results), ClusterConfig())
         set_comparison.MAX_LOCAL_PAIRS = 10**12
-        size = len(np.load(folder / f"{NETWORK}-reference.npy", mmap_mode="r"))
+        size = len(FeatureFile(folder / feature_name(NETWORK, "reference")))
         compared = compare_sets(folder, Path(results), [NETWORK], PAIRS, size, CONFIG, SEED, context)[NETWORK]
     return {
         name: {metric: value[0] if isinstance(value, tuple) else value for metric, value in values.items()}
@@ -54,7 +56,8 @@ def ours(folder: Path) -> dict[str, dict[str, float]]:
 
 def one_by_one(folder: Path) -> dict[str, dict[str, float]]:
     """Compute every metric of every pair from whole matrices, which it does not keep."""
-    sets = {path.stem.partition("-")[2]: np.load(path).astype(np.float64) for path in folder.glob("*.npy")}
+    names = ["reference", *(pair.images for pair in PAIRS.values())]
+    sets = {name: FeatureFile(folder / feature_name(NETWORK, name))[:].astype(np.float64) for name in names}
     with one_thread():
         return {name: compare_matrices(sets[pair.reference], sets[pair.images]) for name, pair in PAIRS.items()}
 
@@ -101,7 +104,7 @@ def squared(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def print_memory(folder: Path, images: int) -> None:
     """Run one part of each kind and print the growth of this process."""
     settings = {"k": CONFIG.precision_recall_k, "seed": SEED, "size": images}
-    radii = {path.name: np.ones(images) for path in folder.glob("*.npy")}
+    radii = {path.name: np.ones(images) for path in folder.glob("*.safetensors")}
     rows = {"network": NETWORK, "start": 0, "stop": 1024}
     parts = [
         {"task": "set", **rows, **SetPair("reference", "")._asdict()},

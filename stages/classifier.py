@@ -53,7 +53,7 @@ from stages.runtime.verification import verify_once
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.labelled_batches import LabelledBatch, labelled_data
-from stages.training.loop import train
+from stages.training.loop import TrainingLoop
 from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.ray_train import train_or_load
 
@@ -149,7 +149,9 @@ def train_worker(
         loader_workers=context.cluster.loader_workers,
     )
     checkpoints = Checkpoints.for_stage(context, config.keep_checkpoints)
-    train(objective, data, config, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter)
+    TrainingLoop(
+        objective, data, config, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter
+    ).run()
 
 
 class ClassifierObjective(Objective):

@@ -26,7 +26,7 @@ from stages.runtime.verification import verify_once
 from stages.training.checkpoint import Checkpoints
 from stages.training.code_batches import CodeBatch, code_data
 from stages.training.distributed import DistributedContext
-from stages.training.loop import train
+from stages.training.loop import TrainingLoop
 from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.ray_train import train_or_load
 
@@ -88,7 +88,9 @@ def train_worker(
     checkpoints = Checkpoints.for_stage(context, prior.train.keep_checkpoints)
     levels = [*coarser_levels(dataset, level), level]
     data = code_data(dataset, levels, prior.train, seed=seed, dist=dist, context=context)
-    train(objective, data, prior.train, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter)
+    TrainingLoop(
+        objective, data, prior.train, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter
+    ).run()
 
 
 class PriorObjective(Objective):

@@ -148,7 +148,7 @@ class RejectionWorker:
         self.feature_network = cache(lambda: FeatureNetwork(network, self.device))
 
     def __call__(self, part: Part) -> Result:
-        path = self.results_folder / f"{part['task']}-{part['image_set']}-{part['number']:05d}.npz"
+        path = self.results_folder / f"{part['task']}-{part['image_set']}-{part['number']:05d}.safetensors"
         return load_or_compute(path, lambda: self._compute(part))
 
     def _compute(self, part: Part) -> Result:

@@ -32,7 +32,7 @@ from stages.runtime.verification import verify_once
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import DistributedContext
 from stages.training.image_batches import image_data
-from stages.training.loop import train
+from stages.training.loop import TrainingLoop
 from stages.training.objective import MetricSums, Objective, StepResult
 from stages.training.ray_train import train_or_load
 
@@ -120,7 +120,9 @@ def train_worker(
     checkpoints = Checkpoints.for_stage(context, train_vqvae.keep_checkpoints)
     loader_workers = context.cluster.loader_workers
     data = image_data(images, augment, train_vqvae, seed=seed, dist=dist, loader_workers=loader_workers)
-    train(objective, data, train_vqvae, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter)
+    TrainingLoop(
+        objective, data, train_vqvae, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter
+    ).run()
 
 
 class VQVAEObjective(Objective):

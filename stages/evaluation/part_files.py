@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from stages.formats import artifact
 from stages.mapping.parts import Part, Result, pack, unpack
 
-KIND = "features"  # of the artifact
+KIND = FEATURES = "features"  # kind of the artifact, and name of the array in each of its files
 
 
 def part_path(folder: Path, part: Part) -> Path:
     """Return the file of a part's result: its values are joined, without the weight."""
-    return folder / f"{'-'.join(str(value) for key, value in part.items() if key != 'weight')}.npz"
+    return folder / f"{'-'.join(str(value) for key, value in part.items() if key != 'weight')}.safetensors"
 
 
 def load_or_compute(path: Path, compute: Callable[[], Mapping[str, Any]]) -> Result:
@@ -36,22 +38,24 @@ class FeatureFile:
     """The first N features (N, D) in a file, by default all; a slice reads the rows."""
 
     def __init__(self, path: Path, rows: int | None = None):
-        self.path, self._rows = path, rows
-        self.shape: tuple[int, ...] = self._map().shape
+        self.path = path
+        with safe_open(path, framework="numpy") as file:
+            all_rows, features = file.get_slice(FEATURES).get_shape()
+        self.shape = (all_rows if rows is None else min(rows, all_rows), features)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.array(self._map()[rows])  # mapped for each read, so that earlier rows leave the memory
-
-    def _map(self) -> np.ndarray:
-        return np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))[: self._rows]
+        start, stop, _ = rows.indices(len(self))
+        # Opened for each read, so that earlier rows leave the memory.
+        with safe_open(self.path, framework="numpy") as file:
+            return file.get_slice(FEATURES)[start:stop]
 
 
 def feature_name(network: str, image_set: str) -> str:
     """Return the name of the file with the features of an image set."""
-    return f"{network}-{image_set}.npy"
+    return f"{network}-{image_set}.safetensors"
 
 
 def write_features(folder: Path, parts: Mapping[str, Sequence[Path]]) -> None:
@@ -64,12 +68,14 @@ def write_features(folder: Path, parts: Mapping[str, Sequence[Path]]) -> None:
 def _write_array(path: Path, blocks: Iterable[np.ndarray], paths: Sequence[Path]) -> None:
     """Write rows block by block. The number of rows comes from the names of the parts' files."""
     rows = int(paths[-1].stem.rpartition("-")[2])
+    scratch = path.with_suffix(".rows")  # mapped, because all rows need not fit into the memory
     array = None
     start = 0
     for block in blocks:
         if array is None:
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=block.dtype, shape=(rows, *block.shape[1:]))
+            array = np.memmap(scratch, block.dtype, mode="w+", shape=(rows, *block.shape[1:]))
         array[start : start + len(block)] = block
         start += len(block)
     assert array is not None
-    array.flush()
+    save_file({FEATURES: array}, path)
+    scratch.unlink()

@@ -5,7 +5,6 @@ under names that the part determines, so a rerun writes the same bytes and skips
 remote_parts.py transfers inputs and outputs.
 """
 
-import io
 import json
 import logging
 import warnings
@@ -15,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from stages.cluster_config import ClusterConfig
 from stages.errors import UserError, from_os_error
@@ -227,17 +227,18 @@ class _PartActor:
 def pack(result: Result) -> bytes:
     """Serialize a result without pickle, for the transfer between processes.
 
-    Raises ValueError for an array of objects, and TypeError for other values that JSON does not have.
+    Raises SafetensorError for an array of objects or text, and TypeError for other values that JSON does not have.
     """
-    arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
+    # Not as .npz: NumPy reads the header of an array by Python's parser, which fails at random when several threads of
+    # Python 3.11 use it at once.
+    arrays = {name: np.asarray(value, order="C") for name, value in result.items() if isinstance(value, np.ndarray)}
     json_values = {name: value for name, value in result.items() if name not in arrays}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays, **{"": np.frombuffer(json.dumps(json_values).encode(), np.uint8)})
-    return buffer.getvalue()
+    header = json.dumps({"values": json_values, "arrays": list(arrays)}).encode()
+    return save(arrays | {"": np.frombuffer(header, np.uint8)})
 
 
 def unpack(data: bytes) -> Result:
-    """Deserialize a result written by `pack`."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
-        arrays = {name: npz[name] for name in npz.files}
-    return json.loads(arrays.pop("").tobytes()) | arrays
+    """Deserialize a result written by `pack`. Arrays are read-only."""
+    arrays = load(data)
+    header = json.loads(arrays[""].tobytes())
+    return header["values"] | {name: arrays[name] for name in header["arrays"]}

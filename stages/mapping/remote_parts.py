@@ -19,7 +19,7 @@ from stages.runtime.context import StageContext
 from stages.runtime.node_cache import node_cache_dir
 from stages.runtime.storage import CorruptArtifactError, Storage, StoredArtifact
 
-KIND, RESULT = "part", "result.npz"  # artifact kind of a part's output, and the file with its result
+KIND, RESULT = "part", "result.safetensors"  # artifact kind of a part's output, and the file with its result
 # Path on the sending node -> artifacts in that folder by name, or {"": artifact} if the path itself is one.
 Inputs = Mapping[str, Mapping[str, StoredArtifact]]
 

@@ -35,52 +35,15 @@ class TrainingStopped(Exception):
     """Training stopped on request, after saving a checkpoint."""
 
 
-def train(
-    objective: Objective,
-    data: TrainingData,
-    config: TrainConfig,
-    *,
-    seed: int,
-    dist: DistributedContext,
-    checkpoints: Checkpoints,
-    reporter: Reporter,
-) -> None:
-    """Train from the newest checkpoint to the last step. Rank 0 writes checkpoints and draws previews.
-
-    Raises TrainingStopped after saving a checkpoint if a stop is requested, CheckpointMismatch if the ranks' newest
-    checkpoints are of different steps, and UserError if a metric is not finite, a checkpoint does not match the
-    network, a parameter has no gradient, or the disk is too small.
-    """
-    loop = _TrainingLoop(objective, data, config, seed, dist, checkpoints, reporter)
-    start = loop.resume()
-    with loop.gradients.explain_out_of_memory():
-        for step, batch in enumerate(loop.timer.batches(data.training(start)), start):
-            decision = loop.run_step(step, batch, is_first=step == start)
-            completed_steps = step + 1
-            is_last = completed_steps == config.steps
-            if completed_steps % config.log_every == 0 or is_last:
-                loop.log(completed_steps)
-            if completed_steps % config.evaluate_every == 0 or is_last:
-                loop.evaluate_splits(completed_steps)
-            # With several ranks, the decision belongs to the votes of the step before. A checkpoint that was saved
-            # after that step has satisfied them.
-            is_save_requested = decision.save and loop.last_saved < completed_steps - 1
-            if completed_steps % config.checkpoint_every == 0 or is_last or decision.stop or is_save_requested:
-                loop.save(completed_steps)
-            if decision.stop and not is_last:
-                checkpoints.wait()
-                raise TrainingStopped(f"stopped at step {completed_steps}")
-    checkpoints.wait()
-
-
-class _TrainingLoop:
-    """State and operations of one call of `train`."""
+class TrainingLoop:
+    """Training from the newest checkpoint to the last step. Rank 0 writes checkpoints and draws previews."""
 
     def __init__(
         self,
         objective: Objective,
         data: TrainingData,
         config: TrainConfig,
+        *,
         seed: int,
         dist: DistributedContext,
         checkpoints: Checkpoints,
@@ -98,6 +61,33 @@ class _TrainingLoop:
         self.history: list[dict[str, Any]] = []
         self.step_vote = StepVote(dist)
         self.last_saved = self.last_logged = 0  # completed steps
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises TrainingStopped after saving a checkpoint if a stop is requested, CheckpointMismatch if the ranks' newest
+        checkpoints are of different steps, and UserError if a metric is not finite, a checkpoint does not match the
+        network, a parameter has no gradient, or the disk is too small.
+        """
+        start = self.resume()
+        with self.gradients.explain_out_of_memory():
+            for step, batch in enumerate(self.timer.batches(self.data.training(start)), start):
+                decision = self.run_step(step, batch, is_first=step == start)
+                completed_steps = step + 1
+                is_last = completed_steps == self.config.steps
+                if completed_steps % self.config.log_every == 0 or is_last:
+                    self.log(completed_steps)
+                if completed_steps % self.config.evaluate_every == 0 or is_last:
+                    self.evaluate_splits(completed_steps)
+                # With several ranks, the decision belongs to the votes of the step before. A checkpoint that was saved
+                # after that step has satisfied them.
+                is_save_requested = decision.save and self.last_saved < completed_steps - 1
+                if completed_steps % self.config.checkpoint_every == 0 or is_last or decision.stop or is_save_requested:
+                    self.save(completed_steps)
+                if decision.stop and not is_last:
+                    self.checkpoints.wait()
+                    raise TrainingStopped(f"stopped at step {completed_steps}")
+        self.checkpoints.wait()
 
     def resume(self) -> int:
         """Restore the newest checkpoint; return its step, 0 if there is none."""

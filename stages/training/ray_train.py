@@ -62,7 +62,7 @@ UPLOAD_TIMEOUT_S = 3600  # the same with a storage, where peers may wait for ran
 # there every question fails, each second, and training waits for it at both ends.
 UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
-# Function of a module that each worker calls with `dist`, `context` and its own arguments by name. It calls loop.train.
+# Function of a module that each worker calls with `dist`, `context` and its own arguments by name. It runs the loop.
 TrainWorker = Callable[..., None]
 
 

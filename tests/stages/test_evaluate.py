@@ -29,6 +29,7 @@ from stages.formats.codes import open_codes
 from stages.formats.shards import open_shards
 from stages.images.tensors import to_float, to_uint8
 from stages.inference.trained_models import TrainedModels
+from stages.mapping.parts import unpack
 from stages.metrics.networks import Network
 from stages.metrics.set_metrics import SET_METRICS
 from stages.runtime.context import StageContext
@@ -268,8 +269,7 @@ def test_metrics_say_how_the_samples_were_drawn(evaluated):
 
 def test_report_shows_each_entry_of_the_codebooks(root, evaluated):
     """A part decodes each entry of a level alone: another image for each."""
-    with np.load(evaluated.out / "work" / "parts" / "codebook-bottom-0-32.npz") as result:
-        images = result["images"]
+    images = unpack((evaluated.out / "work/parts/codebook-bottom-0-32.safetensors").read_bytes())["images"]
     assert images.shape == (32, 16, 16, 3) and len(np.unique(images.reshape(32, -1), axis=0)) == 32
 
 
@@ -282,9 +282,8 @@ def test_redrawn_images_keep_their_coarser_codes(root, evaluated):
     drawn = models.draw_codes(range(4), codes.labels.tolist(), SampleConfig(), 0, known_codes=known_codes)
     assert (drawn["top"] == known_codes["top"]).all()
     images = to_uint8(models.vqvae.decode(drawn).numpy())
-    (path,) = (evaluated.out / "work" / "parts").glob("features-*redrawn_bottom*.npz")
-    with np.load(path) as result:
-        assert (result["shown"][:4] == images).all()
+    (path,) = (evaluated.out / "work" / "parts").glob("features-*redrawn_bottom*.safetensors")
+    assert (unpack(path.read_bytes())["shown"][:4] == images).all()
     rungs = evaluated.metrics["ladder"]
     assert {rungs[name]["images"] for name in ladder.rungs(LEVELS)} == {6}
     assert list(rungs["steps"]) == ["vqvae", "prior_bottom", "prior_top"]
@@ -308,8 +307,8 @@ def test_second_run_gives_the_same_bytes(root, evaluated):
 def test_interrupted_run_measures_only_missing_parts(root):
     """A run in the work folder of an interrupted run computes the missing part and keeps the files of the others."""
     first = run_evaluate(root, "interrupted")
-    paths = sorted((first.out / "work" / "parts").glob("*.npz"))
-    missing = first.out / "work" / "parts" / "features-thumbnail-samples-0-8.npz"
+    paths = sorted((first.out / "work" / "parts").glob("*.safetensors"))
+    missing = first.out / "work" / "parts" / "features-thumbnail-samples-0-8.safetensors"
     missing.unlink()
     (first.out / "report" / artifact.MANIFEST).unlink()
     times = {path: path.stat().st_mtime_ns for path in paths if path != missing}

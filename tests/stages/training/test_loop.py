@@ -20,7 +20,7 @@ from stages.training import loop, step_timer
 from stages.training.checkpoint import Checkpoints
 from stages.training.checkpoint_state import TrainState
 from stages.training.distributed import CheckpointMismatch, CheckpointTimer, DistributedContext, StepVote
-from stages.training.loop import TrainingStopped, train
+from stages.training.loop import TrainingLoop, TrainingStopped
 from stages.training.metric_accumulator import MetricAccumulator
 from stages.training.objective import MetricSums, Objective, StepResult, TrainingData
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
@@ -112,10 +112,10 @@ def run(
     """Start or resume training in a folder; return the newest state."""
     checkpoints = Checkpoints(folder, "print", keep=3)
     try:
-        train(
+        TrainingLoop(
             objective(), toy_data(die_at), config,
             seed=0, dist=dist or DistributedContext(), checkpoints=checkpoints, reporter=Reporter(),
-        )  # fmt: skip
+        ).run()  # fmt: skip
     finally:
         checkpoints.wait()
     state = checkpoints.latest()
@@ -261,7 +261,9 @@ def saved_steps(folder: Path, config: TrainConfig, timer: CheckpointTimer, clock
 
     context = DistributedContext(checkpoint_timer=timer, inject_fault=take_step, **dist)
     checkpoints = Checkpoints(folder, "print", keep=100)
-    train(ToyObjective(), toy_data(), config, seed=0, dist=context, checkpoints=checkpoints, reporter=Reporter())
+    TrainingLoop(
+        ToyObjective(), toy_data(), config, seed=0, dist=context, checkpoints=checkpoints, reporter=Reporter()
+    ).run()
     return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
 
 
@@ -402,7 +404,9 @@ def test_metrics_of_speed_come_with_each_log_entry(tmp_path: Path):
 
     dist = DistributedContext(flops_per_image=1e12)
     checkpoints = Checkpoints(tmp_path, "print", keep=3)
-    train(ToyObjective(), toy_data(), CONFIG, seed=0, dist=dist, checkpoints=checkpoints, reporter=SpeedRecorder())
+    TrainingLoop(
+        ToyObjective(), toy_data(), CONFIG, seed=0, dist=dist, checkpoints=checkpoints, reporter=SpeedRecorder()
+    ).run()
     assert len(rows) == 10
     for row in rows:
         assert sum(row[f"train/{part}_seconds"] for part in ("data", "compute", "reduce")) > 0
@@ -431,8 +435,8 @@ def test_images_per_second_exclude_evaluation(tmp_path: Path, monkeypatch: pytes
         lambda start: (after(1, IMAGES[:4]) for _ in range(start, 20)),
         {"validation": lambda: (after(100, images) for images in IMAGES.split(8))},
     )
-    train(
+    TrainingLoop(
         ToyObjective(), data, CONFIG,
         seed=0, dist=DistributedContext(), checkpoints=Checkpoints(tmp_path, "print", keep=3), reporter=RateRecorder(),
-    )  # fmt: skip
+    ).run()  # fmt: skip
     assert rates == [4.0] * 10

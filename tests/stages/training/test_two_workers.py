@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.runtime.context import Reporter
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import CheckpointTimer, DistributedContext, start_all_reduce, wrap_ddp
-from stages.training.loop import TrainingStopped, train
+from stages.training.loop import TrainingLoop, TrainingStopped
 from stages.training.objective import TrainingData
 from stages.training.sampler import GlobalBatchSampler, ShuffledStream
 from stages.vqvae import VQVAEObjective
@@ -69,7 +69,7 @@ def train_to_end(
     data = TrainingData(batches, {"validation": lambda: iter(VALIDATION[dist.rank :: dist.world_size].split(2))})
     checkpoints = Checkpoints(folder / ("0" if shares_checkpoints else str(dist.rank)), "print", keep)
     recorder = MetricsRecorder()
-    train(objective, data, config, seed=3, dist=dist, checkpoints=checkpoints, reporter=recorder)
+    TrainingLoop(objective, data, config, seed=3, dist=dist, checkpoints=checkpoints, reporter=recorder).run()
     state = {name: tensor.contiguous() for name, tensor in objective.network.state_dict().items()}
     return state | {"metrics": torch.tensor(recorder.values)}
 

@@ -1,0 +1,76 @@
+"""Files of an evaluation's parts and features."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.evaluation.part_files import FeatureFile, feature_name, load_or_compute, part_path, write_features
+from stages.formats import artifact
+
+COUNTS = [5, 3]  # rows that each part computed
+
+
+@pytest.fixture
+def part_files(tmp_path: Path) -> list[Path]:
+    """Write the files of two parts with features."""
+    paths, start = [], 0
+    for count in COUNTS:
+        part = {"task": "features", "start": start, "stop": start + count, "weight": count}
+        paths.append(part_path(tmp_path, part))
+        features = np.arange(start * 4, (start + count) * 4, dtype=np.float32).reshape(count, 4)
+        load_or_compute(paths[-1], lambda features=features: {"features": features, "number": 7})
+        start += count
+    return paths
+
+
+@contextmanager
+def compiled_sources() -> Iterator[list[Any]]:
+    """Collect what Python's parser reads."""
+    sources: list[Any] = []
+    active = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if active and event == "compile":
+            sources.append(arguments[0])
+
+    sys.addaudithook(hook)  # cannot be removed
+    yield sources
+    active = False
+
+
+def test_parts_come_from_their_files(part_files: list[Path]):
+    """A part with a whole file is not computed again, and a damaged one is."""
+    assert load_or_compute(part_files[0], lambda: pytest.fail("computed again"))["number"] == 7
+    part_files[0].write_bytes(part_files[0].read_bytes()[:-1])
+    assert load_or_compute(part_files[0], lambda: {"number": 8}) == {"number": 8}
+
+
+def test_features_of_parts_become_one_array(part_files: list[Path], tmp_path: Path):
+    """Slices are rows of all parts in order; a shorter set is its first rows."""
+    name = feature_name("network", "train")
+    write_features(tmp_path / "features", {name: part_files})
+    assert set(artifact.read(tmp_path / "features", "features").files) == {name}
+    expected = np.arange(32, dtype=np.float32).reshape(8, 4)
+    whole, short = FeatureFile(tmp_path / "features" / name), FeatureFile(tmp_path / "features" / name, 6)
+    assert whole.shape == (8, 4) and short.shape == (6, 4)
+    for rows in (slice(None), slice(4, 7), slice(5, 99), slice(3, 3)):
+        assert (whole[rows] == expected[rows]).all()
+        assert (short[rows] == expected[:6][rows]).all()
+
+
+def test_files_are_read_without_the_parser_of_python(part_files: list[Path], tmp_path: Path):
+    """Threads read these files at once, and the parser of Python 3.11 fails at random in several threads."""
+    name = feature_name("network", "train")
+    write_features(tmp_path / "features", {name: part_files})
+    np.save(tmp_path / "other.npy", np.zeros(3))
+    with compiled_sources() as sources:
+        load_or_compute(part_files[0], lambda: {})
+        FeatureFile(tmp_path / "features" / name)[2:7]
+        assert not sources
+        np.load(tmp_path / "other.npy")
+        assert sources  # the audit works
