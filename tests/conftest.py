@@ -42,7 +42,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         SKIPPED_TESTS.append(report.nodeid)
 
 
-@pytest.hookimpl(trylast=True)  # after the hook that marks the tests of a folder as `ray`
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which adds the groups to the names of the tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests with the marker `gpu` where there is none, and group the tests for several processes.
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no two clusters may run at once. That group takes longest, so it comes first.
     """
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests:

@@ -9,6 +9,7 @@ from tests.command_line_project import SMOKE, CommandLineProject, CommandResult
 from tests.namespace import Namespace, missing_namespace_support
 
 
+@pytest.hookimpl(tryfirst=True)  # before that of all tests, which groups them by the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test of this folder as `ray`."""
     for item in items:
