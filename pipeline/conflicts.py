@@ -108,7 +108,7 @@ def _classifier_conflicts(params: Params) -> Iterator[Problem]:
         )
     for name, classifier in params.classifiers.items():
         key = f"classifiers.{name}"
-        if classifier.network.stride > params.dataset.image_size:
+        if classifier.network.name == "residual" and classifier.network.stride > params.dataset.image_size:
             yield Problem(
                 f"{key}.network.halvings",
                 f"{key}.network must have a stride of at most dataset.image_size, which is "

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.classifier import Classifier
 from models.config import ClassifierConfig, PriorConfig
 from models.memory import MemoryCounter, count_memory
 from models.priors import Grid, build, nll
@@ -22,6 +21,7 @@ from models.recompute import recompute_activations
 from models.vqvae import VQVAE
 from stages.cluster_config import ClusterConfig
 from stages.config import Params, TrainConfig
+from stages.formats.model_file import build_classifier
 from stages.training.gradient_accumulation import autocast
 
 GB = 1e9
@@ -150,7 +150,7 @@ def _prior_builder(config: PriorConfig, grid: Grid, coarser: Mapping[str, Grid],
 
 def _classifier_builder(config: ClassifierConfig, size: int, classes: int) -> LossBuilder:
     def build_loss(images: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-        network = Classifier(config, max(classes, 1))  # a layer without outputs cannot be initialized
+        network = build_classifier(config, max(classes, 1))  # a layer without outputs cannot be initialized
         batch = torch.zeros(images, 3, size, size)
         labels = torch.zeros(images, dtype=torch.int64)
         return network, lambda: F.cross_entropy(network(batch).float(), labels)

@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.classifier import Classifier
+from models.config import ClassifierConfig
+from models.efficientnet import EfficientNetLite2
 from models.quantizer import BatchSlice
 from stages.config import AugmentConfig, ClassifierStageConfig
 from stages.errors import UserError
-from stages.formats import artifact, curves, model_file
+from stages.formats import artifact, curves, model_file, pretrained
 from stages.formats.shards import (
     INDEX,
     EncodedImage,
@@ -77,11 +79,12 @@ def run(
     """Train on the images of an artifact; test on the validation images of the shards.
 
     Raises UserError if there are fewer than two classes, no labelled images to train or to test on, images of other
-    classes than those of the shards, or if an input is damaged.
+    classes than those of the shards, if an input is damaged, or if the weights of a pretrained network are missing.
     """
     dataset = open_shards(shards)
     verify_once(dataset.artifact)
     check_classes(dataset)
+    network = build_network(classifier.network, len(dataset.classes))
     training_folder, is_vqvae = images, artifact.kind(images) == "vqvae"
     if is_vqvae:
         training_folder = context.work_dir / "reconstructions"
@@ -103,7 +106,6 @@ def run(
         "augment": augment,
         "seed": seed,
     }
-    network = Classifier(classifier.network, len(dataset.classes))
     history = train_or_load(train_worker, arguments, classifier.train, network=network, context=context)
     test_labels = dataset.split("validation").labels[: classifier.train.evaluate_images]
     meta = {
@@ -138,7 +140,7 @@ def train_worker(
     dataset, config = open_shards(shards), classifier.train
     torch.manual_seed(seed)  # every rank initializes the same weights
     classes = len(dataset.classes)
-    objective = ClassifierObjective(Classifier(classifier.network, classes), classes)
+    objective = ClassifierObjective(build_network(classifier.network, classes), classes)
     data = labelled_data(
         open_images(images, dataset),
         dataset.split("validation"),
@@ -152,6 +154,19 @@ def train_worker(
     TrainingLoop(
         objective, data, config, seed=seed, dist=dist, checkpoints=checkpoints, reporter=context.reporter
     ).run()
+
+
+def build_network(config: ClassifierConfig, classes: int) -> Classifier:
+    """Build the network to train. A pretrained trunk gets its published weights.
+
+    Raises UserError if a package of a pretrained network is missing, of another version or damaged.
+    """
+    network = model_file.build_classifier(config, classes)
+    if isinstance(network.features, EfficientNetLite2):
+        # These weights are not safetensors: they come with a package. `weights_only` executes no code from the file.
+        published = torch.load(pretrained.weights_file(config.name), weights_only=True, map_location="cpu")
+        network.features.load_published(published)
+    return network
 
 
 class ClassifierObjective(Objective):

@@ -1,4 +1,4 @@
-"""Checks of what the stages read: the images, the network of the metrics, and codes that later stages need."""
+"""Checks of what the stages read: images, the networks of metrics and critics, and codes that later stages need."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,6 +7,7 @@ from pipeline import params
 from pipeline.checks.check import Answer, Request
 from stages.config import INSTALLED
 from stages.errors import UserError
+from stages.formats import pretrained
 from stages.images import listing
 from stages.metrics.networks import check_packages, read_networks
 
@@ -87,6 +88,9 @@ def check_late_inputs(request: Request) -> Answer:
             from stages.metrics.features import check_networks
 
             check_networks(read_networks(networks), settings.dataset.image_size)
+    for name, classifier in settings.classifiers.items():
+        if f"classifier@{name}" in stages and classifier.network.name in pretrained.PACKAGES:
+            pretrained.weights_file(classifier.network.name)
     if "codes" in stages and settings.vqvae.quantizer.mode == "none":
         raise UserError(
             "A VQ-VAE that does not quantize has no codes.",

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from models import cost
-from models.classifier import Classifier
 from models.priors import Grid, build
 from models.vqvae import VQVAE
 from pipeline import params, presets, training_memory
@@ -31,10 +30,12 @@ from pipeline.preflight import check_gpus
 from stages.cluster_config import ClusterConfig
 from stages.config import DatasetConfig, Params, TrainConfig
 from stages.errors import UserError
+from stages.formats.model_file import build_classifier
 from stages.images.listing import Listing, list_images
 from stages.images.overview import count_splits
 from stages.tracking.quantities import format_duration, format_number
 
+PASSES_PER_STEP = 3  # a backward pass costs two forward passes
 STAGE_WIDTH = 14  # characters of the column with the names of stages, at least
 
 
@@ -46,7 +47,7 @@ class Training:
     parameters: int
     parameters_per_class: int  # additional parameters for each class of a labeled dataset
     forward_flops: int  # floating-point operations of a forward pass, per image
-    training_flops: int  # of the whole training; a backward pass costs two forward passes
+    training_flops: int  # of the whole training
     checkpoint_bytes: int  # float32 weights, their EMA if used, and Adam's two moments; an upper bound for Muon
 
 
@@ -184,11 +185,13 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
     for name, classifier in settings.classifiers.items():
         least = max(classes, 1)  # a layer without outputs cannot be initialized
         with torch.device("meta"):
-            classifiers = [Classifier(classifier.network, number) for number in (least, least + 1)]
+            classifiers = [build_classifier(classifier.network, number) for number in (least, least + 1)]
         parameters, per_class = _parameters(*classifiers)
         parameters -= (least - classes) * per_class
         flops = cost.forward_flops(partial(classifiers[0], image))
-        yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train)
+        is_frozen = not any(weight.requires_grad for weight in classifiers[0].features.parameters())
+        passes = 1 if is_frozen else PASSES_PER_STEP  # no gradient passes a frozen network
+        yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train, passes)
 
 
 def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
@@ -197,7 +200,9 @@ def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
     return parameters, cost.count_parameters(larger) - parameters
 
 
-def _training(stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig) -> Training:
+def _training(
+    stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig, passes: int = PASSES_PER_STEP
+) -> Training:
     copies = 4 if train.ema_decay else 3  # tensors per weight in a checkpoint: itself, two moments and its EMA
-    training_flops = 3 * flops * train.batch_size * train.steps
+    training_flops = passes * flops * train.batch_size * train.steps
     return Training(stage, parameters, per_class, flops, training_flops, 4 * copies * parameters)

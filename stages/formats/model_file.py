@@ -22,7 +22,7 @@ from models.classifier import Classifier
 from models.config import ClassifierConfig, PriorConfig, VQVAEConfig, plain_settings
 from models.priors import Grid, Prior, build
 from models.vqvae import VQVAE
-from stages.errors import UserError
+from stages.errors import UserError, install_command
 from stages.formats import artifact, curves
 from stages.formats.artifact import Artifact
 from stages.formats.config_schema import adapter
@@ -71,7 +71,21 @@ def load_classifier(folder: Path, stage: str) -> tuple[Classifier, Artifact]:
     """Load a trained classifier, which `stage` writes, in evaluation mode. Raises UserError as `load_vqvae` does."""
     model_artifact = artifact.read(folder, "classifier", stage)
     config = _network_config(ClassifierConfig, model_artifact.meta["network"], folder)
-    return _load_weights(Classifier(config, len(model_artifact.meta["classes"])), model_artifact), model_artifact
+    network = build_classifier(config, len(model_artifact.meta["classes"]))
+    return _load_weights(network, model_artifact), model_artifact
+
+
+def build_classifier(config: ClassifierConfig, classes: int) -> Classifier:
+    """Build a classifier with random weights. Raises UserError if the package of a pretrained network is missing."""
+    try:
+        return Classifier(config, classes)
+    except ImportError as error:
+        raise UserError(
+            f"The network {config.name} needs the package efficientnet-lite-pytorch, got none: {error}.",
+            where="the Python environment",
+            fix=f"Run: {install_command()}",
+            code=3,
+        ) from error
 
 
 def network_meta(config: VQVAEConfig | PriorConfig | ClassifierConfig) -> dict[str, Any]:

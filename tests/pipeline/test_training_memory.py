@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from models.config import ClassifierConfig
 from pipeline import params
 from pipeline.training_memory import GB, TrainingMemory, count_all, lines
 from stages.cluster_config import ClusterConfig, StageClusterConfig
@@ -92,6 +93,16 @@ def test_the_table_has_a_row_per_training():
     heading, names, row = lines([memory], 14)
     assert "GB per GPU" in heading and names.split()[-6:] == ["24", "GB", "40", "GB", "80", "GB"]
     assert row.split() == ["prior_top", "2.0", "2.0", "4.0", "2.0", "21.0", "31.0", "4", "none", "6", "8"]
+
+
+def test_a_frozen_network_keeps_no_activations():
+    """An image of 260 pixels adds 40 MB at most: what single layers of the pretrained network use for a moment."""
+    settings = small_settings()
+    pretrained = ClassifierStageConfig(
+        ClassifierConfig(name="efficientnet_lite2"), settings.classifiers["shards"].train
+    )
+    *_, memory = count_all(dataclasses.replace(settings, classifiers={"shards": pretrained}), 2)
+    assert round(memory.weights / 4e6, 1) == 4.8 and memory.next_image < 40e6
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 
 from models.classifier import Classifier
 from models.config import ClassifierConfig
+from models.efficientnet import EfficientNetLite2
 from stages import classifier, reject
 from stages.classifier import ClassifierObjective
+from stages.config import ClassifierStageConfig
 from stages.errors import UserError
-from stages.formats import artifact, model_file
+from stages.formats import artifact, model_file, pretrained
 from stages.formats.samples import open_samples
 from stages.formats.shards import open_shards
 from stages.formats.training_images import open_images
@@ -22,7 +25,9 @@ from stages.images.tensors import to_float, to_uint8
 from stages.training.distributed import DistributedContext
 from stages.training.labelled_batches import ImagesWithLabels, LabelledBatch
 from stages.training.loop import TrainingStopped
+from tests import mini_pipeline
 from tests.mini_pipeline import MiniPipeline, without_ray
+from tests.pretrained import install_weights
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -55,6 +60,44 @@ def test_a_stopped_classifier_resumes_to_equal_files(scored):
         run_stage()
     run_stage()
     assert digest(scored.path("stopped") / "shards") == digest(scored.path("classifiers") / "shards")
+
+
+def test_a_pretrained_classifier_resumes_and_is_complete_without_the_package_of_its_weights(
+    project, tmp_path, monkeypatch
+):
+    """Its trunk has the published weights, and only the linear layer differs from the untrained network."""
+
+    def fit_and_stop(train_worker, arguments, *, context):
+        train_worker(dist=DistributedContext(stop_requested=lambda: True), context=context, **arguments)
+
+    network = ClassifierConfig(name="efficientnet_lite2")
+    train = replace(mini_pipeline.TRAIN, steps=2, evaluate_every=2)
+    monkeypatch.setattr(mini_pipeline, "CLASSIFIER", ClassifierStageConfig(network, train))
+    monkeypatch.setattr(EfficientNetLite2, "input_size", 32)
+    with pytest.raises(UserError, match="got no such package"), monkeypatch.context() as patch:
+        package = pretrained.PACKAGES[network.name]._replace(distribution="no_such_package")
+        patch.setitem(pretrained.PACKAGES, network.name, package)
+        project.classifier(out="pretrained", fingerprint="refused")
+    install_weights(tmp_path / "site-packages", monkeypatch)
+    project.classifier(out="pretrained", fingerprint="pretrained")
+    run_stage = partial(project.classifier, out="pretrained_stopped", fingerprint="pretrained_stopped")
+    with without_ray(fit=fit_and_stop), pytest.raises(TrainingStopped, match="step 1"):
+        run_stage()
+    run_stage()
+    folder = project.path("pretrained") / "shards"
+    assert digest(folder) == digest(project.path("pretrained_stopped") / "shards")
+    torch.manual_seed(0)  # as the stage
+    untrained = classifier.build_network(network, 2).state_dict()
+    monkeypatch.undo()
+    trained = model_file.load_classifier(folder, "classifier_shards")[0].state_dict()
+    different = {name for name, weight in trained.items() if not torch.equal(weight, untrained[name])}
+    assert different == {"logits.weight", "logits.bias"} and trained.keys() == untrained.keys()
+    assert meta(folder)["network"]["name"] == "efficientnet_lite2"
+
+
+def test_manifest_of_a_residual_network_has_no_name(scored):
+    """Manifests are as they were before there was another network."""
+    assert "name" not in meta(scored.path("classifiers") / "shards")["network"]
 
 
 def test_accuracy_counts_the_most_probable_classes():

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from models.config import ClassifierConfig
 from pipeline import params
 from pipeline.checks import inputs
 from pipeline.checks.check import Request
+from stages.config import ClassifierStageConfig
 from stages.errors import UserError
+from stages.formats import pretrained
 
 STAGES = ("shard", "vqvae", "codes", "sample", "evaluate")
 
@@ -59,6 +62,17 @@ def test_inputs_of_the_last_stages_are_checked_before_the_first(settings):
     with pytest.raises(UserError, match="does not quantize has no codes"):
         inputs.check_late_inputs(request(continuous))
     inputs.check_late_inputs(request(continuous, stages=("shard", "vqvae")))
+
+
+def test_missing_weights_of_a_pretrained_critic_are_found_before_the_first_stage(settings, monkeypatch):
+    """Only if the stage is to run: the trained critic has the weights."""
+    package = pretrained.PACKAGES["efficientnet_lite2"]._replace(distribution="no_such_package")
+    monkeypatch.setitem(pretrained.PACKAGES, "efficientnet_lite2", package)
+    critic = ClassifierStageConfig(ClassifierConfig(name="efficientnet_lite2"), settings.train_vqvae)
+    settings = replace(settings, classifiers={"shards": critic})
+    with pytest.raises(UserError, match="got no such package"):
+        inputs.check_late_inputs(request(settings, stages=("shard", "classifier@shards")))
+    inputs.check_late_inputs(request(settings, stages=("shard", "classifier@vqvae", "reject@samples")))
 
 
 @pytest.mark.parametrize("source", [".", "..", "../project"])

@@ -89,6 +89,19 @@ def test_classifiers_are_counted():
     assert training.forward_flops > 0 and training.training_flops > 0
 
 
+def test_a_frozen_network_has_no_backward_pass():
+    """A step of a classifier with a pretrained network costs a forward pass; its weights need not be installed."""
+    settings = params.load(ROOT / "params.yaml")
+    costs = {}
+    for name in ("residual", "efficientnet_lite2"):
+        config = ClassifierStageConfig(ClassifierConfig(name=name), TrainConfig(10, 8))
+        *_, costs[name] = plan.count(dataclasses.replace(settings, classifiers={"shards": config}), 3)
+    assert costs["residual"].training_flops == 3 * costs["residual"].forward_flops * 10 * 8
+    pretrained = costs["efficientnet_lite2"]
+    assert pretrained.training_flops == pretrained.forward_flops * 10 * 8
+    assert round(pretrained.parameters / 1e6, 1) == 4.8 and pretrained.parameters_per_class == 1281
+
+
 def test_columns_are_aligned_below_long_names(settings, capsys):
     """Both tables, of cost and of memory per GPU, are as wide as their longest stage needs."""
     data = params.read()
