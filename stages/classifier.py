@@ -163,9 +163,7 @@ def build_network(config: ClassifierConfig, classes: int) -> Classifier:
     """
     network = model_file.build_classifier(config, classes)
     if isinstance(network.features, EfficientNetLite2):
-        # These weights are not safetensors: they come with a package. `weights_only` executes no code from the file.
-        published = torch.load(pretrained.weights_file(config.name), weights_only=True, map_location="cpu")
-        network.features.load_published(published)
+        network.features.load_published(pretrained.load_weights(config.name))
     return network
 
 

@@ -1,14 +1,18 @@
 """Published weights of pretrained networks: files of Python packages, which are verified and never imported.
 
-Imports no PyTorch, because the commands that check settings import this module. The weights of feature networks are
-those of stages/metrics/networks.py; no network is in both, so that no metric is optimized by a critic.
+Imports PyTorch only to load weights, because the commands that check settings import this module. The weights of
+feature networks are those of stages/metrics/networks.py; no network is in both, so no critic optimizes its own metric.
 """
 
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.errors import UserError
 from stages.metrics.networks import Package, digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = {  # by the name of the classifier's network
     "efficientnet_lite2": Package(
@@ -47,3 +51,12 @@ def weights_file(network: str) -> Path:
         fix=fix,
         code=2,
     )
+
+
+def load_weights(network: str) -> "dict[str, Tensor]":
+    """Load a network's published weights. Raises UserError as `weights_file` does."""
+    import torch
+
+    # These weights are not safetensors: they come with a package. `weights_only` executes no code from the file.
+    weights: dict[str, Tensor] = torch.load(weights_file(network), weights_only=True, map_location="cpu")
+    return weights
