@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, channels_last, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 class EfficientNetLite2(nn.Module):
@@ -57,9 +57,14 @@ def _build() -> Any:
 def _fold_batch_norms(network: Any) -> Any:
     """Fold each batch normalization into the convolution before it, and remove the layer of ImageNet's classes."""
     for module in list(network.modules()):
-        for (name, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
+        for (_, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
             if isinstance(next_layer, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(layer, next_layer))
+                norm = (
+                    next_layer  # not `fuse_conv_bn_eval`, whose deep copy fails on the fake tensors of a memory count
+                )
+                layer.weight, layer.bias = fuse_conv_bn_weights(
+                    layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                )
                 setattr(module, next_name, nn.Identity())
     network._fc = nn.Identity()
     return network
