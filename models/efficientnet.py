@@ -59,9 +59,8 @@ def _fold_batch_norms(network: Any) -> Any:
     for module in list(network.modules()):
         for (_, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
             if isinstance(next_layer, nn.BatchNorm2d):
-                norm = (
-                    next_layer  # not `fuse_conv_bn_eval`, whose deep copy fails on the fake tensors of a memory count
-                )
+                # Not `fuse_conv_bn_eval`, whose deep copy fails on the fake tensors of a memory count.
+                norm: Any = next_layer
                 layer.weight, layer.bias = fuse_conv_bn_weights(
                     layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
                 )
