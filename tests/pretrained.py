@@ -7,7 +7,7 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from stages.formats.pretrained import PACKAGES
-from stages.metrics.networks import digest
+from stages.metrics.weights_package import digest
 
 
 def install_weights(site_packages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

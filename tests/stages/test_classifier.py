@@ -74,7 +74,7 @@ def test_a_pretrained_classifier_resumes_and_is_complete_without_the_package_of_
     train = replace(mini_pipeline.TRAIN, steps=2, evaluate_every=2)
     monkeypatch.setattr(mini_pipeline, "CLASSIFIER", ClassifierStageConfig(network, train))
     monkeypatch.setattr(EfficientNetLite2, "input_size", 32)
-    with pytest.raises(UserError, match="got no such package"), monkeypatch.context() as patch:
+    with pytest.raises(UserError, match="are not installed"), monkeypatch.context() as patch:
         package = pretrained.PACKAGES[network.name]._replace(distribution="no_such_package")
         patch.setitem(pretrained.PACKAGES, network.name, package)
         project.classifier(out="pretrained", fingerprint="refused")

@@ -70,7 +70,7 @@ def test_missing_weights_of_a_pretrained_critic_are_found_before_the_first_stage
     monkeypatch.setitem(pretrained.PACKAGES, "efficientnet_lite2", package)
     critic = ClassifierStageConfig(ClassifierConfig(name="efficientnet_lite2"), settings.train_vqvae)
     settings = replace(settings, classifiers={"shards": critic})
-    with pytest.raises(UserError, match="got no such package"):
+    with pytest.raises(UserError, match="are not installed"):
         inputs.check_late_inputs(request(settings, stages=("shard", "classifier@shards")))
     inputs.check_late_inputs(request(settings, stages=("shard", "classifier@vqvae", "reject@samples")))
 

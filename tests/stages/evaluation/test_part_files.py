@@ -34,11 +34,11 @@ def compiled_sources() -> Iterator[list[Any]]:
     sources: list[Any] = []
     active = True
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def record_compile(event: str, arguments: tuple[Any, ...]) -> None:
         if active and event == "compile":
             sources.append(arguments[0])
 
-    sys.addaudithook(hook)  # cannot be removed
+    sys.addaudithook(record_compile)  # cannot be removed
     yield sources
     active = False
 
@@ -56,10 +56,10 @@ def test_features_of_parts_become_one_array(part_files: list[Path], tmp_path: Pa
     write_features(tmp_path / "features", {name: part_files})
     assert set(artifact.read(tmp_path / "features", "features").files) == {name}
     expected = np.arange(32, dtype=np.float32).reshape(8, 4)
-    whole, short = FeatureFile(tmp_path / "features" / name), FeatureFile(tmp_path / "features" / name, 6)
-    assert whole.shape == (8, 4) and short.shape == (6, 4)
+    complete, short = FeatureFile(tmp_path / "features" / name), FeatureFile(tmp_path / "features" / name, 6)
+    assert complete.shape == (8, 4) and short.shape == (6, 4)
     for rows in (slice(None), slice(4, 7), slice(5, 99), slice(3, 3)):
-        assert (whole[rows] == expected[rows]).all()
+        assert (complete[rows] == expected[rows]).all()
         assert (short[rows] == expected[:6][rows]).all()
 
 

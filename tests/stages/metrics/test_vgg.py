@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from stages.config import INSTALLED
 from stages.errors import UserError
-from stages.metrics import distortion, networks, vgg
+from stages.metrics import distortion, vgg, weights_package
 from stages.metrics.features import FeatureNetwork
-from stages.metrics.networks import PACKAGES, check_packages, digest, read_networks
+from stages.metrics.networks import PACKAGES, check_packages, read_networks
 from stages.metrics.vgg import VGG16
+from stages.metrics.weights_package import digest
 
 WIDTHS = (4, 5, 6, 7, 8)  # channels of each block; 64 to 512 in the package
 BINOMIAL = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
@@ -194,7 +195,7 @@ def test_installed_package_must_have_its_version(weights, monkeypatch):
 def test_weights_are_hashed_once_per_process(weights, monkeypatch):
     """Several commands ask for them many times; a changed file is hashed again."""
     hashed = []
-    monkeypatch.setattr(networks, "_digest", cache(lambda *key: hashed.append(key) or PACKAGES["vgg16"].sha256))
+    monkeypatch.setattr(weights_package, "_digest", cache(lambda *key: hashed.append(key) or PACKAGES["vgg16"].sha256))
     for _ in range(3):
         read_networks({"vgg16": INSTALLED})
         check_packages({"vgg16": INSTALLED})
