@@ -22,7 +22,7 @@ from stages.formats.artifact import MANIFEST
 from stages.images.count import format_count
 
 ROOTS = ("artifacts", "metrics", "plots")  # folders that hold results
-COMMAND = ("run", "-S", "experiment=smoke")
+COMMAND = ("run", "-S", "experiment=smoke", "-S", "+critic=smoke")  # every kind of stage
 # Variables that would lead both runs to one tracking server, one cluster or the caller's sources.
 UNSET = ("MLFLOW_", "RAY_", "VQVAE2_", "DVC_", "PYTHONPATH")
 DIGEST = re.compile(rb"\b[0-9a-f]{12,64}\b")
