@@ -25,11 +25,13 @@ def count_parameters(module: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def forward_flops(call: Callable[[], object]) -> int:
-    """Count the operations of a call's matrix products, convolutions and attention.
+def count_frozen(module: nn.Module) -> int:
+    """Count the parameters that no training changes: they have no gradients and no moments."""
+    return sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
 
-    A training step takes three times as many as the forward pass.
-    """
+
+def forward_flops(call: Callable[[], object]) -> int:
+    """Count the operations of a call's matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()

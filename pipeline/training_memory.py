@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import cost
 from models.config import ClassifierConfig, PriorConfig
 from models.memory import MemoryCounter, count_memory
 from models.priors import Grid, build, nll
@@ -95,14 +96,14 @@ def count_all(settings: Params, classes: int) -> Iterator[TrainingMemory]:
 
 def count(stage: str, build_loss: LossBuilder, config: TrainConfig, cluster: ClusterConfig) -> TrainingMemory:
     """Count the memory of one training, of a range of workers with the fewest: they have the largest shares."""
-    weights, first_image = _count_step(build_loss, config, 1)
-    _, first_two = _count_step(build_loss, config, 2)
+    weights, trained, first_image = _count_step(build_loss, config, 1)
+    *_, first_two = _count_step(build_loss, config, 2)
     share = math.ceil(config.batch_size / cluster.min_workers)
     return TrainingMemory(
         stage,
         weights,
-        gradients=weights * (2 if cluster.max_workers > 1 else 1),
-        optimizer=2 * weights,
+        gradients=trained * (2 if cluster.max_workers > 1 else 1),
+        optimizer=2 * trained,
         ema=weights if config.ema_decay else 0,
         first_image=first_image,
         next_image=max(0, first_two - first_image),
@@ -111,20 +112,22 @@ def count(stage: str, build_loss: LossBuilder, config: TrainConfig, cluster: Clu
     )
 
 
-def _count_step(build_loss: LossBuilder, config: TrainConfig, images: int) -> tuple[int, int]:
-    """Return the bytes of the weights, and of activations at the peak of a step."""
+def _count_step(build_loss: LossBuilder, config: TrainConfig, images: int) -> tuple[int, int, int]:
+    """Return the bytes of all weights, of those that are not frozen, and of activations at the peak of a step."""
     with count_memory() as counter:
         network, compute_loss = build_loss(images)
         if config.recompute_activations:
             recompute_activations(network)
         for weight in network.parameters():
-            weight.grad = torch.zeros_like(weight)  # as in each pass of a step after the first one
+            if weight.requires_grad:
+                weight.grad = torch.zeros_like(weight)  # as in each pass of a step after the first one
         weights = FLOAT_BYTES * sum(tensor.numel() for tensor in network.state_dict().values())
         fixed = _reset_peak(counter)
         with autocast(config, torch.device("cpu")):
             loss = compute_loss()
         loss.backward()
-    return weights, counter.peak_bytes - fixed
+        trained = weights - FLOAT_BYTES * cost.count_frozen(network)
+    return weights, trained, counter.peak_bytes - fixed
 
 
 def _reset_peak(counter: MemoryCounter) -> int:

@@ -89,8 +89,9 @@ def check_late_inputs(request: Request) -> Answer:
 
             check_networks(read_networks(networks), settings.dataset.image_size)
     for name, classifier in settings.classifiers.items():
-        if f"classifier@{name}" in stages and classifier.network.name in pretrained.PACKAGES:
-            pretrained.weights_file(classifier.network.name)
+        is_trained = f"classifier@{name}" in stages and not request.pull
+        if is_trained and classifier.network.name in pretrained.CRITIC_PACKAGES:
+            pretrained.weights_file(classifier.network.name, f"classifiers.{name}.network.name")
     if "codes" in stages and settings.vqvae.quantizer.mode == "none":
         raise UserError(
             "A VQ-VAE that does not quantize has no codes.",

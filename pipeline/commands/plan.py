@@ -189,9 +189,8 @@ def count(settings: Params, classes: int) -> Iterator[Training]:
         parameters, per_class = _parameters(*classifiers)
         parameters -= (least - classes) * per_class
         flops = cost.forward_flops(partial(classifiers[0], image))
-        is_frozen = not any(weight.requires_grad for weight in classifiers[0].features.parameters())
-        passes = 1 if is_frozen else PASSES_PER_STEP  # no gradient passes a frozen network
-        yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train, passes)
+        frozen = cost.count_frozen(classifiers[0])
+        yield _training(f"classifier_{name}", parameters, per_class, flops, classifier.train, frozen)
 
 
 def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
@@ -200,9 +199,8 @@ def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
     return parameters, cost.count_parameters(larger) - parameters
 
 
-def _training(
-    stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig, passes: int = PASSES_PER_STEP
-) -> Training:
+def _training(stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig, frozen: int = 0) -> Training:
     copies = 4 if train.ema_decay else 3  # tensors per weight in a checkpoint: itself, two moments and its EMA
+    passes = 1 if frozen else PASSES_PER_STEP  # no gradient passes a frozen trunk
     training_flops = passes * flops * train.batch_size * train.steps
-    return Training(stage, parameters, per_class, flops, training_flops, 4 * copies * parameters)
+    return Training(stage, parameters, per_class, flops, training_flops, 4 * (copies * parameters - 2 * frozen))

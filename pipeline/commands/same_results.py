@@ -5,6 +5,7 @@ results. Everything else in artifacts/, metrics/ and plots/ must be equal.
 """
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline import result_versions, stage_source
+from pipeline import result_versions
 from pipeline.process import handle_signals
 from pipeline.text import first_few
 from stages.errors import UserError
@@ -25,6 +26,13 @@ ROOTS = ("artifacts", "metrics", "plots")  # folders that hold results
 COMMAND = ("run", "-S", "experiment=smoke", "-S", "+critic=smoke")  # every kind of stage
 # Variables that would lead both runs to one tracking server, one cluster or the caller's sources.
 UNSET = ("MLFLOW_", "RAY_", "VQVAE2_", "DVC_", "PYTHONPATH")
+# Prints the versions of the source that the table has, as JSON.
+VERSIONS_PROGRAM = """
+import json
+from pipeline import stage_source
+sources = {key: stage_source.source_of_key(key) for key in stage_source.table_keys()}
+print(json.dumps({key: source.version for key, source in sources.items() if source.is_recorded}))
+"""
 DIGEST = re.compile(rb"\b[0-9a-f]{12,64}\b")
 
 
@@ -59,9 +67,22 @@ def require_equal(revision: str) -> None:
 
 
 def versions_at(revision: str, keys: Sequence[str]) -> dict[str, str]:
-    """Return the versions of the source at a revision, by key of the table."""
+    """Return the versions of the source at a revision, by key of the table.
+
+    The revision's own code says them: it may hash other files than this code does. Raises UserError if its table lacks
+    its source: then no earlier result would keep its version.
+    """
     with _checkout(_resolve(revision)) as folder:
-        return {key: stage_source.source_of_key(key, folder).version for key in keys}
+        done = _run_program(folder, VERSIONS_PROGRAM)
+    versions: dict[str, str] = json.loads(done.stdout) if not done.returncode else {}
+    if missing := [key for key in keys if key not in versions]:
+        raise UserError(
+            f"{revision} must have its source in its own table of versions, got none for {first_few(missing, 5)}.",
+            where="--same-as",
+            fix="Name a revision whose `vqvae2 versions` lists no change.",
+            code=2,
+        )
+    return {key: versions[key] for key in keys}
 
 
 def differences(before: Path, after: Path) -> Iterator[str]:
@@ -146,17 +167,23 @@ def _resolve(revision: str) -> str:
 
 
 def _run_pipeline(folder: Path) -> None:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(UNSET)}
-    script = "from pipeline.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *COMMAND], cwd=folder, env={**variables, "PYTHONPATH": str(folder)}, check=False
-    )
+    done = _run_program(folder, "from pipeline.cli import main; main()", *COMMAND, stdout=None)
     if done.returncode:
         raise UserError(
             f"The smoke pipeline ended with status {done.returncode}.",
             where=folder,
             fix=f"Check out that revision and run: vqvae2 {' '.join(COMMAND)}",
         )
+
+
+def _run_program(
+    folder: Path, program: str, *arguments: str, stdout: int | None = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a checkout, with its sources."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(UNSET)}
+    variables["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, stdout=stdout, text=True, check=False)
 
 
 def _git(*arguments: str, **variables: str) -> str:

@@ -6,13 +6,13 @@ Features are files too: sets of 50,000 images do not fit into the memory of ever
 Axes: N images, D features.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from stages.formats import artifact
 from stages.mapping.parts import Part, Result, pack, unpack
@@ -47,7 +47,12 @@ class FeatureFile:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(len(self))
+        """Read rows, (n, D). Raises ValueError for a slice with a step."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"Rows must be consecutive, got a step of {step}.")
+        if start >= stop:
+            return np.empty((0, self.shape[1]), np.float32)
         # Opened for each read, so that earlier rows leave the memory.
         with safe_open(self.path, framework="numpy") as file:
             return file.get_slice(FEATURES)[start:stop]
@@ -66,16 +71,18 @@ def write_features(folder: Path, parts: Mapping[str, Sequence[Path]]) -> None:
 
 
 def _write_array(path: Path, blocks: Iterable[np.ndarray], paths: Sequence[Path]) -> None:
-    """Write rows block by block. The number of rows comes from the names of the parts' files."""
+    """Write float32 rows block by block, because all need not fit into the memory.
+
+    The number of rows comes from the names of the parts' files. The layout is that of safetensors: the length of a
+    JSON header as 8 bytes, the header, and the values.
+    """
     rows = int(paths[-1].stem.rpartition("-")[2])
-    scratch = path.with_suffix(".rows")  # mapped, because all rows need not fit into the memory
-    array = None
-    start = 0
-    for block in blocks:
-        if array is None:
-            array = np.memmap(scratch, block.dtype, mode="w+", shape=(rows, *block.shape[1:]))
-        array[start : start + len(block)] = block
-        start += len(block)
-    assert array is not None
-    save_file({FEATURES: array}, path)
-    scratch.unlink()
+    with path.open("wb") as file:
+        for block in blocks:
+            if not file.tell():
+                shape = [rows, block.shape[1]]
+                entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * rows * block.shape[1]]}
+                header = json.dumps({FEATURES: entry}).encode()
+                header += b" " * (-len(header) % 8)  # aligns the values
+                file.write(len(header).to_bytes(8, "little") + header)
+            file.write(block.astype("<f4").tobytes())

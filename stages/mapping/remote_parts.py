@@ -63,13 +63,18 @@ class TransferPlan:
     def fetch_result(self, digest: str, temporary_dir: Path) -> bytes | None:
         """Download a part's files to `work_dir` and return its result.
 
-        Deletes a damaged output and returns None, so that the part runs again.
+        Deletes an output that is damaged, or of a version that named the result otherwise, and returns None, so that
+        the part runs again.
         """
         folder = temporary_dir / "fetched" / digest
         try:
             output = self.storage.fetch(digest, folder, KIND)
         except CorruptArtifactError:
             self.storage.delete(digest)
+            return None
+        if RESULT not in output.files:
+            self.storage.delete(digest)
+            shutil.rmtree(folder)
             return None
         for file in output.files.keys() - {RESULT}:
             output.path(file).replace(Path(self.work_dir, file))

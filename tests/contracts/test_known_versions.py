@@ -17,6 +17,13 @@ def test_table_knows_the_code_of_every_stage(key: str):
     )
 
 
+def test_every_version_is_the_hash_of_the_first_revision():
+    """Revisions that compute the same share one version, so a result of the first one stays valid."""
+    for key, entries in stage_source.read_table()["versions"].items():
+        first_versions = {hash for hash, entry in entries.items() if entry["version"] == hash}
+        assert {entry["version"] for entry in entries.values()} == first_versions, key
+
+
 def test_table_has_no_definition_that_no_stage_uses():
     """The table is written as a whole, so it names the definitions of the code as it is."""
     names: set[str] = set()

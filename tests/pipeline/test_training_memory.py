@@ -103,6 +103,7 @@ def test_a_frozen_network_keeps_no_activations():
     )
     *_, memory = count_all(dataclasses.replace(settings, classifiers={"shards": pretrained}), 2)
     assert round(memory.weights / 4e6, 1) == 4.8 and memory.next_image < 40e6
+    assert memory.optimizer == 2 * memory.gradients < 0.01 * memory.weights  # of the linear layer only
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

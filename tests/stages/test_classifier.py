@@ -75,8 +75,8 @@ def test_a_pretrained_classifier_resumes_and_is_complete_without_the_package_of_
     monkeypatch.setattr(mini_pipeline, "CLASSIFIER", ClassifierStageConfig(network, train))
     monkeypatch.setattr(EfficientNetLite2, "input_size", 32)
     with pytest.raises(UserError, match="are not installed"), monkeypatch.context() as patch:
-        package = pretrained.PACKAGES[network.name]._replace(distribution="no_such_package")
-        patch.setitem(pretrained.PACKAGES, network.name, package)
+        package = pretrained.CRITIC_PACKAGES[network.name]._replace(distribution="no_such_package")
+        patch.setitem(pretrained.CRITIC_PACKAGES, network.name, package)
         project.classifier(out="pretrained", fingerprint="refused")
     install_weights(tmp_path / "site-packages", monkeypatch)
     project.classifier(out="pretrained", fingerprint="pretrained")

@@ -66,8 +66,8 @@ def test_inputs_of_the_last_stages_are_checked_before_the_first(settings):
 
 def test_missing_weights_of_a_pretrained_critic_are_found_before_the_first_stage(settings, monkeypatch):
     """Only if the stage is to run: the trained critic has the weights."""
-    package = pretrained.PACKAGES["efficientnet_lite2"]._replace(distribution="no_such_package")
-    monkeypatch.setitem(pretrained.PACKAGES, "efficientnet_lite2", package)
+    package = pretrained.CRITIC_PACKAGES["efficientnet_lite2"]._replace(distribution="no_such_package")
+    monkeypatch.setitem(pretrained.CRITIC_PACKAGES, "efficientnet_lite2", package)
     critic = ClassifierStageConfig(ClassifierConfig(name="efficientnet_lite2"), settings.train_vqvae)
     settings = replace(settings, classifiers={"shards": critic})
     with pytest.raises(UserError, match="are not installed"):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.commands.same_results import _checkout, compare, differences
+from pipeline import stage_source
+from pipeline.commands.same_results import _checkout, compare, differences, versions_at
 from stages.errors import UserError
+from tests.command_line_project import CommandLineProject
 
 WEIGHTS = {"level_top.weight": torch.arange(6.0).view(2, 3), "level_top.bias": torch.ones(2)}
 TABLE = pa.table({"key": ["a", "b"], "top": np.arange(2)})
@@ -55,6 +57,17 @@ def test_unknown_revision_is_refused():
     """Before anything runs."""
     with pytest.raises(UserError, match="git rev-parse failed: no such revision"):
         compare("no-such-revision")
+
+
+def test_versions_of_a_revision_are_those_that_it_records(tmp_path: Path):
+    """A revision whose own table lacks its source has no version that another one could share."""
+    project = CommandLineProject.of_working_tree(tmp_path / "project")
+    with chdir(project.folder):
+        assert versions_at("HEAD", ["vqvae"]) == {"vqvae": stage_source.source_of_key("vqvae").version}
+        Path("pipeline/known_versions.json").write_text('{"versions": {}, "definitions": {}}')
+        project.commit()
+        with pytest.raises(UserError, match="must have its source in its own table of versions, got none for vqvae"):
+            versions_at("HEAD", ["vqvae"])
 
 
 def test_failed_checkout_leaves_nothing(tmp_path: Path, monkeypatch):

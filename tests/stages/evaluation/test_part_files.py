@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from stages.evaluation.part_files import FeatureFile, feature_name, load_or_compute, part_path, write_features
 from stages.formats import artifact
@@ -58,9 +59,12 @@ def test_features_of_parts_become_one_array(part_files: list[Path], tmp_path: Pa
     expected = np.arange(32, dtype=np.float32).reshape(8, 4)
     complete, short = FeatureFile(tmp_path / "features" / name), FeatureFile(tmp_path / "features" / name, 6)
     assert complete.shape == (8, 4) and short.shape == (6, 4)
-    for rows in (slice(None), slice(4, 7), slice(5, 99), slice(3, 3)):
-        assert (complete[rows] == expected[rows]).all()
-        assert (short[rows] == expected[:6][rows]).all()
+    for rows in (slice(None), slice(4, 7), slice(5, 99), slice(3, 3), slice(8, 9)):
+        np.testing.assert_array_equal(complete[rows], expected[rows])
+        np.testing.assert_array_equal(short[rows], expected[:6][rows])
+    assert load_file(tmp_path / "features" / name).keys() == {"features"}
+    with pytest.raises(ValueError, match="step of 2"):
+        complete[::2]
 
 
 def test_files_are_read_without_the_parser_of_python(part_files: list[Path], tmp_path: Path):
@@ -68,9 +72,14 @@ def test_files_are_read_without_the_parser_of_python(part_files: list[Path], tmp
     name = feature_name("network", "train")
     write_features(tmp_path / "features", {name: part_files})
     np.save(tmp_path / "other.npy", np.zeros(3))
-    with compiled_sources() as sources:
+
+    def read() -> None:
         load_or_compute(part_files[0], lambda: {})
         FeatureFile(tmp_path / "features" / name)[2:7]
+
+    read()  # imports what it needs
+    with compiled_sources() as sources:
+        read()
         assert not sources
         np.load(tmp_path / "other.npy")
         assert sources  # the audit works

