@@ -32,8 +32,8 @@ demo: setup          ## Run every stage on the embedded data; ends with the path
 	vqvae2 config --write
 	vqvae2 run
 
-test: setup          ## Run all tests except the slow ones: 20 to 25 minutes on two cores.
-	pytest -q -rs -m "not slow" --numprocesses=auto --dist=loadgroup --no-loadscope-reorder
+test: setup          ## Run all tests except the slow ones: 15 minutes on two cores.
+	pytest -q -rs -m "not slow" --numprocesses=logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder
 
 test-slow: setup     ## Run the slow tests: clusters, fault injection, compilation.
 	pytest -q -rs -m slow

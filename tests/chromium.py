@@ -1,13 +1,16 @@
 """Headless Chromium for tests that look at pages."""
 
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium on the path")
+BROWSER = "not an origin"  # initiator of the requests that no page makes, in Chromium's log
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
 
@@ -30,7 +33,9 @@ def console_messages(folder: Path, page: Path) -> list[str]:
 
 
 def requested_hosts(folder: Path, page: Path) -> set[str]:
-    """Return the hosts that Chromium contacts for a page, and those that it contacts by itself."""
+    """Return the hosts that a page contacts, without those that Chromium contacts by itself."""
     log = folder / "net.json"
     run_chromium(folder, page, f"--log-net-log={log}", "--virtual-time-budget=5000", "--dump-dom")
-    return set(re.findall(r'"url":"https?://([^/"]+)', log.read_text(encoding="utf-8")))
+    requests = [event.get("params", {}) for event in json.loads(log.read_text(encoding="utf-8"))["events"]]
+    of_page = [request["url"] for request in requests if request.get("initiator", BROWSER) != BROWSER]
+    return {host for url in of_page if (host := urlsplit(url).hostname)}

@@ -20,8 +20,6 @@ from tests.fork_server import run_command
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ("-S", "experiment=smoke")
-# Ray lowers the priority of its workers. Beside other tests they would hardly run, and commands would time out.
-EQUAL_PRIORITY = {"RAY_worker_niceness": "0"}
 PRIVATE_PREFIXES = ("RAY_", "MLFLOW_", "VQVAE2_", "DVC_", "AWS_")  # of variables that a command must not inherit
 STAGE_STATE = re.compile(r"^(\w+) +(runs|unchanged|restored from cache)(?:$|: (.*))", re.MULTILINE)  # printed by run
 
@@ -134,7 +132,6 @@ class CommandLineProject:
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
             "PYTHONFAULTHANDLER": "1",
-            **EQUAL_PRIORITY,
             "SHELL": "/bin/sh",  # DVC runs stages in it; containers have no SHELL, so the default would differ
             **self.environment,
         }

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.process import DEFAULTS
-from tests.command_line_project import EQUAL_PRIORITY
 
 if TYPE_CHECKING:
     from tests.mini_pipeline import MiniPipeline
 
 # Stages that run without the command line have the environment that it sets.
-os.environ |= DEFAULTS | {"OMP_NUM_THREADS": "1"} | EQUAL_PRIORITY
+os.environ |= DEFAULTS | {"OMP_NUM_THREADS": "1"}
 for name in (
     "RAY_ADDRESS",
     "MLFLOW_TRACKING_URI",
@@ -41,11 +40,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note tests that are skipped although they need no GPU. With pytest-xdist, this process has all reports."""
     if report.skipped and "gpu" not in report.keywords:
         SKIPPED_TESTS.append(report.nodeid)
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Run one process more than there are processors: the tests with Ray, which one process runs, often wait."""
-    return min(8, (os.cpu_count() or 1) + 1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which adds the groups to the names of the tests
