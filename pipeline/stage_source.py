@@ -93,9 +93,9 @@ def source_of(module: str, network: str = "", root: Path | None = None) -> Stage
     return StageSource(digest, record["version"] if record else digest, record is not None, definitions)
 
 
-def source_of_key(key: str, root: Path | None = None) -> StageSource:
-    """Hash the source of a key of the table, such as vqvae or prior.pixelcnn; `root` as in `source_of`."""
-    return source_of(*_split(key), root)
+def source_of_key(key: str) -> StageSource:
+    """Hash the source of a key of the table, such as vqvae or prior.pixelcnn."""
+    return source_of(*_split(key))
 
 
 def _split(key: str) -> tuple[str, str]:

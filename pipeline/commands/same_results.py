@@ -26,12 +26,12 @@ ROOTS = ("artifacts", "metrics", "plots")  # folders that hold results
 COMMAND = ("run", "-S", "experiment=smoke", "-S", "+critic=smoke")  # every kind of stage
 # Variables that would lead both runs to one tracking server, one cluster or the caller's sources.
 UNSET = ("MLFLOW_", "RAY_", "VQVAE2_", "DVC_", "PYTHONPATH")
-# Prints the versions of the source that the table has, as JSON.
+# Prints the version of each key of the table as JSON; null if the table lacks the source.
 VERSIONS_PROGRAM = """
 import json
 from pipeline import stage_source
 sources = {key: stage_source.source_of_key(key) for key in stage_source.table_keys()}
-print(json.dumps({key: source.version for key, source in sources.items() if source.is_recorded}))
+print(json.dumps({key: source.version if source.is_recorded else None for key, source in sources.items()}))
 """
 DIGEST = re.compile(rb"\b[0-9a-f]{12,64}\b")
 
@@ -42,7 +42,6 @@ def compare(revision: str) -> list[str]:
     Raises UserError if the revision does not exist or a run fails.
     """
     with (
-        handle_signals(_stop),  # the checkouts must be removed
         _checkout(_resolve(revision)) as before,
         _checkout(_commit_working_tree()) as after,
     ):
@@ -67,22 +66,30 @@ def require_equal(revision: str) -> None:
 
 
 def versions_at(revision: str, keys: Sequence[str]) -> dict[str, str]:
-    """Return the versions of the source at a revision, by key of the table.
+    """Return the versions of the source at a revision, by key of the table; a key that it does not know is left out.
 
     The revision's own code says them: it may hash other files than this code does. Raises UserError if its table lacks
-    its source: then no earlier result would keep its version.
+    its source, because then no earlier result would keep its version, or if its code fails.
     """
     with _checkout(_resolve(revision)) as folder:
-        done = _run_program(folder, VERSIONS_PROGRAM)
-    versions: dict[str, str] = json.loads(done.stdout) if not done.returncode else {}
-    if missing := [key for key in keys if key not in versions]:
+        done = _run_program(folder, VERSIONS_PROGRAM, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise UserError(
+            f"The code of {revision} does not say its versions: {last_line}",
+            where="--same-as",
+            fix="Name a revision at which `vqvae2 versions` works.",
+            code=2,
+        )
+    versions: dict[str, str | None] = json.loads(done.stdout)
+    if missing := [key for key in keys if key in versions and versions[key] is None]:
         raise UserError(
             f"{revision} must have its source in its own table of versions, got none for {first_few(missing, 5)}.",
             where="--same-as",
             fix="Name a revision whose `vqvae2 versions` lists no change.",
             code=2,
         )
-    return {key: versions[key] for key in keys}
+    return {key: version for key in keys if (version := versions.get(key))}
 
 
 def differences(before: Path, after: Path) -> Iterator[str]:
@@ -145,7 +152,8 @@ def _checkout(revision: str) -> Iterator[Path]:
         tree = Path(folder, "tree")
         _git("worktree", "add", "--quiet", "--detach", str(tree), revision)
         try:
-            yield tree
+            with handle_signals(_stop):  # the checkout must be removed
+                yield tree
         finally:
             with suppress(UserError):  # it must not replace an error of the block; Git forgets a missing folder itself
                 _git("worktree", "remove", "--force", str(tree))
@@ -167,7 +175,7 @@ def _resolve(revision: str) -> str:
 
 
 def _run_pipeline(folder: Path) -> None:
-    done = _run_program(folder, "from pipeline.cli import main; main()", *COMMAND, stdout=None)
+    done = _run_program(folder, "from pipeline.cli import main; main()", *COMMAND)
     if done.returncode:
         raise UserError(
             f"The smoke pipeline ended with status {done.returncode}.",
@@ -177,13 +185,13 @@ def _run_pipeline(folder: Path) -> None:
 
 
 def _run_program(
-    folder: Path, program: str, *arguments: str, stdout: int | None = subprocess.PIPE
+    folder: Path, program: str, *arguments: str, stdout: int | None = None, stderr: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a checkout, with its sources."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(UNSET)}
     variables["PYTHONPATH"] = str(folder)
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, cwd=folder, env=variables, stdout=stdout, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=variables, stdout=stdout, stderr=stderr, text=True, check=False)
 
 
 def _git(*arguments: str, **variables: str) -> str:

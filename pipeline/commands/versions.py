@@ -87,7 +87,7 @@ def record(*, same_as: str, reason: str) -> int:
     changed = [key for key, source in sources.items() if not source.is_recorded]
     new_versions = {key: sources[key].hash for key in changed}
     if same_as and changed:
-        new_versions = same_results.versions_at(same_as, changed)
+        new_versions |= same_results.versions_at(same_as, changed)  # a new stage has a version of its own
         same_results.require_equal(same_as)
     for key in changed:
         entry = {"version": new_versions[key], "reason": reason}

@@ -20,7 +20,7 @@ def test_table_knows_the_code_of_every_stage(key: str):
 def test_every_version_is_the_hash_of_the_first_revision():
     """Revisions that compute the same share one version, so a result of the first one stays valid."""
     for key, entries in stage_source.read_table()["versions"].items():
-        first_versions = {hash for hash, entry in entries.items() if entry["version"] == hash}
+        first_versions = {digest for digest, entry in entries.items() if entry["version"] == digest}
         assert {entry["version"] for entry in entries.values()} == first_versions, key
 
 

@@ -63,10 +63,14 @@ def test_versions_of_a_revision_are_those_that_it_records(tmp_path: Path):
     """A revision whose own table lacks its source has no version that another one could share."""
     project = CommandLineProject.of_working_tree(tmp_path / "project")
     with chdir(project.folder):
-        assert versions_at("HEAD", ["vqvae"]) == {"vqvae": stage_source.source_of_key("vqvae").version}
+        assert versions_at("HEAD", ["vqvae", "new"]) == {"vqvae": stage_source.source_of_key("vqvae").version}
         Path("pipeline/known_versions.json").write_text('{"versions": {}, "definitions": {}}')
         project.commit()
         with pytest.raises(UserError, match="must have its source in its own table of versions, got none for vqvae"):
+            versions_at("HEAD", ["vqvae"])
+        Path("pipeline/stage_source.py").write_text("import nothing_at_all\n")
+        project.commit()
+        with pytest.raises(UserError, match="does not say its versions: ModuleNotFoundError"):
             versions_at("HEAD", ["vqvae"])
 
 
