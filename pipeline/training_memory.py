@@ -40,8 +40,8 @@ class TrainingMemory:
 
     stage: str
     weights: int  # parameters and buffers, which include the codebooks
-    gradients: int  # with DDP's communication buckets, if there are several workers
-    optimizer: int  # Adam's two moments; an upper bound for Muon, which has one for each hidden matrix
+    gradients: int  # of weights that are not frozen; with DDP's communication buckets, if there are several workers
+    optimizer: int  # Adam's two moments of them; an upper bound for Muon, which has one for each hidden matrix
     ema: int  # averaged weights
     first_image: int  # activations of a micro-batch of one image
     next_image: int  # activations of each further image

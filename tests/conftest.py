@@ -77,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def finished_pipeline(tmp_path_factory: pytest.TempPathFactory) -> "MiniPipeline":
-    """The artifacts of a small pipeline, built once per session."""
+    """The artifacts of a small pipeline, built once per process."""
     from tests.mini_pipeline import MiniPipeline, without_ray  # imports torch
 
     with without_ray():

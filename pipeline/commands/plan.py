@@ -48,7 +48,9 @@ class Training:
     parameters_per_class: int  # additional parameters for each class of a labeled dataset
     forward_flops: int  # floating-point operations of a forward pass, per image
     training_flops: int  # of the whole training
-    checkpoint_bytes: int  # float32 weights, their EMA if used, and Adam's two moments; an upper bound for Muon
+    checkpoint_bytes: (
+        int  # float32 weights, their EMA if used, and Adam's two moments of those trained; an upper bound for Muon
+    )
 
 
 def show(overrides: Sequence[str], *, as_json: bool, measure: bool = False) -> int:
@@ -200,7 +202,8 @@ def _parameters(network: nn.Module, larger: nn.Module) -> tuple[int, int]:
 
 
 def _training(stage: str, parameters: int, per_class: int, flops: int, train: TrainConfig, frozen: int = 0) -> Training:
-    copies = 4 if train.ema_decay else 3  # tensors per weight in a checkpoint: itself, two moments and its EMA
+    copies = 2 if train.ema_decay else 1  # of each weight in a checkpoint: itself and its EMA
+    moments = 2 * (parameters - frozen)
     passes = 1 if frozen else PASSES_PER_STEP  # no gradient passes a frozen trunk
     training_flops = passes * flops * train.batch_size * train.steps
-    return Training(stage, parameters, per_class, flops, training_flops, 4 * (copies * parameters - 2 * frozen))
+    return Training(stage, parameters, per_class, flops, training_flops, 4 * (copies * parameters + moments))

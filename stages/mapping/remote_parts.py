@@ -70,11 +70,10 @@ class TransferPlan:
         try:
             output = self.storage.fetch(digest, folder, KIND)
         except CorruptArtifactError:
+            output = None
+        if output is None or RESULT not in output.files:
             self.storage.delete(digest)
-            return None
-        if RESULT not in output.files:
-            self.storage.delete(digest)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             return None
         for file in output.files.keys() - {RESULT}:
             output.path(file).replace(Path(self.work_dir, file))

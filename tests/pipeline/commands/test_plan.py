@@ -99,9 +99,8 @@ def test_a_frozen_network_has_no_backward_pass():
     assert costs["residual"].training_flops == 3 * costs["residual"].forward_flops * 10 * 8
     pretrained = costs["efficientnet_lite2"]
     assert pretrained.training_flops == pretrained.forward_flops * 10 * 8
-    assert (
-        4 * pretrained.parameters < pretrained.checkpoint_bytes < 4.1 * pretrained.parameters
-    )  # no moments of the trunk
+    # The trunk has no moments.
+    assert 4 * pretrained.parameters < pretrained.checkpoint_bytes < 4.1 * pretrained.parameters
     assert round(pretrained.parameters / 1e6, 1) == 4.8 and pretrained.parameters_per_class == 1281
 
 

@@ -65,5 +65,5 @@ def test_published_weights_fit_the_network():
 
 
 def test_no_critic_has_the_network_of_a_metric():
-    """Rejection by the features of a metric would optimise the metric itself."""
+    """Rejection by the features of a metric would optimize the metric itself."""
     assert pretrained.CRITIC_PACKAGES.keys().isdisjoint(networks.PACKAGES)
