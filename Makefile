@@ -32,7 +32,7 @@ demo: setup          ## Run every stage on the embedded data; ends with the path
 	vqvae2 config --write
 	vqvae2 run
 
-test: setup          ## Run all tests except the slow ones: 15 minutes on two cores.
+test: setup          ## Run all tests except the slow ones: 15 to 17 minutes on two cores.
 	pytest -q -rs -m "not slow" --numprocesses=logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder
 
 test-slow: setup     ## Run the slow tests: clusters, fault injection, compilation.
