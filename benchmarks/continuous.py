@@ -14,9 +14,8 @@ reconstructions and worse samples.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from quality import load
+from quality import Comparison, load
 from timing import arguments
 from torch import Tensor, nn
 
@@ -26,11 +25,6 @@ from models.priors.density import DensityPrior
 from models.quantizer import BatchSlice
 from models.sampling import draw
 from models.vqvae import VQVAE
-from stages.config import EvaluateConfig
-from stages.images.tensors import to_uint8
-from stages.metrics.features import FeatureNetwork
-from stages.metrics.networks import read_networks
-from stages.metrics.set_metrics import compare
 
 ENTRIES, BATCH, SIDE = 256, 64, 32
 STRIDES = {"top": 8, "bottom": 4}
@@ -142,15 +136,6 @@ def model_latents(vqvae: VQVAE, training: Grids, validation: Grids, steps: int) 
         return losses, vqvae.decode_latents({level: grids.permute(0, 3, 1, 2) for level, grids in scaled.items()})
 
 
-def distances(network: FeatureNetwork, reference: Tensor, images: Tensor) -> str:
-    """Compare image sets as the report does."""
-    of_reference, of_images = (network(to_uint8(batch.float().numpy())) for batch in (reference, images))
-    values = compare(of_reference, of_images, EvaluateConfig(), 0)
-    kid, error = np.atleast_1d(values["kid"])
-    frechet = values["frechet"]
-    return f"KID {kid:.4f} ± {error:.4f}, Fréchet distance {frechet:.4g}"
-
-
 def main() -> None:
     """Train both models and print their results."""
     parser = arguments(__doc__.split("\n")[0])
@@ -161,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     training, validation = load(options.source, SIDE)
-    network = FeatureNetwork(read_networks(EvaluateConfig().networks)[0])
+    comparison = Comparison(validation)
     for mode, model in (("ema", model_codes), ("none", model_latents)):
         vqvae = train_vqvae(mode, options.dim, training, options.steps)
         codes, latents, _ = encode(vqvae, training)
@@ -171,8 +156,8 @@ def main() -> None:
         mse = float((reconstructions - validation).square().mean())
         nats = ", ".join(f"{level} {value:.3f}" for level, value in losses.items())
         print(f"quantizer {mode}: MSE {mse:.5f}; NLL in nats per {'code' if mode == 'ema' else 'number'}: {nats}")
-        print(f"  samples          {distances(network, validation, samples)}")
-        print(f"  reconstructions  {distances(network, validation, reconstructions)}", flush=True)
+        print(f"  samples          {comparison.describe(samples)}")
+        print(f"  reconstructions  {comparison.describe(reconstructions)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Quality of samples by sampling rule: KID, precision and recall over temperature and the scale of guidance.
+
+    python benchmarks/sampling_rules.py artifacts --temperature 0.9 1.0 --guidance 1 1.5 2
+
+Draws samples of the trained models in a folder of artifacts with every combination of `--guidance`, which all levels
+use, `--temperature` of the coarsest level and `--fine-temperature` of the others, for each seed. Compares them with all
+validation images by EfficientNet-Lite0; with `--against reconstructions`, with their reconstructions, which excludes
+the errors of the VQ-VAE. Prints mean and standard deviation over the seeds. A choice among many rows by the validation
+images is slightly optimistic.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.config import EvaluateConfig, LevelRule, SampleConfig
+from stages.errors import UserError
+from stages.formats.shards import open_shards
+from stages.images.tensors import to_float, to_uint8
+from stages.inference.trained_models import TrainedModels, choose_labels
+from stages.metrics.features import FeatureNetwork
+from stages.metrics.networks import read_networks
+from stages.metrics.set_metrics import compare
+
+BATCH = 64
+METRICS = ("kid", "frechet", "precision", "recall", "coverage")
+
+
+@torch.inference_mode()
+def reconstruct(models: TrainedModels, images: np.ndarray) -> np.ndarray:
+    """Encode and decode (N, H, W, 3) uint8 images."""
+    batches = torch.from_numpy(images).split(BATCH)
+    return np.concatenate([to_uint8(models.vqvae(to_float(batch, "cpu")).reconstruction.numpy()) for batch in batches])
+
+
+def draw(models: TrainedModels, config: SampleConfig, seed: int) -> np.ndarray:
+    """Draw samples as the stage does: (N, H, W, 3) uint8."""
+    labels, batches = choose_labels(models, config).tolist(), []
+    for start in range(0, config.count, BATCH):
+        batch = labels[start : start + BATCH]
+        batches.append(models.draw(range(start, start + len(batch)), batch, config, seed)[1])
+    return np.concatenate(batches)
+
+
+def main() -> None:
+    """Print a row for each combination."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", type=Path, help="folder with shards, vqvae and priors")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.9], help="of the coarsest level")
+    parser.add_argument("--fine-temperature", type=float, nargs="+", default=[0.01], help="of the other levels")
+    parser.add_argument("--count", type=int, default=256, help="samples of each combination and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--against", choices=("images", "reconstructions"), default="images")
+    parser.add_argument("--threads", type=int, default=1, help="threads torch may use")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    try:
+        models = TrainedModels.load(options.artifacts / "vqvae", options.artifacts / "priors")
+        validation = open_shards(options.artifacts / "shards").split("validation")
+        coarsest, configs = next(iter(models.priors)), []
+        for guidance, temperature, fine_temperature in itertools.product(
+            options.guidance, options.temperature, options.fine_temperature
+        ):
+            rules = {coarsest: LevelRule(temperature=temperature)}
+            config = SampleConfig(options.count, temperature=fine_temperature, guidance=guidance, level_rules=rules)
+            models.require_drawable(config, where="--guidance")
+            configs.append(config)
+    except (UserError, ValueError) as error:
+        parser.error(str(error))
+    images = np.stack([validation.read(position) for position in range(len(validation))])
+    if options.against == "reconstructions":
+        images = reconstruct(models, images)
+    network = FeatureNetwork(read_networks(EvaluateConfig().networks)[0])
+    reference = network(images)
+    print(f"{options.count} samples, {len(images)} validation {options.against}, seeds {options.seeds}")
+    print(f"{'guidance':>9}{'coarsest':>9}{'finer':>7}" + "".join(f"{name:>18}" for name in METRICS))
+    for config in configs:
+        results = [
+            compare(reference, network(draw(models, config, seed)), EvaluateConfig(), 0) for seed in options.seeds
+        ]
+        values = np.array([[np.ravel(result[name])[0] for name in METRICS] for result in results])
+        columns = (
+            f"{mean:.4g} ± {deviation:.2g}" for mean, deviation in zip(values.mean(0), values.std(0), strict=True)
+        )
+        temperature = config.rule(coarsest)["temperature"]
+        print(
+            f"{config.guidance:9g}{temperature:9g}{config.temperature:7g}" + "".join(f"{text:>18}" for text in columns),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
