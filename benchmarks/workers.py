@@ -155,13 +155,16 @@ def main() -> None:
     least = max(max(config.warmup_steps, (SKIPPED + 1) * config.log_every) for config in configs.values())
     if options.steps < least:
         parser.error(f"--steps must be {least} or more, got {options.steps}")
-    bare = {
-        stage: [bare_rate(stage, config.batch_size, options.steps, processes) for processes in (1, 2)]
-        for stage, config in configs.items()
-    }
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {options.steps} steps", flush=True)
+    bare: dict[str, list[float]] = {}
+    for stage, config in configs.items():
+        bare[stage] = [bare_rate(stage, config.batch_size, options.steps, processes) for processes in (1, 2)]
+        print(f"{stage}: bare network measured", flush=True)
+    trained = []
     with tempfile.TemporaryDirectory(prefix="vqvae2-workers-") as folder:
-        trained = [worker_rates(Path(folder, str(workers)), workers, options.steps, settings) for workers in (1, 2)]
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {options.steps} steps")
+        for workers in (1, 2):
+            trained.append(worker_rates(Path(folder, str(workers)), workers, options.steps, settings))
+            print(f"{workers} of 2 workers measured", flush=True)
     columns = ("bare, 1", "bare, 2", "1 worker", "2 workers", "2 : 1", "1 : bare", "2 : bare")
     print(f"{'steps per second':16}" + "".join(f"{column:>11}" for column in columns))
     for stage in STAGES:
