@@ -3,19 +3,21 @@
     python benchmarks/quality.py --seconds 600
 
 A chain is a two-level VQ-VAE, a prior of each level, and samples. Each of the three networks trains for the given
-seconds, with batches and peak learning rates of the demo (conf/), gradients clipped, and without classes. The plain
-chain has the same encoders, decoders and widths, and lacks what this repository adds:
+seconds, with the settings of the demo (conf/), but without classes and shifted images. The plain chain has the same
+encoders, decoders, widths and batches, and lacks what this repository adds:
 
     codebooks    the rule of rosinality/vq-vae-2-pytorch: random entries whose counts start at zero, no revival
     top level    no dropout of the bottom level, so nothing asks it for more than the bottom level lacks
     top prior    PixelCNN instead of PixelSNAIL
     bottom prior the top codes are embedded and upsampled without a residual stack
-    training     no dropout, no mirrored images, a constant learning rate, the last weights instead of an average
+    training     no dropout, no mirrored images, the paper's constant learning rate, the last weights, not an average
 
 An entry of a plain codebook that no vector chooses first moves away from 0 and comes back after some 1,300 steps, so
 compare trainings that are longer. Prints, per chain: steps, MSE of training and validation images in [-1, 1], entries
 in use and perplexity over the validation images, the priors' NLL of validation images in nats per code, which depends
 on the codebook, and distances of samples to the validation images at several temperatures.
+
+Axes: N images, H x W pixels or grid of codes, D features.
 """
 
 import argparse
@@ -49,6 +51,7 @@ from stages.training.checkpoint_state import TrainableModel
 from stages.training.optimizer import learning_rate
 
 ROOT = Path(__file__).parents[1]
+PLAIN_LEARNING_RATE = 3e-4
 TEMPERATURES = ((1.0, 1.0), (0.9, 0.5), (0.9, 0.01))  # of the top and of the bottom level
 Grids = dict[str, Tensor]  # codes (N, H, W) by level
 
@@ -81,7 +84,7 @@ def plain_prior(config: PriorStageConfig) -> PriorStageConfig:
 
 def plain_training(config: TrainConfig) -> TrainConfig:
     """Return the settings of plain training."""
-    return replace(config, lr_schedule="constant", warmup_steps=0, ema_decay=0.0)
+    return replace(config, learning_rate=PLAIN_LEARNING_RATE, lr_schedule="constant", warmup_steps=0, ema_decay=0.0)
 
 
 def plain_settings(settings: Params) -> Params:
@@ -200,12 +203,13 @@ class ChainTraining:
 
     def run(self, name: str, training: Tensor, validation: Tensor, comparison: "Comparison") -> None:
         """Train all networks, and print the results."""
+        count = len(training)
         if not self.plain:
             training = torch.cat([training, training.flip(-1)])
         vqvae, steps = self.train_vqvae(training)
         codes, training_reconstructions = encode(vqvae, training)
         validation_codes, reconstructions = encode(vqvae, validation)
-        training_mse = float((training_reconstructions - training).square().mean())
+        training_mse = float((training_reconstructions - training)[:count].square().mean())
         mse = float((reconstructions - validation).square().mean())
         print(f"\n{name}: VQ-VAE, {steps} steps, MSE {training_mse:.5f} (training), {mse:.5f} (validation)")
         priors: dict[str, Prior] = {}

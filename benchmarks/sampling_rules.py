@@ -5,12 +5,15 @@
 Draws samples of the trained models in a folder of artifacts with every combination of `--guidance`, which all levels
 use, `--temperature` of the coarsest level and `--fine-temperature` of the others, for each seed. Compares them with all
 validation images by EfficientNet-Lite0; with `--against reconstructions`, with their reconstructions, which excludes
-the errors of the VQ-VAE. Prints mean and standard deviation over the seeds. A choice among many rows by the validation
-images is slightly optimistic.
+the errors of the VQ-VAE. Prints means over the seeds, and behind them the standard deviation, with one seed only the
+standard error of KID. A choice among many rows by the validation images is slightly optimistic.
+
+Axes: N images, H rows, W columns, 3 colours.
 """
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,14 @@ def draw(models: TrainedModels, config: SampleConfig, seed: int) -> np.ndarray:
     return np.concatenate(batches)
 
 
+def describe(values: Sequence[np.ndarray]) -> str:
+    """Format one metric of all seeds; a value may have a standard error after it."""
+    mean = f"{np.mean([value[0] for value in values]):.4g}"
+    if len(values) > 1:
+        return f"{mean} ± {np.std([value[0] for value in values], ddof=1):.2g}"
+    return f"{mean} ± {values[0][1]:.2g}" if len(values[0]) > 1 else mean
+
+
 def main() -> None:
     """Print a row for each combination."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +82,11 @@ def main() -> None:
             configs.append(config)
     except (UserError, ValueError) as error:
         parser.error(str(error))
+    min_images = EvaluateConfig().precision_recall_k + 1
+    if min(len(validation), options.count) < min_images:
+        parser.error(
+            f"recall needs {min_images} validation images and samples, got {len(validation)} and {options.count}"
+        )
     images = np.stack([validation.read(position) for position in range(len(validation))])
     if options.against == "reconstructions":
         images = reconstruct(models, images)
@@ -82,13 +98,10 @@ def main() -> None:
         results = [
             compare(reference, network(draw(models, config, seed)), EvaluateConfig(), 0) for seed in options.seeds
         ]
-        values = np.array([[np.ravel(result[name])[0] for name in METRICS] for result in results])
-        columns = (
-            f"{mean:.4g} ± {deviation:.2g}" for mean, deviation in zip(values.mean(0), values.std(0), strict=True)
-        )
+        cells = (describe([np.ravel(result[name]) for result in results]) for name in METRICS)
         temperature = config.rule(coarsest)["temperature"]
         print(
-            f"{config.guidance:9g}{temperature:9g}{config.temperature:7g}" + "".join(f"{text:>18}" for text in columns),
+            f"{config.guidance:9g}{temperature:9g}{config.temperature:7g}" + "".join(f"{cell:>18}" for cell in cells),
             flush=True,
         )
 

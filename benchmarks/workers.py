@@ -76,7 +76,7 @@ def bare_network(settings: Params, stage: str, batch: int) -> tuple[nn.Module, C
 
 
 def train_bare(stage: str, batch: int, steps: int) -> None:
-    """Train a bare network on one thread, from the moment that a line comes in; print its steps per second."""
+    """Train a bare network on one thread, after a line of input; print its steps per second."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settings = demo_settings()
@@ -96,24 +96,24 @@ def train_bare(stage: str, batch: int, steps: int) -> None:
     print(statistics.median(rates[SKIPPED:]))
 
 
-def bare_rate(stage: str, batch: int, steps: int, processes: int) -> float:
-    """Return the steps per second of the slowest of several processes, each with its share of the batch."""
-    command = [sys.executable, __file__, "--bare", stage, str(batch // processes), "--steps", str(steps)]
-    running = [
+def bare_rate(stage: str, batch: int, steps: int, count: int) -> float:
+    """Return the steps per second of the slowest of `count` processes, which split the batch."""
+    command = [sys.executable, __file__, "--bare", stage, str(batch // count), "--steps", str(steps)]
+    processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for _ in range(processes)
+        for _ in range(count)
     ]
-    for process in running:
+    for process in processes:
         assert process.stdout
-        process.stdout.readline()
-    for process in running:  # all are ready: start them at once
+        if process.stdout.readline() != "ready\n":
+            for started in processes:
+                started.kill()
+            raise SystemExit(f"{' '.join(command)} failed")
+    for process in processes:  # all are ready: start them at once
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    outputs = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise SystemExit(f"{' '.join(command)} failed")
-    return min(map(float, outputs))
+    return min(float(process.communicate()[0]) for process in processes)
 
 
 def worker_rates(folder: Path, workers: int, steps: int, settings: Params) -> dict[str, float]:
@@ -152,24 +152,24 @@ def main() -> None:
         return
     settings = demo_settings()
     configs = {stage: train_config(settings, stage) for stage in STAGES}
-    least = max(max(config.warmup_steps, (SKIPPED + 1) * config.log_every) for config in configs.values())
-    if options.steps < least:
-        parser.error(f"--steps must be {least} or more, got {options.steps}")
+    min_steps = max(max(config.warmup_steps, (SKIPPED + 1) * config.log_every) for config in configs.values())
+    if options.steps < min_steps:
+        parser.error(f"--steps must be {min_steps} or more, got {options.steps}")
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {options.steps} steps", flush=True)
     bare: dict[str, list[float]] = {}
     for stage, config in configs.items():
-        bare[stage] = [bare_rate(stage, config.batch_size, options.steps, processes) for processes in (1, 2)]
+        bare[stage] = [bare_rate(stage, config.batch_size, options.steps, count) for count in (1, 2)]
         print(f"{stage}: bare network measured", flush=True)
-    trained = []
+    worker_results = []
     with tempfile.TemporaryDirectory(prefix="vqvae2-workers-") as folder:
         for workers in (1, 2):
-            trained.append(worker_rates(Path(folder, str(workers)), workers, options.steps, settings))
+            worker_results.append(worker_rates(Path(folder, str(workers)), workers, options.steps, settings))
             print(f"{workers} of 2 workers measured", flush=True)
     columns = ("bare, 1", "bare, 2", "1 worker", "2 workers", "2 : 1", "1 : bare", "2 : bare")
     print(f"{'steps per second':16}" + "".join(f"{column:>11}" for column in columns))
     for stage in STAGES:
         bare_one, bare_two = bare[stage]
-        one, two = (rates[stage] for rates in trained)
+        one, two = (rates[stage] for rates in worker_results)
         values = (bare_one, bare_two, one, two, two / one, one / bare_one, two / bare_two)
         print(f"{stage:16}" + "".join(f"{value:11.2f}" for value in values))
 
