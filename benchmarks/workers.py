@@ -168,9 +168,8 @@ def main() -> None:
     columns = ("bare, 1", "bare, 2", "1 worker", "2 workers", "2 : 1", "1 : bare", "2 : bare")
     print(f"{'steps per second':16}" + "".join(f"{column:>11}" for column in columns))
     for stage in STAGES:
-        bare_one, bare_two = bare[stage]
-        one, two = (rates[stage] for rates in worker_results)
-        values = (bare_one, bare_two, one, two, two / one, one / bare_one, two / bare_two)
+        bare_rates, rates = bare[stage], [results[stage] for results in worker_results]
+        values = (*bare_rates, *rates, rates[1] / rates[0], rates[0] / bare_rates[0], rates[1] / bare_rates[1])
         print(f"{stage:16}" + "".join(f"{value:11.2f}" for value in values))
 
 
