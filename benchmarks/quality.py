@@ -56,6 +56,11 @@ TEMPERATURES = ((1.0, 1.0), (0.9, 0.5), (0.9, 0.01))  # of the top and of the bo
 Grids = dict[str, Tensor]  # codes (N, H, W) by level
 
 
+def demo_settings() -> Params:
+    """Compose the settings of the demo from conf/."""
+    return params.check(compose_params(conf=ROOT / "conf"), ROOT / "conf")
+
+
 class PlainQuantizer(Quantizer):
     """Codebook with random initial entries and counts of zero, without revival."""
 
@@ -274,8 +279,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    conf = ROOT / "conf"
-    settings = params.check(compose_params(conf=conf), conf)
+    settings = demo_settings()
     side = settings.dataset.image_size
     training, validation = load(options.source, side)
     print(f"{len(training)} training and {len(validation)} validation images of {side} x {side}, seed {options.seed}")

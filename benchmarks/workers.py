@@ -22,13 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from quality import demo_settings
 from torch import Tensor, nn
 
 from models.priors import Grid, build, nll
 from models.quantizer import BatchSlice
 from models.vqvae import VQVAE
-from pipeline import params
-from pipeline.compose import compose_params
 from stages.config import Params, TrainConfig
 from stages.tracking.journal import JOURNAL_FILE
 from tests.command_line_project import ROOT, CommandLineProject
@@ -36,11 +35,6 @@ from tests.command_line_project import ROOT, CommandLineProject
 STAGES = ("vqvae", "prior_top", "prior_bottom")
 CLASSES = 9  # of the demo's images
 SKIPPED = 2  # first intervals
-
-
-def demo_settings() -> Params:
-    """Return the settings that the trainings have, except for their steps and workers."""
-    return params.check(compose_params(conf=ROOT / "conf"), ROOT / "conf")
 
 
 def train_config(settings: Params, stage: str) -> TrainConfig:
