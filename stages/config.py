@@ -86,6 +86,9 @@ class TrainConfig:
     optimizer: Literal["adam", "adamw", "muon"] = field(default="adam", metadata={NEUTRAL: "adam"})
     # decoupled weight decay of adamw and muon, relative to the learning rate, 0 or more
     weight_decay: float = field(default=0.0, metadata={NEUTRAL: 0.0})
+    # root mean square of muon's updates, relative to the learning rate, above 0; about 0.3 for networks with attention,
+    # which may diverge at 1
+    muon_scale: float = field(default=1.0, metadata={NEUTRAL: 1.0})
     learning_rate: float = 3e-4  # learning rate after warm-up, above 0
     lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to almost 0 at the last step
     # first steps, in which the learning rate rises linearly from learning_rate / warmup_steps; 0 to steps
@@ -123,6 +126,14 @@ class TrainConfig:
             self.optimizer != "adam" or not self.weight_decay,
             "0 with optimizer adam",
             "set optimizer to adamw, or weight_decay to 0",
+        )
+        check_field(self, "muon_scale", self.muon_scale > 0, "above 0, such as 0.3")
+        check_field(
+            self,
+            "muon_scale",
+            self.optimizer == "muon" or self.muon_scale == 1,
+            f"1 with optimizer {self.optimizer}",
+            "set optimizer to muon, or muon_scale to 1",
         )
         check_not_negative(self, "warmup_steps")
         check_field(

@@ -74,9 +74,9 @@ def _write_array(path: Path, blocks: Iterable[np.ndarray], paths: Sequence[Path]
     """Write float32 rows block by block, because all need not fit into the memory.
 
     The number of rows comes from the names of the parts' files. The layout is that of safetensors: the length of a
-    JSON header as 8 bytes, the header, and the values.
+    JSON header as 8 bytes, the header, and the values. Raises ValueError if the blocks have another number of rows.
     """
-    rows = int(paths[-1].stem.rpartition("-")[2])
+    rows, written = int(paths[-1].stem.rpartition("-")[2]), 0
     with path.open("wb") as file:
         for block in blocks:
             if not file.tell():
@@ -86,3 +86,6 @@ def _write_array(path: Path, blocks: Iterable[np.ndarray], paths: Sequence[Path]
                 header += b" " * (-len(header) % 8)  # aligns the values
                 file.write(len(header).to_bytes(8, "little") + header)
             file.write(block.astype("<f4").tobytes())
+            written += len(block)
+    if written != rows:
+        raise ValueError(f"{path.name} must have {rows} rows, got {written}")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.efficientnet import fold_batch_norms
 from stages.config import INSTALLED
 from stages.errors import UserError
 from stages.metrics.networks import Network, weights_file
@@ -129,24 +129,13 @@ class _EfficientNetLite0(nn.Module):
         network = EfficientNet.from_name("efficientnet-lite0")
         # These weights are not safetensors: they come with a package. `weights_only` executes no code from the file.
         network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
-        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
+        fold_batch_norms(network.eval())
+        self.network = network.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         normalized = (_resize_and_crop(pixels, INPUT_SIZE) - 127) / 128
         features = self.network.extract_features(normalized.contiguous(memory_format=torch.channels_last))
         return features.mean(dim=(2, 3))
-
-
-def _fold_batch_norms(network: Any) -> Any:
-    """Fold each batch normalization into the convolution before it, in place: the same function in 2/3 of the time."""
-    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
-    for block in network._blocks:
-        pairs += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
-        pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
-    for module, convolution, batch_norm in pairs:
-        setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, batch_norm)))
-        setattr(module, batch_norm, nn.Identity())
-    return network
 
 
 def _resize_and_crop(pixels: Tensor, side: int) -> Tensor:

@@ -24,14 +24,21 @@ class Muon(torch.optim.Optimizer):
 
     torch.optim.Muon rejects the weights of convolutions. It also orthogonalizes one matrix after another in bfloat16,
     which takes longer than the rest of a step on processors without bfloat16 instructions. This class orthogonalizes
-    all matrices of one shape as one batch, in float32. An update has the learning rate as its root mean square, as
-    Adam's first update does, so the same learning rate suits both. Liu et al. scale it to 0.2 of that.
+    all matrices of one shape as one batch, in float32. The root mean square of an update is `scale` times the learning
+    rate. With 1 it is that of Adam's first update; Liu et al. take 0.2.
     """
 
     def __init__(
-        self, weights: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0, momentum: float = 0.95
+        self,
+        weights: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        scale: float = 1.0,
+        momentum: float = 0.95,
     ) -> None:
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "scale": scale, "momentum": momentum}
+        super().__init__(weights, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -44,7 +51,8 @@ class Muon(torch.optim.Optimizer):
                     update = self._momentum(weight, group["momentum"]).flatten(1)
                     by_shape.setdefault(update.shape, []).append((weight, update))
             for (rows, columns), pairs in by_shape.items():
-                size = group["lr"] * max(rows, columns) ** 0.5  # an orthogonal matrix has RMS max(rows, columns)**-0.5
+                # The root mean square of an orthogonal matrix is max(rows, columns)**-0.5.
+                size = group["scale"] * group["lr"] * max(rows, columns) ** 0.5
                 at_once = max(1, MAX_NUMBERS // (rows * columns))
                 for start in range(0, len(pairs), at_once):
                     stacked = pairs[start : start + at_once]

@@ -33,7 +33,7 @@ def build_optimizers(network: nn.Module, config: TrainConfig) -> list[torch.opti
     others = [weight for weight in network.parameters() if weight not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.learning_rate, weight_decay=decay))
+        optimizers.append(Muon(matrices, lr=config.learning_rate, weight_decay=decay, scale=config.muon_scale))
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=decay, fused=fused))
     return optimizers

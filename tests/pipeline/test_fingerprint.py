@@ -59,12 +59,13 @@ def test_missing_input_is_refused_and_its_producer_named(folder):
 
 
 EXECUTION_SETTINGS = {"TrainConfig.microbatch", "TrainConfig.recompute_activations"}
-TRAIN = TrainConfig(steps=20, batch_size=8, optimizer="adamw")
+TRAIN = TrainConfig(steps=20, batch_size=8, optimizer="muon")
 OTHER_VALUES = {  # of each setting of a training
     "steps": 21,
     "batch_size": 9,
-    "optimizer": "muon",
+    "optimizer": "adamw",
     "weight_decay": 0.1,
+    "muon_scale": 0.3,
     "learning_rate": 1e-3,
     "lr_schedule": "cosine",
     "warmup_steps": 3,

@@ -67,6 +67,13 @@ def test_features_of_parts_become_one_array(part_files: list[Path], tmp_path: Pa
         complete[::2]
 
 
+def test_features_of_a_missing_part_are_noticed(part_files: list[Path], tmp_path: Path):
+    """The name of the last part tells the number of rows of all."""
+    with pytest.raises(ValueError, match="must have 8 rows, got 3"):
+        write_features(tmp_path / "features", {feature_name("network", "train"): part_files[1:]})
+    assert not (tmp_path / "features").exists()
+
+
 def test_files_are_read_without_the_parser_of_python(part_files: list[Path], tmp_path: Path):
     """Threads read these files at once, and the parser of Python 3.11 fails at random in several threads."""
     name = feature_name("network", "train")

@@ -58,12 +58,12 @@ def test_updates_equal_those_of_torch(name: str, reference: type[torch.optim.Opt
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 8), (8, 3)])
 def test_muon_updates_equal_those_of_torch(shape: tuple[int, int]):
-    """torch iterates in bfloat16, which has 8 bits of precision, and scales by another constant."""
+    """torch iterates in bfloat16, which has 8 bits of precision."""
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(5, *shape)
     weights = [nn.Parameter(start.clone()) for _ in range(2)]
     optimizers = [
-        Muon(weights[:1], lr=0.01, weight_decay=0.1),
+        Muon(weights[:1], lr=0.05, weight_decay=0.02, scale=0.2),
         torch.optim.Muon(weights[1:], lr=0.05, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
     ]
     for gradient in gradients:
@@ -169,6 +169,14 @@ def test_weight_decay_with_adam_is_refused():
     """Adam of the paper has none, and would ignore the setting."""
     with pytest.raises(ValueError, match=r"weight_decay must be 0 with optimizer adam, got 0\.1"):
         dataclasses.replace(ADAM, weight_decay=0.1)
+
+
+def test_scale_without_muon_is_refused():
+    """No other optimizer has this scale."""
+    with pytest.raises(ValueError, match=r"muon_scale must be 1 with optimizer adam, got 0\.3"):
+        dataclasses.replace(ADAM, muon_scale=0.3)
+    with pytest.raises(ValueError, match=r"muon_scale must be above 0, such as 0\.3, got 0"):
+        dataclasses.replace(ADAM, optimizer="muon", muon_scale=0.0)
 
 
 def test_the_learning_rate_rises_then_falls_almost_to_zero():
