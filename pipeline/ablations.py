@@ -138,6 +138,7 @@ def _experiment(
 ) -> Experiment:
     base_params, base_settings = compose(tuple(base))
     changes = [*_scale_overrides(variant.scale, base_params), *variant.overrides]
+    changes += _rule_deletions(changes, base_settings)
     if variant.equal_rate:
         _, scaled_settings = compose(tuple(_merge(base, changes)))
         changes.append(_equal_rate_override(base_settings, scaled_settings))
@@ -160,6 +161,12 @@ def _experiment(
         stages=stages,
         last_stage=last_stage,
     )
+
+
+def _rule_deletions(changes: Sequence[str], base_settings: Params) -> list[str]:
+    """Return the overrides that delete the sampling rules of levels that a variant deletes."""
+    rules = base_settings.sample.level_rules
+    return [f"~sample.level_rules.{level}" for level in rules if f"~vqvae.levels.{level}" in changes]
 
 
 def _require_unchanged_frozen(

@@ -1,6 +1,7 @@
 """Parts that the modules of the command line share: options, sections of the help, completion, errors."""
 
 import difflib
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -116,8 +117,9 @@ class SettingsCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest: list[str] = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
-            settings = f"-S {rest[0]}" if "=" in rest[0] else f"-S dataset=folder -S dataset.source={rest[0]}"
-            command = f"{ctx.command_path} {settings}"
+            settings = [rest[0]] if "=" in rest[0] else ["dataset=folder", f"dataset.source={rest[0]}"]
+            options = shlex.join([argument for setting in settings for argument in ("-S", setting)])
+            command = f"{ctx.command_path} {options}"
             ctx.fail(f"{ctx.info_name} accepts options only, got {rest[0]}. Did you mean: {command}")
         return rest
 

@@ -200,6 +200,19 @@ def _note_other_settings(
         shown = first_few([str(changes[key]) for key in sorted(changes)])
         text = f"Numbers of {run.name} were computed before settings of its {params.FILE} changed: {shown}."
         run.notes.append(Note(f"{text} To compute them:" if command else text, command))
+    if stale := _stages_before_their_inputs(lock):
+        text = f"Numbers of {run.name} were computed before the inputs of {first_few(stale)} changed."
+        run.notes.append(Note(f"{text} To compute them:" if command else text, command))
+
+
+def _stages_before_their_inputs(lock: Mapping[str, Any]) -> list[str]:
+    """Return the stages whose recorded inputs are not the recorded outputs of other stages: a run has not ended."""
+    outs = {out["path"]: out.get("md5") for entry in lock.values() for out in entry.get("outs", [])}
+    return [
+        dvc_yaml.cli_name(name)
+        for name, entry in lock.items()
+        if any(outs.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in entry.get("deps", []))
+    ]
 
 
 def _find_key(name: str) -> str:
@@ -218,7 +231,8 @@ def _of_key(name: str, key: str) -> ComparedRun | None:
     A run that `dvc repro` has started has no journal of its own.
     """
     journal = PIPELINE_RUNS / key / JOURNAL_FILE
-    settings: dict[str, str] = {}
+    settings: dict[str, str] = dict(_first_record(journal).get("params", {})) if journal.is_file() else {}
+    used: dict[str, str] = {}  # by stages: params.yaml may have been edited before they started
     numbers: dict[str, float] = {}
     images: dict[str, bytes] = {}
     for path in (*journal.parent.glob(f"cached/*/{JOURNAL_FILE}"), *Path("runs").glob(f"*/*/tracked/*/{JOURNAL_FILE}")):
@@ -226,12 +240,12 @@ def _of_key(name: str, key: str) -> ComparedRun | None:
         if begin.get("parent") != key:
             continue
         stage = dvc_yaml.cli_name(begin["stage"])
-        settings |= {**begin["params"], **begin.get("parent_params", {})}
+        settings |= begin.get("parent_params", {})
+        used |= begin["params"]
         numbers |= {f"{stage}.{metric}": value for metric, value in _journal_numbers(path, stage).items()}
         if stage == "evaluate":
             images |= _journal_images(path)
-    if journal.is_file():
-        settings |= _first_record(journal).get("params", {})
+    settings |= used
     if not settings:
         return None
     values = {setting: _literal(value) for setting, value in settings.items()}

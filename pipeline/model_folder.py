@@ -37,7 +37,14 @@ MAX_SHEET_IMAGES = 64
 
 
 def require_new(out: Path) -> None:
-    """Raise UserError if a folder to write is a file or holds files."""
+    """Raise UserError if a folder to write is a file, holds files, or is the current folder."""
+    if out.absolute() == Path.cwd() or out.resolve() == Path.cwd():
+        raise UserError(
+            f"{out} must be a new folder or an empty one, got the current folder.",
+            where=out.absolute(),
+            fix="Choose another folder, such as my-model.",
+            code=2,
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         content = first_few(sorted(path.name for path in out.iterdir())) if out.is_dir() else "a file"
         raise UserError(

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ def drift() -> tuple[str, str]:
     """Compare params.yaml with what conf/ composes to; return the difference and its fix, or two empty strings.
 
     Edits of params.yaml are not a difference. conf/ is composed only if one of its files is newer than params.yaml,
-    because composing is slow.
+    because composing is slow. Raises UserError if params.yaml is missing or not valid YAML.
     """
+    data = params.read()
     files = [path for layer in conf_layers.layers(CONF) if layer.is_dir() for path in (layer, *layer.rglob("*"))]
     if max(map(_modification_time_ns, files), default=0) <= params.FILE.stat().st_mtime_ns:
         return "", ""
-    data = params.read()
     if is_edited(data):
         return "", ""
     overrides = overrides_of(data)
@@ -53,9 +53,26 @@ def repeating_overrides(data: Mapping[str, Any]) -> list[str]:
     edits = {
         key: format_override(key if key in composed else f"+{key}", value)
         for key, value in values.items()
-        if key not in composed or composed[key] != value
+        if (key not in composed or composed[key] != value) and not (value == {} and _has_below(key, composed))
     }
-    return [override for override in overrides if key_of(override) not in edits] + list(edits.values())
+    deletions = {prefix: f"~{prefix}" for key in composed if (prefix := _deleted_prefix(key, values))}
+    kept = [
+        override
+        for override in overrides
+        if (key := key_of(override)) not in edits and not any(f"{key}.".startswith(f"{name}.") for name in deletions)
+    ]
+    return [*kept, *edits.values(), *deletions.values()]
+
+
+def _has_below(key: str, settings: Iterable[str]) -> bool:
+    return any(name.startswith(f"{key}.") for name in settings)
+
+
+def _deleted_prefix(key: str, values: Mapping[str, Any]) -> str:
+    """Return the shortest part of a key that the values have nothing at or below; "" if they have the key or more."""
+    names = key.split(".")
+    prefixes = (".".join(names[:count]) for count in range(1, len(names) + 1))
+    return next((prefix for prefix in prefixes if prefix not in values and not _has_below(prefix, values)), "")
 
 
 def _config_command(overrides: Sequence[str]) -> str:

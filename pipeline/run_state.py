@@ -42,7 +42,12 @@ def record_run_state(runs: Path, stages: Collection[str], out_of_date: Collectio
     try:
         yield RunState(runs, stages, out_of_date)
     finally:
-        (runs / FILE).unlink(missing_ok=True)
+        clear(runs)
+
+
+def clear(runs: Path) -> None:
+    """Delete the file of a run that was killed; call it while holding the lock of the project."""
+    (runs / FILE).unlink(missing_ok=True)
 
 
 def read(runs: Path) -> dict[str, str]:

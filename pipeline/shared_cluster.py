@@ -50,7 +50,8 @@ class SharedCluster:
             self._server.stdin.close()
 
     def __exit__(self, *error: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # macOS: a listening socket is not connected
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self.stop()
         if self._server:

@@ -216,7 +216,7 @@ def _pipeline_run(settings: Params, data: Mapping[str, Any]) -> tracker.Pipeline
     """Describe the pipeline run of a stage that was started by DVC or by hand."""
     command = "dvc exp run" if EXPERIMENT_VARIABLE in os.environ else "dvc repro"
     if "DVC_STAGE" not in os.environ:
-        command = " ".join(["vqvae2", *sys.argv[1:]])
+        command = shlex.join(["vqvae2", *sys.argv[1:]])
     return tracker.PipelineRun(run_params(settings), run_tags(data, command))
 
 

@@ -1,5 +1,6 @@
 """Checks of what the stages read: images, the networks of metrics and critics, and codes that later stages need."""
 
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def require_pulled(source: Path) -> None:
         raise UserError(
             "The source of images is tracked by DVC, and not in this folder.",
             where=source,
-            fix=f"Run: dvc pull {pointer}. Or add --pull to the run.",
+            fix=f"Run: {shlex.join(['dvc', 'pull', str(pointer)])}. Or add --pull to the run.",
             code=2,
         )
 

@@ -1,6 +1,7 @@
 """`vqvae2 export model`: the trained model as a folder for other machines and for the Hugging Face hub."""
 
 import re
+import shlex
 from pathlib import Path
 
 from pipeline import model_folder
@@ -19,8 +20,9 @@ def run(out: Path, *, model: Path | None, title: str, license_id: str) -> int:
     models = model_folder.write(model or MODEL, out, title=title or out.absolute().name, license_id=license_id)
     if not models.priors:
         print("There are no priors: the exported model encodes and decodes only.")
-    print(f'Load it with: vqvae2.load("{out}"), or --model {out}')
-    print(f"Read and complete {out / model_folder.CARD} before you publish it: hf upload OWNER/NAME {out}")
+    quoted = shlex.quote(str(out))
+    print(f'Load it with: vqvae2.load("{out}"), or --model {quoted}')
+    print(f"Read and complete {out / model_folder.CARD} before you publish it: hf upload OWNER/NAME {quoted}")
     print(out)
     return 0
 

@@ -1,6 +1,7 @@
 """`vqvae2 run`: compose settings, check them, ask DVC what is out of date, and run that as one tracked run."""
 
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from pipeline import (
     presets,
     reconstruction_page,
     result_versions,
+    run_state,
     shared_cluster,
     stage_runner,
 )
@@ -30,7 +32,6 @@ from pipeline.fingerprint import digest_inputs, identify, work_folder
 from pipeline.params_drift import warn_drift, warn_reverted_overrides
 from pipeline.process import STOP_SIGNALS, handle_signals, stopped
 from pipeline.run_name import run_params, run_tags
-from pipeline.run_state import record_run_state
 from pipeline.text import first_few
 from stages.config import Params
 from stages.errors import UserError
@@ -58,9 +59,12 @@ def run(
             "--only requires a stage.", where="--only", fix="Add a stage, such as --stage evaluate.", code=2
         )
     lock: AbstractContextManager[None] = nullcontext()
-    if overrides or not dry_run:
+    locks_project = bool(overrides) or not dry_run
+    if locks_project:
         lock = locks.exclusive_project(stage_runner.RUNS, temporary=dry_run)
     with handle_signals(_stop), lock:
+        if locks_project:
+            run_state.clear(stage_runner.RUNS)
         with _apply_settings(overrides, keep=not dry_run) as settings:
             require_project_outside(Path(settings.dataset.source))  # else DVC fails with an error about .dvcignore
             stages = dvc_yaml.stages(params.read())
@@ -186,7 +190,7 @@ def _run_dvc(
                 if force:
                     environment[stage_runner.FORCE_RESTART] = "1"
                 considered = targets if only else dvc.with_dependencies(stages, targets or list(stages))
-                with record_run_state(stage_runner.RUNS, considered, reasons) as state:
+                with run_state.record_run_state(stage_runner.RUNS, considered, reasons) as state:
                     outcome = dvc.run_repro(
                         targets,
                         reasons=reasons,
@@ -267,7 +271,7 @@ def require_cached(
 @contextmanager
 def _tracked(settings: Params) -> Iterator[dict[str, str]]:
     """Record this run as the parent of its stages' runs; yield the environment variables that name it."""
-    command = " ".join(["vqvae2", *sys.argv[1:]])
+    command = shlex.join(["vqvae2", *sys.argv[1:]])
     with tracker.track_pipeline(run_params(settings), run_tags(params.read(), command)) as key:
         yield {tracker.PARENT_RUN_VARIABLE: key}
 
@@ -282,8 +286,11 @@ def _track_cached_stages(
 
 
 def clean_up(outcome: dvc.Outcome, settings: Params, stages: Mapping[str, dvc_yaml.Stage]) -> None:
-    """Delete the parts of finished stages and their markers of a forced restart, after DVC has recorded the results."""
-    for stage in (stages[name] for name in outcome.ran if name in stages):
+    """Delete the parts of finished stages and their markers of a forced restart, after DVC has recorded the results.
+
+    Stages that did not run now may have run before an interruption.
+    """
+    for stage in (stages[name] for name in outcome.visited if name in stages):
         with suppress(UserError):  # an input has been deleted meanwhile
             work = work_folder(stage_runner.RUNS / stage.cli_name, stage, settings)
             shutil.rmtree(work / "parts", ignore_errors=True)

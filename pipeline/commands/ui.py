@@ -84,13 +84,18 @@ def _require_port(port: int) -> None:
 
 
 def _start_server(uri: str, port: int) -> subprocess.Popen[bytes]:
-    arguments = ["--host", HOST, "--port", str(port), "--workers", "1", "--backend-store-uri", uri]
+    arguments = ["--host", HOST, "--port", str(port), "--workers", "1"]
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "mlflow", "server", *arguments],
-            # Job execution would start a dozen processes that stay idle.
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            # Every user of a machine sees arguments, and the URI may hold a password. Job execution would start a
+            # dozen processes that stay idle.
+            env={
+                **os.environ,
+                "MLFLOW_BACKEND_STORE_URI": uri,
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
             stdout=log,
             stderr=log,
             process_group=0,  # a terminal sends Ctrl-C to our group only; we end the server and its workers together

@@ -31,10 +31,11 @@ def experiments(variants: dict[str, Variant], steps: int | None = None):
     return list(ablations.experiments({"test": Ablation("A claim.", "mse", variants)}, SMOKE, steps))
 
 
-def test_every_ablation_composes():
+@pytest.mark.parametrize("base", [SMOKE, ["experiment=emoji32"]], ids=["smoke", "demo"])
+def test_every_ablation_composes(base: list[str]):
     """Each variant of the file has valid settings; variants without changes are one experiment of one name."""
     chosen = ablations.read()
-    planned = list(ablations.experiments(chosen, SMOKE))
+    planned = list(ablations.experiments(chosen, base))
     assert [experiment.ablation for experiment in planned] == [
         name for name, ablation in chosen.items() for _ in ablation.variants
     ]

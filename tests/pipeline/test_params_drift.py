@@ -7,8 +7,8 @@ import pytest
 
 from pipeline import composed_from, params
 from pipeline.commands import config
-from pipeline.compose import compose_settings
-from pipeline.params_drift import drift
+from pipeline.compose import compose_params, compose_settings
+from pipeline.params_drift import drift, repeating_overrides
 
 EARLIER = ("train_vqvae.steps=500", "experiment=smoke")
 
@@ -55,6 +55,18 @@ def test_dropped_edits_of_the_file_are_printed(current_project, capsys):
     assert capsys.readouterr().err == (
         f"note: back to conf/: {change}. To keep them, repeat: -S train_vqvae.steps=700\n"
     )
+
+
+def test_deletions_in_the_file_are_repeated(current_project):
+    """A mapping that was emptied, and a level that was removed with its prior, stay away."""
+    overrides = ["experiment=emoji32", "priors.top.train.steps=900", "seed=3"]
+    config.run(overrides, write=True)
+    current_project.edit(lambda data: data["sample"].update(level_rules={}))
+    current_project.edit(lambda data: (data["vqvae"]["levels"].pop("top"), data["priors"].pop("top")))
+    repeated = repeating_overrides(params.read())
+    deletions = ["~vqvae.levels.top", "~priors.top", "~sample.level_rules.top"]
+    assert sorted(repeated) == sorted(["experiment=emoji32", "seed=3", *deletions])
+    assert composed_from.settings_of(compose_params(repeated)) == composed_from.settings_of(params.read())
 
 
 def test_run_prints_dropped_overrides(current_project):

@@ -202,6 +202,18 @@ def test_numbers_of_other_settings_are_named(project):
     assert find(WORKSPACE).notes == []
 
 
+def test_numbers_of_earlier_inputs_are_named(project):
+    """After an interruption, later stages have the results of earlier inputs."""
+    outs = [{"path": "artifacts/vqvae", "md5": "new.dir"}]
+    for md5, count in (("old.dir", 1), ("new.dir", 0)):
+        deps = [{"path": "artifacts/vqvae", "md5": md5}, {"path": "data/images", "md5": "any"}]
+        lock = {"stages": {"vqvae": {"outs": outs}, "evaluate": {"deps": deps}}}
+        YAML(typ="safe", pure=True).dump(lock, Path("dvc.lock"))
+        texts = [note.text for note in find(WORKSPACE).notes]
+        expected = "Numbers of workspace were computed before the inputs of evaluate changed. To compute them:"
+        assert texts == [expected] * count
+
+
 def test_report_folder_has_the_settings_of_its_project(project, tmp_path_factory):
     """A copied report has pictures only."""
     report = find("artifacts/report")
@@ -216,12 +228,13 @@ def test_report_folder_has_the_settings_of_its_project(project, tmp_path_factory
 def write_journals(parent: str) -> None:
     """Write the journals of a pipeline run and its last stage."""
     journal = Journal(Path("runs/pipeline") / parent)
-    params = {"priors.top.train.steps": "100", "sample.classes": "('a', 'b')", "dataset.name": "emoji"}
+    params = {"priors.top.train.steps": "90", "sample.classes": "('a', 'b')", "dataset.name": "emoji"}
     tags = {"mlflow.runName": "emoji, more steps"}
     journal.begin(parent, "pipeline", "fingerprint", params, tags, inputs={}, parent="")
     journal.end("FINISHED")
     stage = Journal(Path("runs/evaluate/0123/tracked/other"))
-    stage.begin("other", "evaluate", "fingerprint", {"seed": "0"}, {}, inputs={}, parent=parent)
+    used = {"seed": "0", "priors.top.train.steps": "100"}
+    stage.begin("other", "evaluate", "fingerprint", used, {}, inputs={}, parent=parent)
     stage.image("samples", png("green"), 0)
     Path("metrics/evaluate.json").write_text('{"psnr": 25.0}')
     stage.end("FINISHED", outputs=[Path("metrics/evaluate.json")])
@@ -234,7 +247,10 @@ def write_journals(parent: str) -> None:
 
 @pytest.mark.parametrize("name", [KEY, "emoji, more steps"])
 def test_tracked_run_is_read_from_its_journals(project, name):
-    """By its key or its name in MLflow. Settings in a journal are texts of Python values."""
+    """By its key or its name in MLflow. Settings in a journal are texts of Python values.
+
+    A setting that was edited before its stage began is the one of the stage.
+    """
     write_journals(KEY)
     run = find(name)
     assert run.settings == {

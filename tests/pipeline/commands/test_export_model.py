@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,10 @@ def test_wrong_use_is_refused(artifacts: MiniPipeline, tmp_path: Path):
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"must be a new or empty folder, got notes\.txt"):
         export(tmp_path / "taken")
+    (tmp_path / "here").mkdir()
+    with chdir(tmp_path / "here"), pytest.raises(UserError, match=r"must be a new folder .* got the current folder"):
+        export(Path())
+    (tmp_path / "here").rmdir()
     with pytest.raises(UserError, match=r"--license must be an identifier .* got 'MIT License'"):
         export(tmp_path / "new", license_id="MIT License")
     with pytest.raises(UserError, match="A model folder must hold vqvae/"):

@@ -194,17 +194,20 @@ def test_killed_dvc_is_an_error():
 
 
 def test_successful_run_deletes_parts(current_project, monkeypatch):
-    """It also deletes the marker of a forced restart. A failed run keeps both, and other work folders are kept."""
+    """It also deletes the marker of a forced restart. A failed run keeps both, and other work folders are kept.
+
+    The stage may have run before an interruption: then it is unchanged now.
+    """
     settings = params.load()
     work = work_folder(Path("runs/shard"), dvc_yaml.stages(params.read())["shard"], settings)
     other = Path("runs/shard/other/parts")
     other.mkdir(parents=True)
     monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_, **__: {"shard": ["requested"]})
     monkeypatch.setattr("stages.tracking.tracker.track_pipeline", lambda *_: nullcontext("runs/pipeline/key"))
-    for failed in (True, False):
+    for failed, ran, unchanged in ((True, ["shard"], []), (False, ["shard"], []), (False, [], ["shard"])):
         (work / "parts").mkdir(parents=True, exist_ok=True)
         (work / stage_runner.RESTARTED_MARKER).touch()
-        outcome = dvc.Outcome(status=int(failed), ran=["shard"])
+        outcome = dvc.Outcome(status=int(failed), ran=ran, unchanged=unchanged)
         monkeypatch.setattr(dvc, "run_repro", lambda *_, outcome=outcome, **__: outcome)
         assert run.run() == failed
         assert (work / "parts").exists() == (work / stage_runner.RESTARTED_MARKER).exists() == failed

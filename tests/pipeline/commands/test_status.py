@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import dvc, dvc_yaml, locks, params, run_state
-from pipeline.commands import status
+from pipeline.commands import run, status
 from pipeline.fingerprint import work_folder
 from stages.errors import UserError
 from stages.formats import artifact
@@ -106,6 +106,27 @@ def test_state_left_by_a_killed_run_is_ignored(current_project, monkeypatch, cap
     monkeypatch.setattr(dvc, "out_of_date_reasons", lambda *_: {})
     status.show(as_json=True)
     assert {row["state"] for row in rows(capsys).values()} == {"up to date"}
+
+
+def test_state_left_by_a_killed_run_is_not_that_of_the_next(current_project, monkeypatch):
+    """It is deleted before the next run has asked DVC, which takes seconds."""
+    Path("runs").mkdir()
+    run_state.RunState(Path("runs"), ["shard"], [])
+
+    def read_state(*_: object, **__: object) -> dict[str, list[str]]:
+        assert locks.owner(Path("runs")) and run_state.read(Path("runs")) == {}
+        return {}
+
+    monkeypatch.setattr(dvc, "out_of_date_reasons", read_state)
+    assert run.run() == 0
+
+
+def test_missing_settings_are_named(current_project):
+    """With the command that writes them."""
+    params.FILE.unlink()
+    with pytest.raises(UserError, match=r"params\.yaml does not exist") as caught:
+        status.show(as_json=False)
+    assert "vqvae2 config --write" in caught.value.fix and caught.value.code == 2
 
 
 def test_other_dvc_process_is_named(current_project, monkeypatch, capsys):
