@@ -111,15 +111,22 @@ def _steps(compared: Metrics, models: Mapping[str, str], kid: str) -> Metrics:
 
 
 def advice(steps: Metrics) -> str:
-    """Say in one sentence which model loses most, and what to train longer. Empty without steps."""
+    """Say in one sentence which model loses most, and what to train longer. Empty without steps.
+
+    Increases of KID up to twice their standard errors do not count.
+    """
     if not steps:
         return ""
-    model = max(steps, key=lambda name: float(steps[name]["kid_increase"]))
-    increase, error = steps[model]["kid_increase"], steps[model].get("kid_increase_se", 0.0)
-    if increase <= MIN_STANDARD_ERRORS * error:
+    significant = {
+        name: values["kid_increase"]
+        for name, values in steps.items()
+        if values["kid_increase"] > MIN_STANDARD_ERRORS * values.get("kid_increase_se", 0.0)
+    }
+    if not significant:
         return "No model increases KID by more than twice its standard error: more images would tell them apart."
+    model = max(significant, key=lambda name: float(significant[name]))
     total = sum(max(0.0, values["kid_increase"]) for values in steps.values())
-    share = f"KID +{increase:.4f} of +{total:.4f}"
+    share = f"KID +{significant[model]:.4f} of +{total:.4f}"
     if model == "vqvae":
         return f"The VQ-VAE loses most ({share}): train it longer, or give it more codes or entries."
     return (

@@ -238,10 +238,15 @@ def read_points(path: Path) -> dict[str, dict[int, float]]:
 
 def end_status(path: Path) -> str:
     """Return the status that a journal ends with, or "" if its process is running or ended unexpectedly."""
+    return last_record(path).get("status", "")
+
+
+def last_record(path: Path) -> Record:
+    """Return the last valid record of a journal; empty if it has none."""
     record: Record = {}
     for record, _ in read_records(path):  # noqa: B007  # only the last record matters
         pass
-    return record.get("status", "")
+    return record
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Upload of the journals of runs that have ended, for `vqvae2 sync-metrics`."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import UserError
-from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, read_records, redact_secrets, try_lock
+from stages.tracking.journal import JOURNAL_FILE, Journal, last_record, read_records, redact_secrets, try_lock
 from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, MlflowUploader
 from stages.tracking.store_check import StoreUnavailableError, check_store, short_reason
@@ -57,12 +58,18 @@ def sync_runs(runs: Path = Path("runs"), *, uploader: UploaderFactory = MlflowUp
             if not acquired or _is_uploaded_by_its_run(path, runs):
                 result.active_runs += 1
                 continue
-            if not end_status(path):
-                journal = Journal(path.parent)
-                journal.end("KILLED", error="The process ended unexpectedly.")
-                journal.close()
+            last = last_record(path)
+            if not last.get("status"):
+                _record_killed(path.parent, last.get("time", time.time()))
             _upload_journal(path.parent, result, uploader)
     return result
+
+
+def _record_killed(folder: Path, time_s: float) -> None:
+    """Record that the process of a run died at a time: that of its last record, which may be hours ago."""
+    journal = Journal(folder, clock=lambda: time_s)
+    journal.end("KILLED", error="The process ended unexpectedly.")
+    journal.close()
 
 
 def _is_uploaded_by_its_run(journal: Path, runs: Path) -> bool:

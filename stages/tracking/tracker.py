@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from stages.runtime.context import Reporter
 from stages.tracking import tags as run_tags
 from stages.tracking.console import CompositeReporter, ConsoleReporter
-from stages.tracking.journal import JOURNAL_FILE, Journal, resume_or_create_run
+from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, resume_or_create_run
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, REPRO_PREFIX, MlflowUploader
 from stages.tracking.pipeline_upload import CACHED, PipelineUploadThread, register_stage
@@ -163,7 +163,7 @@ def record_cached_stage(
     `parent` is the folder of the pipeline run, `curves` are (step, name, value). Call it inside `track_pipeline`.
     """
     folder = Path(parent) / CACHED / stage
-    if (folder / JOURNAL_FILE).exists():
+    if (folder / JOURNAL_FILE).exists() and end_status(folder / JOURNAL_FILE) == "FINISHED":
         return
     journal = Journal(folder)
     key = Path(parent).name

@@ -161,7 +161,9 @@ class Checkpoints:
         self.storage.upload(folder, folder.name)
 
     def _prune(self) -> None:
-        """Remove all but the newest `keep` checkpoints of the folder."""
+        """Remove all but the newest `keep` checkpoints of the folder, and those whose writer was killed."""
+        for folder in self.folder.glob(".step-*.writing"):
+            shutil.rmtree(folder)
         for folder in sorted(self._local_folders(), reverse=True)[self.keep :]:
             shutil.rmtree(folder)
 

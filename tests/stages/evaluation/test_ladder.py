@@ -48,9 +48,11 @@ def test_step_of_the_worst_model_is_the_largest():
 
 
 def test_advice_names_the_vqvae_and_leaves_out_what_is_not_significant():
-    """A largest step below twice its standard error gives no advice about a model."""
+    """A step below twice its standard error gives no advice about its model, even if it is the largest."""
     steps = {"vqvae": {"kid_increase": 0.3, "kid_increase_se": 0.1}, "prior_top": {"kid_increase": 0.1}}
     assert "The VQ-VAE loses most (KID +0.3000 of +0.4000)" in ladder.advice(steps)
+    steps["prior_top"] = {"kid_increase": 0.4, "kid_increase_se": 0.3}
+    assert "The VQ-VAE loses most (KID +0.3000 of +0.7000)" in ladder.advice(steps)
     assert "No model" in ladder.advice({"vqvae": {"kid_increase": 0.1, "kid_increase_se": 0.1}})
     assert ladder.advice({}) == ""
 

@@ -20,7 +20,7 @@ from PIL import Image
 from stages.errors import UserError
 from stages.runtime.context import work_folder_name
 from stages.tracking import registry
-from stages.tracking.journal import Journal
+from stages.tracking.journal import Journal, last_record, read_records
 from stages.tracking.mlflow_store import (
     connect,
     create_database,
@@ -170,6 +170,31 @@ def test_points_are_ordered_by_step_not_by_time():
     assert [point.value for point in history] == [1 / step for step in range(1, 5)]
     assert history[2].timestamp < history[1].timestamp
     assert sync_runs().sent_points == 0
+
+
+def test_run_whose_process_died_ends_at_its_last_record():
+    """Not when its journal is uploaded, which may be hours later: its duration would include them."""
+    times = iter([1000.0, 1010.0])  # seconds, of begin and a step
+    journal = Journal(Path("runs/vqvae/f/tracked/key"), clock=lambda: next(times))
+    journal.begin("key", "vqvae", "f", {}, {}, inputs={}, parent="")
+    journal.metrics({"loss": 1.0}, 1)
+    journal.close()
+    assert sync_runs().missing_points == 0
+    (run,) = stage_runs()
+    assert (run.info.status, run.info.end_time) == ("KILLED", 1_010_000)
+    assert last_record(journal.path)["time"] == 1010.0
+
+
+def test_cached_stage_is_recorded_completely_after_an_interruption():
+    """The process died before the record of the end."""
+    Path("shard.json").write_text('{"images": 100}')
+    with track_pipeline({"seed": 0}, {}) as parent:
+        interrupted = Journal(Path(parent) / "cached" / "shard")
+        interrupted.begin("other", "shard", "a" * 64, {}, {}, inputs={}, parent=Path(parent).name, cached=True)
+        interrupted.close()
+        for _ in range(2):  # the second time nothing changes
+            record_cached_stage(parent, "shard", "a" * 64, params={}, inputs={}, metrics=Path("shard.json"))
+    assert [record["kind"] for record, _ in read_records(interrupted.path)] == ["begin", "begin", "metrics", "end"]
 
 
 def test_stages_of_dvc_repro_share_a_pipeline_run():

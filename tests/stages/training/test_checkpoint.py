@@ -44,7 +44,8 @@ def test_the_newest_state_is_read_back(checkpoints: Checkpoints):
 
 
 def test_old_checkpoints_are_removed(checkpoints: Checkpoints, tmp_path: Path):
-    """The newest two remain once a newer one is complete."""
+    """The newest two remain once a newer one is complete; one that was killed while it was written does not."""
+    (tmp_path / ".step-000000013.writing").mkdir()
     checkpoints.save(state_of(15))
     checkpoints.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000010", "step-000000015"]
