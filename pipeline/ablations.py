@@ -1,5 +1,6 @@
 """Ablations: variants of base settings, defined in conf/ablations.yaml. Each variant is a DVC experiment."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pydantic
 
 from pipeline import dvc, dvc_yaml, params
 from pipeline.code_rate import fixed_bits
-from pipeline.compose import compose_settings
+from pipeline.compose import compose_params, compose_settings
 from pipeline.composed_from import CONF, format_override, key_of, settings_of
 from pipeline.conf_layers import PACKAGED
 from pipeline.experiment_identity import ExperimentIdentities
@@ -138,7 +139,8 @@ def _experiment(
 ) -> Experiment:
     base_params, base_settings = compose(tuple(base))
     changes = [*_scale_overrides(variant.scale, base_params), *variant.overrides]
-    changes += _rule_deletions(changes, base_settings)
+    base = _without_rules(base, changes)
+    changes += _rule_changes(base, changes, base_settings)
     if variant.equal_rate:
         _, scaled_settings = compose(tuple(_merge(base, changes)))
         changes.append(_equal_rate_override(base_settings, scaled_settings))
@@ -163,10 +165,32 @@ def _experiment(
     )
 
 
-def _rule_deletions(changes: Sequence[str], base_settings: Params) -> list[str]:
-    """Return the overrides that delete the sampling rules of levels that a variant deletes."""
-    rules = base_settings.sample.level_rules
-    return [f"~sample.level_rules.{level}" for level in rules if f"~vqvae.levels.{level}" in changes]
+def _deleted_levels(changes: Sequence[str]) -> list[str]:
+    return [change.removeprefix("~vqvae.levels.") for change in changes if change.startswith("~vqvae.levels.")]
+
+
+def _without_rules(base: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Drop the overrides of sampling rules of levels that the changes delete."""
+    rules = tuple(f"sample.level_rules.{level}." for level in _deleted_levels(changes))
+    return [override for override in base if not key_of(override).startswith(rules)]
+
+
+def _rule_changes(base: Sequence[str], changes: Sequence[str], base_settings: Params) -> list[str]:
+    """Return overrides that delete the sampling rules of deleted levels.
+
+    The coarsest level of a variant gets the rule of the coarsest one of the base, unless it has a rule.
+    """
+    if not (deleted := _deleted_levels(changes)):
+        return []
+    composed = compose_params(_merge(base, changes))
+    rules = params.look_up(composed, "sample.level_rules") or {}
+    overrides = [f"~sample.level_rules.{level}" for level in deleted if level in rules]
+    before, now = next(iter(base_settings.vqvae.levels)), next(iter(composed["vqvae"]["levels"]), "")
+    rule = base_settings.sample.level_rules.get(before)
+    if rule and before in deleted and now not in rules:
+        values = {f"sample.level_rules.{now}.{key}": value for key, value in dataclasses.asdict(rule).items()}
+        overrides += [f"+{format_override(key, value)}" for key, value in values.items() if value is not None]
+    return overrides
 
 
 def _require_unchanged_frozen(

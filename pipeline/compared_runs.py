@@ -200,18 +200,19 @@ def _note_other_settings(
         shown = first_few([str(changes[key]) for key in sorted(changes)])
         text = f"Numbers of {run.name} were computed before settings of its {params.FILE} changed: {shown}."
         run.notes.append(Note(f"{text} To compute them:" if command else text, command))
-    if stale := _stages_before_their_inputs(lock):
+    if stale := _stages_before_their_inputs(stages, lock):
         text = f"Numbers of {run.name} were computed before the inputs of {first_few(stale)} changed."
         run.notes.append(Note(f"{text} To compute them:" if command else text, command))
 
 
-def _stages_before_their_inputs(lock: Mapping[str, Any]) -> list[str]:
-    """Return the stages whose recorded inputs are not the recorded outputs of other stages: a run has not ended."""
+def _stages_before_their_inputs(stages: Mapping[str, dvc_yaml.Stage], lock: Mapping[str, Any]) -> list[str]:
+    """Return the stages whose recorded inputs are not the recorded outputs of others: a run has been interrupted."""
     outs = {out["path"]: out.get("md5") for entry in lock.values() for out in entry.get("outs", [])}
     return [
-        dvc_yaml.cli_name(name)
-        for name, entry in lock.items()
-        if any(outs.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in entry.get("deps", []))
+        stage.cli_name
+        for name, stage in stages.items()
+        if not stage.frozen
+        and any(outs.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in lock.get(name, {}).get("deps", []))
     ]
 
 

@@ -38,7 +38,7 @@ MAX_SHEET_IMAGES = 64
 
 def require_new(out: Path) -> None:
     """Raise UserError if a folder to write is a file, holds files, or is the current folder."""
-    if out.absolute() == Path.cwd() or out.resolve() == Path.cwd():
+    if out.resolve() == Path.cwd():
         raise UserError(
             f"{out} must be a new folder or an empty one, got the current folder.",
             where=out.absolute(),

@@ -53,26 +53,33 @@ def repeating_overrides(data: Mapping[str, Any]) -> list[str]:
     edits = {
         key: format_override(key if key in composed else f"+{key}", value)
         for key, value in values.items()
-        if (key not in composed or composed[key] != value) and not (value == {} and _has_below(key, composed))
+        if (key not in composed or composed[key] != value) and value != {}
     }
-    deletions = {prefix: f"~{prefix}" for key in composed if (prefix := _deleted_prefix(key, values))}
-    kept = [
-        override
-        for override in overrides
-        if (key := key_of(override)) not in edits and not any(f"{key}.".startswith(f"{name}.") for name in deletions)
-    ]
-    return [*kept, *edits.values(), *deletions.values()]
+    unedited = [override for override in overrides if key_of(override) not in edits]
+    if not (removed := list(_removed_entries(composed, values))):
+        return [*unedited, *edits.values()]
+    below = tuple(f"{entry}." for entry in removed)
+    unedited = [override for override in unedited if not key_of(override).startswith(below)]
+    present = compose_params(unedited)  # a dropped override may have added the entry
+    deletions = [f"~{entry}" for entry in removed if params.look_up(present, entry) is not None]
+    return [*unedited, *edits.values(), *deletions]
 
 
-def _has_below(key: str, settings: Iterable[str]) -> bool:
-    return any(name.startswith(f"{key}.") for name in settings)
+def _removed_entries(composed: Iterable[str], values: Iterable[str]) -> Iterator[str]:
+    """Yield the entries of mappings, such as priors.top, that settings composed from conf/ have and values lack.
+
+    Any other setting that a file lacks has its default.
+    """
+    entries = {entry for key in values if (entry := _entry_of(key))}
+    yield from dict.fromkeys(entry for key in composed if (entry := _entry_of(key)) and entry not in entries)
 
 
-def _deleted_prefix(key: str, values: Mapping[str, Any]) -> str:
-    """Return the shortest part of a key that the values have nothing at or below; "" if they have the key or more."""
-    names = key.split(".")
-    prefixes = (".".join(names[:count]) for count in range(1, len(names) + 1))
-    return next((prefix for prefix in prefixes if prefix not in values and not _has_below(prefix, values)), "")
+def _entry_of(key: str) -> str:
+    """Return the part of a key that names an entry of a mapping whose keys users choose; "" without one."""
+    for mapping in params.MAPPINGS:
+        if key.startswith(f"{mapping}."):
+            return f"{mapping}.{key.removeprefix(f'{mapping}.').partition('.')[0]}"
+    return ""
 
 
 def _config_command(overrides: Sequence[str]) -> str:

@@ -32,7 +32,8 @@ HELP_WIDTH = 80  # columns of help texts
 CLI = "from pipeline.cli import main; main()"
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, str])  # of values, not of sections
-OPTIONAL_STAGES = "+critic=small"  # adds entries to the sections that are empty in params.yaml
+# The first adds entries to the sections that are empty in params.yaml. With Adam, rules of other optimizers are probed.
+OVERRIDES = ("+critic=small", "priors.top.train.optimizer=adam", "priors.top.train.muon_scale=1")
 
 # Each field is set to each of these values in turn: the error messages state the allowed values.
 PROBES: dict[type, tuple[Any, ...]] = {
@@ -57,7 +58,7 @@ def settings_page() -> str:
         "Later stages run again if an artifact that they read has changed.",
     )
     with chdir(ROOT):
-        values, settings = compose.compose_settings([OPTIONAL_STAGES])
+        values, settings = compose.compose_settings(OVERRIDES)
     reruns = _stages_by_setting(values)
     sections = []
     for key, section in _sections("", settings):

@@ -33,6 +33,7 @@ from stages.runtime.context import Reporter
 from stages.tracking.headline import read_headline
 
 JOURNAL_FILE = "journal.jsonl"
+STAGES, CACHED = "stages", "cached"  # subfolders of the folder of a pipeline run
 SYSTEM_PREFIX = "system/"  # of the names of system metrics, which are not results
 MODEL = "model"  # folder in that of the journal, with the model of a pipeline in the form of MLflow
 OUTPUTS = "outputs"  # folder in that of the journal, with copies of the files that a finished run has written

@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.formats.artifact import atomic_write
-from stages.tracking.journal import JOURNAL_FILE
+from stages.tracking.journal import CACHED, JOURNAL_FILE, STAGES
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import MlflowUploader
 from stages.tracking.sync_runs import SYNC_HINT, TIMED_OUT, UploaderFactory, describe_error
 from stages.tracking.upload_thread import RetryingThread, UploadTiming
-
-STAGES, CACHED = "stages", "cached"  # subfolders of the folder of a pipeline run
 
 
 def register_stage(pipeline_run: Path, stage: str, folder: Path) -> None:

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import UserError
-from stages.tracking.journal import JOURNAL_FILE, Journal, last_record, read_records, redact_secrets, try_lock
+from stages.tracking.journal import (
+    CACHED,
+    JOURNAL_FILE,
+    STAGES,
+    Journal,
+    end_status,
+    last_record,
+    read_records,
+    redact_secrets,
+    try_lock,
+)
 from stages.tracking.mlflow_store import configure_mlflow, connect, store_uri
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, MlflowUploader
 from stages.tracking.store_check import StoreUnavailableError, check_store, short_reason
@@ -58,16 +68,21 @@ def sync_runs(runs: Path = Path("runs"), *, uploader: UploaderFactory = MlflowUp
             if not acquired or _is_uploaded_by_its_run(path, runs):
                 result.active_runs += 1
                 continue
-            last = last_record(path)
-            if not last.get("status"):
-                _record_killed(path.parent, last.get("time", time.time()))
+            if not end_status(path):
+                _record_killed(path.parent)
             _upload_journal(path.parent, result, uploader)
     return result
 
 
-def _record_killed(folder: Path, time_s: float) -> None:
-    """Record that the process of a run died at a time: that of its last record, which may be hours ago."""
-    journal = Journal(folder, clock=lambda: time_s)
+def _record_killed(folder: Path) -> None:
+    """Record that the process of a run died, at the time of its last record: that may be hours ago.
+
+    The records of a pipeline run are in its stages' journals too.
+    """
+    stages = [folder / link.read_text(encoding="utf-8") for link in folder.glob(f"{STAGES}/*")]
+    paths = [journal / JOURNAL_FILE for journal in (folder, *stages, *folder.glob(f"{CACHED}/*"))]
+    times = [last_record(path).get("time", 0.0) for path in paths if path.is_file()]
+    journal = Journal(folder, clock=lambda: max(times) or time.time())
     journal.end("KILLED", error="The process ended unexpectedly.")
     journal.close()
 

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from stages.runtime.context import Reporter
 from stages.tracking import tags as run_tags
 from stages.tracking.console import CompositeReporter, ConsoleReporter
-from stages.tracking.journal import JOURNAL_FILE, Journal, end_status, resume_or_create_run
+from stages.tracking.journal import CACHED, JOURNAL_FILE, Journal, end_status, resume_or_create_run
 from stages.tracking.mlflow_store import configure_mlflow
 from stages.tracking.mlflow_sync import PIPELINE_STAGE, REPRO_PREFIX, MlflowUploader
-from stages.tracking.pipeline_upload import CACHED, PipelineUploadThread, register_stage
+from stages.tracking.pipeline_upload import PipelineUploadThread, register_stage
 from stages.tracking.progress_file import ProgressFile
 from stages.tracking.sync_runs import UploaderFactory
 from stages.tracking.upload_thread import DEFAULT_TIMING, UploadThread, UploadTiming

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.classifier import Classifier
 from models.config import ClassifierConfig
-from models.efficientnet import EfficientNetLite2
+from models.efficientnet import EfficientNetLite2, fold_batch_norms
 
 SIDE = 64  # pixels of the network's input here: its own 260 take a tenth of a second per image
 IMAGES = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -60,3 +60,12 @@ def test_an_image_is_classified_alone_as_in_a_batch():
     network = Classifier(ClassifierConfig(name="efficientnet_lite2"), classes=5).train()
     alone = torch.cat([network(image[None]) for image in IMAGES])
     torch.testing.assert_close(network(IMAGES), alone)
+
+
+def test_networks_that_cannot_be_folded_are_refused():
+    """Statistics change in training mode, and only a convolution takes them in."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="must be in evaluation mode, got training mode"):
+        fold_batch_norms(network)
+    with pytest.raises(ValueError, match="0 before 1 must be a Conv2d, got Linear"):
+        fold_batch_norms(network.eval())

@@ -42,11 +42,15 @@ def test_every_ablation_composes():
     assert len(without_changes) == 1 and without_changes.pop().startswith("base-")
 
 
-def test_sampling_rule_of_a_deleted_level_is_deleted():
-    """The demo has a rule for its top level."""
-    both, bottom = ablations.experiments(ablations.select(["levels"], ablations.read()), ["experiment=emoji32"])
-    assert list(both.settings.sample.level_rules) == ["top"]
-    assert not bottom.settings.sample.level_rules and list(bottom.settings.vqvae.levels) == ["bottom"]
+@pytest.mark.parametrize(
+    ("base", "temperature"), [(["experiment=emoji32"], 0.9), ([*SMOKE, "+sample.level_rules.top.temperature=0.8"], 0.8)]
+)
+def test_sampling_rule_of_a_deleted_level_is_deleted(base: list[str], temperature: float):
+    """The bottom level, now the coarsest, has the rule in its place."""
+    both, bottom = ablations.experiments(ablations.select(["levels"], ablations.read()), base)
+    assert list(both.settings.sample.level_rules) == ["top"] and list(bottom.settings.vqvae.levels) == ["bottom"]
+    rules = bottom.settings.sample.level_rules
+    assert {level: rule.temperature for level, rule in rules.items()} == {"bottom": temperature}
 
 
 def test_bottom_level_alone_has_the_bits_of_both():

@@ -69,6 +69,14 @@ def test_deletions_in_the_file_are_repeated(current_project):
     assert composed_from.settings_of(compose_params(repeated)) == composed_from.settings_of(params.read())
 
 
+def test_settings_that_a_file_lacks_have_their_defaults(current_project):
+    """A setting of a later release, or one without a value, is no deletion; nor is a rule that an override added."""
+    config.run(["+sample.level_rules.bottom.temperature=0.5"], write=True)
+    current_project.edit(lambda data: data["sample"]["level_rules"].pop("bottom"))
+    current_project.edit(lambda data: (data["train_vqvae"].pop("muon_scale"), data["train_vqvae"].pop("microbatch")))
+    assert repeating_overrides(params.read()) == []
+
+
 def test_run_prints_dropped_overrides(current_project):
     """-S has the same meaning in `run`, also with --dry-run."""
     config.run(["seed=3"], write=True)

@@ -207,7 +207,8 @@ def test_numbers_of_earlier_inputs_are_named(project):
     outs = [{"path": "artifacts/vqvae", "md5": "new.dir"}]
     for md5, count in (("old.dir", 1), ("new.dir", 0)):
         deps = [{"path": "artifacts/vqvae", "md5": md5}, {"path": "data/images", "md5": "any"}]
-        lock = {"stages": {"vqvae": {"outs": outs}, "evaluate": {"deps": deps}}}
+        former = {"deps": [{"path": "artifacts/vqvae", "md5": "former.dir"}]}  # of a level that is no more
+        lock = {"stages": {"vqvae": {"outs": outs}, "evaluate": {"deps": deps}, "prior@former": former}}
         YAML(typ="safe", pure=True).dump(lock, Path("dvc.lock"))
         texts = [note.text for note in find(WORKSPACE).notes]
         expected = "Numbers of workspace were computed before the inputs of evaluate changed. To compute them:"

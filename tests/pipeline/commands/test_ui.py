@@ -12,6 +12,7 @@ from contextlib import closing
 
 import pytest
 
+from pipeline.commands import ui
 from pipeline.commands.ui import open_browser
 from pipeline.stage_runner import PICTURES
 
@@ -33,6 +34,16 @@ def test_no_browser_without_a_display():
     pages: list[str] = []
     open_browser("page", environment={}, is_terminal=True, open_page=pages.append)
     assert pages == []
+
+
+def test_address_of_the_database_is_no_argument(tmp_path, monkeypatch):
+    """It may hold a password, and every user of a machine sees arguments."""
+    started = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda arguments, env, **_: started.update(arguments=arguments, env=env))
+    ui._start_server("postgresql://user:secret@host/runs", 5000)
+    assert not any("secret" in argument for argument in started["arguments"])
+    assert started["env"]["MLFLOW_BACKEND_STORE_URI"] == "postgresql://user:secret@host/runs"
 
 
 def test_pictures_in_mlflow_are_files_of_the_stages(artifacts):

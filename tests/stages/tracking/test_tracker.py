@@ -31,6 +31,7 @@ from stages.tracking.mlflow_store import (
     user_name,
 )
 from stages.tracking.mlflow_sync import MlflowUploader, _clean_name
+from stages.tracking.pipeline_upload import register_stage
 from stages.tracking.sync_runs import describe_error, sync_runs
 from stages.tracking.tags import start_tags
 from stages.tracking.tracker import PipelineRun, record_cached_stage, track_pipeline, track_stage
@@ -183,6 +184,19 @@ def test_run_whose_process_died_ends_at_its_last_record():
     (run,) = stage_runs()
     assert (run.info.status, run.info.end_time) == ("KILLED", 1_010_000)
     assert last_record(journal.path)["time"] == 1010.0
+
+
+def test_killed_pipeline_run_ends_with_its_last_stage():
+    """Its own journal has no record between begin and end."""
+    run = Journal(Path("runs/pipeline/key"), clock=lambda: 1000.0)
+    run.begin("key", "pipeline", "", {}, {}, inputs={}, parent="")
+    stage = Journal(Path("runs/vqvae/f/tracked/stage"), clock=lambda: 5000.0)
+    stage.begin("stage", "vqvae", "f", {}, {}, inputs={}, parent="key")
+    register_stage(run.folder, "vqvae", stage.folder)
+    run.close()
+    stage.close()
+    assert sync_runs().missing_points == 0
+    assert [last_record(journal.path)["time"] for journal in (run, stage)] == [5000.0, 5000.0]
 
 
 def test_cached_stage_is_recorded_completely_after_an_interruption():
