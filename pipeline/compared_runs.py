@@ -115,7 +115,7 @@ def _of_project(folder: Path, name: str) -> ComparedRun:
     )
     lock_file = folder / dvc_yaml.LOCK
     lock = dvc_yaml.parse_lock(params.read(lock_file), lock_file) if lock_file.is_file() else {}
-    _note_other_settings(run, stages, lock, values, command="vqvae2 run")
+    _note_outdated_numbers(run, stages, lock, values, command="vqvae2 run")
     _add_pictures(run, lambda picture: _read(folder / REPORT / picture), "To make them:", "vqvae2 run")
     return run
 
@@ -151,7 +151,7 @@ def _of_revision(name: str, kind: str, commit: str, cache_folder: Callable[[], P
         lock = dvc_yaml.parse_lock(params.parse(git("show", f"{commit}:./{dvc_yaml.LOCK}") or "{}", dvc_yaml.LOCK))
     except UserError as error:
         raise UserError(error.what, where=f"commit {commit[:7]}", fix="Use another revision.", code=2) from error
-    _note_other_settings(run, stages, lock, values)
+    _note_outdated_numbers(run, stages, lock, values)
     outs = lock.get("evaluate", {}).get("outs", [])
     md5 = next((out.get("md5", "") for out in outs if out.get("path") == REPORT.as_posix()), "")
     listing: Mapping[str, str] = {}
@@ -178,14 +178,14 @@ def _stages(read_pipeline: Callable[[], Mapping[str, Any]], values: Mapping[str,
     return {}
 
 
-def _note_other_settings(
+def _note_outdated_numbers(
     run: ComparedRun,
     stages: Mapping[str, dvc_yaml.Stage],
     lock: Mapping[str, Any],
     values: Mapping[str, Any],
     command: str = "",
 ) -> None:
-    """Add a note if numbers were computed with settings other than those of params.yaml, which are compared."""
+    """Add notes if numbers were computed with other settings than those of params.yaml, or from earlier inputs."""
     changes: dict[str, Change] = {}
     for name in stages.keys() & lock.keys():
         recorded = lock[name].get("params", {}).get(params.FILE.as_posix(), {})
@@ -196,13 +196,13 @@ def _note_other_settings(
                 for key, before in flatten({section: entries}).items()
                 if key in now and before != now[key]  # absent: a setting of another release
             }
+    texts = []
     if changes:
         shown = first_few([str(changes[key]) for key in sorted(changes)])
-        text = f"Numbers of {run.name} were computed before settings of its {params.FILE} changed: {shown}."
-        run.notes.append(Note(f"{text} To compute them:" if command else text, command))
+        texts.append(f"Numbers of {run.name} were computed before settings of its {params.FILE} changed: {shown}.")
     if stale := _stages_before_their_inputs(stages, lock):
-        text = f"Numbers of {run.name} were computed before the inputs of {first_few(stale)} changed."
-        run.notes.append(Note(f"{text} To compute them:" if command else text, command))
+        texts.append(f"Numbers of {run.name} were computed before the inputs of {first_few(stale)} changed.")
+    run.notes += [Note(f"{text} To compute them:" if command else text, command) for text in texts]
 
 
 def _stages_before_their_inputs(stages: Mapping[str, dvc_yaml.Stage], lock: Mapping[str, Any]) -> list[str]:

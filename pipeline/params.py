@@ -34,7 +34,6 @@ FILE = Path("params.yaml")
 MAX_BYTES = 1_000_000  # far more than any params.yaml, dvc.yaml or dvc.lock has
 MAX_ERRORS = 5  # in one message
 NAMED_BY_USERS = ("evaluate.networks",)  # mappings whose keys are names of the user's choice
-MAPPINGS = ("vqvae.levels", "priors", "sample.level_rules", "classifiers", "rejections", *NAMED_BY_USERS)
 SAME_SECTION_SIMILARITY = 0.6  # difflib's ratio for a suggestion from the section of the unknown key
 PAIR = "tuple[int, int]"  # pydantic's name of the type
 OTHER_SECTION_SIMILARITY = 0.8  # for one from any section: only a typing error counts

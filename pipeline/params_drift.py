@@ -76,9 +76,10 @@ def _removed_entries(composed: Iterable[str], values: Iterable[str]) -> Iterator
 
 def _entry_of(key: str) -> str:
     """Return the part of a key that names an entry of a mapping whose keys users choose; "" without one."""
-    for mapping in params.MAPPINGS:
-        if key.startswith(f"{mapping}."):
-            return f"{mapping}.{key.removeprefix(f'{mapping}.').partition('.')[0]}"
+    names = key.split(".")
+    for end, name in enumerate(names[:-1], start=1):
+        if name in params.PLACEHOLDERS or ".".join(names[:end]) in params.NAMED_BY_USERS:
+            return ".".join(names[: end + 1])
     return ""
 
 

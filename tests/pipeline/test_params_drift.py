@@ -69,6 +69,13 @@ def test_deletions_in_the_file_are_repeated(current_project):
     assert composed_from.settings_of(compose_params(repeated)) == composed_from.settings_of(params.read())
 
 
+def test_entry_that_an_override_added_can_be_deleted(current_project):
+    """Such as the resources of a stage, of which conf/ has none."""
+    config.run(["+cluster.stages.prior.workers=1", "seed=3"], write=True)
+    current_project.edit(lambda data: data["cluster"]["stages"].clear())
+    assert repeating_overrides(params.read()) == ["seed=3"]
+
+
 def test_settings_that_a_file_lacks_have_their_defaults(current_project):
     """A setting of a later release, or one without a value, is no deletion; nor is a rule that an override added."""
     config.run(["+sample.level_rules.bottom.temperature=0.5"], write=True)
