@@ -10,7 +10,7 @@ encoders, decoders, widths and batches, and lacks what this repository adds:
     top level    no dropout of the bottom level, so nothing asks it for more than the bottom level lacks
     top prior    PixelCNN instead of PixelSNAIL
     bottom prior the top codes are embedded and upsampled without a residual stack
-    training     no dropout, no mirrored images, the paper's constant learning rate, the last weights, not an average
+    training     Adam at the paper's constant learning rate, no dropout, no mirrored images, the last weights
 
 An entry of a plain codebook that no vector chooses first moves away from 0 and comes back after some 1,300 steps, so
 compare trainings that are longer. Prints, per chain: steps, MSE of training and validation images in [-1, 1], entries
@@ -89,7 +89,8 @@ def plain_prior(config: PriorStageConfig) -> PriorStageConfig:
 
 def plain_training(config: TrainConfig) -> TrainConfig:
     """Return the settings of plain training."""
-    return replace(config, learning_rate=PLAIN_LEARNING_RATE, lr_schedule="constant", warmup_steps=0, ema_decay=0.0)
+    constant = replace(config, learning_rate=PLAIN_LEARNING_RATE, lr_schedule="constant", warmup_steps=0)
+    return replace(constant, optimizer="adam", muon_scale=1.0, ema_decay=0.0)
 
 
 def plain_settings(settings: Params) -> Params:
