@@ -3,11 +3,11 @@
     python benchmarks/workers.py --steps 200
 
 Runs the stages vqvae, prior_top and prior_bottom of the demo with `cluster.workers` 1 and 2, one CPU core each, in
-copies of this project. The bare network makes forward pass, loss, backward pass and Adam's step on random data: no
-clipping, codebook update, moving average or metrics. It runs in one process on batches, and in two processes side by
-side on halves of them, which exchange nothing; two synchronous workers could be no faster than the slower of these. All
-rates are medians over intervals of steps, without the first two. Ray's own processes share the cores with the workers,
-so on two cores two workers get less than two cores.
+copies of this project. The bare network makes forward pass, loss, backward pass and the optimizer's step on random
+data: no clipping, codebook update, moving average or metrics. It runs in one process on batches, and in two processes
+side by side on halves of them, which exchange nothing; two synchronous workers could be no faster than the slower of
+these. All rates are medians over intervals of steps, without the first two. Ray's own processes share the cores with
+the workers, so on two cores two workers get less than two cores.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from models.quantizer import BatchSlice
 from models.vqvae import VQVAE
 from stages.config import Params, TrainConfig
 from stages.tracking.journal import JOURNAL_FILE
+from stages.training.optimizer import build_optimizers
 from tests.command_line_project import ROOT, CommandLineProject
 
 STAGES = ("vqvae", "prior_top", "prior_bottom")
@@ -76,7 +77,7 @@ def train_bare(stage: str, batch: int, steps: int) -> None:
     settings = demo_settings()
     network, loss = bare_network(settings, stage, batch)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    optimizers = build_optimizers(network, train_config(settings, stage))
     print("ready", flush=True)
     sys.stdin.readline()
     interval, rates = train_config(settings, stage).log_every, []
@@ -84,8 +85,9 @@ def train_bare(stage: str, batch: int, steps: int) -> None:
         started = time.perf_counter()
         for _ in range(interval):
             loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         rates.append(interval / (time.perf_counter() - started))
     print(statistics.median(rates[SKIPPED:]))
 

@@ -49,7 +49,7 @@ def demo(
 ) -> None:
     """Run all stages on 3,372 embedded emoji, in a new project.
 
-    Takes 9 minutes on two fast cores, and ends with the path of the report. The same command resumes it.
+    Takes ten minutes on two fast cores, and ends with the path of the report. The same command resumes it.
 
     Example:  vqvae2 demo --smoke
     """

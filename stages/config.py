@@ -81,13 +81,13 @@ class TrainConfig:
 
     steps: int  # optimizer steps, 1 or more
     batch_size: int  # images per step over all workers, at least cluster.workers or the larger number of its range
-    # "adam", as in the paper; "adamw" adds weight decay; "muon" orthogonalizes the updates of hidden layers' matrices,
-    # and leaves the rest to AdamW
+    # "adam", as in the paper; "adamw" adds weight decay; "muon" orthogonalizes the updates of matrices,
+    # and leaves embeddings, biases and the layer of the logits to AdamW
     optimizer: Literal["adam", "adamw", "muon"] = field(default="adam", metadata={NEUTRAL: "adam"})
     # decoupled weight decay of adamw and muon, relative to the learning rate, 0 or more
     weight_decay: float = field(default=0.0, metadata={NEUTRAL: 0.0})
-    # root mean square of muon's updates, relative to the learning rate, above 0; about 0.3 for networks with attention,
-    # which may diverge at 1
+    # root mean square of muon's updates, relative to the learning rate, above 0; about 0.3 for the VQ-VAE and
+    # for networks with attention, which may diverge at 1
     muon_scale: float = field(default=1.0, metadata={NEUTRAL: 1.0})
     learning_rate: float = 3e-4  # learning rate after warm-up, above 0
     lr_schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine falls to almost 0 at the last step

@@ -33,7 +33,10 @@ CLI = "from pipeline.cli import main; main()"
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, str])  # of values, not of sections
 # The first adds entries to the sections that are empty in params.yaml. With Adam, rules of other optimizers are probed.
-OVERRIDES = ("+critic=small", "priors.top.train.optimizer=adam", "priors.top.train.muon_scale=1")
+OVERRIDES = (
+    "+critic=small",
+    *(f"{key}.{value}" for key in ("train_vqvae", "priors.top.train") for value in ("optimizer=adam", "muon_scale=1")),
+)
 
 # Each field is set to each of these values in turn: the error messages state the allowed values.
 PROBES: dict[type, tuple[Any, ...]] = {

@@ -1,6 +1,7 @@
 """Muon: SGD with momentum that orthogonalizes each update, so that all directions of a matrix learn equally fast.
 
-Axes: M matrices of one shape, A rows, B columns. A convolution's weight is a matrix with one row per output channel.
+Axes: M matrices of one shape, A rows, B columns. A convolution's weight is a matrix with one row per output
+channel, a transposed one's has one per input channel.
 Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv 2502.16982
 (scale of the update).
 """

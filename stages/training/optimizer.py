@@ -19,8 +19,8 @@ OUTPUT_LAYERS = ("head", "logits")  # names of the layers that compute logits
 def build_optimizers(network: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Build the optimizers of a network, which together have all of its parameters.
 
-    Muon updates only the matrices of hidden layers. AdamW updates embeddings, biases and the output layer, as Muon's
-    authors advise.
+    Muon updates the matrices of all layers but those that compute logits. AdamW updates embeddings, biases and the
+    layer of the logits, as Muon's authors advise. Of a VQ-VAE, Muon thus has every convolution.
     """
     # A fused kernel makes one pass over each parameter instead of ten. Not on CPUs: its CPU version ignores strides,
     # and a gradient or a restored state may have another memory format than its parameter.
@@ -40,7 +40,7 @@ def build_optimizers(network: nn.Module, config: TrainConfig) -> list[torch.opti
 
 
 def hidden_matrices(network: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the weights of linear layers and convolutions, except those of output layers."""
+    """Yield the weights of linear layers and convolutions, except those that compute logits."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in OUTPUT_LAYERS:
             continue

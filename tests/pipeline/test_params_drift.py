@@ -80,7 +80,7 @@ def test_settings_that_a_file_lacks_have_their_defaults(current_project):
     """A setting of a later release, or one without a value, is no deletion; nor is a rule that an override added."""
     config.run(["+sample.level_rules.bottom.temperature=0.5"], write=True)
     current_project.edit(lambda data: data["sample"]["level_rules"].pop("bottom"))
-    current_project.edit(lambda data: (data["train_vqvae"].pop("muon_scale"), data["train_vqvae"].pop("microbatch")))
+    current_project.edit(lambda data: (data["train_vqvae"].pop("weight_decay"), data["train_vqvae"].pop("microbatch")))
     assert repeating_overrides(params.read()) == []
 
 
