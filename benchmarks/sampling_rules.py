@@ -3,10 +3,11 @@
     python benchmarks/sampling_rules.py artifacts --temperature 0.9 1.0 --guidance 1 1.5 2
 
 Draws samples of the trained models in a folder of artifacts with every combination of `--guidance`, which all levels
-use, `--temperature` of the coarsest level and `--fine-temperature` of the others, for each seed. Compares them with all
-validation images by EfficientNet-Lite0; with `--against reconstructions`, with their reconstructions, which excludes
-the errors of the VQ-VAE. Prints means over the seeds, and behind them the standard deviation, with one seed only the
-standard error of KID. A choice among many rows by the validation images is slightly optimistic.
+use, `--temperature` of the coarsest level, `--fine-temperature` of the others and `--finest-temperature` of the finest
+one, for each seed. Compares them with all validation images by EfficientNet-Lite0; with `--against reconstructions`,
+with their reconstructions, which excludes the errors of the VQ-VAE. Prints means over the seeds, and behind them the
+standard deviation, with one seed only the standard error of KID. A choice among many rows by the validation images is
+slightly optimistic.
 
 Axes: N images, H rows, W columns, 3 colours.
 """
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.9], help="of the coarsest level")
     parser.add_argument("--fine-temperature", type=float, nargs="+", default=[0.01], help="of the other levels")
+    parser.add_argument("--finest-temperature", type=float, nargs="+", help="default: as the other fine levels")
     parser.add_argument("--count", type=int, default=256, help="samples of each combination and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--against", choices=("images", "reconstructions"), default="images")
@@ -72,11 +74,12 @@ def main() -> None:
     try:
         models = TrainedModels.load(options.artifacts / "vqvae", options.artifacts / "priors")
         validation = open_shards(options.artifacts / "shards").split("validation")
-        coarsest, configs = next(iter(models.priors)), []
-        for guidance, temperature, fine_temperature in itertools.product(
-            options.guidance, options.temperature, options.fine_temperature
+        levels, configs = list(models.priors), []
+        coarsest, finest = levels[0], levels[-1]
+        for guidance, temperature, fine_temperature, finest_temperature in itertools.product(
+            options.guidance, options.temperature, options.fine_temperature, options.finest_temperature or [None]
         ):
-            rules = {coarsest: LevelRule(temperature=temperature)}
+            rules = {finest: LevelRule(temperature=finest_temperature), coarsest: LevelRule(temperature=temperature)}
             config = SampleConfig(options.count, temperature=fine_temperature, guidance=guidance, level_rules=rules)
             models.require_drawable(config, where="--guidance")
             configs.append(config)
@@ -93,15 +96,16 @@ def main() -> None:
     network = FeatureNetwork(read_networks(EvaluateConfig().networks)[0])
     reference = network(images)
     print(f"{options.count} samples, {len(images)} validation {options.against}, seeds {options.seeds}")
-    print(f"{'guidance':>9}{'coarsest':>9}{'finer':>7}" + "".join(f"{name:>18}" for name in METRICS))
+    print(f"{'guidance':>9}{'coarsest':>9}{'finer':>7}{'finest':>7}" + "".join(f"{name:>18}" for name in METRICS))
     for config in configs:
         results = [
             compare(reference, network(draw(models, config, seed)), EvaluateConfig(), 0) for seed in options.seeds
         ]
         cells = (describe([np.ravel(result[name]) for result in results]) for name in METRICS)
-        temperature = config.rule(coarsest)["temperature"]
+        temperature, finest_temperature = (config.rule(level)["temperature"] for level in (coarsest, finest))
         print(
-            f"{config.guidance:9g}{temperature:9g}{config.temperature:7g}" + "".join(f"{cell:>18}" for cell in cells),
+            f"{config.guidance:9g}{temperature:9g}{config.temperature:7g}{finest_temperature:7g}"
+            + "".join(f"{cell:>18}" for cell in cells),
             flush=True,
         )
 
