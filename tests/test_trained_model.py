@@ -1,16 +1,19 @@
-"""The trained model of the demo, in data/: it is the one that dvc.lock records, and draws images."""
+"""The trained models in data/: they draw images, and that of the demo is the one that dvc.lock records."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 import vqvae2
+from models.config import plain_settings
 from pipeline import dvc_yaml, params
+from pipeline.compose import compose_params
 from pipeline.finished_results import md5_of
 from tests.command_line_project import ROOT
 
-FOLDER = ROOT / "data" / "emoji32-model"
+DEMO, LONG = ROOT / "data" / "emoji32-model", ROOT / "data" / "emoji64-model"
 
 
 @pytest.mark.parametrize(
@@ -20,15 +23,25 @@ def test_model_is_that_of_the_recorded_demo(stage: str, name: str):
     """DVC identifies a folder by the MD5 of a list of its files."""
     outs = dvc_yaml.parse_lock(params.read(ROOT / "dvc.lock"))[stage]["outs"]
     (recorded,) = (out["md5"] for out in outs if out["path"] == f"artifacts/{name}")
-    files = sorted(path for path in (FOLDER / name).rglob("*") if path.is_file())
-    listing = [{"md5": md5_of(path), "relpath": path.relative_to(FOLDER / name).as_posix()} for path in files]
+    files = sorted(path for path in (DEMO / name).rglob("*") if path.is_file())
+    listing = [{"md5": md5_of(path), "relpath": path.relative_to(DEMO / name).as_posix()} for path in files]
     text = json.dumps(listing, sort_keys=True)
     assert recorded == hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def test_model_draws_images_without_training():
+@pytest.mark.parametrize(("folder", "side"), [(DEMO, 32), (LONG, 64)])
+def test_model_draws_images_without_training(folder: Path, side: int):
     """The same seed gives the same images."""
-    model = vqvae2.load(FOLDER)
+    model = vqvae2.load(folder)
     first, again = (model.sample(2, classes=["flags"], seed=3) for _ in range(2))
-    assert [image.size for image in first] == [(32, 32)] * 2
+    assert [image.size for image in first] == [(side, side)] * 2
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+
+
+def test_networks_are_those_of_the_preset():
+    """The preset of the long training composes the networks of the committed model."""
+    settings = params.check(compose_params(["experiment=emoji64_long"], ROOT / "conf"), ROOT / "conf")
+    networks = {"vqvae": settings.vqvae}
+    networks |= {f"priors/{level}": prior.network for level, prior in settings.priors.items()}
+    recorded = json.loads((LONG / "config.json").read_text())["networks"]
+    assert recorded == {name: plain_settings(config) for name, config in networks.items()}
