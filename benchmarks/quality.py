@@ -10,7 +10,7 @@ encoders, decoders, widths and batches, and lacks what this repository adds:
     top level    no dropout of the bottom level, so nothing asks it for more than the bottom level lacks
     top prior    PixelCNN instead of PixelSNAIL
     bottom prior the top codes are embedded and upsampled without a residual stack
-    training     Adam at the paper's constant learning rate, no dropout, no mirrored images, the last weights
+    training     Adam at Sonnet's constant learning rate, no dropout, no mirrored images, the last weights
 
 An entry of a plain codebook that no vector chooses first moves away from 0 and comes back after some 1,300 steps, so
 compare trainings that are longer. Prints, per chain: steps, MSE of training and validation images in [-1, 1], entries

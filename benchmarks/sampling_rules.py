@@ -3,11 +3,11 @@
     python benchmarks/sampling_rules.py artifacts --temperature 0.9 1.0 --guidance 1 1.5 2
 
 Draws samples of the trained models in a folder of artifacts with every combination of `--guidance`, which all levels
-use, `--temperature` of the coarsest level, `--fine-temperature` of the others and `--finest-temperature` of the finest
-one, for each seed. Compares them with all validation images by EfficientNet-Lite0; with `--against reconstructions`,
-with their reconstructions, which excludes the errors of the VQ-VAE. Prints means over the seeds, and behind them the
-standard deviation, with one seed only the standard error of KID. A choice among many rows by the validation images is
-slightly optimistic.
+use, `--temperature` of the coarsest level, `--fine-temperature` of the others and, of three levels or more,
+`--finest-temperature` of the finest one, for each seed. Compares them with all validation images by EfficientNet-Lite0;
+with `--against reconstructions`, with their reconstructions, which excludes the errors of the VQ-VAE. Prints means over
+the seeds, and behind them the standard deviation, with one seed only the standard error of KID. A choice among many
+rows by the validation images is slightly optimistic.
 
 Axes: N images, H rows, W columns, 3 colours.
 """
@@ -76,10 +76,14 @@ def main() -> None:
         validation = open_shards(options.artifacts / "shards").split("validation")
         levels, configs = list(models.priors), []
         coarsest, finest = levels[0], levels[-1]
+        if options.finest_temperature and len(levels) < 3:
+            parser.error(f"--finest-temperature needs three levels or more, got {len(levels)}")
         for guidance, temperature, fine_temperature, finest_temperature in itertools.product(
             options.guidance, options.temperature, options.fine_temperature, options.finest_temperature or [None]
         ):
-            rules = {finest: LevelRule(temperature=finest_temperature), coarsest: LevelRule(temperature=temperature)}
+            rules = {coarsest: LevelRule(temperature=temperature)}
+            if finest_temperature:
+                rules[finest] = LevelRule(temperature=finest_temperature)
             config = SampleConfig(options.count, temperature=fine_temperature, guidance=guidance, level_rules=rules)
             models.require_drawable(config, where="--guidance")
             configs.append(config)

@@ -31,17 +31,19 @@ def test_model_is_that_of_the_recorded_demo(stage: str, name: str):
 
 @pytest.mark.parametrize(("folder", "side"), [(DEMO, 32), (LONG, 64)])
 def test_model_draws_images_without_training(folder: Path, side: int):
-    """The same seed gives the same images."""
+    """It draws images of its size, the same for the same seed."""
     model = vqvae2.load(folder)
     first, again = (model.sample(2, classes=["flags"], seed=3) for _ in range(2))
     assert [image.size for image in first] == [(side, side)] * 2
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
 
 
-def test_networks_are_those_of_the_preset():
-    """The preset of the long training composes the networks of the committed model."""
+def test_preset_composes_the_settings_of_the_model():
+    """The networks, image size and sampling rule of the committed model are those of `emoji64_long`."""
     settings = params.check(compose_params(["experiment=emoji64_long"], ROOT / "conf"), ROOT / "conf")
     networks = {"vqvae": settings.vqvae}
     networks |= {f"priors/{level}": prior.network for level, prior in settings.priors.items()}
-    recorded = json.loads((LONG / "config.json").read_text())["networks"]
-    assert recorded == {name: plain_settings(config) for name, config in networks.items()}
+    recorded = json.loads((LONG / "config.json").read_text())
+    assert recorded["networks"] == {name: plain_settings(config) for name, config in networks.items()}
+    assert recorded["image_size"] == settings.dataset.image_size
+    assert recorded["sampling"] == settings.sample.describe_rule()

@@ -35,7 +35,10 @@ PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, str])  # of values, not of sec
 # The first adds entries to the sections that are empty in params.yaml. With Adam, rules of other optimizers are probed.
 OVERRIDES = (
     "+critic=small",
-    *(f"{key}.{value}" for key in ("train_vqvae", "priors.top.train") for value in ("optimizer=adam", "muon_scale=1")),
+    "train_vqvae.optimizer=adam",
+    "train_vqvae.muon_scale=1",
+    "priors.top.train.optimizer=adam",
+    "priors.top.train.muon_scale=1",
 )
 
 # Each field is set to each of these values in turn: the error messages state the allowed values.
