@@ -89,8 +89,15 @@ def plain_prior(config: PriorStageConfig) -> PriorStageConfig:
 
 def plain_training(config: TrainConfig) -> TrainConfig:
     """Return the settings of plain training."""
-    constant = replace(config, learning_rate=PLAIN_LEARNING_RATE, lr_schedule="constant", warmup_steps=0)
-    return replace(constant, optimizer="adam", muon_scale=1.0, ema_decay=0.0)
+    return replace(
+        config,
+        optimizer="adam",
+        muon_scale=1.0,
+        learning_rate=PLAIN_LEARNING_RATE,
+        lr_schedule="constant",
+        warmup_steps=0,
+        ema_decay=0.0,
+    )
 
 
 def plain_settings(settings: Params) -> Params:

@@ -75,12 +75,13 @@ def train_bare(stage: str, batch: int, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settings = demo_settings()
+    config = train_config(settings, stage)
     network, loss = bare_network(settings, stage, batch)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizers = build_optimizers(network, train_config(settings, stage))
+    optimizers = build_optimizers(network, config)
     print("ready", flush=True)
     sys.stdin.readline()
-    interval, rates = train_config(settings, stage).log_every, []
+    interval, rates = config.log_every, []
     for _ in range(steps // interval):
         started = time.perf_counter()
         for _ in range(interval):
