@@ -39,7 +39,13 @@ def _empty_folder(project):
     project.edit(lambda data: data["dataset"].update(source="empty"))
 
 
+def _labels(name):
+    """Return a preparation that looks for the classes of the emoji in this table."""
+    return lambda project: project.edit(lambda data: data["dataset"].update(labels=name))
+
+
 def _no_labels_file(project):
+    _images("1.png")(project)
     project.edit(lambda data: data["dataset"].update(labels="labels.csv"))
 
 
@@ -201,7 +207,8 @@ CASES = {
     "folder_without_images": (_no_images, RUN, 2),
     "empty_folder": (_empty_folder, RUN, 2),
     "splits_in_some_classes": (_images("a/train/1.png", "a/test/2.png", "b/3.png"), RUN, 4),
-    "labels_file_missing": (_no_labels_file, ["stage", "shard"], 2),
+    "labels_file_missing": (_no_labels_file, RUN, 2),
+    "labels_file_misnamed": (_labels("metadata.csv"), ["stage", "shard"], 2),
     "labels_without_header": (_images("1.png", "2.png", table="1.png;cat\n2.png;dog\n"), RUN, 4),
     "labels_repeat_column": (_images("1.png", table="path,label,label\n1.png,cat,dog\n"), RUN, 4),
     "labels_name_no_image": (_images("1.png", table="file_name,label\n1.png,cat\n2.png,dog\n"), RUN, 4),
