@@ -43,7 +43,7 @@ def test_every_ablation_composes():
 
 
 @pytest.mark.parametrize(
-    ("base", "temperature"), [(["experiment=emoji32"], 0.9), ([*SMOKE, "+sample.level_rules.top.temperature=0.8"], 0.8)]
+    ("base", "temperature"), [(["experiment=emoji32"], 0.8), ([*SMOKE, "+sample.level_rules.top.temperature=0.7"], 0.7)]
 )
 def test_sampling_rule_of_a_deleted_level_is_deleted(base: list[str], temperature: float):
     """The bottom level, now the coarsest, has the rule in its place."""

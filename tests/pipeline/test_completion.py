@@ -47,7 +47,7 @@ def test_settings_are_presets_choices_and_keys(current_project):
     assert "prior@priors.top=pixelcnn" in candidates("setting", "prior@")
     assert candidates("setting", "priors.top.train.lear") == ["priors.top.train.learning_rate=0.002"]
     assert candidates("setting", "+exp")[0] == "+experiment=ablation16"
-    assert candidates("setting", "dataset.labels") == ["dataset.labels=folders"]
+    assert candidates("setting", "dataset.labels") == ["dataset.labels=labels.csv"]
     assert candidates("setting", "nothing") == candidates("setting", "composed_from") == []
 
 

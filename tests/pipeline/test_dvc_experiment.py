@@ -28,12 +28,16 @@ def unasked(before, after):
         ([], [SMOKE], []),
         (["experiment=clothing64"], [SMOKE], []),
         (["experiment=clothing64"], ["dataset=clothing64"], ["experiment"]),
-        (FOLDER, [], ["dataset", "dataset.name", "dataset.source", "dataset.image_size"]),
+        (FOLDER, [], ["dataset", "dataset.name", "dataset.source", "dataset.image_size", "dataset.labels"]),
         (FOLDER, ["dataset=folder"], ["dataset.source"]),
         (FOLDER, ["dataset=emoji"], []),
         (FOLDER, ["dataset=folder", "dataset.source=data/others"], []),
         (FOLDER, ["experiment=clothing64"], []),  # the preset names its dataset
-        (FOLDER, [SMOKE], ["dataset", "dataset.name", "dataset.source", "dataset.image_size"]),  # this one does not
+        (
+            FOLDER,
+            [SMOKE],
+            ["dataset", "dataset.name", "dataset.source", "dataset.image_size", "dataset.labels"],
+        ),  # this one does not
         (["cluster=single", "train_vqvae.steps=9"], ["seed=1"], []),
     ],
     ids=lambda value: " ".join(value) or "none",

@@ -107,7 +107,7 @@ def test_wrong_key_or_type_is_reported_with_a_fix(key, value, expected):
         (
             "cluster.stages",
             {"prior": {"workers": 40}},
-            "priors.top.train.batch_size must be at least cluster.stages.prior.workers, which is 40, got 16.",
+            "priors.top.train.batch_size must be at least cluster.stages.prior.workers, which is 40, got 32.",
         ),
         ("cluster.workers", [2, 40], "train_vqvae.batch_size must be at least cluster.workers, which is up to 40, got"),
         ("cluster.workers", [4, 2], "workers must be a pair [min, max] with 1 <= min <= max, got [4, 2]."),

@@ -24,10 +24,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         Image.new("RGB", (40, 30), (number, 0, 0)).save(path)
     (tmp_path / "photos" / "notes.txt").touch()
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(
-        re.sub("source: .*", "source: photos", text).replace("validation_fraction: 0.05", "validation_fraction: 0.0"),
-        encoding="utf-8",
-    )
+    for key, value in {"source": "photos", "labels": "folders", "validation_fraction": "0.0"}.items():
+        text = re.sub(f"\\b{key}: .*", f"{key}: {value}", text)
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     with chdir(tmp_path):
         yield tmp_path
 

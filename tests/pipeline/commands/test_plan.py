@@ -33,7 +33,8 @@ def write_images(settings: Params, *classes: str) -> None:
         (folder / "image.png").touch()
     text = Path("params.yaml").read_text(encoding="utf-8")
     source = settings.dataset.source
-    Path("params.yaml").write_text(text.replace(source, source.removesuffix(".zip")), encoding="utf-8")
+    text = text.replace(source, source.removesuffix(".zip")).replace("labels: labels.csv", "labels: folders")
+    Path("params.yaml").write_text(text, encoding="utf-8")
 
 
 def printed_plan(capsys: pytest.CaptureFixture[str]) -> dict:
@@ -123,7 +124,7 @@ def test_columns_are_aligned_below_long_names(settings, capsys):
 def test_unlabeled_images_have_no_classes(settings, capsys):
     """dataset.labels none needs no images to count the classes."""
     text = Path("params.yaml").read_text(encoding="utf-8")
-    Path("params.yaml").write_text(text.replace("labels: folders", "labels: none"), encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("labels: labels.csv", "labels: none"), encoding="utf-8")
     assert printed_plan(capsys)["classes"] == 0
     plan.show((), as_json=False)
     assert capsys.readouterr().out.splitlines()[4] == "classes: none, because the images have no labels"
